@@ -1,0 +1,223 @@
+"""The recipe: a frozen, plain-JSON description from which a stitched network's structure is rebuilt.
+
+Standard library only. A recipe holds structure; the state dict holds numbers. It is the only thing that search,
+checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string, number, bool or None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_stitch.errors import RecipeError
+
+SCHEMA_VERSION = 1
+
+Format = Literal["NCHW", "NHWC", "tokens", "vector"]
+Placement = Literal["explicit", "producer", "consumer"]
+Builder = Literal["timm", "torchvision", "python", "live"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a source wants its images.
+
+    Attributes:
+        input_size: Native (channels, height, width).
+        mean: Mean of each channel of an image whose values lie in [0, 1].
+        std: Standard deviation of each channel, likewise.
+        interpolation: Name of the interpolation the source was trained with ("bicubic", "bilinear", ...).
+        fixed_size: True where the source accepts no other height and width than its native ones.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    fixed_size: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRef:
+    """Identity of a source, and what it takes to rebuild its architecture without its weights.
+
+    Attributes:
+        name: The short name by which fragments refer to it, unique within a recipe.
+        spec: What the user wrote ("timm name", "torchvision:NAME", "local-dir:PATH", ...).
+        builder: Which library builds the architecture; "live" means a module given as an object, which cannot be rebuilt.
+        architecture: The builder's own name for it (timm or torchvision model name, "pkg.mod:factory").
+        arguments: Keyword arguments of the builder.
+        revision: Commit hash or tag of the weights, where there is one.
+        weight_hash: "sha256:..." over the names, dtypes, shapes and bytes of the source's state dict.
+        licence: SPDX identifier or the hub's licence word; None where unknown.
+        preprocessing: How it wants its images.
+    """
+
+    name: str
+    spec: str
+    builder: Builder
+    architecture: str
+    weight_hash: str
+    preprocessing: Preprocessing
+    arguments: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentRef:
+    """The part of one source between two cuts.
+
+    Attributes:
+        source: Name of a source of the recipe.
+        start: Name of the cut where it begins; None: at the image.
+        end: Name of the cut where it ends; None: at the source's output.
+    """
+
+    source: str
+    start: str | None
+    end: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StitchSpec:
+    """What joins one fragment's output to the next one's input: format bridge, resample, affine map.
+
+    Attributes:
+        in_format: Format of the sender's cut.
+        out_format: Format of the receiver's cut.
+        in_channels: Channels of the sender's cut.
+        out_channels: Channels of the receiver's cut.
+        in_size: Grid (height, width) of the sender's cut in the calibration run; None for a vector.
+        out_size: Grid of the receiver's cut; None for a vector.
+        bias: Whether the affine map has a bias.
+        placement: Where the affine map lives: a layer of its own ("explicit"), or folded into the last layer of the
+            fragment before ("producer") or the first layers of the fragment behind ("consumer").
+        cka: Linear CKA of sender and receiver on the calibration rows.
+        r2: Share of the receiver's variance that the map explains on calibration images held out of its fit.
+        rank: Numerical rank of the least-squares problem.
+        condition: Condition number of the regularised least-squares problem.
+    """
+
+    in_format: Format
+    out_format: Format
+    in_channels: int
+    out_channels: int
+    in_size: tuple[int, int] | None
+    out_size: tuple[int, int] | None
+    bias: bool = True
+    placement: Placement = "explicit"
+    cka: float | None = None
+    r2: float | None = None
+    rank: int | None = None
+    condition: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A stitched network's structure: fragments in order, a stitch or None between each two of them.
+
+    Attributes:
+        sources: The sources that the fragments come from, each once.
+        fragments: In forward order; the first begins at the image.
+        stitches: One entry between each two fragments; None where a fragment simply goes on in its own source.
+        input_size: (channels, height, width) of the images that the network was calibrated on.
+        scores: What the search measured ("cka_product", "macs", "params", ranking scores), by name.
+        schema: Version of this format.
+
+    Raises:
+        RecipeError: If the parts do not fit each other.
+    """
+
+    sources: tuple[SourceRef, ...]
+    fragments: tuple[FragmentRef, ...]
+    stitches: tuple[StitchSpec | None, ...] = ()
+    input_size: tuple[int, int, int] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit."""
+        if not self.fragments:
+            raise RecipeError("A recipe needs at least one fragment; this one has none.")
+        if len(self.stitches) != len(self.fragments) - 1:
+            raise RecipeError(
+                f"A recipe of {len(self.fragments)} fragments needs {len(self.fragments) - 1} stitches between them; "
+                f"this one has {len(self.stitches)}."
+            )
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise RecipeError(f"Two sources of a recipe share a name: {names}.")
+        unknown = {f.source for f in self.fragments} - set(names)
+        if unknown:
+            raise RecipeError(f"Fragments refer to {sorted(unknown)}, but the recipe's sources are {names}.")
+        if self.fragments[0].start is not None:
+            raise RecipeError(f"The first fragment must begin at the image, not at cut {self.fragments[0].start!r}.")
+        for before, stitch, after in zip(self.fragments, self.stitches, self.fragments[1:], strict=False):
+            if stitch is None and (before.source, before.end) != (after.source, after.start):
+                raise RecipeError(f"Nothing joins {before} to {after}: without a stitch both must meet at one cut.")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The start fragment's preprocessing, which is the stitched network's."""
+        return self.source(self.fragments[0].source).preprocessing
+
+    def source(self, name: str) -> SourceRef:
+        """The source of that name."""
+        return next(source for source in self.sources if source.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain dicts, lists, strings and numbers; `Recipe.from_dict` takes it back."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Recipe:
+        """Rebuild a recipe from `to_dict`'s result.
+
+        Raises:
+            RecipeError: If the schema is newer than this version's, or a field is missing, unknown or ill-typed.
+        """
+        if not isinstance(plain, dict):
+            raise RecipeError(f"A recipe is a dict as `Recipe.to_dict` makes it; found {type(plain).__name__}.")
+        schema = plain.get("schema")
+        if schema != SCHEMA_VERSION:
+            raise RecipeError(
+                f"This recipe has schema {schema!r}; this version of lightning_stitch reads schema {SCHEMA_VERSION}. "
+                f"Upgrade lightning_stitch if the recipe is newer."
+            )
+        try:
+            sources = tuple(
+                SourceRef(**{**s, "preprocessing": Preprocessing(**_tuples(s["preprocessing"]))})
+                for s in plain["sources"]
+            )
+            recipe = cls(
+                sources=sources,
+                fragments=tuple(FragmentRef(**f) for f in plain["fragments"]),
+                stitches=tuple(None if s is None else StitchSpec(**_tuples(s)) for s in plain["stitches"]),
+                **_tuples({k: v for k, v in plain.items() if k not in ("sources", "fragments", "stitches")}),
+            )
+        except (KeyError, TypeError) as error:
+            raise RecipeError(f"This is no recipe of schema {SCHEMA_VERSION}: {error}.") from error
+        for source in recipe.sources:
+            if source.builder not in get_args(Builder):
+                raise RecipeError(f"Source {source.name!r} has builder {source.builder!r}; known: {get_args(Builder)}.")
+        for stitch in recipe.stitches:
+            if stitch is not None and stitch.placement not in get_args(Placement):
+                raise RecipeError(f"A stitch has placement {stitch.placement!r}; known: {get_args(Placement)}.")
+        return recipe
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, all the way down, so that JSON and a checkpoint give back what was put in."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """The inverse for one level of a dataclass's fields."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
