@@ -91,6 +91,8 @@ class StitchSpec:
         out_channels: Channels of the receiver's cut.
         in_size: Grid (height, width) of the sender's cut in the calibration run; None for a vector.
         out_size: Grid of the receiver's cut; None for a vector.
+        in_prefix_tokens: Prefix tokens of the sender's cut, dropped.
+        out_prefix_tokens: Prefix tokens of the receiver's cut, supplied from its calibration mean.
         bias: Whether the affine map has a bias.
         placement: Where the affine map lives: a layer of its own ("explicit"), or folded into the last layer of the
             fragment before ("producer") or the first layers of the fragment behind ("consumer").
@@ -106,6 +108,8 @@ class StitchSpec:
     out_channels: int
     in_size: tuple[int, int] | None
     out_size: tuple[int, int] | None
+    in_prefix_tokens: int = 0
+    out_prefix_tokens: int = 0
     bias: bool = True
     placement: Placement = "explicit"
     cka: float | None = None

@@ -1,0 +1,144 @@
+"""What a spec turns out to mean before any weight is read, and what all kinds of sources share in finding it out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import hub, nn
+
+from lightning_stitch.errors import SourceError
+from lightning_stitch.recipe import Builder, Preprocessing
+
+# Arguments with which a builder would read files or the network. A recipe may come from a stranger.
+RESERVED_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    "timm": frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}),
+    "torchvision": frozenset({"pretrained", "weights", "weights_backbone", "pretrained_backbone"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A source that was found but not built; the fields are those of SourceRef.
+
+    Attributes:
+        spec: What the user wrote.
+        name: The short name.
+        builder: Which library builds the architecture.
+        architecture: The builder's own name for it.
+        build: Makes the network with its weights; this is where the slow work is.
+        arguments: Keyword arguments that rebuild the architecture without weights; plain JSON.
+        preprocessing: None where only the built network can tell.
+        licence: None where unknown.
+        revision: Commit hash of the weights, where there is one.
+    """
+
+    spec: str
+    name: str
+    builder: Builder
+    architecture: str
+    build: Callable[[], nn.Module]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    licence: str | None = None
+    revision: str | None = None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The three most similar of the known words, quoted, best first."""
+    return ", ".join(repr(name) for name in difflib.get_close_matches(word, list(known), n=3, cutoff=0.0))
+
+
+def first_lines(error: BaseException) -> str:
+    """The start of a long error; `load_state_dict` of a wrong file names hundreds of keys."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = [line if len(line) <= 200 else line[:200] + " ..." for line in lines[:4]]
+    return f"{type(error).__name__}: {' '.join(shown)}{' ...' if len(lines) > 4 else ''}"
+
+
+def reserved_arguments(builder: str, arguments: Mapping[str, Any]) -> list[str]:
+    """Those of the arguments that would make the builder read files or the network."""
+    return sorted(RESERVED_ARGUMENTS.get(builder, frozenset()) & arguments.keys())
+
+
+def plain_arguments(arguments: Mapping[str, Any] | None, *, builder: Builder) -> dict[str, Any]:
+    """The builder's keyword arguments as the recipe will hold them: JSON, tuples turned into lists.
+
+    Raises:
+        SourceError: If one is not JSON, or is not the caller's to set.
+    """
+    arguments = dict(arguments or {})
+    if reserved := reserved_arguments(builder, arguments):
+        raise SourceError(f"arguments may not hold {reserved}: which weights are read is said by the spec alone.")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(arguments))
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"arguments must be plain JSON (numbers, strings, lists, dicts), because the recipe keeps them to rebuild "
+            f"the architecture; found {arguments} ({error}). Wrap the network in a factory of your own and give "
+            f"'python:your.module:factory'."
+        ) from error
+    return plain
+
+
+def preprocessing_from(config: Mapping[str, Any]) -> Preprocessing | None:
+    """Preprocessing out of timm's words for it; None where input_size, mean or std is missing.
+
+    Raises:
+        SourceError: If the values are of another kind.
+    """
+    if any(config.get(key) is None for key in ("input_size", "mean", "std")):
+        return None
+    try:
+        channels, height, width = (int(size) for size in config["input_size"])
+        return Preprocessing(
+            input_size=(channels, height, width),
+            mean=tuple(float(value) for value in config["mean"]),
+            std=tuple(float(value) for value in config["std"]),
+            interpolation=str(config.get("interpolation") or "bilinear"),
+            fixed_size=bool(config.get("fixed_input_size", False)),
+        )
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"its preprocessing cannot be read ({error}). Give preprocessing=Preprocessing(...)."
+        ) from error
+
+
+def checked_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
+    """The same, once its parts fit each other.
+
+    Raises:
+        SourceError: If a size is not positive, or mean and std have not one positive value for each channel.
+    """
+    size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
+    if len(size) != 3 or min(size) < 1 or len(mean) != size[0] or len(std) != size[0] or min(std) <= 0:
+        raise SourceError(
+            f"preprocessing needs input_size (channels, height, width) and one mean and one positive std for each "
+            f"channel; found input_size={size}, mean={mean}, std={std}. Give preprocessing=Preprocessing(...)."
+        )
+    return preprocessing
+
+
+def offline() -> bool:
+    """Whether the user told Hugging Face's client, and so everything here, to stay off the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def check_download(url: str) -> None:
+    """Raise if weights that torch.hub would download are not cached and the user asked to stay offline.
+
+    Raises:
+        SourceError: In that case.
+    """
+    file = Path(hub.get_dir()) / "checkpoints" / Path(url).name
+    if offline() and not file.is_file():
+        raise SourceError(
+            f"its weights are not in the local cache ({file}) and HF_HUB_OFFLINE is set. Unset it once to download "
+            f"{url}, copy that file there, or take pretrained=False for random weights."
+        )

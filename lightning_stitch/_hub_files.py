@@ -1,0 +1,110 @@
+"""Single files of a hub repository, with a clear error at once where they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_stitch._blueprint import first_lines, offline
+from lightning_stitch.errors import SourceError
+
+
+def check_hub_file(repo: str, filename: str, *, revision: str | None = None) -> str:
+    """Find a file of a hub repository without downloading it.
+
+    One request without retries: `hf_hub_download` and timm retry a dead network for up to 49 seconds.
+
+    Args:
+        repo: "ORG/NAME".
+        filename: A file at the top of the repository.
+        revision: Branch, tag or commit; None: the default branch.
+
+    Returns:
+        The commit that the revision means: the hub's word, or the local cache's where the hub cannot be asked.
+
+    Raises:
+        SourceError: If the repository, the revision or the file does not exist, or the hub cannot be reached and the
+            file is not in the cache.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unreachable = _client_errors()
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
+        return metadata.commit_hash or revision or "main"  # a mirror may not tell the commit
+    except HFValidationError as error:
+        raise SourceError(f"{repo!r} is no name of a hub repository ({error}).") from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"hub repository {repo!r} is gated. Ask for access on its page, then log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"the hub has no repository {repo!r} that you may see. Check the spelling; if it is private, log in with "
+            f"`hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"hub repository {repo!r} has no revision {revision!r}.") from error
+    except EntryNotFoundError as error:
+        raise SourceError(
+            f"hub repository {repo!r} has no file {filename} at revision {revision or 'main'!r}. timm's layout has "
+            f"config.json and model.safetensors; pickled weights are never read, because they can carry code."
+        ) from error
+    except unreachable as error:
+        cached = try_to_load_from_cache(repo, filename, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name  # the cache names the folder of a snapshot after its commit
+        reason = "HF_HUB_OFFLINE is set" if offline() else f"the hub cannot be reached ({first_lines(error)})"
+        raise SourceError(
+            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) is not in the local cache, and "
+            f"{reason}. Download it once with a connection, or give a folder: 'local-dir:PATH'."
+        ) from error
+
+
+def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
+    """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
+
+    Args:
+        repo: "ORG/NAME".
+        filename: A file at the top of the repository.
+        revision: Branch, tag or commit; None: the default branch.
+
+    Returns:
+        The file in the local cache, which keeps it in a folder that is named after its commit.
+
+    Raises:
+        SourceError: As `check_hub_file`, or if the download breaks.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    commit = check_hub_file(repo, filename, revision=revision)
+    cached = try_to_load_from_cache(repo, filename, revision=commit)
+    if isinstance(cached, str):
+        return Path(cached)
+    failures: tuple[type[Exception], ...] = (EntryNotFoundError, *_client_errors())
+    try:
+        # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
+        return Path(hf_hub_download(repo, filename, revision=revision))
+    except failures as error:
+        raise SourceError(
+            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be downloaded: "
+            f"{first_lines(error)}. Check the connection and try again."
+        ) from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises for transport and HTTP failures.
+
+    Its transport errors moved from requests (OSErrors) to httpx (not OSErrors); the bases of its own error class name
+    the right family in each version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))

@@ -1,0 +1,257 @@
+"""Sources that timm builds: names of its registry, folders and hub repositories in its layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_stitch._blueprint import (
+    Blueprint,
+    check_download,
+    first_lines,
+    nearest,
+    plain_arguments,
+    preprocessing_from,
+)
+from lightning_stitch._hub_files import check_hub_file, hub_file
+from lightning_stitch.errors import SourceError
+
+# Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.
+Weights = Callable[[], dict[str, str]]
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+    """A timm name such as "resnet50.a1_in1k"; its weights come from the hub, pinned to a commit.
+
+    Raises:
+        SourceError: If timm knows no such model or tag, or its weights cannot be reached.
+    """
+    import timm
+    from timm.models import PretrainedCfg, get_pretrained_cfg
+
+    check_architecture(spec)
+    architecture = spec.partition(".")[0]
+    try:
+        registered = get_pretrained_cfg(spec) or PretrainedCfg()
+    except RuntimeError as error:
+        tagged = ", ".join(repr(name) for name in timm.list_pretrained(f"{architecture}.*"))
+        raise SourceError(
+            f"timm has no such tag for {architecture!r}; weights exist for: {tagged or 'none'}."
+        ) from error
+    # custom_load is for foreign files; what the hub holds is in timm's own form
+    config = registered.to_dict(remove_source=True) | {"custom_load": False}
+    weights: Weights | None = None
+    revision = None
+    if pretrained:
+        if registered.hf_hub_id:
+            revision = check_hub_file(registered.hf_hub_id, WEIGHTS)
+            weights = partial(_hub_weights, registered.hf_hub_id, None, revision)
+        elif registered.url and isinstance(registered.url, str):
+            check_download(registered.url)
+            weights = partial(dict, url=registered.url)
+        else:
+            raise SourceError("timm has no pre-trained weights for it. Take pretrained=False for random weights.")
+    return _blueprint(
+        spec=spec,
+        name=spec,
+        # with the tag: another version of timm may have another default
+        architecture=f"{architecture}.{config['tag']}" if config.get("tag") else architecture,
+        config=config,
+        arguments=plain_arguments(arguments, builder="timm"),
+        weights=weights,
+        revision=revision,
+    )
+
+
+def from_folder(spec: str, path: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+    """A folder in timm's layout: config.json and model.safetensors.
+
+    Raises:
+        SourceError: If the folder or one of the files is missing, or only pickled weights are there.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise SourceError(f"there is no folder {path!r}. Expected one that holds {CONFIG} and {WEIGHTS}.")
+    if not (folder / CONFIG).is_file():
+        raise SourceError(f"the folder holds no {CONFIG}, but {_contents(folder)}. timm.models.save_for_hf writes one.")
+    if pretrained and not (folder / WEIGHTS).is_file():
+        pickled = [file.name for file in folder.iterdir() if file.suffix in UNSAFE_SUFFIXES]
+        advice = (
+            f"Reading {pickled[0]} could run code that it carries, so only safetensors are read. If you trust it, "
+            f'convert it once: timm.models.save_for_hf(timm.create_model("{spec}", pretrained=True), "{path}", '
+            f"safe_serialization=True)"
+            if pickled
+            else "Take pretrained=False for random weights"
+        )
+        raise SourceError(f"the folder holds no {WEIGHTS}, but {_contents(folder)}. {advice}.")
+    architecture, config, saved = _read_config(folder / CONFIG)
+    return _blueprint(
+        spec=spec,
+        name=folder.resolve().name,
+        architecture=architecture,
+        config=config,
+        arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
+        weights=partial(dict, file=str(folder / WEIGHTS)) if pretrained else None,
+    )
+
+
+def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+    """A hub repository in timm's layout, "ORG/NAME" or "ORG/NAME@REVISION", pinned to the commit that was found.
+
+    Raises:
+        SourceError: If the repository, the revision or a file is missing, or the hub cannot be reached.
+    """
+    repo, at, wanted = repository.partition("@")
+    if repo.count("/") != 1 or not all(repo.split("/")) or (at and not wanted):
+        raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
+    config_file = hub_file(repo, CONFIG, revision=wanted or None)
+    revision = config_file.parent.name
+    architecture, config, saved = _read_config(config_file)
+    if pretrained:
+        check_hub_file(repo, WEIGHTS, revision=revision)
+    return _blueprint(
+        spec=spec,
+        name=repo.partition("/")[2],
+        architecture=architecture,
+        config=config,
+        arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
+        weights=partial(_hub_weights, repo, revision, revision) if pretrained else None,
+        revision=revision,
+    )
+
+
+def check_architecture(name: str) -> None:
+    """Raise unless timm's registry knows the architecture, tag or not.
+
+    Raises:
+        SourceError: With the three nearest names.
+    """
+    import timm
+
+    architecture, known = name.partition(".")[0], timm.list_models()
+    if architecture not in known:
+        hint = ""
+        if any(sign in name for sign in "/\\"):
+            hint = f" A hub repository is written 'hf-hub:{name}', a folder 'local-dir:{name}'."
+        elif "@" in name:
+            hint = " A revision can only be given to 'hf-hub:ORG/NAME@REVISION'."
+        raise SourceError(
+            f"timm {timm.__version__} knows no model {architecture!r}. Nearest: {nearest(architecture, known)}. "
+            f"timm.list_models() lists all.{hint}"
+        )
+
+
+def create(
+    architecture: str,
+    arguments: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
+) -> nn.Module:
+    """Let timm build the network and, where weights are given, load them strictly.
+
+    Raises:
+        SourceError: If timm does not take the arguments, or the weights do not fit.
+    """
+    import timm
+
+    location = weights() if weights else {}
+    try:
+        return timm.create_model(
+            architecture,
+            pretrained=bool(location),
+            pretrained_cfg={**config, **location} if config else None,
+            **arguments,
+        )
+    except Exception as error:  # timm and its readers raise whatever they meet; here it gets the user's words
+        what = f"load {next(iter(location.values()))} into" if location else "build"
+        raise SourceError(
+            f"timm could not {what} {architecture!r} with arguments {dict(arguments)}: {first_lines(error)}"
+        ) from error
+
+
+def _blueprint(
+    *,
+    spec: str,
+    name: str,
+    architecture: str,
+    config: dict[str, Any],
+    arguments: dict[str, Any],
+    weights: Weights | None,
+    revision: str | None = None,
+) -> Blueprint:
+    """Put the parts together, provided that the arguments leave the weights whole."""
+    if weights and arguments.get("num_classes", config["num_classes"]) != config["num_classes"]:
+        raise SourceError(
+            f"the pre-trained weights have {config['num_classes']} classes; arguments ask for "
+            f"{arguments['num_classes']}, which would make the classifier random. Leave num_classes out: a stitched "
+            f"network gets a head of its own."
+        )
+    size = list(config["input_size"])
+    size[0] = arguments.get("in_chans", size[0])
+    if (grid := arguments.get("img_size")) is not None:
+        size[1:] = [grid, grid] if isinstance(grid, int) else grid
+    flexible = arguments.get("dynamic_img_size", False) or not arguments.get("strict_img_size", True)
+    fixed = config.get("fixed_input_size", False) and not flexible
+    return Blueprint(
+        spec=spec,
+        name=name,
+        builder="timm",
+        architecture=architecture,
+        build=partial(create, architecture, arguments, config=config, weights=weights),
+        arguments=arguments,
+        preprocessing=preprocessing_from({**config, "input_size": size, "fixed_input_size": fixed}),
+        licence=config.get("license"),
+        revision=revision,
+    )
+
+
+def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A folder's architecture, its pretrained_cfg, and the arguments that rebuild it."""
+    from timm.models import PretrainedCfg, get_pretrained_cfg
+
+    fields = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        architecture = str(whole["architecture"])
+        saved = whole.get("pretrained_cfg", whole)  # older files hold both in one dict
+        declared = PretrainedCfg(**{key: value for key, value in saved.items() if key in fields})
+        channels, *grid = declared.input_size
+        arguments = {"num_classes": whole.get("num_classes", declared.num_classes), **(whole.get("model_args") or {})}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"its {CONFIG} is not in timm's layout, a dict with 'architecture' and 'pretrained_cfg' "
+            f"({type(error).__name__}: {error}). timm.models.save_for_hf writes one."
+        ) from error
+    check_architecture(architecture)
+    config = declared.to_dict(remove_source=True)
+    config |= {"architecture": architecture, "num_classes": arguments["num_classes"], "custom_load": False}
+    # The rebuilt architecture gets timm's own pretrained_cfg: what differs from that must stand in the arguments.
+    default = get_pretrained_cfg(architecture) or PretrainedCfg()
+    if channels != default.input_size[0]:
+        arguments.setdefault("in_chans", channels)
+    if declared.fixed_input_size and grid != list(default.input_size[1:]):
+        arguments.setdefault("img_size", grid)
+    return architecture, config, arguments
+
+
+def _contents(folder: Path) -> str:
+    """What lies in a folder, for an error."""
+    names = sorted(file.name for file in folder.iterdir())
+    return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "nothing at all"
+
+
+def _hub_weights(repo: str, revision: str | None, commit: str) -> dict[str, str]:
+    """Where timm finds a hub repository's weights, after the download."""
+    file = hub_file(repo, WEIGHTS, revision=revision)
+    if file.parent.name != commit:
+        raise SourceError(f"hub repository {repo!r} moved on from commit {commit} while it was read. Load it again.")
+    return {"file": str(file)}

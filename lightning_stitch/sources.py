@@ -1,0 +1,330 @@
+"""Sources: from what a user writes ("resnet50.a1_in1k", "local-dir:PATH", a module) to a network with identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stitch import _timm_sources as timm_sources
+from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
+from lightning_stitch._module_sources import (
+    call_factory,
+    create_torchvision,
+    declared_config,
+    declared_preprocessing,
+    from_factory,
+    from_module,
+    from_torchvision,
+)
+from lightning_stitch.errors import RecipeError, SourceError
+from lightning_stitch.recipe import Preprocessing, SourceRef
+
+SPECS = (
+    "a timm name ('resnet50.a1_in1k'), 'torchvision:NAME', 'local-dir:PATH', 'hf-hub:ORG/NAME[@REVISION]', "
+    "'python:package.module:factory', or a live torch.nn.Module"
+)
+
+
+@dataclass(slots=True)
+class Source:
+    """A pre-trained network with its identity, licence and preprocessing.
+
+    Attributes:
+        ref: Its identity, and what rebuilds its architecture.
+        module: The network in eval mode, on the CPU unless it was given as a live module that is elsewhere.
+    """
+
+    ref: SourceRef
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """The short name by which fragments refer to it."""
+        return self.ref.name
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How it wants its images."""
+        return self.ref.preprocessing
+
+    @property
+    def licence(self) -> str | None:
+        """SPDX identifier or the hub's licence word; None where unknown."""
+        return self.ref.licence
+
+
+def load_source(
+    spec: str | nn.Module,
+    *,
+    name: str | None = None,
+    pretrained: bool = True,
+    licence: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Source:
+    """Load one source.
+
+    Random weights depend on the spec alone, and the global random state of torch is left as it was. A live module is
+    copied, not changed.
+
+    Args:
+        spec: A timm name, "torchvision:NAME", "local-dir:PATH" (timm's config.json and model.safetensors),
+            "hf-hub:ORG/NAME[@REVISION]" (the same files), "python:package.module:factory", or a live module.
+        name: Short name; None: the timm name, the folder's or repository's name, NAME, factory. Live modules need one.
+        pretrained: Whether to load weights; False: random ones, without the network except for a hub's config.json.
+            Factories and live modules bring their own weights either way.
+        licence: Overrides what the source says of itself.
+        arguments: Keyword arguments of the builder or factory, plain JSON.
+        preprocessing: Overrides what the source says of itself; factories and live modules may say nothing.
+
+    Returns:
+        The source, its module in eval mode, its weights hashed.
+
+    Raises:
+        SourceError: If the source cannot be found or reached, its weights do not fit or hold NaN, or its preprocessing
+            is unknown.
+
+    Example:
+        >>> source = load_source("test_resnet.r160_in1k", pretrained=False)
+        >>> source.name, source.preprocessing.input_size
+        ('test_resnet.r160_in1k', (3, 160, 160))
+    """
+    return _load(
+        _find(
+            spec,
+            name=name,
+            pretrained=pretrained,
+            licence=licence,
+            arguments=arguments,
+            preprocessing=preprocessing,
+        )
+    )
+
+
+def check_source(spec: str | nn.Module, **options: Any) -> None:
+    """Raise what `load_source` with the same arguments would raise, as far as that shows without reading weights.
+
+    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
+
+    Args:
+        spec: As in `load_source`.
+        options: Keyword arguments as in `load_source`.
+
+    Raises:
+        SourceError: If the source cannot be found or reached.
+    """
+    _find(spec, **options)
+
+
+def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Source]:
+    """Load several sources; all are found before the first one's weights are read.
+
+    Args:
+        specs: Specs as in `load_source`, or mappings {"spec": ..., and keyword arguments of `load_source`}.
+
+    Returns:
+        The sources in the same order. A name that occurs again gets "#2", "#3", ... behind it.
+
+    Raises:
+        SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
+    """
+    if isinstance(specs, str | nn.Module | Mapping) or not specs:
+        raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {specs!r}.")
+    blueprints, failures = [], []
+    for spec in specs:
+        try:
+            blueprints.append(_find_mapping(spec) if isinstance(spec, Mapping) else _find(spec))
+        except SourceError as error:
+            failures.append(str(error))
+    if failures:
+        listed = "\n".join(f"- {failure}" for failure in failures)
+        raise SourceError(f"{len(failures)} of {len(specs)} sources cannot be had; nothing was loaded.\n{listed}")
+    taken: set[str] = set()
+    for index, blueprint in enumerate(blueprints):
+        name, count = blueprint.name, 1
+        while name in taken:
+            count += 1
+            name = f"{blueprint.name}#{count}"
+        taken.add(name)
+        blueprints[index] = dataclasses.replace(blueprint, name=name)
+    return [_load(blueprint) for blueprint in blueprints]
+
+
+def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Module:
+    """Rebuild a source's architecture with random weights: no network, no files.
+
+    Args:
+        ref: The source's identity, from a recipe.
+        trust_factory: Whether a "python" source's factory may be imported and called; that runs its code.
+
+    Returns:
+        The network in eval mode; its weights depend on `ref.spec` alone.
+
+    Raises:
+        RecipeError: If the builder does not know the architecture, or it may not or cannot be built.
+    """
+    problem = f"The architecture of source {ref.name!r} cannot be rebuilt: "
+    if ref.builder == "live":
+        raise RecipeError(
+            f"{problem}it was given as a live module ({ref.architecture}). Load it as 'python:package.module:factory' "
+            f"instead, with a function that returns such a module, and compose again."
+        )
+    if ref.builder == "python" and not trust_factory:
+        raise RecipeError(
+            f"{problem}that would import {ref.architecture.partition(':')[0]!r} and call {ref.architecture!r} with "
+            f"{ref.arguments}. If you trust that code, pass trust_factory=True."
+        )
+    if reserved := reserved_arguments(ref.builder, ref.arguments):
+        raise RecipeError(f"{problem}its arguments {reserved} would make {ref.builder} read files or the network.")
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "timm": partial(_checked_timm, ref.architecture, ref.arguments),
+        "torchvision": partial(create_torchvision, ref.architecture, ref.arguments),
+        "python": partial(call_factory, ref.architecture, ref.arguments),
+    }
+    if ref.builder not in builders:
+        raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(builders)}.")
+    try:
+        with _seeded(ref.spec):
+            return builders[ref.builder]().eval()
+    except SourceError as error:
+        raise RecipeError(problem + str(error)) from error
+
+
+def _find(
+    spec: str | nn.Module,
+    *,
+    name: str | None = None,
+    pretrained: bool = True,
+    licence: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Blueprint:
+    """Find a source, with the user's overrides; every failure names the spec."""
+    try:
+        if isinstance(spec, nn.Module):
+            found = from_module(spec, name, preprocessing)
+        elif isinstance(spec, str) and spec.strip():
+            found = _find_text(spec, pretrained, arguments)
+        else:
+            raise SourceError(f"expected {SPECS}.")
+        chosen = preprocessing or found.preprocessing
+        return dataclasses.replace(
+            found,
+            name=name or found.name,
+            licence=licence or found.licence,
+            preprocessing=checked_preprocessing(chosen) if chosen else None,
+        )
+    except SourceError as error:
+        raise SourceError(f"Source {_shown(spec)}: {error}") from error
+
+
+def _find_mapping(options: Mapping[str, Any]) -> Blueprint:
+    """A source given with options, as a YAML file gives it."""
+    allowed = list(inspect.signature(_find).parameters)
+    if "spec" not in options or not options.keys() <= set(allowed):
+        raise SourceError(f"A source given as a mapping needs 'spec' and may hold {allowed}; found {list(options)}.")
+    chosen = dict(options)
+    wanted = chosen.get("preprocessing")
+    if isinstance(wanted, Mapping):
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()
+        }
+        try:
+            chosen["preprocessing"] = Preprocessing(**fields)
+        except TypeError as error:
+            raise SourceError(f"Source {_shown(options['spec'])}: preprocessing cannot be read ({error}).") from error
+    return _find(**chosen)
+
+
+def _shown(spec: object) -> str:
+    """A spec in an error; a module's own text would be its whole structure."""
+    return type(spec).__name__ if isinstance(spec, nn.Module) else repr(spec)
+
+
+def _find_text(spec: str, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+    """Dispatch on the prefix."""
+    prefix, colon, rest = spec.partition(":")
+    if not colon:
+        return timm_sources.from_registry(spec, pretrained=pretrained, arguments=arguments)
+    finders: dict[str, Callable[..., Blueprint]] = {
+        "torchvision": from_torchvision,
+        "local-dir": timm_sources.from_folder,
+        "hf-hub": timm_sources.from_hub,
+        "python": from_factory,
+    }
+    if prefix not in finders:
+        raise SourceError(f"unknown prefix {prefix!r}. Expected {SPECS}.")
+    if not rest:
+        raise SourceError(f"nothing follows {prefix!r}. Expected {SPECS}.")
+    return finders[prefix](spec, rest, pretrained=pretrained, arguments=arguments)
+
+
+def _checked_timm(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Only names of timm's registry: `timm.create_model` itself would follow "hf-hub:" and "local-dir:"."""
+    timm_sources.check_architecture(architecture)
+    return timm_sources.create(architecture, arguments)
+
+
+def _load(blueprint: Blueprint) -> Source:
+    """Build a found source and take its identity."""
+    try:
+        with _seeded(blueprint.spec):
+            module = blueprint.build().eval()
+        weight_hash = _weight_hash(module.state_dict())
+        preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
+    except SourceError as error:
+        raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
+    licence = blueprint.licence or declared_config(module).get("license")
+    ref = SourceRef(
+        name=blueprint.name,
+        spec=blueprint.spec,
+        builder=blueprint.builder,
+        architecture=blueprint.architecture,
+        weight_hash=weight_hash,
+        preprocessing=preprocessing,
+        arguments=blueprint.arguments,
+        revision=blueprint.revision,
+        licence=licence,
+    )
+    return Source(ref=ref, module=module)
+
+
+@contextmanager
+def _seeded(spec: str) -> Iterator[None]:
+    """Random numbers that depend on the spec alone; torch's global state is restored after."""
+    seed = int.from_bytes(hashlib.sha256(spec.encode()).digest()[:8], "big")
+    with torch.random.fork_rng(devices=[]):
+        # `torch.manual_seed` would seed the accelerators too, which fork_rng leaves out here.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _weight_hash(state_dict: Mapping[str, Any]) -> str:
+    """SHA-256 over sorted names, dtypes, shapes and bytes of all tensors, which must exist and hold no NaN."""
+    digest = hashlib.sha256()
+    tensors = {name: value for name, value in sorted(state_dict.items()) if isinstance(value, Tensor)}
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise SourceError(
+            f"{len(empty)} tensors ({empty[0]}, ...) are on the meta device. Load weights into them first."
+        )
+    broken = [name for name, tensor in tensors.items() if torch.isnan(tensor).any()]
+    if broken:
+        raise SourceError(
+            f"{len(broken)} of {len(tensors)} weight tensors hold NaN ({', '.join(broken[:3])}): the file is damaged, "
+            f"or its training diverged. Choose other weights."
+        )
+    for name, tensor in tensors.items():
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
