@@ -1,0 +1,226 @@
+"""Turn a network into a flat graph of leaf operations, and learn what each of them yields and costs.
+
+Tracing is torch.fx's. What is added: the scopes of the module calls (to name cuts), the rules for what stays whole, and
+one pass over fake tensors that gives every value's shape and every node's multiply-accumulates without computing
+anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_stitch.errors import CutError
+
+_PREFIX = "network"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of a submodule during the trace: the nodes it made, [first, last), and the value it returned."""
+
+    path: str
+    module_type: type[nn.Module]
+    first: int
+    last: int
+    output: fx.Node | None
+    is_leaf: bool
+
+
+class _OneInput(nn.Module):
+    """Calls the network with one positional argument, so that its optional arguments keep their defaults."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
+
+
+class _ScopeTracer(fx.Tracer):
+    """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes."""
+
+    def __init__(self) -> None:
+        # timm lists what cannot be traced through; a network of timm's has loaded timm.layers already.
+        timm_layers = sys.modules.get("timm.layers")
+        functions = timm_layers.get_notrace_functions() if timm_layers else []
+        super().__init__(autowrap_functions=tuple(functions))
+        self._whole: tuple[type, ...] = tuple(timm_layers.get_notrace_modules()) if timm_layers else ()
+        self.calls: list[ModuleCall] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._whole) or _is_random(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        first = len(self.graph.nodes)
+        output = super().call_module(m, forward, args, kwargs)
+        self.calls.append(
+            ModuleCall(
+                path=path.removeprefix(_PREFIX).removeprefix("."),
+                module_type=type(m),
+                first=first,
+                last=len(self.graph.nodes),
+                output=output.node if isinstance(output, fx.Proxy) else None,
+                is_leaf=self.is_leaf_module(m, path),
+            )
+        )
+        return output
+
+
+def _is_random(module: nn.Module) -> bool:
+    """True for a small module that asks whether it is training (drop path, attention with dropout).
+
+    A trace in eval mode would freeze the answer. `F.dropout` is excepted: `trace` turns it into a module.
+    """
+    code = getattr(type(module).forward, "__code__", None)
+    names = code.co_names if code else ()
+    is_small = not any(list(child.children()) for child in module.children())
+    return is_small and "training" in names and "dropout" not in names
+
+
+def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
+    """Trace a network in eval mode into a graph with one placeholder; the network's modes are restored.
+
+    Args:
+        network: Any module whose forward takes one image batch (further arguments keep their defaults). Not changed.
+
+    Returns:
+        The graph module, which shares the network's parameters and names, and the module calls in order of return.
+
+    Raises:
+        CutError: If torch.fx cannot trace it; the message names the reason.
+    """
+    modes = {module: module.training for module in network.modules()}
+    tracer = _ScopeTracer()
+    try:
+        network.eval()
+        graph = tracer.trace(_OneInput(network))
+    except Exception as error:
+        raise CutError(
+            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}\n"
+            f"Control flow that depends on the values of a tensor stops torch.fx. Register the part that does it as "
+            f"a whole with timm.layers.register_notrace_module, or give a part of the network that has none."
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module in modes:
+            # LeViT, EfficientFormer and kin keep traced proxies in this cache, which breaks them afterwards.
+            cache = getattr(module, "attention_bias_cache", None)
+            if isinstance(cache, dict):
+                cache.clear()
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix(_PREFIX + ".")
+    traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
+    replaced = _dropout_as_modules(traced)
+    traced.graph.lint()
+    calls = [dataclasses.replace(call, output=replaced.get(call.output, call.output)) for call in tracer.calls]
+    return traced, calls
+
+
+
+def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]:
+    """Replace `F.dropout(x, p, training=False)` by an `nn.Dropout`, which follows train() and eval() again."""
+    replaced: dict[fx.Node | None, fx.Node] = {}
+    for index, node in enumerate(list(traced.graph.nodes)):
+        if node.op != "call_function" or node.target is not functional.dropout:
+            continue
+        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        name = f"functional_dropout_{index}"
+        traced.add_submodule(name, nn.Dropout(p))
+        with traced.graph.inserting_before(node):
+            replacement = traced.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
+        node.replace_all_uses_with(replacement)
+        traced.graph.erase_node(node)
+        replaced[node] = replacement
+    traced.recompile()
+    return replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """What a node yields for one batch size: shape and dtype of a tensor, or the value of anything else."""
+
+    shape: tuple[int, ...] | None
+    is_floating: bool
+    value: Any
+    macs: int
+
+
+class _Prober(fx.Interpreter):
+    """Runs a graph on fake tensors and notes what every node yields and how many FLOPs it takes."""
+
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module)
+        self.counter = counter
+        self.yields: dict[fx.Node, Yield] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise CutError(f"{n.format_node() or n.name} fails in a dry run: {type(error).__name__}: {error}") from error
+        macs = (self.counter.get_total_flops() - before) // 2
+        if isinstance(result, Tensor):
+            self.yields[n] = Yield(tuple(result.shape), result.is_floating_point(), None, macs)
+        else:
+            self.yields[n] = Yield(None, False, result, macs)
+        return result
+
+
+def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
+    """What every node yields for `batch_size` images of that size, and its MACs for the whole batch (eval mode).
+
+    Nothing is computed: the run is on fake tensors. One MAC is one multiply-accumulate, half of what
+    `torch.utils.flop_counter` counts; element-wise operations, norms, pooling and resampling count nothing.
+
+    Raises:
+        CutError: If the graph does not accept images of that size; the message names the operation.
+    """
+    modes = {module: module.training for module in traced.modules()}
+    parameter = next(traced.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    # Without this the attention backends differ in what the counter knows; the plain one counts as two matmuls.
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    try:
+        traced.eval()
+        counter = FlopCounterMode(display=False)
+        # Gradients stay on: fake views of parameters cannot be made without.
+        with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), attention, counter:
+            images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
+            prober = _Prober(traced, counter)
+            prober.run(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return prober.yields
+
+
+IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ior", "iand", "setitem")
+)
+
+
+def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True where a node may write into its first argument."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        named = name.endswith("_") and not name.endswith("__")
+        return node.target in IN_PLACE_OPERATORS or named or bool(node.kwargs.get("inplace"))
+    return node.op == "call_module" and bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
