@@ -1,0 +1,231 @@
+"""Fold a stitch's affine map into the layer before or behind it, where that is exact, and say what it costs where.
+
+Into the consumer: a linear layer, or a dense convolution that is not padded with zeros (or any dense convolution when
+the stitch has no bias). Into the producer: a dense convolution or linear layer, with or without an eval-mode BatchNorm,
+that ends the fragment. Elsewhere the stitch stays a layer of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_stitch.errors import CutError
+from lightning_stitch.recipe import Placement, StitchSpec
+from lightning_stitch.stitches import Stitch
+
+
+def consumer_layers(fragment: fx.GraphModule, *, bias: bool) -> list[nn.Conv2d | nn.Linear] | None:
+    """The layers at a fragment's entry that could take a stitch in; None where folding would not be exact.
+
+    Every reader of the input must be a dense convolution or a linear layer used once. A stitch with a bias does not go
+    into a convolution with zero padding: the border sees zeros, not the bias.
+    """
+    entry = next(node for node in fragment.graph.nodes if node.op == "placeholder")
+    readers = list(entry.users)
+    layers = [_dense_layer(fragment, node) for node in readers]
+    targets = [node.target for node in fragment.graph.nodes if node.op == "call_module"]
+    for reader, layer in zip(readers, layers, strict=True):
+        if layer is None or targets.count(reader.target) > 1:
+            return None
+        if bias and isinstance(layer, nn.Conv2d) and any(_padding(layer)) and layer.padding_mode == "zeros":
+            return None
+    return [layer for layer in layers if layer is not None] or None
+
+
+def producer_layers(fragment: fx.GraphModule) -> tuple[nn.Conv2d | nn.Linear, nn.BatchNorm2d | None] | None:
+    """The layer at a fragment's end, and the BatchNorm behind it, that could take a stitch in; None where not exact."""
+    node = _through_identities(fragment, next(n for n in fragment.graph.nodes if n.op == "output").args[0])
+    norm = None
+    module = _module(fragment, node)
+    if isinstance(module, nn.BatchNorm2d) and _is_affine_in_eval(module) and len(node.args) == 1:
+        norm = module
+        node = _through_identities(fragment, node.args[0])
+    layer = _dense_layer(fragment, node)
+    targets = [n.target for n in fragment.graph.nodes if n.op == "call_module"]
+    if layer is None or len(node.users) != 1 or targets.count(node.target) > 1:
+        return None
+    return layer, norm
+
+
+def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
+    """Change the fragment's first layers, in place, so that they take the sender's channels.
+
+    W'[o, :, k, l] = W[o, :, k, l] A and b' = b + sum over k, l of W[., ., k, l] a.
+
+    Raises:
+        CutError: If that is not exact here.
+    """
+    weight, bias = _numbers(stitch)
+    layers = consumer_layers(fragment, bias=bias is not None)
+    if layers is None:
+        raise CutError("This stitch cannot be folded into the fragment behind it: not all its readers are dense layers.")
+    for layer in layers:
+        old = layer.weight.detach().double()
+        if isinstance(layer, nn.Conv2d):
+            new = torch.einsum("oikl,ic->ockl", old, weight)
+            shift = None if bias is None else torch.einsum("oikl,i->o", old, bias)
+            layer.in_channels = new.shape[1]
+        else:
+            new = old @ weight
+            shift = None if bias is None else old @ bias
+            layer.in_features = new.shape[1]
+        _set(layer, new, shift if layer.bias is None or shift is None else shift + layer.bias.detach().double())
+
+
+def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
+    """Change the fragment's last layer, in place, so that it yields the receiver's channels; its BatchNorm goes with it.
+
+    W' = A W and b' = A b + a, after the BatchNorm's running statistics are folded into W and b.
+
+    Raises:
+        CutError: If that is not exact here.
+    """
+    weight, bias = _numbers(stitch)
+    found = producer_layers(fragment)
+    if found is None:
+        raise CutError("This stitch cannot be folded into the fragment before it: it does not end in a dense layer.")
+    layer, norm = found
+    old = layer.weight.detach().double()
+    shift = torch.zeros(old.shape[0], dtype=old.dtype, device=old.device)
+    if layer.bias is not None:
+        shift = layer.bias.detach().double()
+    if norm is not None:
+        scale, offset = _batch_norm_as_affine(norm)
+        old = old * scale.view(-1, *[1] * (old.ndim - 1))
+        shift = shift * scale + offset
+        _remove(fragment, norm)
+    new = torch.einsum("po,o...->p...", weight, old)
+    shift = weight @ shift if bias is None else weight @ shift + bias
+    if isinstance(layer, nn.Conv2d):
+        layer.out_channels = new.shape[0]
+    else:
+        layer.out_features = new.shape[0]
+    _set(layer, new, shift)
+
+
+def choose_placement(before: fx.GraphModule, after: fx.GraphModule, spec: StitchSpec, *, before_taken: bool) -> Placement:
+    """Where a stitch costs the fewest multiply-accumulates among the places where it is exact.
+
+    Args:
+        before: The sender's last piece.
+        after: The receiver's first piece.
+        spec: The stitch.
+        before_taken: True where the sender's last layer already holds the stitch before, which it can do only once.
+    """
+    options: list[tuple[int, Placement]] = [(stitch_cost(spec, before, after, "explicit")[1], "explicit")]
+    if producer_layers(before) is not None and not before_taken:
+        options.append((stitch_cost(spec, before, after, "producer")[1], "producer"))
+    if spec.out_prefix_tokens == 0 and consumer_layers(after, bias=spec.bias) is not None:
+        options.append((stitch_cost(spec, before, after, "consumer")[1], "consumer"))
+    return min(options)[1]
+
+
+def stitch_cost(
+    spec: StitchSpec, before: fx.GraphModule, after: fx.GraphModule, placement: Placement
+) -> tuple[int, int]:
+    """(parameters, multiply-accumulates per image) that a stitch adds to its fragments; a fold can make them negative.
+
+    A fold's layers are taken to work on the grid of the cut they touch, divided by their stride.
+    """
+    inputs, outputs = spec.in_channels, spec.out_channels
+    if placement == "explicit":
+        grids = [size[0] * size[1] for size in (spec.in_size, spec.out_size) if size is not None]
+        steps = min(grids) if spec.out_size is not None else 1
+        return inputs * outputs + (outputs if spec.bias else 0), inputs * outputs * steps
+    if placement == "producer":
+        found = producer_layers(before)
+        assert found is not None
+        layer, norm = found
+        per_channel = layer.weight[0].numel()
+        steps = 1 if spec.in_size is None else spec.in_size[0] * spec.in_size[1]
+        parameters = (outputs - inputs) * per_channel + outputs
+        parameters -= inputs if layer.bias is not None else 0
+        parameters -= 2 * inputs if norm is not None and norm.affine else 0
+        return parameters, (outputs - inputs) * per_channel * steps
+    layers = consumer_layers(after, bias=spec.bias)
+    assert layers is not None
+    parameters = macs = 0
+    for layer in layers:
+        per_channel = layer.weight[:, 0].numel()
+        steps = 1
+        if isinstance(layer, nn.Conv2d) and spec.out_size is not None:
+            steps = _output_steps(layer, spec.out_size)
+        elif spec.out_size is not None:
+            steps = spec.out_size[0] * spec.out_size[1]
+        parameters += (inputs - outputs) * per_channel
+        parameters += layer.weight.shape[0] if spec.bias and layer.bias is None else 0
+        macs += (inputs - outputs) * per_channel * steps
+    return parameters, macs
+
+
+def _output_steps(layer: nn.Conv2d, size: tuple[int, int]) -> int:
+    steps = 1
+    for side, padding, dilation, kernel, stride in zip(
+        size, _padding(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
+    ):
+        steps *= (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return steps
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    if layer.padding == "valid":
+        return (0, 0)
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return tuple(int(p) for p in layer.padding)
+
+
+def _numbers(stitch: Stitch) -> tuple[Tensor, Tensor | None]:
+    assert stitch.weight is not None
+    return stitch.weight.detach().double(), None if stitch.bias is None else stitch.bias.detach().double()
+
+
+def _set(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=layer.weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=layer.weight.requires_grad)
+
+
+def _module(fragment: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return fragment.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _dense_layer(fragment: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+    module = _module(fragment, node)
+    # Subclasses pad or standardise on the fly, so only the plain classes are sure to be affine.
+    if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
+        return module  # type: ignore[return-value]
+    return None
+
+
+def _through_identities(fragment: fx.GraphModule, node: fx.Node) -> fx.Node:
+    while isinstance(_module(fragment, node), nn.Identity | nn.Dropout) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_affine_in_eval(norm: nn.BatchNorm2d) -> bool:
+    """A BatchNorm with running statistics and no activation of its own (timm's BatchNormAct2d may carry one)."""
+    extras = [getattr(norm, name) for name in ("act", "drop") if hasattr(norm, name)]
+    return norm.running_mean is not None and all(isinstance(extra, nn.Identity) for extra in extras)
+
+
+def _batch_norm_as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.detach().double()
+    offset = -norm.running_mean.detach().double() * scale
+    return scale, offset + norm.bias.detach().double() if norm.affine else offset
+
+
+def _remove(fragment: fx.GraphModule, norm: nn.Module) -> None:
+    for node in list(fragment.graph.nodes):
+        if _module(fragment, node) is norm:
+            node.replace_all_uses_with(node.args[0])
+            fragment.graph.erase_node(node)
+            fragment.delete_submodule(str(node.target))
+    fragment.recompile()

@@ -1,0 +1,138 @@
+"""Stitches: bridge the format, resample to the receiver's grid, apply an affine map.
+
+The map is fitted by centred ridge least squares on the same rows that CKA is scored on, so that what is scored is what
+runs. (The StitchNet paper's A = Y' pinv(X') is `bias=False, ridge=0`.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_stitch.functional import AffineMap
+from lightning_stitch.graph import Cut
+from lightning_stitch.recipe import Placement, StitchSpec
+
+
+def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample a map (batch, channels, height, width): anti-aliased where it shrinks, bilinear where it grows."""
+    if tuple(x.shape[-2:]) == size:
+        return x
+    return functional.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def to_map(x: Tensor, cut: Cut) -> Tensor:
+    """A cut's activation as (batch, channels, height, width), prefix tokens dropped; a vector as (batch, channels)."""
+    return _to_map(x, cut.format, cut.num_prefix_tokens)
+
+
+def _to_map(x: Tensor, format: str, num_prefix_tokens: int) -> Tensor:
+    if format == "NHWC":
+        return x.permute(0, 3, 1, 2)
+    if format == "tokens":
+        x = x[:, num_prefix_tokens:]
+        side = int(x.shape[1] ** 0.5)
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, x.shape[1] // side)
+    return x
+
+
+def is_bridgeable(sender: Cut, receiver: Cut) -> bool:
+    """Whether a stitch can lead from one cut to another: anything but a vector to a grid."""
+    return sender.format != "vector" or receiver.format == "vector"
+
+
+class Stitch(nn.Module):
+    """What joins one fragment's output to the next one's input.
+
+    Takes the sender's tensor, gives one of the receiver's shape. At another image size than the calibration's the
+    target grid scales with the sender's.
+
+    Args:
+        spec: The stitch's structure. A folded stitch has no parameters of its own.
+    """
+
+    prefix: Tensor | None
+
+    def __init__(self, spec: StitchSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        explicit = spec.placement == "explicit"
+        self.weight = nn.Parameter(torch.zeros(spec.out_channels, spec.in_channels)) if explicit else None
+        self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if explicit and spec.bias else None
+        prefix = torch.zeros(spec.out_prefix_tokens, spec.out_channels) if spec.out_prefix_tokens else None
+        self.register_buffer("prefix", prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The receiver's input from the sender's output."""
+        spec = self.spec
+        x = _to_map(x, spec.in_format, spec.in_prefix_tokens)
+        if spec.out_size is None:
+            return self._affine(x.mean((2, 3)) if x.ndim == 4 else x)
+        size = self._target_size(x)
+        if size[0] * size[1] > x.shape[-2] * x.shape[-1]:
+            # Both are linear and resampling weights sum to one, so they commute; the smaller grid costs less.
+            x = resample(self._affine(x), size)
+        else:
+            x = self._affine(resample(x, size))
+        if spec.out_format == "NHWC":
+            return x.permute(0, 2, 3, 1)
+        if spec.out_format == "tokens":
+            x = x.flatten(2).transpose(1, 2)
+            if self.prefix is not None:
+                x = torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        return x
+
+    def extra_repr(self) -> str:
+        """One line for print(network)."""
+        spec = self.spec
+        return (
+            f"{spec.in_format} {spec.in_channels}x{spec.in_size} -> {spec.out_format} {spec.out_channels}x{spec.out_size}, "
+            f"{spec.placement}"
+        )
+
+    def _affine(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return x
+        if x.ndim == 2:
+            return functional.linear(x, self.weight, self.bias)
+        return functional.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+    def _target_size(self, x: Tensor) -> tuple[int, int]:
+        calibrated, target = self.spec.in_size, self.spec.out_size
+        assert calibrated is not None
+        assert target is not None
+        height = round(target[0] * x.shape[-2] / calibrated[0])
+        width = round(target[1] * x.shape[-1] / calibrated[1])
+        return max(height, 1), max(width, 1)
+
+
+def stitch_spec(sender: Cut, receiver: Cut, *, bias: bool, placement: Placement = "explicit") -> StitchSpec:
+    """The structure of a stitch from one cut to another."""
+    return StitchSpec(
+        in_format=sender.format,
+        out_format=receiver.format,
+        in_channels=sender.channels,
+        out_channels=receiver.channels,
+        in_size=sender.grid,
+        out_size=receiver.grid,
+        in_prefix_tokens=sender.num_prefix_tokens,
+        out_prefix_tokens=receiver.num_prefix_tokens,
+        bias=bias,
+        placement=placement,
+    )
+
+
+def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
+    """An explicit stitch with the numbers of a fit; a placement in the spec is set aside until the fold."""
+    stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
+    with torch.no_grad():
+        assert stitch.weight is not None
+        stitch.weight.copy_(affine.weight)
+        if stitch.bias is not None and affine.bias is not None:
+            stitch.bias.copy_(affine.bias)
+        if stitch.prefix is not None and prefix is not None:
+            stitch.prefix.copy_(prefix)
+    return stitch.to(affine.weight.device)
