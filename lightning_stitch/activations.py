@@ -1,0 +1,155 @@
+"""Run a source once over the calibration images and keep what the search needs of every cut.
+
+Of each cut are kept: sampled rows (at most a fixed number for each image, so that memory is rows x channels whatever the
+image size), and, while the search lasts, the activation itself, to be carried on from there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.functional import CentredRows, centre_rows
+from lightning_stitch.graph import Cut
+from lightning_stitch.segments import CalibrationSettings, Segmented
+from lightning_stitch.stitches import resample, to_map
+
+Grid = tuple[int, int] | None
+
+
+@dataclass(slots=True)
+class CutStatistics:
+    """What the search keeps of one cut of one source.
+
+    Attributes:
+        cut: The cut.
+        rows: Sampled rows x channels, float32, in the order of the images; uncentred.
+        centred: The same made ready for CKA; None where the activation does not vary.
+        prefix: Mean of each prefix token (tokens x channels); None where there are none.
+    """
+
+    cut: Cut
+    rows: Tensor
+    centred: CentredRows | None
+    prefix: Tensor | None
+
+
+@dataclass(slots=True)
+class Calibrated:
+    """A source with what the calibration images gave at its cuts.
+
+    Attributes:
+        parts: The source taken apart.
+        statistics: One entry for each cut.
+        activations: The tensor at each cut, for all images, to be carried on; emptied by `release`.
+        features: What the source gives at its end (images x features), float32.
+    """
+
+    parts: Segmented
+    statistics: list[CutStatistics]
+    activations: list[Tensor]
+    features: Tensor = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.parts.name
+
+    def release(self) -> None:
+        """Let go of the carried activations; rows and features stay."""
+        self.activations.clear()
+
+
+def positions(grid: tuple[int, int], num_images: int, rows_per_image: int, seed: int) -> Tensor | None:
+    """Which grid positions are sampled of each image (images x rows), the same for all cuts of a grid.
+
+    None where the grid has no more than `rows_per_image` positions, and all are taken.
+    """
+    steps = grid[0] * grid[1]
+    if steps <= rows_per_image:
+        return None
+    # Seeded by the grid too, so that the draw does not depend on which cuts were met before.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {grid[0]}x{grid[1]}".encode()))
+    return torch.rand(num_images, steps, generator=generator).argsort(dim=1)[:, :rows_per_image].sort(dim=1).values
+
+
+def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings) -> Tensor:
+    """Rows x channels of an activation on a receiver's grid.
+
+    Args:
+        x: (images, channels, height, width), or (images, channels) for a vector.
+        grid: The receiver's grid; None: a vector, to which a map is averaged.
+        settings: Rows for each image and seed.
+    """
+    if grid is None:
+        return x.mean((2, 3)) if x.ndim == 4 else x
+    x = resample(x, grid).flatten(2)
+    chosen = positions(grid, len(x), settings.rows_per_image, settings.seed)
+    if chosen is not None:
+        x = x.gather(2, chosen.to(x.device)[:, None].expand(-1, x.shape[1], -1))
+    return x.transpose(1, 2).reshape(-1, x.shape[1])
+
+
+def statistics(x: Tensor, cut: Cut, settings: CalibrationSettings, *, name: str) -> CutStatistics:
+    """The statistics of one cut from its activation for all calibration images.
+
+    Raises:
+        CalibrationError: If there are too few rows for the estimator, or the activation is not finite.
+    """
+    rows = sampled_rows(to_map(x, cut), cut.grid, settings).float()
+    prefix = x[:, : cut.num_prefix_tokens].mean(0) if cut.num_prefix_tokens else None
+    return CutStatistics(cut, rows, centred_or_none(rows, settings, name=name), prefix)
+
+
+def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -> CentredRows | None:
+    """The rows made ready for CKA; None where they do not vary, so that the cut is no candidate.
+
+    Raises:
+        CalibrationError: If there are too few rows for the estimator, or some are not finite.
+    """
+    needed = 4 if settings.estimator == "debiased" else 2
+    if len(rows) >= needed and torch.isfinite(rows).all() and not _varies(rows):
+        return None
+    return centre_rows(rows, estimator=settings.estimator, name=name)
+
+
+def _varies(rows: Tensor) -> bool:
+    spread = rows.double().std(dim=0)
+    return bool((spread > 1e-6 * rows.double().abs().amax(dim=0).clamp(min=1e-30)).any())
+
+
+@torch.inference_mode()
+def calibrate(parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings) -> Calibrated:
+    """Run a source once over the calibration images.
+
+    Args:
+        parts: The source taken apart, on the device to run on.
+        images: Batches (batch, channels, height, width) in [0, 1].
+        settings: What to keep.
+
+    Raises:
+        CalibrationError: If there are too few images, or an activation is not finite.
+    """
+    kept: list[list[Tensor]] = [[] for _ in parts.pieces]
+    for batch in images:
+        x = parts.preprocess(batch)
+        for index, piece in enumerate(parts.pieces):
+            x = piece(x)
+            kept[index].append(x)
+    if not kept[0]:
+        raise CalibrationError("There are no calibration images.")
+    tensors = []
+    for batches in kept:
+        tensors.append(torch.cat(batches))
+        batches.clear()
+    features = tensors.pop()
+    found = [
+        statistics(x, cut, settings, name=f"cut {cut.name!r} of source {parts.name!r}")
+        for x, cut in zip(tensors, parts.cuts, strict=True)
+    ]
+    return Calibrated(parts, found, tensors, features.float())

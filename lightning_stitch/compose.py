@@ -1,0 +1,310 @@
+"""From sources and a few images to a ranked list of networks, without a Trainer.
+
+The order: cut the sources, refuse an impossible budget, run each source once over the calibration images, search, rank
+on the selection images, choose. Nothing here sees a test image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.activations import Calibrated, calibrate
+from lightning_stitch.cost import Budget
+from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
+from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.progress import Progress, Silent
+from lightning_stitch.ranking import Outcome, PrefixTree, Ranking, SelectionData, find_ranking
+from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts, Segmented, segment
+from lightning_stitch.sources import Source
+from lightning_stitch.space import Candidate, SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate with its place.
+
+    Attributes:
+        candidate: The candidate.
+        scores: What the ranking measured on the selection images, by name.
+        features: Width of its output.
+        seconds: Wall time of running it over the selection images.
+    """
+
+    candidate: Candidate
+    scores: dict[str, float]
+    features: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        ranked: All candidates, the references among them, best first.
+        best: The best that keeps the budget, an unmodified source where no other beat it.
+        best_source: The best unmodified source, budget or no.
+        best_self_stitched: The best source stitched to itself.
+        best_stitched: The best StitchNet within the budget; None: none was found.
+        rejected: How many compositions were turned down, by reason.
+        seconds: Wall time of each stage.
+        num_selection_labels: Labels that the ranking used.
+    """
+
+    ranked: tuple[Ranked, ...]
+    best: Ranked
+    best_source: Ranked
+    best_self_stitched: Ranked
+    best_stitched: Ranked | None
+    rejected: dict[str, int]
+    seconds: dict[str, float]
+    num_selection_labels: int
+
+    def within(self, max_macs: float) -> Ranked | None:
+        """The best StitchNet of at most that many MACs; None where there is none."""
+        fitting = [r for r in self.ranked if r.candidate.kind == "stitched" and r.candidate.cost.macs <= max_macs]
+        return next(iter(fitting), None)
+
+    @property
+    def beat_best_source(self) -> bool:
+        """Whether the best candidate is something other than an unmodified source."""
+        return self.best.candidate.kind != "source"
+
+    def summary(self) -> str:
+        """Whether the search was worth it, in one sentence, by the selection images alone."""
+        name, value = next(iter(self.best.scores.items()))
+        source = self.best_source.candidate.recipe.fragments[0].source
+        reference = self.best_source.scores[name]
+        if not self.beat_best_source:
+            return (
+                f"No candidate beat the best source on the selection images: {source} has {name} {reference:.4f}; "
+                f"it is returned as it is."
+            )
+        return (
+            f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} on the "
+            f"selection images, the best source ({source}, {self.best_source.candidate.cost}) {reference:.4f}."
+        )
+
+
+class Pool:
+    """Sources cut for images of one shape, ready to be calibrated and searched.
+
+    Args:
+        sources: The sources.
+        image_shape: (channels, height, width) of the calibration images.
+        settings: How activations are sampled and scored.
+        device: Where to run; the sources' modules are moved there.
+
+    Raises:
+        CutError: If a source cannot be cut or does not take such images.
+        StitchError: If there is no source, or networks end at outputs of different widths.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        image_shape: tuple[int, int, int],
+        *,
+        settings: CalibrationSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not sources:
+            raise StitchError("A pool needs at least one source.")
+        self.settings = settings or CalibrationSettings()
+        self.device = torch.device(device)
+        self.image_shape = image_shape
+        self.seconds: dict[str, float] = {}
+        with self._timed("cut"):
+            self.parts = [segment(source, self.settings, image_shape) for source in sources]
+        self._check_outputs()
+        for part in self.parts:
+            part.source.module.to(self.device)
+            part.preprocess.to(self.device)
+            for piece in part.pieces:
+                piece.to(self.device)
+        self.calibrated: list[Calibrated] = []
+
+    def calibrate(self, images: Iterable[Tensor], *, progress: Progress | None = None) -> None:
+        """Run each source once over the calibration images.
+
+        Args:
+            images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once.
+            progress: Where to show progress.
+
+        Raises:
+            CalibrationError: If there are too few images, or an image or activation is not finite.
+        """
+        progress = progress or Silent()
+        with self._timed("calibrate"):
+            batches = [batch.to(self.device) for batch in images]
+            for batch in batches:
+                _check_images(batch, self.image_shape)
+            progress.start("calibrating", len(self.parts))
+            self.calibrated = []
+            for part in self.parts:
+                self.calibrated.append(calibrate(part, batches, self.settings))
+                progress.advance(1)
+        counts = {len(source.features) for source in self.calibrated}
+        if counts and min(counts) < 4:
+            raise CalibrationError(f"Calibration needs at least 4 images; found {min(counts)}.")
+
+    def search(
+        self,
+        calibration: Iterable[Tensor],
+        selection: Iterable[Tensor | Sequence[Tensor]],
+        *,
+        strategy: Strategy | None = None,
+        budget: Budget | None = None,
+        ranking: str | Ranking = "auto",
+        num_classes: int | None = None,
+        ridge: float = 1e-3,
+        bias: bool = True,
+        max_candidates: int = 64,
+        progress: Progress | None = None,
+    ) -> SearchResult:
+        """Compose networks and rank them, the unmodified and the self-stitched sources among them.
+
+        Args:
+            calibration: Batches of unlabelled images, (batch, channels, height, width) in [0, 1].
+            selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
+            strategy: A generator of candidates; None: `Beam()`.
+            budget: Limits that the chosen network keeps; None: none.
+            ranking: Name of a ranking, "auto" (leave-one-out accuracy with labels, agreement without), or a function.
+            num_classes: Number of classes, where there are labels.
+            ridge: Relative strength of the stitches' fit; 0 is the paper's.
+            bias: Whether stitches have a bias; False is the paper's.
+            max_candidates: Most StitchNets that are ranked.
+            progress: Where to show progress.
+
+        Raises:
+            BudgetError: If no network keeps the budget; names the cheapest and its cost. Comes before any source runs.
+            CalibrationError: If images or labels cannot be used.
+        """
+        strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
+        with self._timed("cut"):
+            costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
+            costs.check(budget)
+        self.calibrate(calibration, progress=progress)
+        space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
+        with self._timed("search"):
+            candidates = space.references()
+            progress.start("composing", max_candidates)
+            for candidate in islice(strategy(space), max_candidates):
+                candidates.append(candidate)
+                progress.advance(1)
+        for source in self.calibrated:
+            source.release()
+        with self._timed("rank"):
+            ranked, num_labels = self._rank(candidates, selection, ranking, num_classes, progress)
+        return self._result(ranked, budget, dict(space.rejected), num_labels)
+
+    def outcomes(
+        self, candidates: Sequence[Candidate], batches: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress
+    ) -> tuple[list[Outcome], Tensor | None]:
+        """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
+        labels: list[Tensor] = []
+        tree = PrefixTree(candidates, self.parts)
+        found = tree.run(self._images(batches, labels), on_batch=progress.advance)
+        return found, torch.cat(labels) if labels else None
+
+    def assemble(self, candidate: Candidate) -> StitchedNetwork:
+        """A candidate as a network of its own: copies of the fragments, folds done."""
+        graphs = {part.name: part.graph for part in self.parts}
+        return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+
+    def _images(self, batches: Iterable[Tensor | Sequence[Tensor]], labels: list[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            if not isinstance(batch, Tensor) and len(batch) > 1:
+                labels.append(torch.as_tensor(batch[1]).cpu())
+            _check_images(images, self.image_shape)
+            yield images.to(self.device)
+
+    def _rank(
+        self,
+        candidates: list[Candidate],
+        selection: Iterable[Tensor | Sequence[Tensor]],
+        ranking: str | Ranking,
+        num_classes: int | None,
+        progress: Progress,
+    ) -> tuple[list[Ranked], int]:
+        try:
+            total = len(selection.dataset)  # type: ignore[attr-defined]
+        except AttributeError:
+            total = None
+        progress.start("ranking", total)
+        outcomes, labels = self.outcomes(candidates, selection, progress=progress)
+        own = {c.recipe.fragments[-1].source: outcomes[i].features for i, c in enumerate(candidates[: len(self.parts)])}
+        data = SelectionData(
+            features=[outcome.features for outcome in outcomes],
+            targets=labels,
+            own_features=[own[c.recipe.fragments[-1].source] for c in candidates],
+            num_classes=num_classes if num_classes is not None or labels is None else int(labels.max()) + 1,
+        )
+        scores = find_ranking(ranking, labelled=labels is not None)(candidates, data)
+        ranked = [
+            Ranked(candidate, dict(score), outcome.features.shape[1], outcome.seconds)
+            for candidate, score, outcome in zip(candidates, scores, outcomes, strict=True)
+        ]
+        # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
+        ranked.sort(key=lambda r: tuple(-value for value in r.scores.values()))
+        return ranked, 0 if labels is None else len(labels)
+
+    def _result(
+        self, ranked: list[Ranked], budget: Budget, rejected: dict[str, int], num_labels: int
+    ) -> SearchResult:
+        fitting = [r for r in ranked if budget.allows(r.candidate.cost)]
+        if not fitting:
+            cheapest = min((r.candidate for r in ranked), key=lambda c: c.cost.macs)
+            raise BudgetError(
+                f"The search found no network within the budget ({budget}); the cheapest it found has {cheapest.cost}. "
+                f"Raise the budget, or widen the search."
+            )
+
+        def first(kind: str, among: list[Ranked]) -> Ranked | None:
+            return next((r for r in among if r.candidate.kind == kind), None)
+
+        best_source, best_self = first("source", ranked), first("self-stitched", ranked)
+        assert best_source is not None
+        assert best_self is not None
+        return SearchResult(
+            ranked=tuple(ranked),
+            best=fitting[0],
+            best_source=best_source,
+            best_self_stitched=best_self,
+            best_stitched=first("stitched", fitting),
+            rejected=rejected,
+            seconds=dict(self.seconds),
+            num_selection_labels=num_labels,
+        )
+
+    def _check_outputs(self) -> None:
+        if self.settings.until != "output":
+            return
+        widths = {part.name: part.graph.output_features() for part in self.parts}
+        if len(set(widths.values())) > 1:
+            raise StitchError(
+                f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
+                f"Leave the odd ones out, or end at the features and fit a head."
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+
+def _check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
+    if tuple(images.shape[1:]) != image_shape:
+        raise CalibrationError(f"Images must all be {image_shape} (channels, height, width); found {tuple(images.shape)}.")
+    if not images.is_floating_point() or not torch.isfinite(images).all():
+        raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")

@@ -1,0 +1,162 @@
+"""The stitched network: fragments and stitches in a row, as one `nn.Module` that takes images in [0, 1]."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stitch.errors import RecipeError
+from lightning_stitch.folding import fold_into_consumer, fold_into_producer
+from lightning_stitch.graph import CutGraph
+from lightning_stitch.preprocessing import Preprocess, view_size
+from lightning_stitch.recipe import Recipe, StitchSpec
+from lightning_stitch.sources import build_architecture
+from lightning_stitch.stitches import Stitch
+
+
+class StitchedNetwork(nn.Module):
+    """A network composed of fragments of several sources.
+
+    Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised, and gives the last
+    source's features (batch, features) or its output, whichever the recipe ends at.
+
+    Build one with `assemble` (from sources at hand) or `StitchedNetwork.from_recipe` (structure only).
+
+    Attributes:
+        recipe: Its structure.
+        preprocess: The start source's preprocessing.
+        fragments: The fragments, in forward order; they own their parameters.
+        stitches: `Stitch` or `nn.Identity` between each two fragments.
+    """
+
+    def __init__(self, recipe: Recipe, fragments: Sequence[nn.Module], stitches: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.preprocess = Preprocess(recipe.preprocessing)
+        self.fragments = nn.ModuleList(fragments)
+        self.stitches = nn.ModuleList(stitches)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features or output of the last fragment's source, for images in [0, 1]."""
+        x: Tensor = self.fragments[0](self.preprocess(images))
+        for stitch, fragment in zip(self.stitches, self.fragments[1:], strict=True):
+            x = fragment(stitch(x))
+        return x
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
+        """Rebuild a recipe's structure, with random weights: needs no network, no files and no source weights.
+
+        Load the numbers with `load_state_dict` afterwards.
+
+        Args:
+            recipe: The recipe.
+            trust_factory: Allow importing and calling the factory that a "python:" source names.
+
+        Raises:
+            RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
+        """
+        if recipe.input_size is None:
+            raise RecipeError("This recipe does not say which image size it was calibrated on (input_size).")
+        graphs = {}
+        for ref in recipe.sources:
+            network = build_architecture(ref, trust_factory=trust_factory)
+            graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
+        stitches = [None if spec is None else Stitch(spec) for spec in recipe.stitches]
+        return assemble(recipe, graphs, stitches)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the output."""
+        with torch.no_grad():
+            size = self.recipe.input_size
+            assert size is not None
+            modes = {module: module.training for module in self.modules()}
+            self.eval()
+            parameter = next(self.parameters())
+            width = self(torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)).shape[-1]
+            for module, mode in modes.items():
+                module.training = mode
+        return int(width)
+
+    def describe(self) -> str:
+        """The composition in words: fragments, stitches and where they live, parameters, MACs, scores."""
+        recipe = self.recipe
+        lines = [f"Stitched network of {len(recipe.fragments)} fragment{'s' * (len(recipe.fragments) > 1)}"]
+        for index, fragment in enumerate(recipe.fragments):
+            params = sum(p.numel() for p in self.fragments[index].parameters())
+            lines.append(
+                f"  {fragment.source}: {fragment.start or 'image'} .. {fragment.end or 'output'}, {params / 1e6:.3f} M parameters"
+            )
+            if index < len(recipe.stitches):
+                spec = recipe.stitches[index]
+                if spec is None:
+                    continue
+                where = {
+                    "explicit": "a layer of its own",
+                    "producer": "folded into the layer before",
+                    "consumer": "folded into the layer behind",
+                }[spec.placement]
+                sizes = (
+                    f"{spec.in_channels}x{_size(spec.in_size)} -> {spec.out_channels}x{_size(spec.out_size)}"
+                    f" ({spec.in_format} -> {spec.out_format})"
+                )
+                scores = ", ".join(
+                    f"{name} {value:.3f}" for name, value in (("CKA", spec.cka), ("held-out R2", spec.r2)) if value is not None
+                )
+                lines.append(f"    stitch {sizes}, {where}" + (f"; {scores}" if scores else ""))
+        params = sum(p.numel() for p in self.parameters())
+        macs = recipe.scores.get("macs")
+        total = f"  {params / 1e6:.3f} M parameters" + ("" if macs is None else f", {macs / 1e6:.1f} M MACs")
+        lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
+        other = {name: value for name, value in recipe.scores.items() if name not in ("params", "macs")}
+        if other:
+            lines.append("  " + ", ".join(f"{name} {value:.4g}" for name, value in other.items()))
+        return "\n".join(lines)
+
+
+def assemble(
+    recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]
+) -> StitchedNetwork:
+    """Build a stitched network from cut sources and fitted stitches; folds what the recipe says is folded.
+
+    Args:
+        recipe: The structure.
+        graphs: The cut graph of each source, by name. Their parameters are copied, not shared.
+        stitches: One for each of the recipe's; explicit where they hold numbers, whatever their placement.
+
+    Raises:
+        RecipeError: If a source's graph lacks a cut of the recipe, or a fold is not possible.
+    """
+    fragments = [graphs[ref.source].fragment(ref.start, ref.end) for ref in recipe.fragments]
+    joints: list[nn.Module] = []
+    for index, (spec, stitch) in enumerate(zip(recipe.stitches, stitches, strict=True)):
+        if spec is None:
+            joints.append(nn.Identity())
+            continue
+        joint = Stitch(spec)
+        numbers = stitch if stitch is not None and stitch.weight is not None else _zero_stitch(spec)
+        if spec.placement == "explicit":
+            joint.load_state_dict(numbers.state_dict())
+        else:
+            if joint.prefix is not None and numbers.prefix is not None:
+                joint.prefix.copy_(numbers.prefix)
+            if spec.placement == "producer":
+                fold_into_producer(fragments[index], numbers)
+            else:
+                fold_into_consumer(fragments[index + 1], numbers)
+        joints.append(joint)
+    network = StitchedNetwork(recipe, fragments, joints)
+    reference = next(network.parameters())
+    return network.to(reference.device).eval()
+
+
+def _zero_stitch(spec: StitchSpec) -> Stitch:
+    return Stitch(dataclasses.replace(spec, placement="explicit"))
+
+
+def _size(size: Sequence[int] | None) -> str:
+    return "1" if size is None else "x".join(map(str, size))

@@ -1,0 +1,65 @@
+"""Progress of a search: one bar at a time, or none."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress(Protocol):
+    """Where a search shows how far it is."""
+
+    def start(self, stage: str, total: int | None) -> None:
+        """Begin a stage of so many steps; None: unknown."""
+
+    def advance(self, steps: int) -> None:
+        """Some steps of the stage are done."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, stage: str, total: int | None) -> None:
+        """Show nothing."""
+
+    def advance(self, steps: int) -> None:
+        """Show nothing."""
+
+
+class Bar:
+    """A rich progress bar for each stage; a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+        self._bars.stop()
+
+    def start(self, stage: str, total: int | None) -> None:
+        """Begin a stage; the one before is taken to be done."""
+        self._finish()
+        self._task = self._bars.add_task(stage, total=total)
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, steps)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            done = self._bars.tasks[-1].completed
+            self._bars.update(self._task, total=done, completed=done)

@@ -1,0 +1,196 @@
+"""Search strategies: generators of candidates, the most promising first as far as CKA can tell.
+
+`DepthFirst` is the StitchNet paper's search; `Beam` follows the best stitches of every size class, so that one search
+yields networks from large to small. Filters (validity, repeats, budget, thresholds) come before the choice of the best,
+and equal scores are ordered by where they stand, so that the same input gives the same candidates in the same order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_stitch.cost import Cost
+from lightning_stitch.errors import StitchError
+from lightning_stitch.space import Candidate, Edge, SearchSpace, State
+
+
+class Strategy(Protocol):
+    """A way through the search space."""
+
+    def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
+        """Give candidates, each of which keeps the space's budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthFirst:
+    """The StitchNet paper's depth-first search (arXiv 2301.01947, REFERENCE: K, T, L).
+
+    Every fragment lies between two neighbouring cuts, and every transition is a stitch.
+
+    Args:
+        span: K, the stitches followed at each step.
+        threshold: T, the least product of CKAs.
+        edge_threshold: Least CKA of a single stitch.
+        max_fragments: L, the most fragments in a network.
+        sample: Follow one random path instead of all.
+        max_networks: Stop after so many networks; None: when the space is exhausted.
+        seed: Of the random path.
+    """
+
+    span: int = 2
+    threshold: float = 0.5
+    edge_threshold: float = 0.5
+    max_fragments: int = 16
+    sample: bool = False
+    max_networks: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_positive(span=self.span, max_networks=self.max_networks)
+        _check_fragments(self.max_fragments)
+
+    def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
+        """Give networks in depth-first order."""
+        generator = random.Random(self.seed)
+        starts = space.starts()
+        if self.sample:
+            starts = [generator.choice(starts)]
+        found = 0
+        for state in starts:
+            if not space.sources[state.source].activations:
+                continue
+            first = space.sources[state.source].activations[0]
+            for candidate in self._extend(space, state, first, 1, generator):
+                yield candidate
+                found += 1
+                if found == self.max_networks:
+                    return
+
+    def _extend(
+        self, space: SearchSpace, state: State, activation: Tensor, depth: int, generator: random.Random
+    ) -> Iterator[Candidate]:
+        edges = space.edges(
+            state,
+            state.entry,
+            activation,
+            single_pieces=True,
+            only_ends=depth == self.max_fragments - 1,
+            min_cka=self.edge_threshold,
+            min_product=self.threshold,
+        )
+        best = sorted(edges, key=lambda edge: (-edge.cka, edge.source, edge.receiver))[: self.span]
+        if self.sample and best:
+            best = [generator.choice(best)]
+        for edge in best:
+            entered = space.enter(edge, activation)
+            if entered.entry == len(space.sources[entered.source].parts.pieces) - 1:
+                candidate = space.complete(entered)
+                if space.budget.allows(candidate.cost):
+                    yield candidate
+                else:
+                    space.rejected["over the budget"] += 1
+            else:
+                _, onward = next(iter(space.walk(entered)))
+                yield from self._extend(space, entered, onward, depth + 1, generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """Beam search: of each size class the stitches with the highest product of CKAs are followed.
+
+    A fragment may run over any number of cuts, so that a network has few stitches. A size class is a range of the
+    complete network's MACs relative to the cheapest source; without classes, skips (which CKA rates low) would never be
+    chosen, and no network would be cheaper than the sources.
+
+    Args:
+        width: Stitches followed in each size class and level.
+        max_fragments: Most fragments in a network; a network has one stitch fewer.
+        fractions: Upper bounds of the size classes, as shares of the cheapest source's MACs. One more class holds what
+            is above them all.
+        threshold: Least product of CKAs.
+    """
+
+    width: int = 4
+    max_fragments: int = 3
+    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 1 / 3)
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_positive(width=self.width)
+        _check_fragments(self.max_fragments)
+
+    def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
+        """Give networks level by level: all with one stitch, then with two, and so on."""
+        cheapest = space.cheapest_source.macs
+        states = space.starts()
+        for level in range(1, self.max_fragments):
+            kept = _Kept(self.width)
+            for state in states:
+                for cut, activation in space.walk(state):
+                    for edge in space.edges(state, cut, activation, min_product=self.threshold):
+                        fits = space.budget.allows(edge.total)
+                        # What is over the budget as it stands may still be cut short by a later stitch.
+                        if fits or level + 1 < self.max_fragments:
+                            kept.offer(self._size_class(edge.total, cheapest) if fits else -1, edge, activation)
+            states = []
+            for edge, activation in kept.best():
+                state = space.enter(edge, activation)
+                states.append(state)
+                if space.budget.allows(edge.total):
+                    yield space.complete(state)
+
+    def _size_class(self, cost: Cost, cheapest: int) -> int:
+        return sum(cost.macs <= fraction * cheapest for fraction in self.fractions)
+
+
+class _Kept:
+    """The best edges of each class, and the activations that they leave from, no others.
+
+    Within a class no two edges share (sender's source, receiver) or (sender's cut, receiver's source): neighbouring
+    cuts score alike, and one of them is enough.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._classes: dict[int, list[tuple[Edge, Tensor]]] = {}
+
+    def offer(self, size_class: int, edge: Edge, activation: Tensor) -> None:
+        kept = self._classes.setdefault(size_class, [])
+        merged = sorted([*kept, (edge, activation)], key=lambda entry: _order(entry[0]))
+        chosen: list[tuple[Edge, Tensor]] = []
+        for entry in merged:
+            if not any(_alike(entry[0], other) for other, _ in chosen) and len(chosen) < self.width:
+                chosen.append(entry)
+        self._classes[size_class] = chosen
+
+    def best(self) -> Sequence[tuple[Edge, Tensor]]:
+        entries = [entry for kept in self._classes.values() for entry in kept]
+        return sorted(entries, key=lambda entry: _order(entry[0]))
+
+
+def _order(edge: Edge) -> tuple[float, int, int, int, int]:
+    return -edge.product, edge.state.source, edge.cut, edge.source, edge.receiver
+
+
+def _alike(a: Edge, b: Edge) -> bool:
+    same_receiver = (a.state.source, a.source, a.receiver) == (b.state.source, b.source, b.receiver)
+    same_sender = (a.state.source, a.cut, a.source) == (b.state.source, b.cut, b.source)
+    return same_receiver or same_sender
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise StitchError(f"{name} must be at least 1; found {value}.")
+
+
+def _check_fragments(max_fragments: int) -> None:
+    if max_fragments < 2:
+        raise StitchError(f"max_fragments must be at least 2, or nothing can be stitched; found {max_fragments}.")

@@ -1,0 +1,377 @@
+"""The search space: which fragment may follow which, how well they match, what that costs.
+
+A state is a running network: the fragments so far, and its activation on the calibration images. Strategies
+(search.py) decide which states to follow; the space scores, fits, enters and completes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.activations import Calibrated, Grid, centred_or_none, sampled_rows
+from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.functional import AffineMap, RowBank, cka_with_many, r2, ridge_least_squares, row_bank
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts
+from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable, to_map
+
+Kind = Literal["source", "self-stitched", "stitched"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Pieces [first, last) of one source, entered through a stitch; None: from the image.
+
+    The stitch runs as a layer of its own here; its spec says where the assembled network will have it.
+    """
+
+    source: int
+    first: int
+    last: int
+    stitch: Stitch | None = field(default=None, repr=False)
+    spec: StitchSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A complete network that the search proposes.
+
+    Attributes:
+        recipe: Its structure, with the search's scores.
+        kind: An unmodified source, a source stitched to itself at each of its cuts, or a StitchNet.
+        steps: What it runs, for the sources at hand.
+        cost: Its parameters and MACs, stitches and folds included.
+    """
+
+    recipe: Recipe
+    kind: Kind
+    steps: tuple[Step, ...]
+    cost: Cost
+
+    @property
+    def cka_product(self) -> float:
+        """Product of the CKAs of its stitches."""
+        return self.recipe.scores["cka_product"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A running network, at the entry of a piece.
+
+    Attributes:
+        steps: The fragments that are complete.
+        source: Index of the source it runs in.
+        entry: Index of the piece that runs next.
+        stitch: The stitch before that piece; None: it begins at the image.
+        spec: That stitch's structure in the assembled network.
+        activation: The piece's input for all calibration images; None: the image.
+        product: Product of the CKAs so far.
+        cost: Cost of the steps and the stitch.
+    """
+
+    steps: tuple[Step, ...]
+    source: int
+    entry: int
+    stitch: Stitch | None
+    spec: StitchSpec | None
+    activation: Tensor | None
+    product: float
+    cost: Cost
+
+    @property
+    def used(self) -> frozenset[tuple[int, int]]:
+        """The (source, piece) pairs of the complete steps."""
+        return frozenset((step.source, piece) for step in self.steps for piece in range(step.first, step.last))
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A possible stitch: from a state that has run to one of its cuts, to a receiver.
+
+    Attributes:
+        state: The running network.
+        cut: Index of the cut it has run to.
+        source: Index of the receiving source.
+        receiver: Index of the receiving cut.
+        cka: Linear CKA of the two.
+        product: Product of the CKAs, this one included.
+        cost: Cost up to the receiver's piece, the stitch included.
+        total: Cost if the receiver then runs to its end.
+    """
+
+    state: State
+    cut: int
+    source: int
+    receiver: int
+    cka: float
+    product: float
+    cost: Cost
+    total: Cost
+
+
+class SearchSpace:
+    """All that a strategy may choose from.
+
+    Args:
+        sources: Sources with their calibration statistics, all of the same images.
+        settings: How rows are sampled and scored; the same as the sources were calibrated with.
+        costs: What compositions of these sources cost.
+        budget: Limits that every candidate keeps.
+        ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Calibrated],
+        settings: CalibrationSettings,
+        *,
+        costs: CompositionCosts,
+        budget: Budget | None = None,
+        ridge: float = 1e-3,
+    ) -> None:
+        self.sources = list(sources)
+        self.settings = settings
+        self.budget = budget or Budget()
+        self.costs = costs
+        self.ridge = ridge
+        self.rejected: Counter[str] = Counter()
+        self._receivers = costs.receivers
+        self._banks = self._build_banks()
+
+    @property
+    def num_images(self) -> int:
+        """Number of calibration images."""
+        return len(self.sources[0].features)
+
+    @property
+    def cheapest_source(self) -> Cost:
+        """Cost of the source with the fewest MACs."""
+        return min((source.parts.cost for source in self.sources), key=lambda cost: cost.macs)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def starts(self) -> list[State]:
+        """One state for each source, at the image."""
+        return [State((), index, 0, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
+
+    def walk(self, state: State) -> Iterator[tuple[int, Tensor]]:
+        """Run a state on through its source, cut by cut; gives each cut's index and activation.
+
+        From the image nothing is run: the calibration pass kept these activations.
+        """
+        source = self.sources[state.source]
+        if state.activation is None:
+            yield from enumerate(source.activations)
+            return
+        x = state.activation
+        for index in range(state.entry, len(source.parts.cuts)):
+            with torch.inference_mode():
+                x = source.parts.pieces[index](x)
+            yield index, x
+
+    def edges(
+        self,
+        state: State,
+        cut: int,
+        activation: Tensor,
+        *,
+        single_pieces: bool = False,
+        only_ends: bool = False,
+        min_cka: float = 0.0,
+        min_product: float = 0.0,
+    ) -> list[Edge]:
+        """All admissible stitches from a state that has run to a cut; what is not admissible is counted by reason.
+
+        Args:
+            state: The running network.
+            cut: Index of the cut.
+            activation: Its tensor at that cut.
+            single_pieces: Fragments are single pieces: only the receiving piece itself must be unused. Otherwise the
+                receiver runs on, so all behind it must be.
+            only_ends: Admit only pieces that end a network.
+            min_cka: Least CKA of a stitch.
+            min_product: Least product of CKAs.
+        """
+        spent = state.cost + self.sources[state.source].parts.cost_between(state.entry, cut + 1)
+        used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
+        admissible: dict[Grid, list[int]] = {}
+        for flat, (s, r) in enumerate(self._receivers):
+            reason = self._objection(state, cut, s, r, used, spent, single_pieces, only_ends)
+            if reason is None:
+                admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
+            elif reason:
+                self.rejected[reason] += 1
+        edges = []
+        for flat, cka in self._similarities(state, cut, activation, admissible):
+            s, r = self._receivers[flat]
+            product = state.product * cka
+            if cka < min_cka:
+                self.rejected["CKA below the edge threshold"] += 1
+            elif product < min_product:
+                self.rejected["product of CKAs below the threshold"] += 1
+            else:
+                cost = spent + self._stitch(state, cut, s, r)[1]
+                parts = self.sources[s].parts
+                edges.append(
+                    Edge(state, cut, s, r, cka, product, cost, cost + parts.cost_between(r + 1, len(parts.pieces)))
+                )
+        return edges
+
+    def enter(self, edge: Edge, activation: Tensor) -> State:
+        """Fit the stitch of an edge on the calibration rows and carry the activation across it."""
+        sender = self.sources[edge.state.source].parts.cuts[edge.cut]
+        receiver = self.sources[edge.source].statistics[edge.receiver]
+        spec, _ = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
+        with torch.inference_mode():
+            rows = sampled_rows(to_map(activation, sender), receiver.cut.grid, self.settings)
+            affine, held_out = self._fit(rows, receiver.rows)
+            spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
+            stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
+            entered = stitch(activation)
+        step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
+        return State(
+            (*edge.state.steps, step), edge.source, edge.receiver + 1, stitch, spec, entered, edge.product, edge.cost
+        )
+
+    # -- completing --------------------------------------------------------------------------------------------------
+
+    def complete(self, state: State, *, kind: Kind = "stitched") -> Candidate:
+        """The network that runs a state's source to its end."""
+        parts = self.sources[state.source].parts
+        last = len(parts.pieces)
+        steps = (*state.steps, Step(state.source, state.entry, last, state.stitch, state.spec))
+        cost = state.cost + parts.cost_between(state.entry, last)
+        return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
+
+    def references(self) -> list[Candidate]:
+        """Every source as it is, and every source stitched to itself at each of its cuts."""
+        found = [self.complete(state, kind="source") for state in self.starts()]
+        for index, source in enumerate(self.sources):
+            state = self.starts()[index]
+            for cut in range(len(source.parts.cuts)):
+                x = source.activations[0] if state.activation is None else self._run(state)
+                spent = state.cost + source.parts.cost_between(state.entry, cut + 1)
+                flat = self.costs.index[index, cut]
+                found_cka = dict(self._similarities(state, cut, x, {source.parts.cuts[cut].grid: [flat]}))
+                if flat not in found_cka:
+                    continue
+                cost = spent + self._stitch(state, cut, index, cut)[1]
+                edge = Edge(state, cut, index, cut, found_cka[flat], state.product * found_cka[flat], cost, cost)
+                state = self.enter(edge, x)
+            found.append(self.complete(state, kind="self-stitched"))
+        return found
+
+    # -- inner workings ----------------------------------------------------------------------------------------------
+
+    def _run(self, state: State) -> Tensor:
+        return next(iter(self.walk(state)))[1]
+
+    def _objection(
+        self,
+        state: State,
+        cut: int,
+        s: int,
+        r: int,
+        used: frozenset[tuple[int, int]],
+        spent: Cost,
+        single_pieces: bool,
+        only_ends: bool,
+    ) -> str | None:
+        """Why a receiver is out of the question; None if it is not, "" if it is no candidate in the first place."""
+        parts = self.sources[s].parts
+        if not is_bridgeable(self.sources[state.source].parts.cuts[cut], parts.cuts[r]):
+            return ""
+        if only_ends and r + 1 != len(parts.pieces) - 1:
+            return "not an end fragment at the last depth"
+        if self.sources[s].statistics[r].centred is None:
+            return "activation of the receiver does not vary"
+        if not single_pieces and (s, r) == (state.source, cut):
+            return ""
+        if any(source == s and (piece == r + 1 if single_pieces else piece > r) for source, piece in used):
+            return "fragment used already"
+        ahead = self.costs.completions[self.costs.index[s, r]]
+        if not self.budget.allows(spent + self.costs.stitch(state.source, cut, s, r)[1] + ahead):
+            return "over the budget"
+        return None
+
+    def _build_banks(self) -> dict[Grid, tuple[RowBank, dict[int, int]]]:
+        """For each grid the centred rows of all its cuts, and where in them each receiver stands."""
+        members: dict[Grid, list[int]] = {}
+        for flat, (s, r) in enumerate(self._receivers):
+            if self.sources[s].statistics[r].centred is not None:
+                members.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
+        banks = {}
+        for grid, flats in members.items():
+            entries = [self.sources[s].statistics[r].centred for s, r in (self._receivers[flat] for flat in flats)]
+            bank = row_bank([entry for entry in entries if entry is not None])
+            banks[grid] = (bank, {flat: place for place, flat in enumerate(flats)})
+        return banks
+
+    def _similarities(
+        self, state: State, cut: int, activation: Tensor, admissible: dict[Grid, list[int]]
+    ) -> Iterator[tuple[int, float]]:
+        sender = self.sources[state.source]
+        name = f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}"
+        with torch.inference_mode():
+            x = to_map(activation, sender.parts.cuts[cut])
+            if not torch.isfinite(x).all():
+                self.rejected["activation not finite"] += sum(map(len, admissible.values()))
+                return
+            for grid, flats in admissible.items():
+                bank, places = self._banks[grid]
+                try:
+                    centred = centred_or_none(sampled_rows(x, grid, self.settings), self.settings, name=name)
+                except CalibrationError:
+                    # Rows that vary too little for a debiased estimate: such a stitch carries nothing.
+                    centred = None
+                if centred is None:
+                    self.rejected["activation of the sender does not vary"] += len(flats)
+                    continue
+                ckas = cka_with_many(centred, bank).tolist()
+                yield from ((flat, ckas[places[flat]]) for flat in flats)
+
+    def _fit(self, x: Tensor, y: Tensor) -> tuple[AffineMap, float | None]:
+        """The stitch fitted on all rows, and its R2 on a quarter of the images when fitted on the others."""
+        affine = ridge_least_squares(x, y, ridge=self.ridge, bias=self.costs.bias)
+        rows_per_image = len(x) // self.num_images
+        split = (self.num_images - self.num_images // 4) * rows_per_image
+        if split in (0, len(x)):
+            return affine, None
+        partial = ridge_least_squares(x[:split], y[:split], ridge=self.ridge, bias=self.costs.bias)
+        predicted = x[split:].double() @ partial.weight.T + (0 if partial.bias is None else partial.bias)
+        try:
+            return affine, r2(predicted, y[split:])
+        except CalibrationError:
+            # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
+            return affine, None
+
+    def _stitch(self, state: State, cut: int, s: int, r: int) -> tuple[StitchSpec, Cost]:
+        """The cheapest exact placement of a stitch, and what it adds."""
+        # A layer that took the stitch before in at its entry does not take another at its end.
+        taken = state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
+        find = self.costs.stitch_after_fold if taken else self.costs.stitch
+        return find(state.source, cut, s, r)
+
+    def _recipe(self, steps: tuple[Step, ...], product: float, cost: Cost) -> Recipe:
+        refs, fragments, stitches = {}, [], []
+        for step in steps:
+            parts = self.sources[step.source].parts
+            refs[parts.name] = parts.source.ref
+            names = [None, *(cut.name for cut in parts.cuts), parts.end]
+            fragments.append(FragmentRef(parts.name, names[step.first], names[step.last]))
+            stitches.append(step.spec)
+        return Recipe(
+            sources=tuple(refs.values()),
+            fragments=tuple(fragments),
+            stitches=tuple(stitches[1:]),
+            input_size=self.sources[steps[0].source].parts.graph.input_size,
+            scores={"cka_product": product, "params": cost.params, "macs": cost.macs},
+        )
