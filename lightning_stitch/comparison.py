@@ -1,0 +1,156 @@
+"""The honest table behind a search: chosen networks beside all sources, same head, same labels, on unseen test images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.progress import Progress, Silent
+from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
+from lightning_stitch.space import Candidate
+
+Loader = Iterable[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A network that goes into the table; chosen without test images.
+
+    Attributes:
+        name: Its name in the table.
+        candidate: The network.
+        budget: The budget it was chosen under, in words.
+        search_seconds: Wall time of what led to it, the head apart.
+        search_labels: Labels used in choosing it.
+    """
+
+    name: str
+    candidate: Candidate
+    budget: str | None
+    search_seconds: float
+    search_labels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The table and its sentence.
+
+    Attributes:
+        rows: One flat dict for each network (`comparison_table`), then one for each budget that nothing fits.
+        sentence: Whether a StitchNet beat the best source, from a paired test.
+        unmet: The budgets that no StitchNet keeps, in words.
+    """
+
+    rows: list[Row]
+    sentence: str
+    unmet: tuple[str, ...]
+
+
+def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Finalist], tuple[str, ...]]:
+    """Every source, every self-stitched source, and the best StitchNet overall and under each share of the budget.
+
+    Args:
+        result: What a search found.
+        fractions: Shares of the smallest source's MACs.
+
+    Returns:
+        The finalists, and the budgets that no StitchNet keeps.
+    """
+    spent = sum(result.seconds.values())
+    prepared = result.seconds["cut"] + result.seconds["calibrate"]
+    labels = result.num_selection_labels
+    found = []
+    for kind in ("source", "self-stitched"):
+        for ranked in result.ranked:
+            candidate = ranked.candidate
+            if candidate.kind == kind:
+                name = candidate.recipe.fragments[0].source
+                found.append(Finalist(name, candidate, None, prepared if kind == "self-stitched" else 0.0, 0))
+    smallest = min(r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "source")
+    limits = [("none", float("inf")), *((f"<= {share:.0%} of smallest", share * smallest) for share in fractions)]
+    unmet = []
+    for words, limit in limits:
+        chosen = result.within(limit)
+        if chosen is None:
+            unmet.append(words)
+        else:
+            found.append(Finalist("StitchNet", chosen.candidate, words, spent, labels))
+    return found, tuple(unmet)
+
+
+def compare(
+    pool: Pool,
+    result: SearchResult,
+    train: Loader,
+    test: Loader,
+    *,
+    num_classes: int,
+    fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
+    num_resamples: int = 1000,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Fit the same closed-form head on every finalist and evaluate all of them on the test images.
+
+    Args:
+        pool: The pool that was searched, its sources still at hand.
+        result: What the search found.
+        train: Batches of (images, labels) for the heads.
+        test: Batches of (images, labels) that nothing else has touched.
+        num_classes: Number of classes.
+        fractions: Shares of the smallest source's MACs under which the best StitchNet is shown.
+        num_resamples: Bootstrap resamples of the test images.
+        progress: Where to show progress.
+
+    Raises:
+        CalibrationError: If a part has no labels.
+    """
+    progress = progress or Silent()
+    chosen, unmet = finalists(result, fractions)
+    candidates = [finalist.candidate for finalist in chosen]
+    progress.start("head images", _count(train))
+    outcomes, labels = pool.outcomes(candidates, train, progress=progress)
+    progress.start("test images", _count(test))
+    tested, targets = pool.outcomes(candidates, test, progress=progress)
+    if labels is None or targets is None:
+        raise CalibrationError("The comparison needs labels for the training and the test images.")
+    evaluations = []
+    for finalist, outcome, seen in zip(chosen, outcomes, tested, strict=True):
+        begun = time.perf_counter()
+        head, _ = fit_ridge_head(outcome.features, labels, num_classes=num_classes)
+        seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
+        evaluations.append(_evaluation(finalist, head(seen.features), seconds, len(labels)))
+    rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
+    source = _named(evaluations, "source", result.best_source.candidate.recipe.fragments[0].source)
+    stitched = next((e for e in evaluations if e.kind == "stitched"), None)
+    return Comparison(rows, verdict(source, stitched, targets), unmet)
+
+
+def _evaluation(finalist: Finalist, logits: Tensor, seconds: float, num_labels: int) -> Evaluation:
+    candidate = finalist.candidate
+    return Evaluation(
+        name=finalist.name,
+        kind=candidate.kind,
+        probabilities=logits.detach().softmax(dim=-1),
+        params=candidate.cost.params,
+        macs=candidate.cost.macs,
+        seconds=seconds,
+        labels=num_labels + finalist.search_labels,
+        cka_product=None if candidate.kind == "source" else candidate.cka_product,
+        budget=finalist.budget,
+    )
+
+
+def _named(evaluations: Sequence[Evaluation], kind: str, name: str) -> Evaluation:
+    return next(e for e in evaluations if e.kind == kind and e.name == name)
+
+
+def _count(loader: Loader) -> int | None:
+    dataset = getattr(loader, "dataset", None)
+    return None if dataset is None else len(dataset)

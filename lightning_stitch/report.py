@@ -1,0 +1,379 @@
+"""Honest comparison tables: every network with its intervals and costs, and one sentence on whether it was worth it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lightning_stitch.errors import StitchError
+
+Kind = Literal["source", "self-stitched", "stitched"]
+Row = dict[str, Any]
+
+_METRICS = ("accuracy", "balanced_accuracy", "auroc")
+_SIGNIFICANT = 0.05
+# Entries of one resamples x images block: 32 MB in float64.
+_BLOCK = 4_000_000
+_WIDTH = 120
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """What one network predicted on the test images, and what it cost.
+
+    Attributes:
+        name: Name in the table.
+        kind: Whether it is a source, a source stitched to itself, or a stitched network.
+        probabilities: Class probabilities, images x classes, floating point, on any device.
+        params: Number of parameters.
+        macs: Multiply-accumulates of one image.
+        seconds: Wall time that it took to make (search, stitches, head).
+        labels: Number of labelled images that were used to make it.
+        cka_product: Product of the CKAs of its stitches.
+        budget: The budget it keeps, in words, such as "<= 50 % of smallest source".
+
+    Raises:
+        StitchError: If the probabilities are not an images x classes tensor of numbers in [0, 1], or the kind is none
+            of the three.
+    """
+
+    name: str
+    kind: Kind
+    probabilities: Tensor
+    params: int
+    macs: int
+    seconds: float
+    labels: int
+    cka_product: float | None = None
+    budget: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the probabilities."""
+        if self.kind not in get_args(Kind):
+            raise StitchError(f"{self.name}: kind is {self.kind!r}; known: {get_args(Kind)}.")
+        shape = tuple(self.probabilities.shape)
+        if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not self.probabilities.is_floating_point():
+            raise StitchError(
+                f"{self.name}: probabilities are a floating-point tensor, images x classes (two or more); found "
+                f"{self.probabilities.dtype} of shape {shape}."
+            )
+        finite = self.probabilities.isfinite()
+        if not finite.all():
+            raise StitchError(
+                f"{self.name}: {int((~finite).any(1).sum())} of {shape[0]} images have NaN or infinite probabilities."
+            )
+        low, high = (float(value) for value in self.probabilities.aminmax())
+        if low < 0 or high > 1 + 1e-3:
+            raise StitchError(f"{self.name}: probabilities go from {low:.3g} to {high:.3g}; apply softmax to logits.")
+
+
+def score(
+    evaluation: Evaluation, targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, float | None]:
+    """Accuracy, balanced accuracy and AUROC, each with its 95 % interval.
+
+    Accuracy is that of the most probable class. Balanced accuracy is the mean recall of the classes present. AUROC is
+    that of class 1 where there are two classes, else the mean of one-versus-rest over the classes present; ties count
+    one half. The interval is the percentile bootstrap over the test images (Efron 1979, "Bootstrap methods: another
+    look at the jackknife"): it tells the noise of these test images, not of the images that the network was made with.
+    The same number of images and seed give the same resamples, whatever the network.
+
+    Args:
+        evaluation: A network's predictions.
+        targets: True classes, int64, one for each image.
+        num_resamples: Bootstrap resamples.
+        seed: Seed of the resamples; the global random state is left alone.
+
+    Returns:
+        `accuracy`, `accuracy_low`, `accuracy_high`, and likewise `balanced_accuracy` and `auroc`; the last three are
+        None where only one class is present.
+
+    Raises:
+        StitchError: If targets and probabilities do not fit each other.
+
+    Example:
+        >>> sure = Evaluation("sure", "source", torch.eye(2).repeat(9, 1), params=1, macs=1, seconds=0.0, labels=0)
+        >>> score(sure, torch.tensor([0, 1] * 9))["auroc_low"]
+        1.0
+    """
+    targets = _checked(targets, evaluation)
+    probabilities = evaluation.probabilities.detach().double().cpu()
+    everything = torch.ones(1, len(targets), dtype=torch.double)
+    points = _metrics(probabilities, targets, everything)
+    blocks = [_metrics(probabilities, targets, w) for w in _resamples(len(targets), num_resamples, seed)]
+    result: dict[str, float | None] = {}
+    for metric in _METRICS:
+        low, high = _interval(torch.cat([block[metric] for block in blocks]))
+        point = float(points[metric])
+        numbers = {metric: point, f"{metric}_low": low, f"{metric}_high": high}
+        result |= dict.fromkeys(numbers) if math.isnan(point) else numbers
+    return result
+
+
+def comparison_table(
+    evaluations: Sequence[Evaluation], targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
+) -> list[Row]:
+    """One flat row per network, of plain strings, numbers and None: its name, kind and budget, `score`, its costs.
+
+    Args:
+        evaluations: The networks, in the order of the table.
+        targets: True classes, int64, one for each image.
+        num_resamples: Bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Raises:
+        StitchError: If there is no network, or targets and probabilities do not fit each other.
+    """
+    if not evaluations:
+        raise StitchError("A comparison needs at least one evaluated network; the list is empty.")
+    return [
+        {
+            "name": e.name,
+            "kind": e.kind,
+            "budget": e.budget,
+            **score(e, targets, num_resamples=num_resamples, seed=seed),
+            "params": e.params,
+            "macs": e.macs,
+            "seconds": e.seconds,
+            "labels": e.labels,
+            "cka_product": e.cka_product,
+        }
+        for e in evaluations
+    ]
+
+
+def verdict(
+    source: Evaluation, stitched: Evaluation | None, targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
+) -> str:
+    """One sentence: is the stitched network better than the source, worse, or inside the noise?
+
+    Both are compared on the same images by the exact McNemar test (McNemar 1947, "Note on the sampling error of the
+    difference between correlated proportions or percentages"): of the images on which just one of the two is right,
+    the number that either has right is binomial with probability one half if they are equally good; two-sided. The
+    interval of the difference in accuracy is the paired percentile bootstrap, 95 %.
+
+    Args:
+        source: The best unmodified source, chosen on the selection set.
+        stitched: The stitched network chosen; None where none was.
+        targets: True classes, int64, one for each image.
+        num_resamples: Bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Raises:
+        StitchError: If targets and probabilities do not fit each other.
+    """
+    targets = _checked(targets, source)
+    right = _correct(source, targets)
+    if stitched is None:
+        return (
+            f"No stitched network was chosen, because none fits the budget or none beat the sources on the selection "
+            f"set: {source.name} stays, right on {right.mean():.3f} of {len(targets)} test images."
+        )
+    targets = _checked(targets, stitched)
+    gain = _correct(stitched, targets) - right
+    won, lost = int((gain > 0).sum()), int((gain < 0).sum())
+    p = _mcnemar(won, lost)
+    low, high = _interval(torch.cat([w @ gain for w in _resamples(len(gain), num_resamples, seed)]) / len(gain))
+    difference = float(gain.mean())
+    word = "inside the noise" if p >= _SIGNIFICANT else "better" if difference > 0 else "worse"
+    return (
+        f"{stitched.name} against {source.name} is {word}: {100 * difference:+.1f} points of accuracy "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}) on {len(gain)} test images, of which {won} only the "
+        f"stitched network and {lost} only the source got right (exact McNemar test, p = {p:.3g})."
+    )
+
+
+def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Console | None = None) -> None:
+    """Print the table and the verdict; 120 characters are wide enough. Its column CKA is the product of the CKAs.
+
+    Args:
+        rows: What `comparison_table` returned.
+        sentence: What `verdict` returned.
+        title: Heading of the table.
+        console: Where to print; None: standard output.
+
+    Raises:
+        StitchError: If there are no rows.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width; rich would assume 80.
+        console.width = max(console.width, _WIDTH)
+    roomy = console.width >= _WIDTH
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    cells = _cells(rows)
+    for column in cells[0]:
+        first = column == "network"
+        table.add_column(column, justify="left" if first else "right", no_wrap=roomy and not first, overflow="fold")
+    for row, line in zip(rows, cells, strict=True):
+        about = ", ".join(word for word in (row["kind"], row["budget"]) if word)
+        table.add_row(Text(f"{line['network']}\n {about}"), *list(line.values())[1:])
+    console.print(table)
+    console.print()
+    console.print(Text(sentence))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table in Markdown, for a README or a model card.
+
+    Args:
+        rows: What `comparison_table` returned.
+
+    Raises:
+        StitchError: If there are no rows.
+    """
+    cells = [
+        {"network": line["network"], "kind": row["kind"], "budget": row["budget"] or "-", **line}
+        for row, line in zip(rows, _cells(rows), strict=True)
+    ]
+    columns = [column for column in cells[0] if column != "budget" or any(row["budget"] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in cells)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_table(
+    rows: Sequence[Row], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Write `comparison.csv` and `comparison.json`, replacing those that are there.
+
+    Args:
+        rows: What `comparison_table` returned.
+        sentence: What `verdict` returned.
+        directory: Where to; made if it does not exist.
+        settings: What the comparison was run with, as plain JSON values; it goes into the JSON file.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        StitchError: If there are no rows, or rows or settings are not plain finite JSON values; nothing is written.
+    """
+    _require(rows)
+    record = {"verdict": sentence, "settings": dict(settings or {}), "rows": list(rows)}
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StitchError(f"Rows and settings must be plain JSON values, without NaN: {error}.") from error
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    csv_path, json_path = folder / "comparison.csv", folder / "comparison.json"
+    json_path.write_text(text + "\n", encoding="utf-8")
+    with csv_path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return csv_path, json_path
+
+
+def _checked(targets: Tensor, evaluation: Evaluation) -> Tensor:
+    """The targets on the CPU, once they are known to fit the evaluation."""
+    num_images, num_classes = evaluation.probabilities.shape
+    if targets.shape != (num_images,) or targets.is_floating_point():
+        raise StitchError(
+            f"{evaluation.name} has probabilities for {num_images} images; targets should be as many integers, found "
+            f"{targets.dtype} of shape {tuple(targets.shape)}."
+        )
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= num_classes:
+        raise StitchError(
+            f"{evaluation.name} has {num_classes} classes; targets should go from 0 to {num_classes - 1}, found "
+            f"{low} to {high}."
+        )
+    return targets.detach().long().cpu()
+
+
+def _require(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise StitchError("There are no rows to show; `comparison_table` makes them.")
+
+
+def _correct(evaluation: Evaluation, targets: Tensor) -> Tensor:
+    return (evaluation.probabilities.detach().cpu().argmax(1) == targets).double()
+
+
+def _resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """Bootstrap resamples as counts, resamples x images, in blocks: multinomial, each row sums to `num_images`."""
+    generator = torch.Generator().manual_seed(seed)
+    height = max(1, _BLOCK // num_images)
+    for start in range(0, num_resamples, height):
+        picks = torch.randint(num_images, (min(height, num_resamples - start), num_images), generator=generator)
+        counts = torch.zeros(picks.shape, dtype=torch.double)
+        yield counts.scatter_add_(1, picks, torch.ones_like(counts))
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    """The middle 95 %; NaN (a resample without two classes) does not count."""
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
+    return float(low), float(high)
+
+
+def _metrics(probabilities: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Each metric under every row of weights (resamples x images); NaN where it is undefined."""
+    num_classes = probabilities.shape[1]
+    correct = (probabilities.argmax(1) == targets).double()
+    members = torch.nn.functional.one_hot(targets, num_classes).double()
+    recalls = (weights @ (members * correct[:, None])) / (weights @ members)
+    classes = [1] if num_classes == 2 else targets.unique().tolist()
+    curves = [_auroc(probabilities[:, c], targets == c, weights) for c in classes]
+    return {
+        "accuracy": weights @ correct / weights.sum(1),
+        "balanced_accuracy": recalls.nanmean(1),
+        "auroc": torch.stack(curves).nanmean(0),
+    }
+
+
+def _auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
+    """Probability that a positive scores above a negative, ties one half (Mann-Whitney), under every row of weights."""
+    order = scores.argsort()
+    _, group, sizes = scores[order].unique_consecutive(return_inverse=True, return_counts=True)
+    ends = sizes.cumsum(0)
+    positive, weights = positive[order], weights[:, order]
+    below = torch.nn.functional.pad((weights * ~positive).cumsum(1), (1, 0))
+    # Weight of the negatives below each positive's group of ties, and half of those within it.
+    group = group[positive]
+    beaten = (below[:, (ends - sizes)[group]] + below[:, ends[group]]) / 2
+    wins = weights[:, positive]
+    return (wins * beaten).sum(1) / (wins.sum(1) * below[:, -1])
+
+
+def _mcnemar(won: int, lost: int) -> float:
+    """Two-sided exact p-value of `won` successes in `won + lost` tosses of a fair coin."""
+    tosses = won + lost
+    tail = sum(math.comb(tosses, k) for k in range(min(won, lost) + 1))
+    return min(1.0, 2 * tail / 2**tosses)
+
+
+def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """What both tables show, as text; a column that is empty throughout is left out."""
+    _require(rows)
+    table = [
+        {
+            "network": str(row["name"]),
+            **{metric.replace("_", " ").replace("auroc", "AUROC"): _with_interval(row, metric) for metric in _METRICS},
+            "M params": f"{row['params'] / 1e6:.2f}",
+            "M MACs": f"{row['macs'] / 1e6:.1f}",
+            "seconds": f"{row['seconds']:.1f}",
+            "labels": str(row["labels"]),
+            "CKA": "-" if row["cka_product"] is None else f"{row['cka_product']:.3f}",
+        }
+        for row in rows
+    ]
+    empty = {column for column in table[0] if all(line[column] == "-" for line in table)}
+    return [{column: cell for column, cell in line.items() if column not in empty} for line in table]
+
+
+def _with_interval(row: Row, metric: str) -> str:
+    if row[metric] is None:
+        return "-"
+    return f"{row[metric]:.3f} [{row[f'{metric}_low']:.2f}, {row[f'{metric}_high']:.2f}]"
