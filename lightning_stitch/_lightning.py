@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,12 @@ else:
             f"lightning_stitch should use {NAMESPACE!r}, but it cannot be imported: {error}. Install it, or set "
             f"{_VARIABLE} to the Lightning package that is installed."
         ) from error
+
+
+def isolate_rng() -> AbstractContextManager[None]:
+    """Lightning's context that restores the global random states of Python, NumPy and torch at its end."""
+    context: AbstractContextManager[None] = import_module(f"{NAMESPACE}.utilities.seed").isolate_rng()
+    return context
 
 
 def check_same_namespace(obj: object, what: str) -> None:

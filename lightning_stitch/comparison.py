@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_stitch.compose import Pool, SearchResult
@@ -125,19 +126,21 @@ def compare(
         begun = time.perf_counter()
         head, _ = fit_ridge_head(outcome.features, labels, num_classes=num_classes)
         seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
-        evaluations.append(_evaluation(finalist, head(seen.features), seconds, len(labels)))
+        with torch.no_grad():
+            probabilities = head(seen.features).softmax(dim=-1)
+        evaluations.append(_evaluation(finalist, probabilities, seconds, len(labels)))
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
     source = _named(evaluations, "source", result.best_source.candidate.recipe.fragments[0].source)
     stitched = next((e for e in evaluations if e.kind == "stitched"), None)
     return Comparison(rows, verdict(source, stitched, targets), unmet)
 
 
-def _evaluation(finalist: Finalist, logits: Tensor, seconds: float, num_labels: int) -> Evaluation:
+def _evaluation(finalist: Finalist, probabilities: Tensor, seconds: float, num_labels: int) -> Evaluation:
     candidate = finalist.candidate
     return Evaluation(
         name=finalist.name,
         kind=candidate.kind,
-        probabilities=logits.detach().softmax(dim=-1),
+        probabilities=probabilities,
         params=candidate.cost.params,
         macs=candidate.cost.macs,
         seconds=seconds,

@@ -23,6 +23,12 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to put back."""
+
     def start(self, stage: str, total: int | None) -> None:
         """Show nothing."""
 

@@ -72,7 +72,6 @@ class PrefixTree:
         # The same stitch object means the same path: a search fits each only once.
         return node.children.setdefault(("stitch", id(stitch)), _Node(stitch))
 
-    @torch.inference_mode()
     def run(self, images: Iterable[Tensor], *, on_batch: Callable[[int], None] | None = None) -> list[Outcome]:
         """Run all candidates over the images.
 
@@ -85,8 +84,9 @@ class PrefixTree:
         """
         found: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
         for batch in images:
-            for root in self._roots.values():
-                self._descend(root, batch, found)
+            with torch.inference_mode():
+                for root in self._roots.values():
+                    self._descend(root, batch, found)
             if on_batch is not None:
                 on_batch(len(batch))
         if self.num_candidates and not found[0]:
@@ -94,6 +94,7 @@ class PrefixTree:
         seconds = [0.0] * self.num_candidates
         for root in self._roots.values():
             self._add_seconds(root, 0.0, seconds)
+        # Joined outside of inference mode, these are ordinary tensors again, on which a head can be fitted and trained.
         return [Outcome(torch.cat(batches), own) for batches, own in zip(found, seconds, strict=True)]
 
     def _descend(self, node: _Node, x: Tensor, found: list[list[Tensor]]) -> None:

@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning_stitch._module_sources import (
     from_torchvision,
 )
 from lightning_stitch.errors import RecipeError, SourceError
+from lightning_stitch.graph import Cut, CutGraph, Granularity
 from lightning_stitch.recipe import Preprocessing, SourceRef
 
 SPECS = (
@@ -46,6 +47,7 @@ class Source:
 
     ref: SourceRef
     module: nn.Module
+    _graph: CutGraph | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -61,6 +63,31 @@ class Source:
     def licence(self) -> str | None:
         """SPDX identifier or the hub's licence word; None where unknown."""
         return self.ref.licence
+
+    @property
+    def graph(self) -> CutGraph:
+        """The network traced and cut at its native input size; made at the first use, `graph.at(size)` gives others.
+
+        Raises:
+            CutError: If it cannot be traced, or has no cut.
+        """
+        if self._graph is None:
+            self._graph = CutGraph(self.module, self.preprocessing.input_size)
+        return self._graph
+
+    def cuts(self, granularity: Granularity | Sequence[str] = "blocks") -> list[Cut]:
+        """Its cuts at the native input size, as `CutGraph.cuts`."""
+        return self.graph.cuts(granularity)
+
+    def fragment(self, start: str | None, end: str | None) -> nn.Module:
+        """The part between two cuts, with parameters of its own; None: from the image, to the output.
+
+        Its images are normalised with the source's mean and std, as the source itself takes them.
+
+        Raises:
+            CutError: If a cut is unknown, or `end` does not lie behind `start`.
+        """
+        return self.graph.fragment(start, end)
 
 
 def load_source(

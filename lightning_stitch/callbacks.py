@@ -1,0 +1,237 @@
+"""FragmentSearch: run the fragment search before fitting, inside the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
+from lightning_stitch.comparison import Comparison, compare
+from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.cost import Budget
+from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.errors import StitchError
+from lightning_stitch.functional import Estimator
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.progress import Bar, Progress, Silent
+from lightning_stitch.report import print_table, write_table
+from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.sources import Source, load_sources
+
+
+class FragmentSearch(pl.Callback):
+    """Composes a network from sources before fitting and installs it, with a closed-form head, in the module.
+
+    It runs in `setup` of the fit stage, where the data are ready and optimizers are not yet built, and only if the
+    module has no recipe. With `Trainer(max_epochs=0)` that is all: no back-propagation. Every rank runs the same seeded
+    search; rank zero's recipe decides.
+
+    The module is a `StitchedClassifier`, the data module a `CalibrationDataModule`.
+
+    Args:
+        sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
+        strategy: The search; None: `Beam()`. `DepthFirst(...)` is the paper's.
+        budget: Limits that the chosen network keeps.
+        granularity: Which cuts are offered: "stages", "blocks", "reference", "all", or a list of names.
+        estimator: Of CKA: "debiased", or "biased" as in the paper.
+        rows_per_image: Most rows that are sampled of one image at one cut.
+        ridge: Relative strength of the stitches' fit; 0 is the paper's.
+        bias: Whether stitches have a bias; False is the paper's.
+        ranking: "auto", "loo_accuracy", "loo_log_loss", "agreement" or "cka_product", on the selection images.
+        max_candidates: Most StitchNets that are ranked.
+        compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print
+            the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
+        fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet.
+        seed: Of the sampled positions.
+
+    Attributes:
+        result: What the search found; None before it ran.
+        comparison: The table, if asked for.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | dict[str, Any]],
+        strategy: Strategy | None = None,
+        budget: Budget | None = None,
+        granularity: str | list[str] = "blocks",
+        estimator: Estimator = "debiased",
+        rows_per_image: int = 32,
+        ridge: float = 1e-3,
+        bias: bool = True,
+        ranking: str = "auto",
+        max_candidates: int = 64,
+        compare: bool = False,
+        fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
+        seed: int = 0,
+    ) -> None:
+        self.sources = list(sources)
+        self.strategy = strategy
+        self.budget = budget
+        self.granularity = granularity
+        self.estimator = estimator
+        self.rows_per_image = rows_per_image
+        self.ridge = ridge
+        self.bias = bias
+        self.ranking = ranking
+        self.max_candidates = max_candidates
+        self.compare = compare
+        self.fractions = tuple(fractions)
+        self.seed = seed
+        self.result: SearchResult | None = None
+        self.comparison: Comparison | None = None
+        self._fetched: list[Source] | None = None
+
+    def fetch_sources(self) -> None:
+        """Load the sources, from the hub if need be; the module's `prepare_data` calls this once for each node."""
+        if self._fetched is None:
+            self._fetched = load_sources(self.sources)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Search, install the network and its head, and compare if asked to."""
+        if stage != "fit":
+            return
+        module, data = self._checked(trainer, pl_module)
+        if module.recipe is not None:
+            return
+        self.fetch_sources()
+        assert self._fetched is not None
+        bar = trainer.progress_bar_callback
+        quiet = bar is None or not trainer.is_global_zero
+        with isolate_rng(), Bar() if not quiet else Silent() as progress:
+            self._run(trainer, module, data, self._fetched, progress)
+        self._fetched = None
+        self._report(trainer)
+
+    def _checked(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> tuple[StitchedClassifier, CalibrationDataModule]:
+        check_same_namespace(trainer, "Trainer")
+        check_same_namespace(pl_module, "module")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            check_same_namespace(data, "data module")
+        if not isinstance(pl_module, StitchedClassifier):
+            raise StitchError(f"FragmentSearch fits a StitchedClassifier; found {type(pl_module).__name__}.")
+        if not isinstance(data, CalibrationDataModule):
+            found = "none" if data is None else type(data).__name__
+            raise StitchError(
+                f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found {found}. "
+                f"CalibrationDataModule(datamodule=yours) wraps another one."
+            )
+        if trainer.strategy.restore_checkpoint_after_setup and pl_module.recipe is None:
+            raise StitchError(
+                f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
+                f"must be known from the start: search with another strategy first, then give "
+                f"StitchedClassifier(recipe=...)."
+            )
+        if data.num_classes != pl_module.num_classes:
+            raise StitchError(
+                f"The data have {data.num_classes} classes, StitchedClassifier has num_classes={pl_module.num_classes}."
+            )
+        return pl_module, data
+
+    def _run(
+        self,
+        trainer: pl.Trainer,
+        module: StitchedClassifier,
+        data: CalibrationDataModule,
+        sources: list[Source],
+        progress: Progress,
+    ) -> None:
+        tiny = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        pool = Pool(
+            sources,
+            data.image_shape,
+            settings=CalibrationSettings(
+                granularity=self.granularity if isinstance(self.granularity, str) else tuple(self.granularity),  # type: ignore[arg-type]
+                estimator=self.estimator,
+                rows_per_image=self.rows_per_image,
+                seed=self.seed,
+            ),
+            device=trainer.strategy.root_device,
+        )
+
+        def batches(loader: Any) -> Any:
+            return list(islice(loader, 1)) if tiny else loader
+
+        self.result = pool.search(
+            (batch[0] for batch in batches(data.calibration_dataloader())),
+            batches(data.selection_dataloader()),
+            strategy=self.strategy or Beam(),
+            budget=self.budget,
+            ranking=self.ranking,
+            num_classes=data.num_classes,
+            ridge=self.ridge,
+            bias=self.bias,
+            max_candidates=2 if tiny else self.max_candidates,
+            progress=progress,
+        )
+        best = self.result.best.candidate
+        progress.start("head", None)
+        train = batches(data.head_dataloader())
+        outcomes, labels = pool.outcomes([best], train, progress=progress)
+        assert labels is not None
+        with torch.inference_mode(False):
+            head, _ = fit_ridge_head(outcomes[0].features, labels, num_classes=data.num_classes)
+            network = pool.assemble(best)
+        module.install(network, head)
+        self._agree(trainer, module)
+        if self.compare and not tiny:
+            data.setup("test")
+            self.comparison = compare(
+                pool,
+                self.result,
+                data.head_dataloader(),
+                data.test_dataloader(),
+                num_classes=data.num_classes,
+                fractions=self.fractions,
+                progress=progress,
+            )
+
+    def _agree(self, trainer: pl.Trainer, module: StitchedClassifier) -> None:
+        """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""
+        recipe = trainer.strategy.broadcast(module.hparams["recipe"], src=0)
+        if recipe != module.hparams["recipe"]:
+            module.hparams["recipe"] = recipe
+            module.configure_model()
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        assert self.result is not None
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        if not trainer.is_global_zero:
+            return
+        best = self.result.best
+        metrics = {f"search/{name}": value for name, value in best.scores.items()}
+        metrics |= {f"search/{stage}_seconds": seconds for stage, seconds in self.result.seconds.items()}
+        metrics |= {"search/params": best.candidate.cost.params, "search/macs": best.candidate.cost.macs}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=0)
+        lines = [self.result.summary()]
+        if self.comparison is not None:
+            title = "Test images: sources, self-stitched sources and StitchNets with the same head"
+            sentence = " ".join(
+                [self.comparison.sentence, *(f"No StitchNet fits {budget}." for budget in self.comparison.unmet)]
+            )
+            print_table(self.comparison.rows, sentence, title=title)
+            settings = {
+                "sources": [str(source) for source in self.sources],
+                "granularity": self.granularity,
+                "estimator": self.estimator,
+                "ranking": self.ranking,
+                "recipe": best.candidate.recipe.to_dict(),
+                "seconds": self.result.seconds,
+                "rejected": self.result.rejected,
+                "num_candidates": len(self.result.ranked),
+            }
+            paths = write_table(self.comparison.rows, sentence, Path(log_dir), settings=settings)
+            lines.append(f"The table is in {paths[0]} and {paths[1]}.")
+        if trainer.progress_bar_callback is not None or self.comparison is not None:
+            for line in lines:
+                print(line)
