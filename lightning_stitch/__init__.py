@@ -1,3 +1,103 @@
-"""Compose a new network from fragments of pre-trained ones, in seconds, without back-propagation."""
+"""Compose a new network from fragments of pre-trained ones, in seconds, without back-propagation.
+
+Names are imported at their first use: `import lightning_stitch` loads neither timm nor Lightning nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_stitch.callbacks import FragmentSearch
+    from lightning_stitch.compose import Pool, SearchResult
+    from lightning_stitch.cost import Budget, Cost, network_cost
+    from lightning_stitch.data import CalibrationDataModule
+    from lightning_stitch.errors import (
+        BudgetError,
+        CalibrationError,
+        CutError,
+        RecipeError,
+        SourceError,
+        StitchError,
+    )
+    from lightning_stitch.functional import linear_cka
+    from lightning_stitch.graph import Cut, CutGraph
+    from lightning_stitch.heads import RidgeHead, fit_ridge_head
+    from lightning_stitch.module import StitchedClassifier
+    from lightning_stitch.network import StitchedNetwork
+    from lightning_stitch.recipe import Preprocessing, Recipe
+    from lightning_stitch.search import Beam, DepthFirst
+    from lightning_stitch.segments import CalibrationSettings
+    from lightning_stitch.similarity import LinearCKA
+    from lightning_stitch.sources import Source, load_source, load_sources
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "callbacks": ["FragmentSearch"],
+    "compose": ["Pool", "SearchResult"],
+    "cost": ["Budget", "Cost", "network_cost"],
+    "data": ["CalibrationDataModule"],
+    "errors": ["BudgetError", "CalibrationError", "CutError", "RecipeError", "SourceError", "StitchError"],
+    "functional": ["linear_cka"],
+    "graph": ["Cut", "CutGraph"],
+    "heads": ["RidgeHead", "fit_ridge_head"],
+    "module": ["StitchedClassifier"],
+    "network": ["StitchedNetwork"],
+    "recipe": ["Preprocessing", "Recipe"],
+    "search": ["Beam", "DepthFirst"],
+    "segments": ["CalibrationSettings"],
+    "similarity": ["LinearCKA"],
+    "sources": ["Source", "load_source", "load_sources"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    # composing inside a Trainer
+    "StitchedClassifier",
+    "CalibrationDataModule",
+    "FragmentSearch",
+    "Budget",
+    "Beam",
+    "DepthFirst",
+    # composing without one
+    "Pool",
+    "SearchResult",
+    "CalibrationSettings",
+    "StitchedNetwork",
+    "Recipe",
+    "RidgeHead",
+    "fit_ridge_head",
+    # taking networks apart
+    "Source",
+    "Preprocessing",
+    "load_source",
+    "load_sources",
+    "Cut",
+    "CutGraph",
+    "Cost",
+    "network_cost",
+    # comparing activations
+    "linear_cka",
+    "LinearCKA",
+    # what can go wrong
+    "StitchError",
+    "SourceError",
+    "CutError",
+    "CalibrationError",
+    "BudgetError",
+    "RecipeError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -79,7 +79,7 @@ def _collect(
     depths: Set[tuple[str, int]],
     outputs: set[fx.Node],
 ) -> None:
-    if scope.call.output in cuts:
+    if scope.call.output is not None and scope.call.output in cuts:
         outputs.add(scope.call.output)
     is_block = scope.call.module_type in classes or _place(scope.call) in depths or not _is_chain(scope, cuts)
     if not (scope.call.is_leaf or is_block):

@@ -6,7 +6,12 @@ from torch import fx, nn
 
 from lightning_stitch.recipe import Format
 
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+)
 _CHANNELS_FIRST_NAMES = ("AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm", "PixelShuffle")
 _TO_CHANNELS_LAST = (0, 2, 3, 1)
 _TO_CHANNELS_FIRST = (0, 3, 1, 2)
@@ -106,4 +111,15 @@ def _permutation(node: fx.Node) -> tuple[int, ...] | None:
 def _moves_dimensions(node: fx.Node) -> bool:
     """True for operations behind which the walk would speak of another tensor."""
     name = getattr(node.target, "__name__", str(node.target))
-    return name in ("view", "reshape", "permute", "transpose", "flatten", "unflatten", "matmul", "einsum", "cat", "getattr")
+    return name in (
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "flatten",
+        "unflatten",
+        "matmul",
+        "einsum",
+        "cat",
+        "getattr",
+    )

@@ -130,7 +130,6 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
     return traced, calls
 
 
-
 def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]:
     """Replace `F.dropout(x, p, training=False)` by an `nn.Dropout`, which follows train() and eval() again."""
     replaced: dict[fx.Node | None, fx.Node] = {}
@@ -172,7 +171,9 @@ class _Prober(fx.Interpreter):
         try:
             result = super().run_node(n)
         except Exception as error:
-            raise CutError(f"{n.format_node() or n.name} fails in a dry run: {type(error).__name__}: {error}") from error
+            raise CutError(
+                f"{n.format_node() or n.name} fails in a dry run: {type(error).__name__}: {error}"
+            ) from error
         macs = (self.counter.get_total_flops() - before) // 2
         if isinstance(result, Tensor):
             self.yields[n] = Yield(tuple(result.shape), result.is_floating_point(), None, macs)

@@ -1,7 +1,7 @@
 """Run a source once over the calibration images and keep what the search needs of every cut.
 
-Of each cut are kept: sampled rows (at most a fixed number for each image, so that memory is rows x channels whatever the
-image size), and, while the search lasts, the activation itself, to be carried on from there.
+Of each cut are kept: sampled rows (at most a fixed number for each image, so that memory is rows x channels whatever
+the image size), and, while the search lasts, the activation itself, to be carried on from there.
 """
 
 from __future__ import annotations

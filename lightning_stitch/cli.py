@@ -2,24 +2,178 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_stitch._lightning import pl
+from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.errors import StitchError
 from lightning_stitch.graph import Cut
-from lightning_stitch.segments import CalibrationSettings
-from lightning_stitch.sources import Source, load_source
+from lightning_stitch.sources import SPECS, Source, load_source
 
-try:
-    from jsonargparse import ArgumentParser
-except ImportError as error:
-    raise ImportError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI
+else:
+    try:
+        import_module("jsonargparse")
+    except ModuleNotFoundError as error:
+        raise StitchError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
+    LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
 
-LightningCLI = __import__(f"{pl.__name__}.cli", fromlist=["LightningCLI"]).LightningCLI
+
+class StitchCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, that keeps the result of a run without training.
+
+    With `max_epochs: 0` a Trainer writes no checkpoint, so one is written after fit: `stitched.ckpt` in the log
+    directory, which `test`, `predict` and `load_from_checkpoint` take.
+    """
+
+    def after_fit(self) -> None:
+        """Save what a search without training made."""
+        if self.trainer.max_epochs != 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "stitched.ckpt"
+        self.trainer.save_checkpoint(path)
+        if self.trainer.is_global_zero:
+            print(f"The stitched network is in {path}.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of this library's is printed without a traceback and exits with 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["inspect"]:
+            inspect(arguments[1:])
+        else:
+            if arguments[:1] in (["-h"], ["--help"]):
+                print(
+                    "lightning-stitch inspect SOURCE ... lists a source's cuts; see lightning-stitch inspect --help.\n"
+                )
+            StitchCLI(
+                pl.LightningModule,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                # A second run with the same version directory would stop at the first one's saved configuration.
+                save_config_kwargs={"overwrite": True},
+                args=arguments,
+            )
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        expected = _expected(error)
+        if expected is None:
+            raise
+        print(f"error: {expected}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _expected(error: BaseException | None) -> StitchError | None:
+    """This library's error behind another one: the parser wraps what a class raises when it is built."""
+    while error is not None and not isinstance(error, StitchError):
+        error = error.__cause__
+    return error
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """List a source's cuts, their formats, shapes and costs, and its licence and preprocessing.
+
+    Raises:
+        SourceError: If the source cannot be had.
+        CutError: If it cannot be cut.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-stitch inspect", description="List where a network can be cut.")
+    parser.add_argument("source", help=SPECS.replace(", or a live torch.nn.Module", ""))
+    parser.add_argument("--granularity", default="blocks", help="stages, blocks (default), reference or all")
+    parser.add_argument(
+        "--pretrained", default="true", choices=["true", "false"], help="false: random weights, no download"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    source = load_source(options.source, pretrained=options.pretrained == "true")
+    report = describe_source(source, granularity=options.granularity)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_source(report)
+
+
+def describe_source(source: Source, *, granularity: Any = "blocks") -> dict[str, Any]:
+    """What `inspect` shows, as plain JSON values; MACs are for one image of the native input size."""
+    graph = source.graph
+    preprocessing = dataclasses.asdict(source.preprocessing)
+    return {
+        "name": source.name,
+        "source": source.ref.spec,
+        "architecture": source.ref.architecture,
+        "revision": source.ref.revision,
+        "weight_hash": source.ref.weight_hash,
+        "licence": source.licence,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()},
+        "params": sum(parameter.numel() for parameter in source.module.parameters()),
+        "macs": graph.macs(None, None),
+        "granularity": granularity,
+        "cuts": [_describe_cut(source, cut) for cut in graph.cuts(granularity)],
+    }
+
+
+def _describe_cut(source: Source, cut: Cut) -> dict[str, Any]:
+    params = sum(parameter.numel() for parameter in source.graph.parameters(None, cut.name))
+    return {
+        "name": cut.name,
+        "format": cut.format,
+        "shape": list(cut.shape),
+        "stride": cut.stride,
+        "prefix_tokens": cut.num_prefix_tokens,
+        "macs_before": cut.macs,
+        "params_before": params,
+    }
+
+
+def _print_source(report: dict[str, Any]) -> None:
+    console = Console()
+    size = "x".join(map(str, report["input_size"]))
+    console.print(f"{report['name']} ({report['architecture']})", markup=False, highlight=False)
+    for label, value in (
+        ("licence", report["licence"] or "unknown"),
+        ("revision", report["revision"] or "unknown"),
+        ("weights", report["weight_hash"]),
+        ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
+        ("cost", f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs"),
+    ):
+        console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        title=f"{len(report['cuts'])} cuts ({report['granularity']})",
+        title_justify="left",
+    )
+    for column in ("cut", "format", "shape", "stride", "M MACs before", "M params before"):
+        table.add_column(column, justify="left" if column in ("cut", "format") else "right")
+    for cut in report["cuts"]:
+        prefix = f" +{cut['prefix_tokens']}" if cut["prefix_tokens"] else ""
+        table.add_row(
+            cut["name"],
+            cut["format"] + prefix,
+            "x".join(map(str, cut["shape"])),
+            "-" if cut["stride"] is None else f"{cut['stride']:g}",
+            f"{cut['macs_before'] / 1e6:.1f}",
+            f"{cut['params_before'] / 1e6:.3f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The honest table behind a search: chosen networks beside all sources, same head, same labels, on unseen test images."""
+"""The honest table behind a search: chosen networks beside all sources, same head and labels, unseen test images."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.ranking import Outcome, PrefixTree, Ranking, SelectionData, find_ranking
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts, Segmented, segment
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
 from lightning_stitch.sources import Source
 from lightning_stitch.space import Candidate, SearchSpace
 
@@ -89,8 +89,8 @@ class SearchResult:
                 f"it is returned as it is."
             )
         return (
-            f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} on the "
-            f"selection images, the best source ({source}, {self.best_source.candidate.cost}) {reference:.4f}."
+            f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} on "
+            f"the selection images, the best source ({source}, {self.best_source.candidate.cost}) {reference:.4f}."
         )
 
 
@@ -258,9 +258,7 @@ class Pool:
         ranked.sort(key=lambda r: tuple(-value for value in r.scores.values()))
         return ranked, 0 if labels is None else len(labels)
 
-    def _result(
-        self, ranked: list[Ranked], budget: Budget, rejected: dict[str, int], num_labels: int
-    ) -> SearchResult:
+    def _result(self, ranked: list[Ranked], budget: Budget, rejected: dict[str, int], num_labels: int) -> SearchResult:
         fitting = [r for r in ranked if budget.allows(r.candidate.cost)]
         if not fitting:
             cheapest = min((r.candidate for r in ranked), key=lambda c: c.cost.macs)
@@ -305,6 +303,8 @@ class Pool:
 
 def _check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
     if tuple(images.shape[1:]) != image_shape:
-        raise CalibrationError(f"Images must all be {image_shape} (channels, height, width); found {tuple(images.shape)}.")
+        raise CalibrationError(
+            f"Images must all be {image_shape} (channels, height, width); found {tuple(images.shape)}."
+        )
     if not images.is_floating_point() or not torch.isfinite(images).all():
         raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")

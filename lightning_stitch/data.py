@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from torchvision.datasets import DatasetFolder, ImageFolder
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
 
+from lightning_stitch._images import CheckedImages, Decoder, Items, open_image, probe
+from lightning_stitch._labels import (
+    all_labels,
+    check_disjoint,
+    class_names,
+    count_classes,
+    number_of,
+    stratified,
+)
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.errors import CalibrationError
 
 _DEFAULT_SHARE = 0.2
-_PROBES = 8
-# A bicubic resize overshoots by up to this much at sharp edges; a normalised image leaves [0, 1] by far more.
-_OVERSHOOT = 0.1
 
 
 class CalibrationDataModule(pl.LightningDataModule):
@@ -114,13 +114,15 @@ class CalibrationDataModule(pl.LightningDataModule):
             )
         samples = {"train": train_samples, "selection": selection_samples, "test": test_samples}
         for part, size in samples.items():
-            if size is not None and (size <= 0 or (isinstance(size, float) and size > 1)):
+            if isinstance(size, float) and size > 1 and size.is_integer():
+                samples[part] = int(size)  # a YAML parser reads the 256 of an "int or float" as 256.0
+            elif size is not None and (size <= 0 or (isinstance(size, float) and size > 1)):
                 raise CalibrationError(f"{part}_samples is {size}; give a number from 1, a share up to 1.0, or None.")
         if datamodule is not None:
             check_same_namespace(datamodule, "datamodule")
             self.prepare_data_per_node = datamodule.prepare_data_per_node
         self.batch_size = batch_size
-        self._decoder = _Decoder.of(num_channels, image_size, mean, std)
+        self._decoder = Decoder.of(num_channels, image_size, mean, std)
         self._given = {"train": train, "val": val, "test": test}
         self._image_folder = image_folder
         self._datamodule = datamodule
@@ -128,7 +130,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         self._samples = samples
         self._loader_options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._seed = seed
-        self._parts: dict[str, _Images] = {}
+        self._parts: dict[str, CheckedImages] = {}
 
     def prepare_data(self) -> None:
         """Let a given datamodule download what it needs; otherwise there is nothing to do."""
@@ -147,17 +149,17 @@ class CalibrationDataModule(pl.LightningDataModule):
         if self._parts:
             return
         given = self._datasets()
-        _check_disjoint(given)
-        self._image_shape = _probe(given, self._decoder)
+        check_disjoint(given)
+        self._image_shape = probe(given, self._decoder)
         train = given["train"]
-        labels = _labels(train, "train")
-        self._class_names = _class_names(train)
-        self._num_classes = _count_classes(labels, self._class_names)
+        labels = all_labels(train, "train")
+        self._class_names = class_names(train)
+        self._num_classes = count_classes(labels, self._class_names)
         explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in given}
         chosen = self._split(labels, [part for part in ("test", "selection") if part not in explicit])
         chosen |= {part: self._subset(given[name], part) for part, name in explicit.items()}
         self._parts = {
-            part: _Images(given[name], name, chosen[part], self._decoder, self._image_shape, self._num_classes)
+            part: CheckedImages(given[name], name, chosen[part], self._decoder, self._image_shape, self._num_classes)
             for part in ("calibration", "train", "selection", "test")
             for name in [explicit.get(part, "train")]
         }
@@ -222,7 +224,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             self._parts[part], batch_size=self.batch_size, shuffle=shuffle, generator=generator, **self._loader_options
         )
 
-    def _datasets(self) -> dict[str, _Items]:
+    def _datasets(self) -> dict[str, Items]:
         """The datasets given: "train" and, where there are such, "val" and "test"."""
         found: Mapping[str, Any] = self._given
         if self._image_folder is not None:
@@ -248,8 +250,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         # At random, not by class: the method claims to need no labels here, so labels must not choose these images.
         chosen = {"calibration": order[: self._calibration_samples]}
         rest = order[self._calibration_samples :]
-        counts = {part: _count(self._samples[part] or _DEFAULT_SHARE, len(rest)) for part in drawn}
-        least = _count(self._samples["train"] or self._num_classes, len(rest))
+        counts = {part: number_of(self._samples[part] or _DEFAULT_SHARE, len(rest)) for part in drawn}
+        least = number_of(self._samples["train"] or self._num_classes, len(rest))
         need = {"calibration": self._calibration_samples, **counts, "train": least}
         if sum(need.values()) > len(labels):
             raise CalibrationError(
@@ -258,10 +260,10 @@ class CalibrationDataModule(pl.LightningDataModule):
                 f"{', '.join(f'{part}_samples' for part in need)}."
             )
         for part, count in counts.items():
-            taken = _stratified(labels[rest], count, leave=1)
+            taken = stratified(labels[rest], count, leave=1)
             chosen[part], rest = rest[taken], rest[~taken]
         if self._samples["train"] is not None:
-            rest = rest[_stratified(labels[rest], least, leave=0)]
+            rest = rest[stratified(labels[rest], least, leave=0)]
         missing = sorted(set(labels.tolist()) - set(labels[rest].tolist()))[:10]
         if missing:
             raise CalibrationError(
@@ -272,263 +274,16 @@ class CalibrationDataModule(pl.LightningDataModule):
             )
         return {**chosen, "train": rest}
 
-    def _subset(self, dataset: _Items, part: str) -> Tensor:
+    def _subset(self, dataset: Items, part: str) -> Tensor:
         """Indices into an explicit val or test set: all, or a stratified draw of the size asked for."""
         size, length = self._samples[part], len(dataset)
-        count = length if size is None else _count(size, length)
+        count = length if size is None else number_of(size, length)
         if count > length:
             raise CalibrationError(f"{part}_samples is {count}, but the {part} set given holds {length} images.")
         if count == length:
             return torch.arange(length)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self._seed))
-        return order[_stratified(_labels(dataset, part)[order], count, leave=0)]
-
-
-class _Items(Protocol):
-    """A map-style dataset of (image, label)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Images(Dataset):
-    """Checked (image, label) pairs of a dataset at the chosen indices."""
-
-    dataset: _Items
-    name: str
-    indices: Tensor
-    decoder: _Decoder
-    image_shape: tuple[int, int, int]
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        index = int(self.indices[position])
-        image, label = _read(self.dataset, self.name, index, self.decoder, self.image_shape)
-        if label >= self.num_classes:
-            raise CalibrationError(
-                f"Image {index} of {self.name} has label {label}, but the labels of train go from 0 to "
-                f"{self.num_classes - 1}."
-            )
-        return image, label
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Decoder:
-    """Turns an image as a dataset gives it into a float32 tensor, channels x height x width, in [0, 1]."""
-
-    num_channels: int
-    image_size: tuple[int, int] | None
-    mean: Tensor | None
-    std: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        num_channels: int,
-        image_size: int | tuple[int, int] | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> _Decoder:
-        """Check the user's options."""
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if mean is None and std is None:
-            return cls(num_channels, size, None, None)
-        if mean is None or std is None or len(mean) != len(std) or min(std) <= 0:
-            raise CalibrationError(
-                f"mean= and std= belong together, one number per channel, std above 0; found mean={mean}, std={std}."
-            )
-        return cls(num_channels, size, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
-
-    def __call__(self, image: Any) -> Tensor:
-        pixels = self._scaled(_channels_first(image))
-        low, high = (float(value) for value in pixels.aminmax())
-        if not math.isfinite(low + high):
-            raise CalibrationError("the image holds NaN or infinite values")
-        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-            raise CalibrationError(
-                f"values must lie in [0, 1], these go from {low:.3g} to {high:.3g}; if the dataset normalises its "
-                f"images, pass the mean= and std= it uses; if they go from 0 to 255, give them as uint8"
-            )
-        if len(pixels) == 1 and self.num_channels == 3:
-            pixels = pixels.expand(3, -1, -1)
-        if len(pixels) != self.num_channels:
-            raise CalibrationError(
-                f"the image has {len(pixels)} channels (channels first: {tuple(pixels.shape)}), num_channels is "
-                f"{self.num_channels}; tensors are read as C x H x W, numpy arrays as H x W x C"
-            )
-        if self.image_size is not None and pixels.shape[1:] != self.image_size:
-            pixels = interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
-        return pixels.clamp(0, 1)
-
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        if pixels.dtype in (torch.uint8, torch.uint16):
-            if self.mean is not None:
-                raise CalibrationError(f"mean= and std= undo a normalisation, but {pixels.dtype} images have none")
-            return pixels.float() / torch.iinfo(pixels.dtype).max
-        if not pixels.is_floating_point():
-            raise CalibrationError(f"an image is uint8, uint16 or float in [0, 1]; found {pixels.dtype}")
-        if self.mean is None or self.std is None:
-            return pixels.float()
-        if len(self.mean) not in (1, len(pixels)):
-            raise CalibrationError(f"mean= has {len(self.mean)} numbers, the image has {len(pixels)} channels")
-        return pixels.float() * self.std + self.mean
-
-
-def _channels_first(image: Any) -> Tensor:
-    """A PIL image, a numpy array (H x W x C or H x W) or a tensor (C x H x W or H x W) as C x H x W, dtype kept."""
-    if isinstance(image, Image.Image):
-        image = np.array(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)))
-    if isinstance(image, np.ndarray):
-        # The copy is writable, of positive strides and of native byte order, as torch wants it.
-        pixels = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("=")))
-        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
-    elif isinstance(image, Tensor):
-        pixels = image
-    else:
-        raise CalibrationError(f"an image is a PIL image, a tensor or a numpy array; found {type(image).__name__}")
-    pixels = pixels[None] if pixels.ndim == 2 else pixels
-    if pixels.ndim != 3 or not pixels.numel():
-        raise CalibrationError(f"an image has a height, a width and channels; found shape {tuple(pixels.shape)}")
-    return pixels
-
-
-def _read(
-    dataset: _Items, name: str, index: int, decoder: _Decoder, image_shape: tuple[int, ...] | None
-) -> tuple[Tensor, int]:
-    """One checked pair; an error names the image by its index and, where known, its file."""
-    try:
-        item = dataset[index]
-        if not isinstance(item, tuple | list) or len(item) < 2:
-            raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
-        image, label = decoder(item[0]), _label(item[1])
-        if image_shape is not None and image.shape != image_shape:
-            raise CalibrationError(
-                f"it is {tuple(image.shape)}, others are {tuple(image_shape)} (channels, height, width); pass "
-                f"image_size= to resize all of them"
-            )
-    except (CalibrationError, OSError) as error:
-        base, indices = _origin(dataset)
-        file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
-        raise CalibrationError(f"Image {index} of {name}{file}: {error}.") from error
-    return image, label
-
-
-def _probe(given: dict[str, _Items], decoder: _Decoder) -> tuple[int, int, int]:
-    """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
-    shape: tuple[int, ...] | None = None
-    for name, dataset in given.items():
-        for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
-            shape = tuple(_read(dataset, name, index, decoder, shape)[0].shape)
-    return cast("tuple[int, int, int]", shape)
-
-
-def _origin(dataset: Any) -> tuple[Any, Tensor]:
-    """The dataset under nested Subsets, and which of its items they keep."""
-    if not isinstance(dataset, Subset):
-        return dataset, torch.arange(len(dataset))
-    base, indices = _origin(dataset.dataset)
-    return base, indices[torch.as_tensor(dataset.indices, dtype=torch.long)]
-
-
-def _check_disjoint(given: dict[str, _Items]) -> None:
-    """Refuse the same images under two names, as far as it can be seen without decoding them."""
-    for (one, first), (two, second) in combinations(given.items(), 2):
-        (base, indices), (other, others) = _origin(first), _origin(second)
-        shared = int(torch.isin(indices, others).sum()) if base is other else 0
-        if shared:
-            raise CalibrationError(f"{one} and {two} share {shared} images; they must be disjoint.")
-
-
-def _label(value: Any) -> int:
-    if isinstance(value, Tensor | np.generic | np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, int) or value < 0:
-        raise CalibrationError(
-            f"labels must be integers from 0; found {value!r} ({type(value).__name__}). Turn probabilities or names "
-            f"into class numbers first (target_transform)"
-        )
-    return int(value)
-
-
-def _labels(dataset: _Items, name: str) -> Tensor:
-    """Every label of a dataset, int64: from its attributes where that is possible, else in one pass over its items."""
-    base, indices = _origin(dataset)
-    attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
-    if isinstance(base, TensorDataset):
-        attributes = list(base.tensors[1:2])
-    stored = next((a for a in attributes if hasattr(a, "__len__") and len(a) == len(base)), None)
-    if stored is None:
-        found = (dataset[index][1] for index in range(len(dataset)))
-    else:
-        values = stored.tolist() if hasattr(stored, "tolist") else stored
-        transform = getattr(base, "target_transform", None) or (lambda label: label)
-        found = (transform(values[index]) for index in indices.tolist())
-    labels = []
-    for index, value in enumerate(found):
-        try:
-            labels.append(_label(value))
-        except CalibrationError as error:
-            raise CalibrationError(f"Image {index} of {name}: {error}.") from error
-    return torch.tensor(labels)
-
-
-def _class_names(dataset: _Items) -> list[str] | None:
-    base, _ = _origin(dataset)
-    names = getattr(base, "classes", None)
-    known = isinstance(names, list | tuple) and getattr(base, "target_transform", None) is None
-    return [str(name) for name in names] if known and names else None
-
-
-def _count_classes(labels: Tensor, class_names: list[str] | None) -> int:
-    """Number of classes; refuses a single one and numbers with gaps."""
-    found = labels.unique().tolist()
-    num_classes = max(len(class_names or ()), found[-1] + 1)
-    if len(found) < 2:
-        raise CalibrationError(f"All {len(labels)} images of train have one label, {found[0]}; two classes are needed.")
-    if len(found) < num_classes:
-        raise CalibrationError(
-            f"There are {num_classes} classes, but train has labels of only {len(found)}: {found[:10]}. Number the "
-            f"classes from 0 without gaps, and give images of each."
-        )
-    return num_classes
-
-
-def _count(size: int | float, available: int) -> int:
-    """A number of images from a number or a share."""
-    return max(1, round(size * available)) if isinstance(size, float) else size
-
-
-def _stratified(labels: Tensor, count: int, *, leave: int) -> Tensor:
-    """Mark `count` items, in the proportions of their labels, the first ones of each class.
-
-    At least `leave` items of each class stay unmarked, and every class gets one item if it can. Otherwise whole
-    numbers come by largest remainder.
-    """
-    sizes = torch.bincount(labels)
-    room = (sizes - leave).clamp(min=0)
-    total = max(int(room.sum()), 1)
-    quota, remainder = count * room // total, count * room % total
-    take = quota.maximum((room > 0).long())
-    most_due = (remainder * (quota > 0)).argsort(descending=True, stable=True)
-    take[most_due[: max(count - int(take.sum()), 0)]] += 1
-    while int(take.sum()) > count:
-        take[take.argmax()] -= 1
-    by_class = labels.argsort(stable=True)
-    rank = torch.empty_like(labels)
-    rank[by_class] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
-    return rank < take[labels]
-
-
-def _open(path: str) -> Image.Image:
-    """An image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
-    with Image.open(path) as image:
-        image.load()
-        return image if image.mode in ("L", "I;16") else image.convert("RGB")
+        return order[stratified(all_labels(dataset, part)[order], count, leave=0)]
 
 
 def _class_folders(root: Path) -> dict[str, ImageFolder]:
@@ -543,7 +298,7 @@ def _class_folders(root: Path) -> dict[str, ImageFolder]:
     found = {}
     for name, path in (parts if nested else {"train": root}).items():
         try:
-            found[name] = ImageFolder(str(path), loader=_open)
+            found[name] = ImageFolder(str(path), loader=open_image)
         except FileNotFoundError as error:
             inside = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
             raise CalibrationError(

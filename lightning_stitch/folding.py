@@ -35,12 +35,12 @@ def consumer_layers(fragment: fx.GraphModule, *, bias: bool) -> list[nn.Conv2d |
 
 def producer_layers(fragment: fx.GraphModule) -> tuple[nn.Conv2d | nn.Linear, nn.BatchNorm2d | None] | None:
     """The layer at a fragment's end, and the BatchNorm behind it, that could take a stitch in; None where not exact."""
-    node = _through_identities(fragment, next(n for n in fragment.graph.nodes if n.op == "output").args[0])
+    node = _through_identities(fragment, next(n for n in fragment.graph.nodes if n.op == "output").all_input_nodes[0])
     norm = None
     module = _module(fragment, node)
     if isinstance(module, nn.BatchNorm2d) and _is_affine_in_eval(module) and len(node.args) == 1:
         norm = module
-        node = _through_identities(fragment, node.args[0])
+        node = _through_identities(fragment, node.all_input_nodes[0])
     layer = _dense_layer(fragment, node)
     targets = [n.target for n in fragment.graph.nodes if n.op == "call_module"]
     if layer is None or len(node.users) != 1 or targets.count(node.target) > 1:
@@ -59,7 +59,9 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     weight, bias = _numbers(stitch)
     layers = consumer_layers(fragment, bias=bias is not None)
     if layers is None:
-        raise CutError("This stitch cannot be folded into the fragment behind it: not all its readers are dense layers.")
+        raise CutError(
+            "This stitch cannot be folded into the fragment behind it: not all its readers are dense layers."
+        )
     for layer in layers:
         old = layer.weight.detach().double()
         if isinstance(layer, nn.Conv2d):
@@ -74,7 +76,7 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
 
 
 def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
-    """Change the fragment's last layer, in place, so that it yields the receiver's channels; its BatchNorm goes with it.
+    """Change the fragment's last layer, in place, so that it yields the receiver's channels; its BatchNorm goes too.
 
     W' = A W and b' = A b + a, after the BatchNorm's running statistics are folded into W and b.
 
@@ -104,7 +106,9 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     _set(layer, new, shift)
 
 
-def choose_placement(before: fx.GraphModule, after: fx.GraphModule, spec: StitchSpec, *, before_taken: bool) -> Placement:
+def choose_placement(
+    before: fx.GraphModule, after: fx.GraphModule, spec: StitchSpec, *, before_taken: bool
+) -> Placement:
     """Where a stitch costs the fewest multiply-accumulates among the places where it is exact.
 
     Args:
@@ -196,7 +200,7 @@ def _dense_layer(fragment: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Line
     module = _module(fragment, node)
     # Subclasses pad or standardise on the fly, so only the plain classes are sure to be affine.
     if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
-        return module  # type: ignore[return-value]
+        return module
     return None
 
 

@@ -74,7 +74,9 @@ class CutGraph:
         self._input = next(node for node in self._nodes if node.op == "placeholder")
         self._output = next(node for node in self._nodes if node.op == "output").args[0]
         if not isinstance(self._output, fx.Node):
-            raise CutError(f"{type(network).__name__} returns more than one tensor; give a part of it that returns one.")
+            raise CutError(
+                f"{type(network).__name__} returns more than one tensor; give a part of it that returns one."
+            )
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
         self._mutators = self._find_mutators()
         self._resize(input_size)
@@ -119,9 +121,13 @@ class CutGraph:
             CutError: If a name is unknown; the nearest names are offered.
         """
         if not isinstance(granularity, str):
-            return sorted((self.find(name) for name in granularity), key=lambda cut: self._position[self._by_name[cut.name]])
+            return sorted(
+                (self.find(name) for name in granularity), key=lambda cut: self._position[self._by_name[cut.name]]
+            )
         if granularity not in get_args(Granularity):
-            raise CutError(f"Unknown granularity {granularity!r}; choose from {get_args(Granularity)} or list cut names.")
+            raise CutError(
+                f"Unknown granularity {granularity!r}; choose from {get_args(Granularity)} or list cut names."
+            )
         chosen = self._cut_nodes
         if granularity == "reference":
             chosen = reference_inputs(chosen, self.module, self._first_layer())
@@ -238,7 +244,7 @@ class CutGraph:
         mutators: dict[fx.Node, list[fx.Node]] = {}
         for node in self._nodes:
             if not node.users and node.op in ("call_method", "call_function") and is_in_place(node, self.module):
-                mutators.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+                mutators.setdefault(node.args[0], []).append(node)
         return mutators
 
     def _is_shape_value(self, node: fx.Node) -> bool:
@@ -348,7 +354,9 @@ class CutGraph:
 
     def _first_layer(self) -> fx.Node | None:
         for node in self._nodes:
-            if node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), nn.Conv2d | nn.Linear):
+            if node.op == "call_module" and isinstance(
+                self.module.get_submodule(str(node.target)), nn.Conv2d | nn.Linear
+            ):
                 return node
         return None
 

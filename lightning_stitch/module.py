@@ -36,7 +36,7 @@ class StitchedClassifier(pl.LightningModule):
 
     Args:
         num_classes: Number of classes.
-        recipe: A recipe's `to_dict()`: the structure to build with random weights, for checkpoints. None: no network yet.
+        recipe: A recipe's `to_dict()`: the structure to build, with random weights, for checkpoints. None: none yet.
         optimizer: Makes the optimizer from the parameters, should training follow; None: AdamW with lr 1e-4.
         trust_factory: Allow a recipe to import and call the factory of a "python:" source.
 
@@ -153,10 +153,10 @@ class StitchedClassifier(pl.LightningModule):
         logits = self(images)
         metrics.update(logits.softmax(dim=-1), labels)
         self.log(f"{stage}_loss", functional.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
-        self.log_dict(metrics, batch_size=len(labels))  # type: ignore[arg-type]
+        self.log_dict(metrics, batch_size=len(labels))
 
 
 _NO_NETWORK = (
-    "This StitchedClassifier has no network yet. Put a FragmentSearch among the Trainer's callbacks and call fit, load a "
-    "checkpoint, or give a recipe."
+    "This StitchedClassifier has no network yet. Put a FragmentSearch among the Trainer's callbacks and call fit, load "
+    "a checkpoint, or give a recipe."
 )

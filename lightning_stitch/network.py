@@ -89,7 +89,8 @@ class StitchedNetwork(nn.Module):
         for index, fragment in enumerate(recipe.fragments):
             params = sum(p.numel() for p in self.fragments[index].parameters())
             lines.append(
-                f"  {fragment.source}: {fragment.start or 'image'} .. {fragment.end or 'output'}, {params / 1e6:.3f} M parameters"
+                f"  {fragment.source}: {fragment.start or 'image'} .. {fragment.end or 'output'}, "
+                f"{params / 1e6:.3f} M parameters"
             )
             if index < len(recipe.stitches):
                 spec = recipe.stitches[index]
@@ -105,7 +106,9 @@ class StitchedNetwork(nn.Module):
                     f" ({spec.in_format} -> {spec.out_format})"
                 )
                 scores = ", ".join(
-                    f"{name} {value:.3f}" for name, value in (("CKA", spec.cka), ("held-out R2", spec.r2)) if value is not None
+                    f"{name} {value:.3f}"
+                    for name, value in (("CKA", spec.cka), ("held-out R2", spec.r2))
+                    if value is not None
                 )
                 lines.append(f"    stitch {sizes}, {where}" + (f"; {scores}" if scores else ""))
         params = sum(p.numel() for p in self.parameters())
@@ -118,9 +121,7 @@ class StitchedNetwork(nn.Module):
         return "\n".join(lines)
 
 
-def assemble(
-    recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]
-) -> StitchedNetwork:
+def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]) -> StitchedNetwork:
     """Build a stitched network from cut sources and fitted stitches; folds what the recipe says is folded.
 
     Args:

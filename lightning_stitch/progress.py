@@ -41,7 +41,11 @@ class Bar:
 
     def __init__(self, console: Console | None = None) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
         self._task: TaskID | None = None
 

@@ -45,7 +45,7 @@ class SourceRef:
     Attributes:
         name: The short name by which fragments refer to it, unique within a recipe.
         spec: What the user wrote ("timm name", "torchvision:NAME", "local-dir:PATH", ...).
-        builder: Which library builds the architecture; "live" means a module given as an object, which cannot be rebuilt.
+        builder: Which library builds the architecture; "live": a module given as an object, which cannot be rebuilt.
         architecture: The builder's own name for it (timm or torchvision model name, "pkg.mod:factory").
         arguments: Keyword arguments of the builder.
         revision: Commit hash or tag of the weights, where there is one.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError, CutError
@@ -104,7 +105,7 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
         cuts = [cut for cut in cuts if cut.macs < end_cut.macs]
     end = None if end_cut is None else end_cut.name
     ends = [None, *(cut.name for cut in cuts), end]
-    pairs = list(zip(ends, ends[1:], strict=False))
+    pairs = list(pairwise(ends))
     return Segmented(
         source=source,
         graph=graph,

@@ -89,8 +89,8 @@ class Stitch(nn.Module):
         """One line for print(network)."""
         spec = self.spec
         return (
-            f"{spec.in_format} {spec.in_channels}x{spec.in_size} -> {spec.out_format} {spec.out_channels}x{spec.out_size}, "
-            f"{spec.placement}"
+            f"{spec.in_format} {spec.in_channels}x{spec.in_size} -> "
+            f"{spec.out_format} {spec.out_channels}x{spec.out_size}, {spec.placement}"
         )
 
     def _affine(self, x: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+"""Images as datasets give them, checked and decoded to float tensors in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import DatasetFolder
+
+from lightning_stitch.errors import CalibrationError
+
+_PROBES = 8
+# A bicubic resize overshoots by up to this much at sharp edges; a normalised image leaves [0, 1] by far more.
+_OVERSHOOT = 0.1
+
+
+class Items(Protocol):
+    """A map-style dataset of (image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedImages(Dataset):
+    """Checked (image, label) pairs of a dataset at the chosen indices."""
+
+    dataset: Items
+    name: str
+    indices: Tensor
+    decoder: Decoder
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        index = int(self.indices[position])
+        image, label = read(self.dataset, self.name, index, self.decoder, self.image_shape)
+        if label >= self.num_classes:
+            raise CalibrationError(
+                f"Image {index} of {self.name} has label {label}, but the labels of train go from 0 to "
+                f"{self.num_classes - 1}."
+            )
+        return image, label
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoder:
+    """Turns an image as a dataset gives it into a float32 tensor, channels x height x width, in [0, 1]."""
+
+    num_channels: int
+    image_size: tuple[int, int] | None
+    mean: Tensor | None
+    std: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        num_channels: int,
+        image_size: int | tuple[int, int] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> Decoder:
+        """Check the user's options."""
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if mean is None and std is None:
+            return cls(num_channels, size, None, None)
+        if mean is None or std is None or len(mean) != len(std) or min(std) <= 0:
+            raise CalibrationError(
+                f"mean= and std= belong together, one number per channel, std above 0; found mean={mean}, std={std}."
+            )
+        return cls(num_channels, size, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
+
+    def __call__(self, image: Any) -> Tensor:
+        pixels = self._scaled(_channels_first(image))
+        low, high = (float(value) for value in pixels.aminmax())
+        if not math.isfinite(low + high):
+            raise CalibrationError("the image holds NaN or infinite values")
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise CalibrationError(
+                f"values must lie in [0, 1], these go from {low:.3g} to {high:.3g}; if the dataset normalises its "
+                f"images, pass the mean= and std= it uses; if they go from 0 to 255, give them as uint8"
+            )
+        if len(pixels) == 1 and self.num_channels == 3:
+            pixels = pixels.expand(3, -1, -1)
+        if len(pixels) != self.num_channels:
+            raise CalibrationError(
+                f"the image has {len(pixels)} channels (channels first: {tuple(pixels.shape)}), num_channels is "
+                f"{self.num_channels}; tensors are read as C x H x W, numpy arrays as H x W x C"
+            )
+        if self.image_size is not None and pixels.shape[1:] != self.image_size:
+            pixels = interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
+        return pixels.clamp(0, 1)
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype in (torch.uint8, torch.uint16):
+            if self.mean is not None:
+                raise CalibrationError(f"mean= and std= undo a normalisation, but {pixels.dtype} images have none")
+            return pixels.float() / torch.iinfo(pixels.dtype).max
+        if not pixels.is_floating_point():
+            raise CalibrationError(f"an image is uint8, uint16 or float in [0, 1]; found {pixels.dtype}")
+        if self.mean is None or self.std is None:
+            return pixels.float()
+        if len(self.mean) not in (1, len(pixels)):
+            raise CalibrationError(f"mean= has {len(self.mean)} numbers, the image has {len(pixels)} channels")
+        return pixels.float() * self.std + self.mean
+
+
+def _channels_first(image: Any) -> Tensor:
+    """A PIL image, a numpy array (H x W x C or H x W) or a tensor (C x H x W or H x W) as C x H x W, dtype kept."""
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)))
+    if isinstance(image, np.ndarray):
+        # The copy is writable, of positive strides and of native byte order, as torch wants it.
+        pixels = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("=")))
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    elif isinstance(image, Tensor):
+        pixels = image
+    else:
+        raise CalibrationError(f"an image is a PIL image, a tensor or a numpy array; found {type(image).__name__}")
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or not pixels.numel():
+        raise CalibrationError(f"an image has a height, a width and channels; found shape {tuple(pixels.shape)}")
+    return pixels
+
+
+def checked_label(value: Any) -> int:
+    """A label as an integer from 0."""
+    if isinstance(value, Tensor | np.generic | np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, int) or value < 0:
+        raise CalibrationError(
+            f"labels must be integers from 0; found {value!r} ({type(value).__name__}). Turn probabilities or names "
+            f"into class numbers first (target_transform)"
+        )
+    return int(value)
+
+
+def read(
+    dataset: Items, name: str, index: int, decoder: Decoder, image_shape: tuple[int, ...] | None
+) -> tuple[Tensor, int]:
+    """One checked pair; an error names the image by its index and, where known, its file."""
+    try:
+        item = dataset[index]
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
+        image, label = decoder(item[0]), checked_label(item[1])
+        if image_shape is not None and image.shape != image_shape:
+            raise CalibrationError(
+                f"it is {tuple(image.shape)}, others are {tuple(image_shape)} (channels, height, width); pass "
+                f"image_size= to resize all of them"
+            )
+    except (CalibrationError, OSError) as error:
+        base, indices = origin(dataset)
+        file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
+        raise CalibrationError(f"Image {index} of {name}{file}: {error}.") from error
+    return image, label
+
+
+def probe(given: dict[str, Items], decoder: Decoder) -> tuple[int, int, int]:
+    """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
+    shape: tuple[int, ...] | None = None
+    for name, dataset in given.items():
+        for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
+            shape = tuple(read(dataset, name, index, decoder, shape)[0].shape)
+    return cast("tuple[int, int, int]", shape)
+
+
+def origin(dataset: Any) -> tuple[Any, Tensor]:
+    """The dataset under nested Subsets, and which of its items they keep."""
+    if not isinstance(dataset, Subset):
+        return dataset, torch.arange(len(dataset))
+    base, indices = origin(dataset.dataset)
+    return base, indices[torch.as_tensor(dataset.indices, dtype=torch.long)]
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
+    with Image.open(path) as image:
+        image.load()
+        return image if image.mode in ("L", "I;16") else image.convert("RGB")

@@ -1,0 +1,92 @@
+"""Labels of datasets, and stratified draws by them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lightning_stitch._images import Items, checked_label, origin
+from lightning_stitch.errors import CalibrationError
+
+
+def check_disjoint(given: dict[str, Items]) -> None:
+    """Refuse the same images under two names, as far as it can be seen without decoding them."""
+    for (one, first), (two, second) in combinations(given.items(), 2):
+        (base, indices), (other, others) = origin(first), origin(second)
+        shared = int(torch.isin(indices, others).sum()) if base is other else 0
+        if shared:
+            raise CalibrationError(f"{one} and {two} share {shared} images; they must be disjoint.")
+
+
+def all_labels(dataset: Items, name: str) -> Tensor:
+    """Every label of a dataset, int64: from its attributes where that is possible, else in one pass over its items."""
+    base, indices = origin(dataset)
+    attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
+    if isinstance(base, TensorDataset):
+        attributes = list(base.tensors[1:2])
+    stored = next((a for a in attributes if hasattr(a, "__len__") and len(a) == len(base)), None)
+    if stored is None:
+        found = (dataset[index][1] for index in range(len(dataset)))
+    else:
+        values = stored.tolist() if hasattr(stored, "tolist") else stored
+        transform = getattr(base, "target_transform", None) or (lambda label: label)
+        found = (transform(values[index]) for index in indices.tolist())
+    labels = []
+    for index, value in enumerate(found):
+        try:
+            labels.append(checked_label(value))
+        except CalibrationError as error:
+            raise CalibrationError(f"Image {index} of {name}: {error}.") from error
+    return torch.tensor(labels)
+
+
+def class_names(dataset: Items) -> list[str] | None:
+    """Names of the classes in the order of their labels; None where the dataset does not tell."""
+    base, _ = origin(dataset)
+    names = getattr(base, "classes", None)
+    known = isinstance(names, list | tuple) and getattr(base, "target_transform", None) is None
+    return [str(name) for name in names] if known and names else None
+
+
+def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
+    """Number of classes; refuses a single one and numbers with gaps."""
+    found = labels.unique().tolist()
+    num_classes = max(len(class_names or ()), found[-1] + 1)
+    if len(found) < 2:
+        raise CalibrationError(f"All {len(labels)} images of train have one label, {found[0]}; two classes are needed.")
+    if len(found) < num_classes:
+        raise CalibrationError(
+            f"There are {num_classes} classes, but train has labels of only {len(found)}: {found[:10]}. Number the "
+            f"classes from 0 without gaps, and give images of each."
+        )
+    return num_classes
+
+
+def number_of(size: int | float, available: int) -> int:
+    """A number of images from a number or a share."""
+    return max(1, round(size * available)) if isinstance(size, float) else size
+
+
+def stratified(labels: Tensor, count: int, *, leave: int) -> Tensor:
+    """Mark `count` items, in the proportions of their labels, the first ones of each class.
+
+    At least `leave` items of each class stay unmarked, and every class gets one item if it can. Otherwise whole
+    numbers come by largest remainder.
+    """
+    sizes = torch.bincount(labels)
+    room = (sizes - leave).clamp(min=0)
+    total = max(int(room.sum()), 1)
+    quota, remainder = count * room // total, count * room % total
+    take = quota.maximum((room > 0).long())
+    most_due = (remainder * (quota > 0)).argsort(descending=True, stable=True)
+    take[most_due[: max(count - int(take.sum()), 0)]] += 1
+    while int(take.sum()) > count:
+        take[take.argmax()] -= 1
+    by_class = labels.argsort(stable=True)
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return rank < take[labels]
