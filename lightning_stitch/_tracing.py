@@ -59,7 +59,9 @@ class _ScopeTracer(fx.Tracer):
         self.calls: list[ModuleCall] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._whole) or _is_random(m)
+        # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
+        whole = isinstance(m, self._whole) or getattr(m, "traced_whole", False) or _is_random(m)
+        return super().is_leaf_module(m, module_qualified_name) or whole
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)

@@ -38,7 +38,8 @@ class FragmentSearch(pl.Callback):
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
         strategy: The search; None: `Beam()`. `DepthFirst(...)` is the paper's.
         budget: Limits that the chosen network keeps.
-        granularity: Which cuts are offered: "stages", "blocks", "reference", "all", or a list of names.
+        granularity: Which cuts are offered: "stages", "blocks", "reference", "all", a list of cut names, or a mapping
+            from a source's name to one of these.
         estimator: Of CKA: "debiased", or "biased" as in the paper.
         rows_per_image: Most rows that are sampled of one image at one cut.
         ridge: Relative strength of the stitches' fit; 0 is the paper's.
@@ -60,7 +61,7 @@ class FragmentSearch(pl.Callback):
         sources: Sequence[str | dict[str, Any]],
         strategy: Strategy | None = None,
         budget: Budget | None = None,
-        granularity: str | list[str] = "blocks",
+        granularity: str | list[str] | dict[str, Any] = "blocks",
         estimator: Estimator = "debiased",
         rows_per_image: int = 32,
         ridge: float = 1e-3,
@@ -150,7 +151,7 @@ class FragmentSearch(pl.Callback):
             sources,
             data.image_shape,
             settings=CalibrationSettings(
-                granularity=self.granularity if isinstance(self.granularity, str) else tuple(self.granularity),  # type: ignore[arg-type]
+                granularity=self.granularity,  # type: ignore[arg-type]
                 estimator=self.estimator,
                 rows_per_image=self.rows_per_image,
                 seed=self.seed,

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 auto_configure_optimizers=False,
                 # A second run with the same version directory would stop at the first one's saved configuration.
                 save_config_kwargs={"overwrite": True},
-                args=arguments,
+                # LightningCLI warns where it is handed what stands on the command line anyway.
+                args=None if argv is None else arguments,
             )
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.

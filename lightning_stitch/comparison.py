@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Finalist:
     Attributes:
         name: Its name in the table.
         candidate: The network.
-        budget: The budget it was chosen under, in words.
+        budget: The budget it was chosen under, in words; its MACs are shares of the smallest source's.
         search_seconds: Wall time of what led to it, the head apart.
         search_labels: Labels used in choosing it.
     """
@@ -75,7 +76,7 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
                 name = candidate.recipe.fragments[0].source
                 found.append(Finalist(name, candidate, None, prepared if kind == "self-stitched" else 0.0, 0))
     smallest = min(r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "source")
-    limits = [("none", float("inf")), *((f"<= {share:.0%} of smallest", share * smallest) for share in fractions)]
+    limits = [("no budget", math.inf), *((f"<= {share:.0%} of MACs", share * smallest) for share in fractions)]
     unmet = []
     for words, limit in limits:
         chosen = result.within(limit)

@@ -7,7 +7,7 @@ on the selection images, choose. Nothing here sees a test image.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -119,6 +119,11 @@ class Pool:
         if not sources:
             raise StitchError("A pool needs at least one source.")
         self.settings = settings or CalibrationSettings()
+        if isinstance(self.settings.granularity, Mapping):
+            names = [source.name for source in sources]
+            strangers = sorted(set(self.settings.granularity) - set(names))
+            if strangers:
+                raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
         self.device = torch.device(device)
         self.image_shape = image_shape
         self.seconds: dict[str, float] = {}

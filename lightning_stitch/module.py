@@ -32,7 +32,8 @@ class StitchedClassifier(pl.LightningModule):
     builds optimizers; `Trainer(max_epochs=0)` stops there. The recipe is a hyper-parameter, so that checkpoints
     load with no callback, no sources and `weights_only=True`.
 
-    Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that.
+    Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that. The network
+    stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `network.train()` changes that.
 
     Args:
         num_classes: Number of classes.

@@ -21,6 +21,7 @@ class Preprocess(nn.Module):
         preprocessing: The source's preprocessing.
     """
 
+    traced_whole = True
     mean: Tensor
     std: Tensor
 

@@ -217,7 +217,7 @@ def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Cons
         first = column == "network"
         table.add_column(column, justify="left" if first else "right", no_wrap=roomy and not first, overflow="fold")
     for row, line in zip(rows, cells, strict=True):
-        about = ", ".join(word for word in (row["kind"], row["budget"]) if word)
+        about = row["budget"] or row["kind"]
         table.add_row(Text(f"{line['network']}\n {about}"), *list(line.values())[1:])
     console.print(table)
     console.print()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -27,18 +27,25 @@ class CalibrationSettings:
     """How activations are sampled and scored.
 
     Attributes:
-        granularity: Which cuts are offered (`CutGraph.cuts`).
+        granularity: Which cuts are offered (`CutGraph.cuts`): a word or a list of cut names for all sources, or a
+            mapping from a source's name to its own; sources that it leaves out offer their "blocks".
         estimator: Of CKA, "debiased" or "biased" (the paper's).
         rows_per_image: Most rows that are sampled of one image at one cut.
         until: Where a network ends: at the "features" that its last source's classifier reads, or at its "output".
         seed: Of the sampled positions.
     """
 
-    granularity: Granularity | tuple[str, ...] = "blocks"
+    granularity: Granularity | Sequence[str] | Mapping[str, Granularity | Sequence[str]] = "blocks"
     estimator: Estimator = "debiased"
     rows_per_image: int = 32
     until: str = "features"
     seed: int = 0
+
+    def granularity_of(self, source: str) -> Granularity | Sequence[str]:
+        """Which cuts of a source are offered."""
+        if isinstance(self.granularity, Mapping):
+            return self.granularity.get(source, "blocks")
+        return self.granularity
 
 
 @dataclass(slots=True)
@@ -97,7 +104,7 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     try:
         graph = source.graph.at(size)
         end_cut = graph.feature_cut() if settings.until == "features" else None
-        cuts = graph.cuts(settings.granularity)
+        cuts = graph.cuts(settings.granularity_of(source.name))
     except CutError as error:
         raise CutError(f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}") from error
     if end_cut is not None:

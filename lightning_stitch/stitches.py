@@ -54,6 +54,7 @@ class Stitch(nn.Module):
         spec: The stitch's structure. A folded stitch has no parameters of its own.
     """
 
+    traced_whole = True
     prefix: Tensor | None
 
     def __init__(self, spec: StitchSpec) -> None:

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_stitch import (
+    Beam,
+    Budget,
+    BudgetError,
+    CalibrationDataModule,
+    CutError,
+    DepthFirst,
+    FragmentSearch,
+    SourceError,
+    StitchedClassifier,
+    StitchError,
+)
+
+SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
+
+
+def digits(**options: Any) -> CalibrationDataModule:
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    pool = TensorDataset(torch.tensor(images).view(-1, 1, 8, 8).float() / 16, torch.tensor(labels))
+    sizes = {"calibration_samples": 16, "train_samples": 90, "selection_samples": 60, "test_samples": 90}
+    return CalibrationDataModule(pool, **{"image_size": 32, **sizes, **options})
+
+
+def search(**options: Any) -> FragmentSearch:
+    return FragmentSearch(**{"sources": SOURCES, "strategy": Beam(width=2, max_fragments=2), **options})
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    settings = {"max_epochs": 0, "logger": False, "accelerator": "cpu", "enable_progress_bar": False} | options
+    return Trainer(
+        **settings,
+        callbacks=list(callbacks),
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+    )
+
+
+def test_no_epoch_at_all_gives_a_usable_classifier_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, callback = StitchedClassifier(num_classes=3), digits(), search()
+    run = trainer(tmp_path, callback)
+    run.fit(model, data)
+    assert run.global_step == 0
+    assert callback.result is not None
+    assert model.recipe == callback.result.best.candidate.recipe
+    assert capsys.readouterr().out == ""
+    (found,) = run.test(model, data, verbose=False)
+    assert found["test_accuracy"] > 0.6  # three classes, alike in number
+
+
+def test_a_bar_shows_each_stage_and_the_summary_says_whether_it_was_worth_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path, search(), enable_progress_bar=True).fit(StitchedClassifier(num_classes=3), digits())
+    printed = capsys.readouterr().out
+    for word in ("calibrating", "composing", "ranking", "on the selection images"):
+        assert word in printed
+
+
+def test_the_optimizer_of_a_training_run_holds_the_found_network(tmp_path: Path) -> None:
+    model = StitchedClassifier(num_classes=3)
+    run = trainer(tmp_path, search(), max_epochs=1)
+    run.fit(model, digits())
+    assert model.network is not None
+    trained = {id(parameter) for group in run.optimizers[0].param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in model.network.parameters()} < trained
+    assert run.global_step > 0
+
+
+def test_the_search_runs_only_where_the_module_has_no_recipe(tmp_path: Path) -> None:
+    model, data = StitchedClassifier(num_classes=3), digits()
+    run = trainer(tmp_path, search())
+    run.fit(model, data)
+    network = model.network
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    run.fit(model, data)
+    assert model.network is network
+
+    loaded = StitchedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    later = search()
+    trainer(tmp_path, later).fit(loaded, data)
+    assert later.result is None
+    assert loaded.recipe == model.recipe
+
+
+def test_same_seed_same_network_and_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        model = StitchedClassifier(num_classes=3)
+        trainer(tmp_path, search()).fit(model, digits())
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(model)
+    assert found[0].recipe == found[1].recipe
+    torch.testing.assert_close(found[0].state_dict(), found[1].state_dict(), rtol=0, atol=0)
+
+
+def test_comparison_is_printed_and_written_in_the_log_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = search(compare=True, fractions=[0.75, 1e-9])
+    trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.comparison is not None
+    assert callback.comparison.unmet == ("<= 0% of MACs",)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No StitchNet fits <= 0% of MACs." in printed
+    assert "McNemar" in printed
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows].count("source") == 2
+    assert [row["kind"] for row in rows].count("self-stitched") == 2
+    assert [row["budget"] for row in rows if row["kind"] == "stitched"][0] == "no budget"
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    assert record["verdict"].startswith(callback.comparison.sentence)
+    assert record["rows"] == callback.comparison.rows
+    assert record["settings"]["seconds"].keys() == {"cut", "calibrate", "search", "rank"}
+
+
+def test_scores_and_seconds_reach_the_logger(tmp_path: Path) -> None:
+    from pytorch_lightning.loggers import CSVLogger
+
+    callback = search()
+    run = trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    run.fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    run.logger.save()
+    with (Path(run.log_dir) / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["search/macs"]) == callback.result.best.candidate.cost.macs
+    assert float(row["search/loo_accuracy"]) == pytest.approx(callback.result.best.scores["loo_accuracy"])
+    assert float(row["search/search_seconds"]) > 0
+
+
+def test_the_papers_method_can_be_asked_for(tmp_path: Path) -> None:
+    callback = search(
+        strategy=DepthFirst(span=2, threshold=0.0, edge_threshold=0.0, max_networks=3),
+        estimator="biased",
+        bias=False,
+        ridge=0.0,
+        granularity="reference",
+        ranking="cka_product",
+    )
+    trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    stitched = [r.candidate.recipe for r in callback.result.ranked if r.candidate.kind == "stitched"]
+    assert len(stitched) == 3
+    assert all(stitch is not None and not stitch.bias for recipe in stitched for stitch in recipe.stitches)
+
+
+def test_cuts_can_be_named_for_each_source(tmp_path: Path) -> None:
+    callback = search(granularity={"test_resnet": ["layer2"]})
+    trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    fragments = [f for r in callback.result.ranked for f in r.candidate.recipe.fragments]
+    ends = {f.end for f in fragments if f.source == "test_resnet"}
+    assert ends == {"layer2", "global_pool"}
+    with pytest.raises(StitchError, match=r"granularity= names \['resnet'\], but the sources are"):
+        trainer(tmp_path, search(granularity={"resnet": "all"})).fit(StitchedClassifier(num_classes=3), digits())
+
+
+def test_fast_dev_run_searches_a_little(tmp_path: Path) -> None:
+    callback = search(compare=True)
+    trainer(tmp_path, callback, fast_dev_run=True).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    assert callback.comparison is None
+    assert sum(r.candidate.kind == "stitched" for r in callback.result.ranked) <= 2
+
+
+def test_a_source_that_cannot_be_had_fails_before_any_image_is_read(tmp_path: Path) -> None:
+    class Unread(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise AssertionError("an image was read")
+
+    data = CalibrationDataModule(Unread(torch.rand(90, 1, 8, 8), torch.arange(90) % 3), calibration_samples=16)
+    with pytest.raises(SourceError, match=r"1 of 2 sources cannot be had; nothing was loaded.\n.*test_resnte"):
+        trainer(tmp_path, search(sources=[*SOURCES[:1], "test_resnte"])).fit(StitchedClassifier(num_classes=3), data)
+
+
+def test_an_impossible_budget_names_the_cheapest_composition(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"at most 1e-06 M MACs: the cheapest composition has [0-9.]+ M \(test_"):
+        trainer(tmp_path, search(budget=Budget(max_macs=1))).fit(StitchedClassifier(num_classes=3), digits())
+
+
+def test_the_chosen_network_keeps_the_budget(tmp_path: Path) -> None:
+    free = search()
+    trainer(tmp_path, free).fit(StitchedClassifier(num_classes=3), digits())
+    assert free.result is not None
+    limit = 0.9 * min(r.candidate.cost.macs for r in free.result.ranked if r.candidate.kind == "source")
+    model = StitchedClassifier(num_classes=3)
+    trainer(tmp_path, search(budget=Budget(max_macs=limit))).fit(model, digits())
+    assert model.recipe is not None
+    assert model.recipe.scores["macs"] <= limit
+
+
+def test_an_unknown_cut_offers_the_nearest_and_names_the_source(tmp_path: Path) -> None:
+    with pytest.raises(CutError, match=r"Source 'test_resnet.*No cut is named 'layr2'. Nearest: layer"):
+        trainer(tmp_path, search(granularity=["layr2"])).fit(StitchedClassifier(num_classes=3), digits())
+
+
+def test_needs_a_calibration_data_module(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4) % 3), batch_size=2)
+    with pytest.raises(StitchError, match="needs a CalibrationDataModule.*found none"):
+        trainer(tmp_path, search()).fit(StitchedClassifier(num_classes=3), loader, loader)
+
+
+def test_numbers_of_classes_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(StitchError, match="data have 3 classes, StitchedClassifier has num_classes=4"):
+        trainer(tmp_path, search()).fit(StitchedClassifier(num_classes=4), digits())
+
+
+def test_strategies_that_restore_after_building_optimizers_need_the_recipe_first(tmp_path: Path) -> None:
+    class Sharded(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    run = trainer(tmp_path, search(), strategy=Sharded(device=torch.device("cpu")), accelerator="auto")
+    with pytest.raises(StitchError, match="Sharded builds optimizers before checkpoints are restored"):
+        run.fit(StitchedClassifier(num_classes=3), digits())
+
+
+SCRIPT = """
+import json, os, sys
+import torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_callbacks import StitchedClassifier, digits, search, trainer
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    model = StitchedClassifier(num_classes=3)
+    run = trainer(folder, search(), max_epochs=1, strategy="ddp", devices=2, use_distributed_sampler=True)
+    run.fit(model, digits())
+    total = sum(p.double().sum().item() for p in model.parameters())
+    record = {"recipe": model.hparams["recipe"], "total": total, "world": run.world_size}
+    (folder / f"rank{run.global_rank}.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_the_same_recipe_and_weights(tmp_path: Path) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["world"] == 2

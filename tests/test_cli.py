@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lightning_stitch import StitchedClassifier
+from lightning_stitch.cli import main
+
+SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    # LightningCLI warns where it is given arguments and the process has some, too.
+    monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    for index, (image, label) in enumerate(zip(images[:240], labels[:240], strict=True)):
+        (folder / f"digit_{label}").mkdir(exist_ok=True)
+        grey = (image.reshape(8, 8) * 15.9).astype(np.uint8)
+        Image.fromarray(grey).save(folder / f"digit_{label}" / f"{index}.png")
+    return folder
+
+
+def config_file(folder: Path, images: Path, **changes: Any) -> Path:
+    search = {"sources": SOURCES, "strategy": {"class_path": "lightning_stitch.Beam", "init_args": {"width": 1}}}
+    data = {"image_folder": str(images), "image_size": 32, "calibration_samples": 16, "train_samples": 60}
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "lightning_stitch.StitchedClassifier", "init_args": {"num_classes": 3}},
+        "data": {
+            "class_path": "lightning_stitch.CalibrationDataModule",
+            "init_args": {**data, "selection_samples": 48, "test_samples": 60, **changes.pop("data", {})},
+        },
+        "trainer": {
+            "max_epochs": 0,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "logger": {
+                "class_path": "pytorch_lightning.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder), "name": "run"},
+            },
+            "callbacks": [
+                {"class_path": "lightning_stitch.FragmentSearch", "init_args": {**search, **changes.pop("search", {})}}
+            ],
+            **changes,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_inspect_lists_cuts_with_formats_shapes_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "test_resnet", "--pretrained", "false", "--granularity", "stages"])
+    printed = capsys.readouterr().out
+    for words in ("licence   apache-2.0", "input     3x160x160", "cuts (stages)", "layer2", "48x20x20", "NCHW"):
+        assert words in printed
+
+
+def test_inspect_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "torchvision:resnet50", "--pretrained", "false", "--granularity", "reference", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [cut["shape"] for cut in report["cuts"]] == [
+        [64, 56, 56],
+        [256, 56, 56],
+        [512, 28, 28],
+        [1024, 14, 14],
+        [2048],
+    ]
+    assert report["params"] == 25_557_032
+    assert report["macs"] == pytest.approx(4.09e9, rel=0.01)
+    assert [cut["macs_before"] for cut in report["cuts"]] == sorted(cut["macs_before"] for cut in report["cuts"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_resnt"], "error: Source 'test_resnt': timm [^ ]+ knows no model 'test_resnt'. Nearest: 'test_resnet'"),
+        (["test_resnet", "--granularity", "block"], "error: Unknown granularity 'block'; choose from"),
+        (["local-dir:/nowhere"], "error: Source 'local-dir:/nowhere': "),
+    ],
+)
+def test_inspect_says_what_is_wrong_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.match(message, error_of(["inspect", "--pretrained", "false", *arguments], capsys))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # ModelCheckpoint's, on every second run
+def test_fit_then_test_validate_and_predict_from_yaml(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, image_folder)
+    main(["fit", "--config", str(config)])
+    checkpoint = tmp_path / "run" / "version_0" / "stitched.ckpt"
+    assert f"The stitched network is in {checkpoint}." in capsys.readouterr().out
+    model = StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+    for command, metric in (("test", "test_accuracy"), ("validate", "val_accuracy"), ("predict", "")):
+        main([command, "--config", str(config), "--ckpt_path", str(checkpoint)])
+        assert metric in capsys.readouterr().out
+
+
+def test_an_option_on_the_command_line_overrides_the_file(tmp_path: Path, image_folder: Path) -> None:
+    config = config_file(tmp_path, image_folder)
+    option = "--trainer.callbacks.init_args.budget.max_macs=1.0e7"
+    main(["fit", "--config", str(config), option])
+    saved = yaml.safe_load((tmp_path / "run" / "version_0" / "config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["budget"] == {"max_params": None, "max_macs": 1.0e7}
+
+
+def test_training_from_yaml_keeps_lightnings_own_checkpoint(tmp_path: Path, image_folder: Path) -> None:
+    config = config_file(tmp_path, image_folder, max_epochs=1)
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
+    main(["fit", "--config", str(config), "--model.init_args.optimizer", json.dumps(optimizer)])
+    (checkpoint,) = (tmp_path / "run" / "version_0" / "checkpoints").glob("*.ckpt")
+    assert not (tmp_path / "run" / "version_0" / "stitched.ckpt").exists()
+    StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"sources": ["test_resnte"]}}, "error: 1 of 1 sources cannot be had"),
+        ({"search": {"budget": {"max_macs": 1}}}, "the cheapest composition has"),
+        ({"data": {"image_folder": "/nowhere"}}, "error: image_folder: /nowhere does not exist."),
+        ({"data": {"calibration_samples": 2}}, "error: calibration_samples is 2, but stitches need at least 4"),
+    ],
+)
+def test_wrong_input_ends_with_one_plain_sentence(
+    tmp_path: Path, image_folder: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = error_of(["fit", "--config", str(config_file(tmp_path, image_folder, **changes))], capsys)
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_an_image_folder_of_one_class_is_refused(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder / "digit_0", tmp_path / "images" / "digit_0")
+    printed = error_of(["fit", "--config", str(config_file(tmp_path, tmp_path / "images"))], capsys)
+    assert "two classes are needed" in printed
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m lightning_stitch.cli inspect test_resnet --pretrained false --json | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
