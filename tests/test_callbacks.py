@@ -130,7 +130,7 @@ def test_comparison_is_printed_and_written_in_the_log_directory(
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows].count("source") == 2
     assert [row["kind"] for row in rows].count("self-stitched") == 2
-    assert [row["budget"] for row in rows if row["kind"] == "stitched"][0] == "no budget"
+    assert next(row["budget"] for row in rows if row["kind"] == "stitched") == "no budget"
     record = json.loads((tmp_path / "comparison.json").read_text())
     assert record["verdict"].startswith(callback.comparison.sentence)
     assert record["rows"] == callback.comparison.rows
@@ -220,7 +220,7 @@ def test_an_unknown_cut_offers_the_nearest_and_names_the_source(tmp_path: Path) 
 
 def test_needs_a_calibration_data_module(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4) % 3), batch_size=2)
-    with pytest.raises(StitchError, match="needs a CalibrationDataModule.*found none"):
+    with pytest.raises(StitchError, match=r"needs a CalibrationDataModule.*found none"):
         trainer(tmp_path, search()).fit(StitchedClassifier(num_classes=3), loader, loader)
 
 

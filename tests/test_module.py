@@ -79,7 +79,7 @@ def test_num_features_is_the_width_of_the_features() -> None:
 def test_without_a_network_says_how_to_get_one(call: str) -> None:
     model = StitchedClassifier(num_classes=3)
     arguments = (torch.rand(1, *SIZE),) if call == "forward" else ()
-    with pytest.raises(StitchError, match="no network yet. Put a FragmentSearch among the Trainer's callbacks"):
+    with pytest.raises(StitchError, match=r"no network yet. Put a FragmentSearch among the Trainer's callbacks"):
         getattr(model, call)(*arguments)
 
 

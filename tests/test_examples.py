@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lightning_stitch import StitchedClassifier, load_source
+from lightning_stitch.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = {"image_size": 64, "train_samples": 48, "selection_samples": 32, "test_samples": 64}
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_solar_cells", EXAMPLES / "prepare_solar_cells.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    script.main(["--output", str(folder / "solar_cells")])
+    return folder
+
+
+def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
+    images = workplace / "solar_cells" / "images"
+    assert {folder.name: len(list(folder.glob("*.png"))) for folder in images.iterdir()} == {
+        "functional": 1803,
+        "defective": 821,
+    }
+    # the probability in a file's name decides its folder
+    shares = {folder.name: {file.stem[-3:] for file in folder.iterdir()} for folder in images.iterdir()}
+    assert shares == {"functional": {"000", "033"}, "defective": {"067", "100"}}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, size: int) -> None:
+    source = load_source(f"local-dir:{workplace}/solar_cells/efficientnet_lite{size}")
+    assert source.ref.architecture == f"tf_efficientnet_lite{size}"
+    assert source.licence == "apache-2.0"
+    assert (source.preprocessing.mean, source.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    # BatchNorm statistics of a trained network fit what reaches them: activations neither die out nor explode
+    with torch.no_grad():
+        features = source.module.forward_head(
+            source.module.forward_features(torch.randn(2, 3, 224, 224)), pre_logits=True
+        )
+    assert 0.01 < features.mean() < 10
+
+
+def test_a_second_run_leaves_everything_alone(
+    script: ModuleType, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((workplace / "solar_cells").rglob("*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in files]
+    script.main(["--output", str(workplace / "solar_cells")])
+    assert "Nothing to do" in capsys.readouterr().out
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_weights_of_another_hash_are_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    wrong = dataclasses.replace(script.WEIGHTS["efficientnet_lite0"], sha256="0" * 64)
+    monkeypatch.setitem(script.WEIGHTS, "efficientnet_lite0", wrong)
+    with pytest.raises(SystemExit, match="is not the file this script knows: sha256 5793"):
+        script.main(["--output", str(tmp_path)])
+    assert not (tmp_path / "efficientnet_lite0").exists()
+
+
+def test_a_folder_of_someone_elses_is_not_touched(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="not as this script writes it"):
+        script.make_once(tmp_path / "images", script.is_complete, script.write_images)
+    assert (tmp_path / "images" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["solar_cells", "solar_cells_full"])
+def test_the_configuration_runs_and_writes_its_table(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
+    options = [f"--data.init_args.{key}={value}" for key, value in SMALL.items()]
+    options += ["--trainer.callbacks.init_args.max_candidates=6", "--trainer.enable_model_summary=false"]
+    options += ["--trainer.log_every_n_steps=1"]
+    main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *options])
+    printed = capsys.readouterr().out
+    folder = workplace / "logs" / name / "version_0"
+    assert f"The stitched network is in {folder.relative_to(workplace)}/stitched.ckpt." in " ".join(printed.split())
+    with (folder / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sources = {f"efficientnet_lite{size}" for size in range(3)}
+    for kind in ("source", "self-stitched"):
+        assert {row["name"] for row in rows if row["kind"] == kind} == sources
+    assert any(row["kind"] == "stitched" for row in rows)
+    assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
+    model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
