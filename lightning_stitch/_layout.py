@@ -13,6 +13,12 @@ _CHANNELS_FIRST = (
     nn.modules.pooling._MaxPoolNd,
 )
 _CHANNELS_FIRST_NAMES = ("AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm", "PixelShuffle")
+_MOVES_DIMENSIONS = frozenset(
+    (
+        *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze"),
+        *("mean", "sum", "amax", "matmul", "einsum", "getattr", "size"),
+    )
+)
 _TO_CHANNELS_LAST = (0, 2, 3, 1)
 _TO_CHANNELS_FIRST = (0, 3, 1, 2)
 
@@ -29,32 +35,40 @@ def layout_of(node: fx.Node, shape: tuple[int, ...], traced: fx.GraphModule) -> 
         return "vector"
     if len(shape) not in (3, 4):
         return None
-    channels_last = _look(node, traced, forward=True)
-    if channels_last is None:
-        channels_last = _look(node, traced, forward=False)
-    if channels_last is None:
-        # Nothing around tells: PyTorch's own order for maps, (batch, tokens, channels) for sequences.
-        channels_last = len(shape) == 3
+    # First what reads the tensor, then what made it, then whatever touches tensors of the same layout.
+    for directions in ((True,), (False,), (True, False)):
+        channels_last = _look(node, traced, directions)
+        if channels_last is not None:
+            break
+    else:
+        return None
     if len(shape) == 3:
         return "tokens" if channels_last else None
     return "NHWC" if channels_last else "NCHW"
 
 
-def _look(node: fx.Node, traced: fx.GraphModule, *, forward: bool) -> bool | None:
-    """Walk along the tensor's path until an operation tells whether channels are last; None where none does."""
+def _look(node: fx.Node, traced: fx.GraphModule, directions: tuple[bool, ...]) -> bool | None:
+    """Walk along tensors of one layout until an operation tells whether channels are last; None where none does.
+
+    Args:
+        node: The node that makes the tensor.
+        traced: The graph module that holds the node.
+        directions: Where to walk from each tensor: True to its readers, False to its maker.
+    """
     queue, seen = [node], {node}
     while queue:
         current = queue.pop(0)
-        if not forward or current is not node:
-            told = _tells(current, traced, forward=forward)
-            if told is not None:
-                return told
-            if _moves_dimensions(current):
-                continue
-        for neighbour in current.users if forward else current.all_input_nodes:
-            if neighbour not in seen and len(seen) < 64:
-                seen.add(neighbour)
-                queue.append(neighbour)
+        for forward in directions:
+            for operation in current.users if forward else (current,):
+                told = _tells(operation, traced, forward=forward)
+                if told is not None:
+                    return told
+                if _moves_dimensions(operation, traced):
+                    continue
+                for tensor in (operation,) if forward else operation.all_input_nodes:
+                    if tensor not in seen and len(seen) < 64:
+                        seen.add(tensor)
+                        queue.append(tensor)
     return None
 
 
@@ -108,18 +122,8 @@ def _permutation(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(d for d in dims if isinstance(d, int)) if isinstance(dims, list | tuple) else None
 
 
-def _moves_dimensions(node: fx.Node) -> bool:
+def _moves_dimensions(node: fx.Node, traced: fx.GraphModule) -> bool:
     """True for operations behind which the walk would speak of another tensor."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return name in (
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "flatten",
-        "unflatten",
-        "matmul",
-        "einsum",
-        "cat",
-        "getattr",
-    )
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), nn.Flatten | nn.Unflatten)
+    return getattr(node.target, "__name__", str(node.target)) in _MOVES_DIMENSIONS

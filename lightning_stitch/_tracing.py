@@ -7,15 +7,19 @@ anything.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import operator
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,7 +65,8 @@ class _ScopeTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
         whole = isinstance(m, self._whole) or getattr(m, "traced_whole", False) or _is_random(m)
-        return super().is_leaf_module(m, module_qualified_name) or whole
+        is_network = module_qualified_name == _PREFIX
+        return not is_network and (super().is_leaf_module(m, module_qualified_name) or whole)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
@@ -105,9 +110,10 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
     """
     modes = {module: module.training for module in network.modules()}
     tracer = _ScopeTracer()
+    root = _OneInput(network)
     try:
         network.eval()
-        graph = tracer.trace(_OneInput(network))
+        graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
             f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}\n"
@@ -125,6 +131,12 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(_PREFIX + ".")
+    constants = {name: value for name, value in vars(root).items() if isinstance(value, Tensor)}
+    if constants:
+        # Tensors that forward makes from nothing; torch.fx keeps them at its root.
+        network = copy.copy(network)
+        for name, value in constants.items():
+            setattr(network, name, value)
     traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
     replaced = _dropout_as_modules(traced)
     traced.graph.lint()
@@ -140,7 +152,7 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
             continue
         p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         name = f"functional_dropout_{index}"
-        traced.add_submodule(name, nn.Dropout(p))
+        traced.add_submodule(name, nn.Dropout(p).train(traced.training))
         with traced.graph.inserting_before(node):
             replacement = traced.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
         node.replace_all_uses_with(replacement)
@@ -152,12 +164,16 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
 
 @dataclass(frozen=True, slots=True)
 class Yield:
-    """What a node yields for one batch size: shape and dtype of a tensor, or the value of anything else."""
+    """What a node yields for one batch size: shape and dtype of a tensor, or the value of anything else.
+
+    `memory` is the same for tensors that lie in the same memory (views, results of in-place operations).
+    """
 
     shape: tuple[int, ...] | None
     is_floating: bool
     value: Any
     macs: int
+    memory: int | None = None
 
 
 class _Prober(fx.Interpreter):
@@ -165,8 +181,11 @@ class _Prober(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # torch.fx would add advice on its own tools to the error
         self.counter = counter
         self.yields: dict[fx.Node, Yield] = {}
+        # Weak references free the memory, but keep its address from being used again.
+        self._memories: dict[StorageWeakRef, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
@@ -178,7 +197,8 @@ class _Prober(fx.Interpreter):
             ) from error
         macs = (self.counter.get_total_flops() - before) // 2
         if isinstance(result, Tensor):
-            self.yields[n] = Yield(tuple(result.shape), result.is_floating_point(), None, macs)
+            memory = self._memories.setdefault(StorageWeakRef(result.untyped_storage()), len(self._memories))
+            self.yields[n] = Yield(tuple(result.shape), result.is_floating_point(), None, macs, memory)
         else:
             self.yields[n] = Yield(None, False, result, macs)
         return result
@@ -199,6 +219,9 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     dtype = torch.float32 if parameter is None else parameter.dtype
     # Without this the attention backends differ in what the counter knows; the plain one counts as two matmuls.
     attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    # What fails becomes a CutError; torch would print its traceback besides.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
     try:
         traced.eval()
         counter = FlopCounterMode(display=False)
@@ -208,6 +231,7 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
             prober = _Prober(traced, counter)
             prober.run(images)
     finally:
+        logger.disabled = was_disabled
         for module, mode in modes.items():
             module.training = mode
     return prober.yields
@@ -227,3 +251,28 @@ def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
         named = name.endswith("_") and not name.endswith("__")
         return node.target in IN_PLACE_OPERATORS or named or bool(node.kwargs.get("inplace"))
     return node.op == "call_module" and bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value of a graph is or contains a tensor."""
+    if isinstance(value, dict):
+        return any(holds_tensor(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(holds_tensor(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+def is_linear_in_batch(two: Any, three: Any) -> bool:
+    """Whether a shape value for batches of two and of three is the same, or a multiple of the batch size."""
+    if isinstance(two, list | tuple):
+        return len(two) == len(three) and all(is_linear_in_batch(a, b) for a, b in zip(two, three, strict=True))
+    if isinstance(two, int) and not isinstance(two, bool):
+        return two == three or (two % 2 == 0 and two * 3 == three * 2)
+    return bool(two == three)
+
+
+def value_for_batch(two: Any, three: Any, times_batch: Callable[[int], Any]) -> Any:
+    """What a shape value is for any batch: itself where constant, else a multiple of the batch size."""
+    if isinstance(two, list | tuple):
+        return tuple(value_for_batch(a, b, times_batch) for a, b in zip(two, three, strict=True))
+    return two if two == three else times_batch(two // 2)

@@ -83,5 +83,5 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         CutError: If the network cannot be traced or does not accept that size.
     """
     traced, _ = trace(network)
-    macs = sum(seen.macs for seen in probe(traced, input_size, batch_size=2).values()) // 2
+    macs = sum(seen.macs for seen in probe(traced, input_size, batch_size=1).values())
     return Cost(sum(parameter.numel() for parameter in network.parameters()), macs)

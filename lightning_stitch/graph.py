@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_stitch._granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch._layout import layout_of
-from lightning_stitch._tracing import is_in_place, probe, trace
+from lightning_stitch._tracing import holds_tensor, is_in_place, is_linear_in_batch, probe, trace, value_for_batch
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 
@@ -78,7 +78,6 @@ class CutGraph:
                 f"{type(network).__name__} returns more than one tensor; give a part of it that returns one."
             )
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
-        self._mutators = self._find_mutators()
         self._resize(input_size)
 
     def at(self, input_size: tuple[int, int, int]) -> CutGraph:
@@ -99,7 +98,9 @@ class CutGraph:
         self._yields = probe(self.module, input_size, batch_size=2)
         self._yields_of_three = probe(self.module, input_size, batch_size=3)
         self._from_input = self._descendants(self._input)
-        self._cut_nodes = self._find_cut_nodes()
+        self._writers = self._find_writers()
+        self._alone = self._find_alone()
+        self._cut_nodes = [node for node in self._nodes if node in self._alone and self._is_cut(node)]
         if not self._cut_nodes:
             raise CutError(f"{type(self.module).__name__} has no place where exactly one activation tensor is live.")
         self._names, self._aliases = self._name_cuts()
@@ -132,7 +133,7 @@ class CutGraph:
         if granularity == "reference":
             chosen = reference_inputs(chosen, self.module, self._first_layer())
         elif granularity != "all":
-            blocks = block_outputs(self._calls, set(chosen))
+            blocks = block_outputs(self._calls, self._alone)
             chosen = with_weights_between(
                 [node for node in chosen if node in blocks], self._output, self._has_weights_between
             )
@@ -197,12 +198,12 @@ class CutGraph:
         graph = fx.Graph()
         placeholder = graph.placeholder("x")
         # The caller's tensor is not the fragment's to overwrite.
-        writes = any(is_in_place(user, self.module) for user in first.users if user in kept)
+        writes = any(writer in kept for writer in self._writers[first])
         made: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
             two, three = self._yields[node].value, self._yields_of_three[node].value
-            made[node] = _value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
+            made[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
         for node in self._nodes:
             if node in kept:
                 made[node] = graph.node_copy(node, lambda n: made[n])
@@ -211,9 +212,14 @@ class CutGraph:
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
         return fragment if share else copy.deepcopy(fragment)
 
+    @property
+    def largest_activation(self) -> int:
+        """Number of elements of the largest tensor on the way, for one image."""
+        return max(math.prod(seen.shape) for seen in self._yields.values() if seen.shape) // 2
+
     def macs(self, start: str | None, end: str | None) -> int:
         """Multiply-accumulates of the fragment between two cuts, for one image."""
-        return sum(self._yields[node].macs for node in self._collect(*self._ends(start, end))[0]) // 2
+        return self._macs_of(self._collect(*self._ends(start, end))[0])
 
     def parameters(self, start: str | None, end: str | None) -> list[nn.Parameter]:
         """The parameters of the fragment between two cuts, each once."""
@@ -239,25 +245,32 @@ class CutGraph:
                 found.add(node)
         return found
 
-    def _find_mutators(self) -> dict[fx.Node, list[fx.Node]]:
-        """For each node the statements that write into it and whose result nobody reads (x.add_(1), x[...] = y)."""
-        mutators: dict[fx.Node, list[fx.Node]] = {}
-        for node in self._nodes:
-            if not node.users and node.op in ("call_method", "call_function") and is_in_place(node, self.module):
-                mutators.setdefault(node.args[0], []).append(node)
-        return mutators
+    def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each node the later ones that write into its memory, their results read or not (y.view(-1).add_(1))."""
+        memory = {node: seen.memory for node, seen in self._yields.items()}
+        written = [
+            (node, memory[node.all_input_nodes[0]])
+            for node in self._nodes
+            if node.all_input_nodes and is_in_place(node, self.module)
+        ]
+        return {
+            node: [w for w, m in written if m == mine and self._position[w] > self._position[node]]
+            for node, mine in memory.items()
+            if mine is not None
+        }
 
     def _is_shape_value(self, node: fx.Node) -> bool:
         """True for sizes and integers that come from a tensor's shape, not from its values."""
         seen = self._yields.get(node)
-        return seen is not None and seen.shape is None and node in self._from_input and not _holds_tensor(seen.value)
+        return seen is not None and seen.shape is None and node in self._from_input and not holds_tensor(seen.value)
 
     def _collect(self, first: fx.Node, last: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
         """The nodes of the fragment, and the shape values from before it that must be recomputed."""
         behind = self._descendants(first)
         kept: set[fx.Node] = set()
         recomputed: list[fx.Node] = []
-        stack = [last]
+        until = len(self._nodes) if last is self._output else self._position[last]
+        stack = [last, *(w for w in self._writers.get(first, ()) if self._position[w] < until)]
         while stack:
             node = stack.pop()
             if node is first or node in kept or node in recomputed:
@@ -269,16 +282,18 @@ class CutGraph:
                 raise CutError(f"More than the tensor at {first.name!r} reaches {last.name!r}.")
             kept.add(node)
             stack.extend(node.all_input_nodes)
-            stack.extend(m for m in self._mutators.get(node, ()) if self._position[m] < self._position[last])
+            stack.extend(w for w in self._writers.get(node, ()) if self._position[w] < until)
         return kept, recomputed
 
-    def _find_cut_nodes(self) -> list[fx.Node]:
+    def _find_alone(self) -> set[fx.Node]:
+        """The nodes that are at some point the only live ones."""
         needed, _ = self._collect(self._input, self._output)
         live_until: dict[fx.Node, int] = {}
         for node in (self._input, *needed):
             if node in self._from_input and not self._is_shape_value(node):
                 readers = [user for user in node.users if user in needed and not self._is_shape_value(user)]
                 live_until[node] = max((self._position[user] for user in readers), default=self._position[node])
+        live_until[self._output] = len(self._nodes)
         starts = {self._position[node]: node for node in live_until}
         live: set[fx.Node] = set()
         found: set[fx.Node] = set()
@@ -286,12 +301,12 @@ class CutGraph:
             live = {node for node in live if live_until[node] > position}
             if position in starts:
                 live.add(starts[position])
-            if len(live) == 1 and self._is_cut(next(iter(live))):
+            if len(live) == 1:
                 found |= live
-        return [node for node in self._nodes if node in found]
+        return found
 
     def _is_cut(self, node: fx.Node) -> bool:
-        if node in (self._input, self._output):
+        if node in (self._input, self._output) or not self._descendants(node).issuperset(self._writers.get(node, ())):
             return False
         two, three = self._yields[node].shape, self._yields_of_three[node].shape
         if two is None or three is None or not self._yields[node].is_floating:
@@ -302,7 +317,7 @@ class CutGraph:
         if format == "tokens" and _grid(format, two[1:], self._num_prefix_tokens) is None:
             return False
         return all(
-            _is_linear_in_batch(self._yields[n].value, self._yields_of_three[n].value)
+            is_linear_in_batch(self._yields[n].value, self._yields_of_three[n].value)
             for n in self._collect(node, self._output)[1]
         )
 
@@ -332,8 +347,12 @@ class CutGraph:
         prefix = self._num_prefix_tokens if format == "tokens" else 0
         grid = _grid(format, shape, prefix)
         stride = None if grid is None else self.input_size[1] / grid[0]
-        macs = sum(self._yields[n].macs for n in self._collect(self._input, node)[0]) // 2
+        macs = self._macs_of(self._collect(self._input, node)[0])
         return Cut(self._names[node], format, shape, stride, prefix, macs)
+
+    def _macs_of(self, nodes: Iterable[fx.Node]) -> int:
+        """For one image; work that is the same for any batch, as on position tables, counts in full."""
+        return sum(2 * self._yields[node].macs - self._yields_of_three[node].macs for node in nodes)
 
     def _parameters_of(self, nodes: Iterable[fx.Node]) -> list[nn.Parameter]:
         found: dict[int, nn.Parameter] = {}
@@ -370,29 +389,6 @@ def _grid(format: Format, shape: tuple[int, ...], num_prefix_tokens: int) -> tup
         side = math.isqrt(max(shape[0] - num_prefix_tokens, 0))
         return (side, side) if side and side * side == shape[0] - num_prefix_tokens else None
     return None
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensor(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
-
-
-def _is_linear_in_batch(two: Any, three: Any) -> bool:
-    if isinstance(two, list | tuple):
-        return len(two) == len(three) and all(_is_linear_in_batch(a, b) for a, b in zip(two, three, strict=True))
-    if isinstance(two, int) and not isinstance(two, bool):
-        return two == three or (two % 2 == 0 and two * 3 == three * 2)
-    return bool(two == three)
-
-
-def _value_for_batch(two: Any, three: Any, times_batch: Any) -> Any:
-    """What a shape value is for any batch: itself where constant, else a multiple of the batch size."""
-    if isinstance(two, list | tuple):
-        return tuple(_value_for_batch(a, b, times_batch) for a, b in zip(two, three, strict=True))
-    return two if two == three else times_batch(two // 2)
 
 
 def _times(batch_size: int, count: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_stitch.errors import RecipeError
 
@@ -193,24 +194,17 @@ class Recipe:
             )
         try:
             sources = tuple(
-                SourceRef(**{**s, "preprocessing": Preprocessing(**_tuples(s["preprocessing"]))})
+                _built(SourceRef, {**s, "preprocessing": _built(Preprocessing, s["preprocessing"])})
                 for s in plain["sources"]
             )
-            recipe = cls(
-                sources=sources,
-                fragments=tuple(FragmentRef(**f) for f in plain["fragments"]),
-                stitches=tuple(None if s is None else StitchSpec(**_tuples(s)) for s in plain["stitches"]),
-                **_tuples({k: v for k, v in plain.items() if k not in ("sources", "fragments", "stitches")}),
-            )
+            fragments = tuple(_built(FragmentRef, f) for f in plain["fragments"])
+            stitches = tuple(None if s is None else _built(StitchSpec, s) for s in plain["stitches"])
+            return _built(cls, {**plain, "sources": sources, "fragments": fragments, "stitches": stitches})
         except (KeyError, TypeError) as error:
             raise RecipeError(f"This is no recipe of schema {SCHEMA_VERSION}: {error}.") from error
-        for source in recipe.sources:
-            if source.builder not in get_args(Builder):
-                raise RecipeError(f"Source {source.name!r} has builder {source.builder!r}; known: {get_args(Builder)}.")
-        for stitch in recipe.stitches:
-            if stitch is not None and stitch.placement not in get_args(Placement):
-                raise RecipeError(f"A stitch has placement {stitch.placement!r}; known: {get_args(Placement)}.")
-        return recipe
+
+
+_Part = TypeVar("_Part", Preprocessing, SourceRef, FragmentRef, StitchSpec, Recipe)
 
 
 def _plain(value: Any) -> Any:
@@ -222,6 +216,32 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """The inverse for one level of a dataclass's fields."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+def _built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
+    """The inverse for one dataclass, its fields' types checked: a recipe may come from a stranger."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"{cls.__name__} is {fields!r}; expected a dict")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    part = cls(**values)
+    for name, wanted in get_type_hints(cls).items():
+        if not _is_of_type(getattr(part, name), wanted):
+            expected = wanted.__name__ if wanted in (str, int, float, bool) else str(wanted).replace("typing.", "")
+            raise TypeError(f"{cls.__name__}.{name} is {getattr(part, name)!r}; expected {expected}")
+    return part
+
+
+def _is_of_type(value: Any, wanted: Any) -> bool:
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_is_of_type(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(parts) and all(map(_is_of_type, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of_type(item, parts[1]) for item in value.values())
+    if wanted in (int, float):
+        return isinstance(value, int | float if wanted is float else int) and not isinstance(value, bool)
+    return wanted is Any or isinstance(value, wanted)

@@ -1,0 +1,125 @@
+"""Small sources, images and search spaces that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from lightning_stitch.activations import calibrate
+from lightning_stitch.cost import Budget
+from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
+from lightning_stitch.sources import Source, load_source
+from lightning_stitch.space import Candidate, SearchSpace
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Images that share nothing: uniform in [0, 1]."""
+    return torch.rand(*shape, generator=seeded(seed))
+
+
+def digits(count: int, size: int, *, first: int = 0, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Handwritten digits as (count, 3, size, size) in [0, 1], and their labels."""
+    found = load_digits()
+    chosen = torch.tensor(found.target < classes).nonzero().flatten()[first : first + count]
+    images = torch.tensor(found.images[chosen.numpy()] / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
+    resized = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    return resized.clamp(0, 1), torch.tensor(found.target[chosen.numpy()])
+
+
+def shake(module: nn.Module, seed: int) -> nn.Module:
+    """Give all weights and running statistics random values, zero-initialised ones too, so that every layer counts."""
+    generator = seeded(seed)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.weight.data.uniform_(0.5, 1.5, generator=generator)
+            part.bias.data.normal_(0, 0.2, generator=generator)
+            part.running_mean.normal_(0, 0.2, generator=generator)
+            part.running_var.uniform_(0.5, 1.5, generator=generator)
+        elif isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, generator=generator)
+            if part.bias is not None:
+                part.bias.data.normal_(0, 0.1, generator=generator)
+    return module
+
+
+@cache
+def donor(architecture: str, seed: int = 0) -> Source:
+    """A small timm network whose random weights leave no layer without effect."""
+    source = load_source(architecture, pretrained=False)
+    shake(source.module, seed)
+    return source
+
+
+def live(module: nn.Module, name: str, *, size: int = 16, channels: int = 3, fixed_size: bool = False) -> Source:
+    """A hand-written network as a source."""
+    preprocessing = Preprocessing((channels, size, size), (0.4,) * channels, (0.3,) * channels, fixed_size=fixed_size)
+    return load_source(module, name=name, preprocessing=preprocessing)
+
+
+def plain(
+    name: str, widths: Sequence[int], *, seed: int, classes: int = 4, strides: Sequence[int] = (1, 2, 1)
+) -> Source:
+    """Three blocks of convolution and ReLU, pooling and a linear layer; its cuts are "0", "1" and the vector "2"."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in zip((3, *widths), widths, strides, strict=False):
+        layers.append(nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU()))
+    layers[-1] = nn.Sequential(*layers[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return live(shake(nn.Sequential(*layers, nn.Linear(widths[-1], classes)), seed), name)
+
+
+def space_of(
+    sources: Sequence[Source],
+    images: Tensor,
+    *,
+    settings: CalibrationSettings | None = None,
+    budget: Budget | None = None,
+    bias: bool = True,
+    ridge: float = 1e-3,
+    max_fragments: int = 16,
+) -> SearchSpace:
+    """Sources cut, calibrated on one batch and ready to be searched."""
+    settings = settings or CalibrationSettings()
+    parts = [segment(source, settings, tuple(images.shape[1:])) for source in sources]
+    costs = CompositionCosts(parts, bias=bias, max_fragments=max_fragments)
+    return SearchSpace(
+        [calibrate(part, [images], settings) for part in parts], settings, costs=costs, budget=budget, ridge=ridge
+    )
+
+
+def path(candidate: Candidate) -> list[tuple[str, str | None, str | None]]:
+    """A candidate's fragments as (source, start, end)."""
+    return [(ref.source, ref.start, ref.end) for ref in candidate.recipe.fragments]
+
+
+@contextmanager
+def images_seen(source: Source) -> Iterator[list[int]]:
+    """How many images go through a source's first layer, one entry for each time that it runs."""
+    seen: list[int] = []
+    first = next(module for module in source.module.modules() if isinstance(module, nn.Conv2d))
+    hook = first.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    yield seen
+    hook.remove()
+
+
+class Recorder:
+    """A progress that remembers each stage's name, total and steps."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None, int]] = []
+
+    def start(self, stage: str, total: int | None) -> None:
+        self.stages.append((stage, total, 0))
+
+    def advance(self, steps: int) -> None:
+        stage, total, done = self.stages[-1]
+        self.stages[-1] = (stage, total, done + steps)

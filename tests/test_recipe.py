@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_stitch.errors import RecipeError
+from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef, StitchSpec
+
+
+def source(name: str = "a", **options: Any) -> SourceRef:
+    preprocessing = Preprocessing((3, 32, 24), (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "bicubic", fixed_size=name == "b")
+    fields = {"arguments": {"widths": [1, 2], "act": "relu"}, "revision": "main", "licence": "mit", **options}
+    return SourceRef(name, f"timm:{name}", "timm", f"net_{name}", "sha256:0", preprocessing, **fields)
+
+
+STITCH = StitchSpec("tokens", "NCHW", 6, 4, (7, 7), (14, 14), in_prefix_tokens=1, placement="producer", cka=0.5, rank=6)
+VECTOR_STITCH = StitchSpec("NCHW", "vector", 4, 8, (14, 14), None, out_prefix_tokens=0, bias=False, r2=0.25)
+
+
+def recipe(**options: Any) -> Recipe:
+    """Two sources, four fragments; at cut "y" the second one simply goes on."""
+    fields: dict[str, Any] = {
+        "sources": (source("a"), source("b", licence=None)),
+        "fragments": (
+            FragmentRef("b", None, "x"),
+            FragmentRef("a", "w", "y"),
+            FragmentRef("a", "y", "z"),
+            FragmentRef("b", "v", None),
+        ),
+        "stitches": (STITCH, None, VECTOR_STITCH),
+        "input_size": (3, 64, 48),
+        "scores": {"cka_product": 0.125, "macs": 1e9},
+    }
+    return Recipe(**{**fields, **options})
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    plain = recipe().to_dict()
+    change(plain)
+    return plain
+
+
+def test_a_recipe_survives_json() -> None:
+    plain = recipe().to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert Recipe.from_dict(json.loads(json.dumps(plain))) == recipe()
+
+
+def test_a_recipe_of_one_whole_source_survives_json() -> None:
+    whole = Recipe((source(),), (FragmentRef("a", None, None),))
+    assert Recipe.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+
+
+def test_reading_a_recipe_changes_nothing_in_what_was_read() -> None:
+    plain = recipe().to_dict()
+    before = copy.deepcopy(plain)
+    Recipe.from_dict(plain)
+    assert plain == before
+
+
+@pytest.mark.parametrize("part", [recipe(), source(), source().preprocessing, STITCH, FragmentRef("a", None, None)])
+def test_every_part_is_frozen(part: Any) -> None:
+    name = dataclasses.fields(part)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(part, name, None)
+
+
+def test_preprocessing_is_the_start_fragments() -> None:
+    assert recipe().preprocessing.fixed_size
+    assert recipe().preprocessing == recipe().source("b").preprocessing
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fragments": (), "stitches": ()}, "needs at least one fragment"),
+        ({"stitches": (STITCH, None)}, r"recipe of 4 fragments needs 3 stitches between them; this one has 2"),
+        ({"sources": (source("b"), source("b"))}, r"Two sources of a recipe share a name: \['b', 'b'\]"),
+        ({"sources": (source("b"), source("c"))}, r"refer to \['a'\], but the recipe's sources are \['b', 'c'\]"),
+        ({"fragments": (FragmentRef("a", "w", None),), "stitches": ()}, "must begin at the image, not at cut 'w'"),
+        ({"stitches": (None, None, VECTOR_STITCH)}, r"Nothing joins .*end='x'\) to .*'a', start='w'.*meet at one cut"),
+        ({"stitches": (STITCH, None, None)}, r"Nothing joins .*end='z'\) to .*'b', start='v'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.update(schema=2), "has schema 2; this version of lightning_stitch reads schema 1. Upgrade"),
+        (lambda p: p.pop("schema"), "has schema None"),
+        (lambda p: p.pop("fragments"), "no recipe of schema 1: 'fragments'"),
+        (lambda p: p["sources"][0].pop("preprocessing"), "'preprocessing'"),
+        (lambda p: p["fragments"][1].pop("start"), "start"),
+        (lambda p: p.update(weights=[]), "weights"),
+        (lambda p: p["stitches"][0].update(colour="red"), "colour"),
+        (lambda p: p.update(stitches=None), "NoneType"),
+        (
+            lambda p: p["sources"][0].update(preprocessing=[3, 32, 32]),
+            r"Preprocessing is \[3, 32, 32\]; expected a dict",
+        ),
+        (lambda p: p["sources"][0].update(builder="pip"), r"SourceRef.builder is 'pip'; expected Literal\['timm', "),
+        (lambda p: p["stitches"][0].update(placement="left"), r"placement is 'left'; expected Literal\['explicit', "),
+        (lambda p: p["stitches"][0].update(in_format="HWC"), r"StitchSpec.in_format is 'HWC'; expected .*'NHWC'"),
+        (lambda p: p["stitches"][2].update(out_channels="8"), "out_channels is '8'; expected int"),
+        (lambda p: p["stitches"][2].update(out_channels=True), "out_channels is True; expected int"),
+        (lambda p: p["stitches"][0].update(in_size=[7]), r"in_size is \(7,\); expected tuple\[int, int\] \| None"),
+        (lambda p: p["stitches"][0].update(cka="high"), r"cka is 'high'; expected float \| None"),
+        (
+            lambda p: p["sources"][0]["preprocessing"].update(mean=[0, "1"]),
+            r"mean is \(0, '1'\); expected tuple\[float",
+        ),
+        (lambda p: p["fragments"][0].update(source=3), "FragmentRef.source is 3; expected str"),
+        (lambda p: p.update(input_size=[3, 64]), r"Recipe.input_size is \(3, 64\)"),
+        (lambda p: p["scores"].update(macs="many"), r"Recipe.scores is .*'many'.*; expected dict\[str, float\]"),
+        (lambda p: p.update(stitches=[None, None, None]), "Nothing joins"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_by_the_field(change: Callable[[dict[str, Any]], object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_dict(edited(change))
+
+
+def test_a_recipe_must_be_a_dict() -> None:
+    with pytest.raises(RecipeError, match=r"A recipe is a dict as `Recipe.to_dict` makes it; found str"):
+        Recipe.from_dict("recipe.json")  # type: ignore[arg-type]
