@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import CentredRows, centre_rows
 from lightning_stitch.graph import Cut
-from lightning_stitch.segments import CalibrationSettings, Segmented
+from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
 from lightning_stitch.stitches import resample, to_map
 
 Grid = tuple[int, int] | None
@@ -65,6 +66,7 @@ class Calibrated:
         self.activations.clear()
 
 
+@lru_cache(maxsize=64)
 def positions(grid: tuple[int, int], num_images: int, rows_per_image: int, seed: int) -> Tensor | None:
     """Which grid positions are sampled of each image (images x rows), the same for all cuts of a grid.
 
@@ -88,11 +90,30 @@ def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings) -> Tensor
     """
     if grid is None:
         return x.mean((2, 3)) if x.ndim == 4 else x
-    x = resample(x, grid).flatten(2)
     chosen = positions(grid, len(x), settings.rows_per_image, settings.seed)
-    if chosen is not None:
-        x = x.gather(2, chosen.to(x.device)[:, None].expand(-1, x.shape[1], -1))
+    if chosen is not None and grid[0] * grid[1] > x.shape[-2] * x.shape[-1]:
+        x = _grown_at(x, grid, chosen.to(x.device))
+    else:
+        x = resample(x, grid).flatten(2)
+        if chosen is not None:
+            x = x.gather(2, chosen.to(x.device)[:, None].expand(-1, x.shape[1], -1))
     return x.transpose(1, 2).reshape(-1, x.shape[1])
+
+
+def _grown_at(x: Tensor, grid: tuple[int, int], chosen: Tensor) -> Tensor:
+    """What `resample` gives at some positions of a larger grid (images x positions), without the rest of it.
+
+    Resampling is linear and separable, so that each value is a weighted sum over the small grid.
+    """
+    down, across = (_resampling_weights(n, m, x) for n, m in zip(x.shape[-2:], grid, strict=True))
+    weights = down[chosen // grid[1], :, None] * across[chosen % grid[1], None, :]
+    return x.flatten(2) @ weights.flatten(2).transpose(1, 2)
+
+
+def _resampling_weights(size: int, wanted: int, like: Tensor) -> Tensor:
+    """The matrix (wanted x size) that resamples one dimension."""
+    identity = torch.eye(size, device=like.device, dtype=like.dtype)
+    return resample(identity[None, None], (wanted, size))[0, 0]
 
 
 def statistics(x: Tensor, cut: Cut, settings: CalibrationSettings, *, name: str) -> CutStatistics:
@@ -137,10 +158,11 @@ def calibrate(parts: Segmented, images: Iterable[Tensor], settings: CalibrationS
     """
     kept: list[list[Tensor]] = [[] for _ in parts.pieces]
     for batch in images:
-        x = parts.preprocess(batch)
-        for index, piece in enumerate(parts.pieces):
-            x = piece(x)
-            kept[index].append(x)
+        for chunk in chunks(batch, parts.images_at_once):
+            x = parts.preprocess(chunk)
+            for index, piece in enumerate(parts.pieces):
+                x = piece(x)
+                kept[index].append(x)
     if not kept[0]:
         raise CalibrationError("There are no calibration images.")
     tensors = []

@@ -6,11 +6,13 @@ on the selection images, choose. Nothing here sees a test image.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class SearchResult:
         ranked: All candidates, the references among them, best first.
         best: The best that keeps the budget, an unmodified source where no other beat it.
         best_source: The best unmodified source, budget or no.
-        best_self_stitched: The best source stitched to itself.
+        best_self_stitched: The best source stitched to itself; None: none gave features to rank by.
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
         seconds: Wall time of each stage.
@@ -62,7 +64,7 @@ class SearchResult:
     ranked: tuple[Ranked, ...]
     best: Ranked
     best_source: Ranked
-    best_self_stitched: Ranked
+    best_self_stitched: Ranked | None
     best_stitched: Ranked | None
     rejected: dict[str, int]
     seconds: dict[str, float]
@@ -75,22 +77,29 @@ class SearchResult:
 
     @property
     def beat_best_source(self) -> bool:
-        """Whether the best candidate is something other than an unmodified source."""
-        return self.best.candidate.kind != "source"
+        """Whether the best candidate ranks before the best source, which may be over the budget."""
+        return self.ranked.index(self.best) < self.ranked.index(self.best_source)
 
     def summary(self) -> str:
         """Whether the search was worth it, in one sentence, by the selection images alone."""
         name, value = next(iter(self.best.scores.items()))
         source = self.best_source.candidate.recipe.fragments[0].source
         reference = self.best_source.scores[name]
-        if not self.beat_best_source:
+        if self.beat_best_source:
+            return (
+                f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} "
+                f"on the selection images, the best source ({source}, {self.best_source.candidate.cost}) "
+                f"{reference:.4f}."
+            )
+        if self.best is self.best_source:
             return (
                 f"No candidate beat the best source on the selection images: {source} has {name} {reference:.4f}; "
                 f"it is returned as it is."
             )
         return (
-            f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} on "
-            f"the selection images, the best source ({source}, {self.best_source.candidate.cost}) {reference:.4f}."
+            f"No candidate within the budget beat the best source on the selection images: {source} "
+            f"({self.best_source.candidate.cost}) has {name} {reference:.4f} but is over the budget; the best within "
+            f"it ({self.best.candidate.kind}, {self.best.candidate.cost}) has {value:.4f}."
         )
 
 
@@ -105,7 +114,7 @@ class Pool:
 
     Raises:
         CutError: If a source cannot be cut or does not take such images.
-        StitchError: If there is no source, or networks end at outputs of different widths.
+        StitchError: If there is no source, two share a name, or networks end at outputs of different widths.
     """
 
     def __init__(
@@ -119,8 +128,10 @@ class Pool:
         if not sources:
             raise StitchError("A pool needs at least one source.")
         self.settings = settings or CalibrationSettings()
+        names = [source.name for source in sources]
+        if len(set(names)) < len(names):
+            raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
         if isinstance(self.settings.granularity, Mapping):
-            names = [source.name for source in sources]
             strangers = sorted(set(self.settings.granularity) - set(names))
             if strangers:
                 raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
@@ -129,6 +140,7 @@ class Pool:
         self.seconds: dict[str, float] = {}
         with self._timed("cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
+        self._cutting_seconds = self.seconds["cut"]
         self._check_outputs()
         for part in self.parts:
             part.source.module.to(self.device)
@@ -137,11 +149,12 @@ class Pool:
                 piece.to(self.device)
         self.calibrated: list[Calibrated] = []
 
-    def calibrate(self, images: Iterable[Tensor], *, progress: Progress | None = None) -> None:
+    def calibrate(self, images: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress | None = None) -> None:
         """Run each source once over the calibration images.
 
         Args:
-            images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once.
+            images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once. Labels beside them are
+                not looked at.
             progress: Where to show progress.
 
         Raises:
@@ -149,21 +162,20 @@ class Pool:
         """
         progress = progress or Silent()
         with self._timed("calibrate"):
-            batches = [batch.to(self.device) for batch in images]
+            batches = [_images_of(batch).to(self.device) for batch in images]
             for batch in batches:
                 _check_images(batch, self.image_shape)
+            if (count := sum(map(len, batches))) < 4:
+                raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
             progress.start("calibrating", len(self.parts))
             self.calibrated = []
             for part in self.parts:
                 self.calibrated.append(calibrate(part, batches, self.settings))
                 progress.advance(1)
-        counts = {len(source.features) for source in self.calibrated}
-        if counts and min(counts) < 4:
-            raise CalibrationError(f"Calibration needs at least 4 images; found {min(counts)}.")
 
     def search(
         self,
-        calibration: Iterable[Tensor],
+        calibration: Iterable[Tensor | Sequence[Tensor]],
         selection: Iterable[Tensor | Sequence[Tensor]],
         *,
         strategy: Strategy | None = None,
@@ -178,7 +190,7 @@ class Pool:
         """Compose networks and rank them, the unmodified and the self-stitched sources among them.
 
         Args:
-            calibration: Batches of unlabelled images, (batch, channels, height, width) in [0, 1].
+            calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at.
             selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
             strategy: A generator of candidates; None: `Beam()`.
             budget: Limits that the chosen network keeps; None: none.
@@ -191,9 +203,12 @@ class Pool:
 
         Raises:
             BudgetError: If no network keeps the budget; names the cheapest and its cost. Comes before any source runs.
+            StitchError: If the ranking is unknown; likewise.
             CalibrationError: If images or labels cannot be used.
         """
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
+        find_ranking(ranking, labelled=True)
+        self.seconds = {"cut": self._cutting_seconds}
         with self._timed("cut"):
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
             costs.check(budget)
@@ -208,7 +223,7 @@ class Pool:
         for source in self.calibrated:
             source.release()
         with self._timed("rank"):
-            ranked, num_labels = self._rank(candidates, selection, ranking, num_classes, progress)
+            ranked, num_labels = self._rank(candidates, selection, ranking, num_classes, space.rejected, progress)
         return self._result(ranked, budget, dict(space.rejected), num_labels)
 
     def outcomes(
@@ -227,7 +242,7 @@ class Pool:
 
     def _images(self, batches: Iterable[Tensor | Sequence[Tensor]], labels: list[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+            images = _images_of(batch)
             if not isinstance(batch, Tensor) and len(batch) > 1:
                 labels.append(torch.as_tensor(batch[1]).cpu())
             _check_images(images, self.image_shape)
@@ -239,15 +254,21 @@ class Pool:
         selection: Iterable[Tensor | Sequence[Tensor]],
         ranking: str | Ranking,
         num_classes: int | None,
+        rejected: Counter[str],
         progress: Progress,
     ) -> tuple[list[Ranked], int]:
         try:
             total = len(selection.dataset)  # type: ignore[attr-defined]
-        except AttributeError:
+        except (AttributeError, TypeError):
+            # No loader, or one of a stream.
             total = None
         progress.start("ranking", total)
         outcomes, labels = self.outcomes(candidates, selection, progress=progress)
         own = {c.recipe.fragments[-1].source: outcomes[i].features for i, c in enumerate(candidates[: len(self.parts)])}
+        usable = [c.kind == "source" or _is_usable(outcomes[i].features) for i, c in enumerate(candidates)]
+        if not all(usable):
+            rejected["features not finite or constant on the selection images"] = usable.count(False)
+        candidates, outcomes = list(compress(candidates, usable)), list(compress(outcomes, usable))
         data = SelectionData(
             features=[outcome.features for outcome in outcomes],
             targets=labels,
@@ -256,7 +277,7 @@ class Pool:
         )
         scores = find_ranking(ranking, labelled=labels is not None)(candidates, data)
         ranked = [
-            Ranked(candidate, dict(score), outcome.features.shape[1], outcome.seconds)
+            _ranked(candidate, {name: float(value) for name, value in score.items()}, outcome)
             for candidate, score, outcome in zip(candidates, scores, outcomes, strict=True)
         ]
         # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
@@ -277,7 +298,6 @@ class Pool:
 
         best_source, best_self = first("source", ranked), first("self-stitched", ranked)
         assert best_source is not None
-        assert best_self is not None
         return SearchResult(
             ranked=tuple(ranked),
             best=fitting[0],
@@ -306,10 +326,25 @@ class Pool:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
 
 
+def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) -> Ranked:
+    recipe = dataclasses.replace(candidate.recipe, scores={**scores, **candidate.recipe.scores})
+    return Ranked(dataclasses.replace(candidate, recipe=recipe), scores, outcome.features.shape[1], outcome.seconds)
+
+
+def _is_usable(features: Tensor) -> bool:
+    """Whether a ranking can tell the images apart by these features."""
+    return bool(torch.isfinite(features).all()) and bool((features != features[0]).any())
+
+
+def _images_of(batch: Tensor | Sequence[Tensor]) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
 def _check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
     if tuple(images.shape[1:]) != image_shape:
         raise CalibrationError(
-            f"Images must all be {image_shape} (channels, height, width); found {tuple(images.shape)}."
+            f"Images must come in batches of (batch, {', '.join(map(str, image_shape))}), channels first; found "
+            f"{tuple(images.shape)}."
         )
     if not images.is_floating_point() or not torch.isfinite(images).all():
         raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")

@@ -161,16 +161,15 @@ def row_bank(ys: Sequence[CentredRows]) -> RowBank:
 def cka_with_many(x: CentredRows, ys: RowBank | Sequence[CentredRows]) -> Tensor:
     """Linear CKA of one activation with each of k, (k,) float64: `linear_cka` to 1e-6 by one float32 product.
 
-    The product, Y'X or the cheaper Y'(XX'), is as accurate as `torch.set_float32_matmul_precision` lets it be; autocast
-    is off within. A `row_bank` saves joining the activations at every call.
+    The product, Y'X or the cheaper Y'(XX'), is as accurate as `torch.set_float32_matmul_precision` lets it be; under 16
+    channels it is in float64, as narrow products add row by row. Autocast is off. A `row_bank` saves joining the ys.
 
     Raises:
         CalibrationError: If rows or estimator of x and ys differ, or ys is empty.
     """
     bank = ys if isinstance(ys, RowBank) else row_bank(ys)
     (n, channels), (total, bank_rows) = x.rows.shape, bank.columns.shape
-    kinds = [(n, x.estimator), (bank_rows, bank.estimator)]
-    if kinds[0] != kinds[1]:
+    if (kinds := [(n, x.estimator), (bank_rows, bank.estimator)])[0] != kinds[1]:
         raise CalibrationError(f"x and the bank must have the same rows and estimator; found {kinds}.")
     with torch.autocast(x.rows.device.type, enabled=False):
         if n * (channels + total) < channels * total:  # ||X'Y||_F^2 = <Y', Y'XX'>
@@ -178,7 +177,8 @@ def cka_with_many(x: CentredRows, ys: RowBank | Sequence[CentredRows]) -> Tensor
             pairs = zip(bank.columns.split(bank.widths), product.split(bank.widths), strict=True)
             cross = [y.double().mul_(yk).sum() for y, yk in pairs]
         else:
-            parts = (bank.columns @ x.rows).split(bank.widths)
+            dtype = torch.float64 if min(channels, total) < 16 else torch.float32
+            parts = (bank.columns.to(dtype) @ x.rows.to(dtype)).split(bank.widths)
             cross = [torch.linalg.vector_norm(yx, dtype=torch.float64).square() for yx in parts]
     d, e = x.squared_norms, bank.squared_norms
     hsic = _hsic(torch.stack(cross), e @ d, d.sum(), e.sum(1), n, x.estimator)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.errors import RecipeError
+from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.graph import CutGraph
 from lightning_stitch.preprocessing import Preprocess, view_size
@@ -132,6 +132,13 @@ def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[
     Raises:
         RecipeError: If a source's graph lacks a cut of the recipe, or a fold is not possible.
     """
+    try:
+        return _assemble(recipe, graphs, stitches)
+    except CutError as error:
+        raise RecipeError(f"The recipe does not fit its sources: {error}") from error
+
+
+def _assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]) -> StitchedNetwork:
     fragments = [graphs[ref.source].fragment(ref.start, ref.end) for ref in recipe.fragments]
     joints: list[nn.Module] = []
     for index, (spec, stitch) in enumerate(zip(recipe.stitches, stitches, strict=True)):

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Segmented
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.heads import loo_scores
+from lightning_stitch.segments import Segmented, chunks
 from lightning_stitch.space import Candidate
 from lightning_stitch.stitches import Stitch
 
@@ -55,6 +55,7 @@ class PrefixTree:
     def __init__(self, candidates: Sequence[Candidate], parts: Sequence[Segmented]) -> None:
         self.parts = parts
         self.num_candidates = len(candidates)
+        self._images_at_once = min(part.images_at_once for part in parts)
         self._roots: dict[int, _Node] = {}
         for index, candidate in enumerate(candidates):
             first = candidate.steps[0].source
@@ -85,8 +86,9 @@ class PrefixTree:
         found: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
         for batch in images:
             with torch.inference_mode():
-                for root in self._roots.values():
-                    self._descend(root, batch, found)
+                for chunk in chunks(batch, self._images_at_once):
+                    for root in self._roots.values():
+                        self._descend(root, chunk, found)
             if on_batch is not None:
                 on_batch(len(batch))
         if self.num_candidates and not found[0]:
@@ -156,8 +158,14 @@ def by_loo_log_loss(candidates: Sequence[Candidate], selection: SelectionData) -
 def by_agreement(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
     """Debiased CKA between a candidate's final features and its last source's own, on the selection images."""
     scores = []
-    for features, own in zip(selection.features, selection.own_features, strict=True):
-        scores.append({"agreement": float(linear_cka(features, own))})
+    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
+        try:
+            scores.append({"agreement": float(linear_cka(features, own))})
+        except CalibrationError as error:
+            name = candidate.recipe.fragments[-1].source
+            raise CalibrationError(
+                f"Agreement with the features of source {name!r} on the selection images: {error}"
+            ) from error
     return scores
 
 

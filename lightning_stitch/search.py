@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
@@ -30,7 +31,8 @@ class Strategy(Protocol):
 class DepthFirst:
     """The StitchNet paper's depth-first search (arXiv 2301.01947, REFERENCE: K, T, L).
 
-    Every fragment lies between two neighbouring cuts, and every transition is a stitch.
+    Every fragment lies between two neighbouring cuts, and every transition is a stitch. A source stitched to itself
+    throughout is left out: `SearchSpace.references` has it.
 
     Args:
         span: K, the stitches followed at each step.
@@ -91,10 +93,12 @@ class DepthFirst:
             entered = space.enter(edge, activation)
             if entered.entry == len(space.sources[entered.source].parts.pieces) - 1:
                 candidate = space.complete(entered)
-                if space.budget.allows(candidate.cost):
-                    yield candidate
-                else:
+                if not space.budget.allows(candidate.cost):
                     space.rejected["over the budget"] += 1
+                elif all(a.source == b.source and a.last == b.first for a, b in pairwise(candidate.steps)):
+                    space.rejected["a source stitched to itself, which is a candidate already"] += 1
+                else:
+                    yield candidate
             else:
                 _, onward = next(iter(space.walk(entered)))
                 yield from self._extend(space, entered, onward, depth + 1, generator)
@@ -139,6 +143,8 @@ class Beam:
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:
                             kept.offer(self._size_class(edge.total, cheapest) if fits else -1, edge, activation)
+                        else:
+                            space.rejected["over the budget"] += 1
             states = []
             for edge, activation in kept.best():
                 state = space.enter(edge, activation)

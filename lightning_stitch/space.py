@@ -20,7 +20,7 @@ from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import AffineMap, RowBank, cka_with_many, r2, ridge_least_squares, row_bank
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts, chunks
 from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable, to_map
 
 Kind = Literal["source", "self-stitched", "stitched"]
@@ -174,7 +174,7 @@ class SearchSpace:
         x = state.activation
         for index in range(state.entry, len(source.parts.cuts)):
             with torch.inference_mode():
-                x = source.parts.pieces[index](x)
+                x = torch.cat([source.parts.pieces[index](c) for c in chunks(x, source.parts.images_at_once)])
             yield index, x
 
     def edges(
@@ -235,7 +235,8 @@ class SearchSpace:
             affine, held_out = self._fit(rows, receiver.rows)
             spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
             stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
-            entered = stitch(activation)
+            at_once = self.sources[edge.state.source].parts.images_at_once
+            entered = torch.cat([stitch(chunk) for chunk in chunks(activation, at_once)])
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
             (*edge.state.steps, step), edge.source, edge.receiver + 1, stitch, spec, entered, edge.product, edge.cost
@@ -252,14 +253,17 @@ class SearchSpace:
         return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
 
     def references(self) -> list[Candidate]:
-        """Every source as it is, and every source stitched to itself at each of its cuts."""
+        """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
         found = [self.complete(state, kind="source") for state in self.starts()]
         for index, source in enumerate(self.sources):
             state = self.starts()[index]
             for cut in range(len(source.parts.cuts)):
-                x = source.activations[0] if state.activation is None else self._run(state)
+                x = next(activation for index, activation in self.walk(state) if index == cut)
                 spent = state.cost + source.parts.cost_between(state.entry, cut + 1)
                 flat = self.costs.index[index, cut]
+                if source.statistics[cut].centred is None:
+                    self.rejected["activation of the receiver does not vary"] += 1
+                    continue
                 found_cka = dict(self._similarities(state, cut, x, {source.parts.cuts[cut].grid: [flat]}))
                 if flat not in found_cka:
                     continue
@@ -270,9 +274,6 @@ class SearchSpace:
         return found
 
     # -- inner workings ----------------------------------------------------------------------------------------------
-
-    def _run(self, state: State) -> Tensor:
-        return next(iter(self.walk(state)))[1]
 
     def _objection(
         self,
@@ -372,6 +373,6 @@ class SearchSpace:
             sources=tuple(refs.values()),
             fragments=tuple(fragments),
             stitches=tuple(stitches[1:]),
-            input_size=self.sources[steps[0].source].parts.graph.input_size,
+            input_size=self.sources[steps[0].source].parts.image_shape,
             scores={"cka_product": product, "params": cost.params, "macs": cost.macs},
         )

@@ -205,6 +205,12 @@ def test_one_against_many_is_cka_one_by_one(offset: float, n: int, cx: int, esti
         torch.testing.assert_close(cka_with_many(one, many), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [(5, 5), (1, 40), (15, 60)])
+def test_one_against_many_is_exact_for_few_channels_and_many_rows(channels: tuple[int, int]) -> None:
+    x, y = (part.relu().float() for part in related(20_000, *channels))
+    assert float(cka_with_many(centre_rows(x), [centre_rows(y)])) == pytest.approx(float(linear_cka(x, y)), abs=1e-6)
+
+
 def test_centred_rows_say_what_they_cannot_use() -> None:
     with pytest.raises(CalibrationError, match="cut 'layer1' is constant"):
         centre_rows(torch.ones(8, 3), name="cut 'layer1'")
@@ -222,7 +228,7 @@ def test_centred_rows_say_what_they_cannot_use() -> None:
     with pytest.raises(CalibrationError, match=r"found \[\(8, 'debiased'\), \(8, 'biased'\)\]"):
         cka_with_many(one, [centre_rows(GOOD, estimator="biased")])
     with pytest.raises(CalibrationError, match="CKA overflows"):  # too large for a product in float32
-        cka_with_many(centre_rows(1e25 * GOOD), [centre_rows(1e25 * GOOD)])
+        cka_with_many(centre_rows(1e25 * normal(8, 20)), [centre_rows(1e25 * normal(8, 20))])
 
 
 @pytest.mark.parametrize("bias", [True, False])
