@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_stitch
+
+PACKAGE = Path(lightning_stitch.__file__).parent
+FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.stem != "__init__"}
+
+# The order of DESIGN section 3, each of its groups drawn out into as many lines as its modules' own imports need.
+# A module imports only from lines above its own.
+GROUPS = (
+    {"errors"},
+    {"recipe"},
+    {"functional", "progress", "_lightning"},
+    # similarity, sources, graph, activations, stitches, healing, cost
+    {"similarity", "preprocessing", "_tracing", "_layout", "_blueprint"},
+    {"cost", "_granularity", "_hub_files", "_module_sources"},
+    {"graph", "_timm_sources"},
+    {"sources", "stitches"},
+    {"folding"},
+    {"segments"},
+    {"activations"},
+    # network, heads, search
+    {"heads", "network", "space"},
+    {"search", "ranking"},
+    # compose, report, hub, export
+    {"compose", "report"},
+    {"comparison"},
+    # module, data
+    {"_images"},
+    {"_labels"},
+    {"module", "data"},
+    {"callbacks"},
+    {"cli"},
+)
+RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
+MAY_IMPORT_LIGHTNING = {"_lightning", "_images", "_labels", "module", "data", "callbacks", "cli"}
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}
+
+
+def imported(module: str) -> set[str]:
+    """Dotted names of the modules that a module imports anywhere: at its top, in functions, for type checkers."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from lightning_stitch import x` means the module x.
+            whole = node.module == "lightning_stitch"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {str(node.module)}
+    return found
+
+
+def imported_here(module: str) -> set[str]:
+    """Those of this package, without its name."""
+    return {name.removeprefix("lightning_stitch.") for name in imported(module) if name.startswith("lightning_stitch.")}
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(FILES) == sorted(module for group in GROUPS for module in group)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    assert {other for other in imported_here(module) if RANK[other] >= RANK[module]} == set()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_modules_for_the_trainer_import_lightning(module: str) -> None:
+    names = {name for name in imported(module) if LIGHTNING & {name, name.split(".")[0]}}
+    assert not names or module in MAY_IMPORT_LIGHTNING
+
+
+def test_recipe_needs_the_standard_library_alone() -> None:
+    outside = {name for name in imported("recipe") if name.split(".")[0] not in sys.stdlib_module_names}
+    assert outside == {"lightning_stitch.errors"}
+
+
+@pytest.mark.parametrize(
+    ("module", "other"),
+    [("sources", "graph"), ("callbacks", "_lightning"), ("sources", "_timm_sources"), ("_labels", "_images")],
+)
+def test_the_reading_of_imports_sees_those_that_are_there(module: str, other: str) -> None:
+    assert other in imported_here(module)
+
+
+def test_the_reading_of_imports_sees_those_inside_functions() -> None:
+    assert "timm" in imported("_timm_sources")
