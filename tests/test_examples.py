@@ -98,7 +98,6 @@ def test_the_configuration_runs_and_writes_its_table(
     monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
     options = [f"--data.init_args.{key}={value}" for key, value in SMALL.items()]
     options += ["--trainer.callbacks.init_args.max_candidates=6", "--trainer.enable_model_summary=false"]
-    options += ["--trainer.log_every_n_steps=1"]
     main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *options])
     printed = capsys.readouterr().out
     folder = workplace / "logs" / name / "version_0"
