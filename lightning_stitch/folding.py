@@ -24,9 +24,8 @@ def consumer_layers(fragment: fx.GraphModule, *, bias: bool) -> list[nn.Conv2d |
     entry = next(node for node in fragment.graph.nodes if node.op == "placeholder")
     readers = list(entry.users)
     layers = [_dense_layer(fragment, node) for node in readers]
-    targets = [node.target for node in fragment.graph.nodes if node.op == "call_module"]
     for reader, layer in zip(readers, layers, strict=True):
-        if layer is None or targets.count(reader.target) > 1:
+        if layer is None or not _is_called_once(fragment, reader):
             return None
         if bias and isinstance(layer, nn.Conv2d) and any(_padding(layer)) and layer.padding_mode == "zeros":
             return None
@@ -39,13 +38,12 @@ def producer_layers(fragment: fx.GraphModule) -> tuple[nn.Conv2d | nn.Linear, nn
     norm = None
     module = _module(fragment, node)
     if isinstance(module, nn.BatchNorm2d) and _is_affine_in_eval(module) and len(node.args) == 1:
+        if not _is_used_once(fragment, node):
+            return None
         norm = module
         node = _through_identities(fragment, node.all_input_nodes[0])
     layer = _dense_layer(fragment, node)
-    targets = [n.target for n in fragment.graph.nodes if n.op == "call_module"]
-    if layer is None or len(node.users) != 1 or targets.count(node.target) > 1:
-        return None
-    return layer, norm
+    return None if layer is None or not _is_used_once(fragment, node) else (layer, norm)
 
 
 def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
@@ -142,7 +140,7 @@ def stitch_cost(
         assert found is not None
         layer, norm = found
         per_channel = layer.weight[0].numel()
-        steps = 1 if spec.in_size is None else spec.in_size[0] * spec.in_size[1]
+        steps = 1 if spec.in_size is None else spec.in_size[0] * spec.in_size[1] + spec.in_prefix_tokens
         parameters = (outputs - inputs) * per_channel + outputs
         parameters -= inputs if layer.bias is not None else 0
         parameters -= 2 * inputs if norm is not None and norm.affine else 0
@@ -168,16 +166,17 @@ def _output_steps(layer: nn.Conv2d, size: tuple[int, int]) -> int:
     for side, padding, dilation, kernel, stride in zip(
         size, _padding(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
     ):
-        steps *= (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        steps *= (side + padding - dilation * (kernel - 1) - 1) // stride + 1
     return steps
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Steps by which padding makes the map higher and wider; "same" pads an even kernel on one end only."""
     if layer.padding == "valid":
         return (0, 0)
     if layer.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return tuple(int(p) for p in layer.padding)
+        return tuple(d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return tuple(2 * int(p) for p in layer.padding)
 
 
 def _numbers(stitch: Stitch) -> tuple[Tensor, Tensor | None]:
@@ -204,8 +203,16 @@ def _dense_layer(fragment: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Line
     return None
 
 
+def _is_called_once(fragment: fx.GraphModule, node: fx.Node) -> bool:
+    return sum(other.op == "call_module" and other.target == node.target for other in fragment.graph.nodes) == 1
+
+
+def _is_used_once(fragment: fx.GraphModule, node: fx.Node) -> bool:
+    return len(node.users) == 1 and _is_called_once(fragment, node)
+
+
 def _through_identities(fragment: fx.GraphModule, node: fx.Node) -> fx.Node:
-    while isinstance(_module(fragment, node), nn.Identity | nn.Dropout) and len(node.all_input_nodes) == 1:
+    while isinstance(_module(fragment, node), nn.Identity | nn.Dropout) and len(node.users) == 1:
         node = node.all_input_nodes[0]
     return node
 

@@ -7,6 +7,7 @@ runs. (The StitchNet paper's A = Y' pinv(X') is `bias=False, ridge=0`.)
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,18 @@ def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_map(x: Tensor, cut: Cut) -> Tensor:
     """A cut's activation as (batch, channels, height, width), prefix tokens dropped; a vector as (batch, channels)."""
-    return _to_map(x, cut.format, cut.num_prefix_tokens)
+    return _to_map(x, cut.format, cut.num_prefix_tokens, cut.grid)
 
 
-def _to_map(x: Tensor, format: str, num_prefix_tokens: int) -> Tensor:
+def _to_map(x: Tensor, format: str, num_prefix_tokens: int, grid: tuple[int, int] | None) -> Tensor:
     if format == "NHWC":
         return x.permute(0, 3, 1, 2)
     if format == "tokens":
         x = x[:, num_prefix_tokens:]
-        side = int(x.shape[1] ** 0.5)
-        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, x.shape[1] // side)
+        assert grid is not None
+        # At another image size than the calibration's there are more tokens or fewer, in the same proportions.
+        height = round(math.sqrt(x.shape[1] * grid[0] / grid[1]))
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, x.shape[1] // height)
     return x
 
 
@@ -69,7 +72,7 @@ class Stitch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The receiver's input from the sender's output."""
         spec = self.spec
-        x = _to_map(x, spec.in_format, spec.in_prefix_tokens)
+        x = _to_map(x, spec.in_format, spec.in_prefix_tokens, spec.in_size)
         if spec.out_size is None:
             return self._affine(x.mean((2, 3)) if x.ndim == 4 else x)
         size = self._target_size(x)
