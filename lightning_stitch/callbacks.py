@@ -151,7 +151,7 @@ class FragmentSearch(pl.Callback):
             sources,
             data.image_shape,
             settings=CalibrationSettings(
-                granularity=self.granularity,  # type: ignore[arg-type]
+                granularity=self.granularity,
                 estimator=self.estimator,
                 rows_per_image=self.rows_per_image,
                 seed=self.seed,
@@ -163,7 +163,7 @@ class FragmentSearch(pl.Callback):
             return list(islice(loader, 1)) if tiny else loader
 
         self.result = pool.search(
-            (batch[0] for batch in batches(data.calibration_dataloader())),
+            batches(data.calibration_dataloader()),
             batches(data.selection_dataloader()),
             strategy=self.strategy or Beam(),
             budget=self.budget,

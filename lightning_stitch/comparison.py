@@ -45,7 +45,7 @@ class Comparison:
     """The table and its sentence.
 
     Attributes:
-        rows: One flat dict for each network (`comparison_table`), then one for each budget that nothing fits.
+        rows: One flat dict for each network (`comparison_table`).
         sentence: Whether a StitchNet beat the best source, from a paired test.
         unmet: The budgets that no StitchNet keeps, in words.
     """
@@ -81,7 +81,7 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
     for words, limit in limits:
         chosen = result.within(limit)
         if chosen is None:
-            unmet.append(words)
+            unmet.append(words if limit < math.inf else "any budget")
         else:
             found.append(Finalist("StitchNet", chosen.candidate, words, spent, labels))
     return found, tuple(unmet)
@@ -133,7 +133,7 @@ def compare(
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
     source = _named(evaluations, "source", result.best_source.candidate.recipe.fragments[0].source)
     stitched = next((e for e in evaluations if e.kind == "stitched"), None)
-    return Comparison(rows, verdict(source, stitched, targets), unmet)
+    return Comparison(rows, verdict(source, stitched, targets, num_resamples=num_resamples), unmet)
 
 
 def _evaluation(finalist: Finalist, probabilities: Tensor, seconds: float, num_labels: int) -> Evaluation:
@@ -156,5 +156,8 @@ def _named(evaluations: Sequence[Evaluation], kind: str, name: str) -> Evaluatio
 
 
 def _count(loader: Loader) -> int | None:
-    dataset = getattr(loader, "dataset", None)
-    return None if dataset is None else len(dataset)
+    try:
+        return len(loader.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        # No loader, or one of a stream.
+        return None

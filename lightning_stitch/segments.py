@@ -21,7 +21,6 @@ from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.sources import Source
 from lightning_stitch.stitches import is_bridgeable, stitch_spec
 
-
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
 

@@ -170,6 +170,16 @@ def test_the_result_says_plainly_whether_a_candidate_beat_the_best_source(pool: 
     assert over.summary().startswith("No candidate within the budget beat the best source on the selection images: a (")
     assert "but is over the budget; the best within it (source, " in over.summary()
 
+    behind = pool.search(
+        [CALIBRATION],
+        SELECTION,
+        ranking=prefer("source a", "stitched b"),  # type: ignore[arg-type]
+        budget=budget,
+    )
+    assert behind.best.candidate.kind == "stitched"
+    assert not behind.beat_best_source
+    assert "but is over the budget; the best within it (stitched, " in behind.summary()
+
 
 @pytest.mark.parametrize("measure", ["params", "macs"])
 def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_is_refused(measure: str) -> None:

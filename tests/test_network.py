@@ -133,6 +133,20 @@ def test_train_and_eval_reach_the_fragments(space: SearchSpace, candidates: list
     assert any(not torch.equal(a, b) for a, b in zip(network.eval()(IMAGES), settled, strict=True))
 
 
+def test_a_network_that_begins_with_a_source_of_fixed_size_takes_any_image() -> None:
+    fixed = live(plain("fixed", (5, 6, 8), seed=0).module, "fixed", size=16, fixed_size=True)
+    space = space_of([fixed, plain("b", (4, 7, 9), seed=1)], noise(8, 3, 24, 24))
+    found = [c for c in Beam(threshold=-9)(space) if c.recipe.fragments[0].source == "fixed"]
+    assert {fragment.source for c in found for fragment in c.recipe.fragments} == {"fixed", "b"}
+    for candidate in found:
+        network = network_of(space, candidate)
+        assert network_cost(network, (3, 24, 24)) == candidate.cost
+        big = noise(2, 3, 48, 48)
+        small = nn.functional.interpolate(big, size=(16, 16), mode="bilinear", align_corners=False, antialias=True)
+        with torch.no_grad():
+            torch.testing.assert_close(network(big), network(small), rtol=1e-4, atol=1e-5)
+
+
 def test_describe_says_what_the_network_is_made_of() -> None:
     sources = [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1, strides=(2, 2, 1))]
     settings = CalibrationSettings(until="output", rows_per_image=256)

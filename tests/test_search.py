@@ -141,7 +141,7 @@ def test_depth_first_without_limits_gives_every_composition_once() -> None:
                     yield from extend([*done, piece])
 
     expected = {one for name in "ab" for one in extend(pieces[name][:1])} - {str(own) for own in pieces.values()}
-    assert len(expected) > 40
+    assert len(expected) > 20
     assert any(str(pieces["a"][2]) + ", " + str(pieces["a"][1]) in one for one in expected)
     assert sorted(map(str, found)) == sorted(expected)
 
@@ -293,7 +293,7 @@ STRATEGIES = [
 def test_candidates_cost_and_compute_what_the_assembled_network_does(
     timm_space: SearchSpace, strategy: Callable[[SearchSpace], Iterator[Candidate]]
 ) -> None:
-    found = list(strategy(timm_space))
+    found = [*timm_space.references(), *strategy(timm_space)]
     images = digits(6, 64, first=50)[0]
     outcomes = PrefixTree(found, [source.parts for source in timm_space.sources]).run([images])
     for candidate, outcome in zip(found, outcomes, strict=True):
