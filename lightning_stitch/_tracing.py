@@ -11,8 +11,10 @@ import copy
 import dataclasses
 import logging
 import operator
+import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_stitch.errors import CutError
 
 _PREFIX = "network"
+_OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,14 @@ class _OneInput(nn.Module):
         return self.network(x)
 
 
-class _ScopeTracer(fx.Tracer):
+class ScopeTracer(fx.Tracer):
     """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, functions: Sequence[Callable[..., Any]] = ()) -> None:
         # timm lists what cannot be traced through; a network of timm's has loaded timm.layers already.
         timm_layers = sys.modules.get("timm.layers")
-        functions = timm_layers.get_notrace_functions() if timm_layers else []
-        super().__init__(autowrap_functions=tuple(functions))
+        listed = timm_layers.get_notrace_functions() if timm_layers else []
+        super().__init__(autowrap_functions=(*listed, *functions))
         self._whole: tuple[type, ...] = tuple(timm_layers.get_notrace_modules()) if timm_layers else ()
         self.calls: list[ModuleCall] = []
 
@@ -96,27 +99,28 @@ def _is_random(module: nn.Module) -> bool:
     return is_small and "training" in names and "dropout" not in names
 
 
-def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
+def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.GraphModule, list[ModuleCall]]:
     """Trace a network in eval mode into a graph with one placeholder; the network's modes are restored.
 
     Args:
         network: Any module whose forward takes one image batch (further arguments keep their defaults). Not changed.
+        tracer: What traces it.
 
     Returns:
         The graph module, which shares the network's parameters and names, and the module calls in order of return.
 
     Raises:
-        CutError: If torch.fx cannot trace it; the message names the reason.
+        CutError: If it cannot be traced; the message names the operation that stopped it, and the reason.
     """
     modes = {module: module.training for module in network.modules()}
-    tracer = _ScopeTracer()
+    tracer = tracer or ScopeTracer()
     root = _OneInput(network)
     try:
         network.eval()
         graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
-            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}\n"
+            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_stopped_at(error)}\n"
             f"Control flow that depends on the values of a tensor stops torch.fx. Register the part that does it as "
             f"a whole with timm.layers.register_notrace_module, or give a part of the network that has none."
         ) from error
@@ -131,6 +135,8 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(_PREFIX + ".")
+        # torch.fx would wrap such a function again, for the whole process and under a name that it cannot find.
+        node.meta.pop("is_wrapped", None)
     constants = {name: value for name, value in vars(root).items() if isinstance(value, Tensor)}
     if constants:
         # Tensors that forward makes from nothing; torch.fx keeps them at its root.
@@ -142,6 +148,14 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, list[ModuleCall]]:
     traced.graph.lint()
     calls = [dataclasses.replace(call, output=replaced.get(call.output, call.output)) for call in tracer.calls]
     return traced, calls
+
+
+def _stopped_at(error: Exception) -> str:
+    """The innermost line of the network's own code on the way to an error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
+    if not frames:
+        return ""
+    return f"\nIt stopped in {frames[-1].name} at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})."
 
 
 def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]:

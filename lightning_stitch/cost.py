@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_stitch._tracing import probe, trace
+from lightning_stitch._example_tracing import trace_somehow
+from lightning_stitch._tracing import probe
 from lightning_stitch.errors import BudgetError
 
 
@@ -82,6 +83,6 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     Raises:
         CutError: If the network cannot be traced or does not accept that size.
     """
-    traced, _ = trace(network)
+    traced, _, _ = trace_somehow(network, input_size)
     macs = sum(seen.macs for seen in probe(traced, input_size, batch_size=1).values())
     return Cost(sum(parameter.numel() for parameter in network.parameters()), macs)

@@ -5,7 +5,7 @@ import torch
 from helpers import digits, donor, images_seen, live, noise, plain, shake
 from torch import Tensor, nn
 
-from lightning_stitch.activations import calibrate, sampled_rows
+from lightning_stitch.activations import calibrate, positions, sampled_rows
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.segments import CalibrationSettings, Segmented, segment
 
@@ -102,6 +102,16 @@ def test_a_map_is_resampled_to_the_receivers_grid(size: int) -> None:
     expected = nn.functional.interpolate(x, size=(size, size), **options)  # type: ignore[arg-type]
     rows = sampled_rows(x, (size, size), CalibrationSettings(rows_per_image=1000))
     torch.testing.assert_close(rows.view(3, size, size, 5).permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize("grid", [(12, 12), (9, 12), (8, 14), (4, 4), (9, 9)])
+def test_sampled_positions_are_those_of_the_whole_resampled_map(grid: tuple[int, int]) -> None:
+    x = noise(3, 5, 9, 9)
+    chosen = positions(grid, 3, 7, 0)
+    assert chosen is not None
+    whole = sampled_rows(x, grid, CalibrationSettings(rows_per_image=1000)).view(3, -1, 5)
+    expected = torch.cat([rows[places] for rows, places in zip(whole, chosen, strict=True)])
+    torch.testing.assert_close(sampled_rows(x, grid, CalibrationSettings(rows_per_image=7)), expected)
 
 
 def test_a_map_meets_a_vector_as_its_mean() -> None:

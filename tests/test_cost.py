@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+import logging
 
 import pytest
 import torch
@@ -72,10 +73,14 @@ def test_counting_leaves_modes_and_statistics_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_a_size_that_the_network_refuses_is_an_error_that_names_the_operation() -> None:
+def test_a_size_that_the_network_refuses_is_an_error_that_names_the_operation_and_no_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
     with pytest.raises(CutError, match=r"(?s)2.*fails in a dry run.*must have same reduction dim[^\n]*$"):
         network_cost(network, (3, 10, 10))
+    assert caplog.records == []
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 def test_a_network_that_cannot_be_traced_is_an_error() -> None:

@@ -266,10 +266,32 @@ def test_the_layout_of_a_cut_is_read_off_the_operations(
     assert formats(CutGraph(Tail(rest), (3, 16, 16))) == expected
 
 
-def test_tokens_that_fill_no_square_are_no_cut() -> None:
+def test_tokens_that_fill_no_grid_are_no_cut() -> None:
+    def with_ten_more(n: Tail, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return n.head(residual(n, torch.cat([tokens, tokens[:, :10]], dim=1)).mean(1))
+
+    assert {"cat", "add"} & set(formats(CutGraph(Tail(with_ten_more), (3, 16, 16)))) == set()
+
+
+def test_tokens_of_an_oblong_image_make_an_oblong_grid() -> None:
     graph = CutGraph(Tail(lambda n, x: n.head(residual(n, x.flatten(2).transpose(1, 2)).mean(1))), (3, 16, 16))
-    assert {"transpose", "add"} & set(formats(graph.at((3, 16, 32)))) == set()
-    assert {"transpose", "add"} <= set(formats(graph.at((3, 32, 32))))
+    square, oblong = (graph.at((3, 16, width)).find("add") for width in (16, 32))
+    assert square.grid is not None
+    assert oblong.grid == (square.grid[0], 2 * square.grid[1])
+    assert (square.num_prefix_tokens, oblong.num_prefix_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+def test_prefix_tokens_are_found_where_the_network_does_not_tell_them(prefix: int) -> None:
+    def with_prefix(n: Tail, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return n.head(residual(n, torch.cat([tokens[:, :prefix], tokens], dim=1)).mean(1))
+
+    cut = CutGraph(Tail(with_prefix), (3, 16, 16)).find("add")
+    assert cut.num_prefix_tokens == prefix
+    assert cut.grid is not None
+    assert cut.shape[0] == prefix + cut.grid[0] * cut.grid[1]
 
 
 # -- features --------------------------------------------------------------------------------------------------------

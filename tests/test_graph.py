@@ -134,6 +134,19 @@ def test_a_number_that_is_no_multiple_of_the_batch_size_may_not() -> None:
         CutGraph(OneMore(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), (3, 8, 8))
 
 
+def test_a_tensor_whose_first_dimension_is_not_the_batch_is_no_cut() -> None:
+    class Windows(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[0](x)
+            windows = self[1](x.unflatten(1, (2, 2)).flatten(0, 1))
+            return self[2](windows.unflatten(0, (-1, 2)).flatten(1, 2))
+
+    network = Windows(nn.Conv2d(3, 4, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(4, 4, 1))
+    graph, images = CutGraph(network, (3, 8, 8)), noise(3, 3, 8, 8)
+    assert [cut.shape for cut in graph.cuts("all")] == [(4, 8, 8), (4, 8, 8)]
+    assert torch.equal(run_in_a_row([graph.fragment(*pair) for pair in ends(graph, "all")], images), network(images))
+
+
 # -- parameters ------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +226,12 @@ def statement(write: Callable[[Between, Tensor], object]) -> Callable[[Between, 
     return step
 
 
+def shown_by_a_view(network: Between, x: Tensor) -> Tensor:
+    view = x[:, :]
+    x.mul_(2)
+    return view
+
+
 IN_PLACE: dict[str, Callable[[Between, Tensor], object]] = {
     "module": lambda n, x: n.relu(x),
     "module behind an identity": lambda n, x: n.relu(n.same(x)),
@@ -226,6 +245,7 @@ IN_PLACE: dict[str, Callable[[Between, Tensor], object]] = {
     "statement on a part": statement(lambda n, x: x[:, 0].mul_(3)),
     "statement of a module": statement(lambda n, x: n.relu(x)),
     "statement of a function": statement(lambda n, x: F.relu(x, inplace=True)),
+    "statement that a view shows": shown_by_a_view,
 }
 
 

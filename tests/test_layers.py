@@ -19,8 +19,8 @@ GROUPS = (
     {"functional", "progress", "_lightning"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_tracing", "_layout", "_blueprint"},
-    {"cost", "_granularity", "_hub_files", "_module_sources"},
-    {"graph", "_timm_sources"},
+    {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
+    {"cost", "graph", "_timm_sources"},
     {"sources", "stitches"},
     {"folding"},
     {"segments"},

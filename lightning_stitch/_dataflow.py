@@ -1,0 +1,152 @@
+"""What reaches what in a traced network: where one activation alone is live, and which nodes a fragment needs.
+
+Sizes, and tensors made of sizes alone (position tables, masks), do not count as live: they can be made anew from the
+batch size, because two dry runs, of two and of three images, tell what depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from lightning_stitch._tracing import Yield, holds_tensor, is_in_place, is_linear_in_batch, probe
+from lightning_stitch.errors import CutError
+
+
+class Dataflow:
+    """A traced network at one input size.
+
+    Args:
+        module: The traced network.
+        input_size: (channels, height, width) of the images.
+
+    Attributes:
+        nodes: The graph's nodes in order.
+        position: The index of each.
+        input: The images' node.
+        output: The node of the result.
+        two: What each node yields for two images.
+        three: And for three.
+        writers: For each node the later ones that write into its memory, their results read or not.
+
+    Raises:
+        CutError: If it does not accept images of that size, or gives more than one tensor.
+    """
+
+    def __init__(self, module: fx.GraphModule, input_size: tuple[int, int, int]) -> None:
+        self.module = module
+        self.nodes = list(module.graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.input = next(node for node in self.nodes if node.op == "placeholder")
+        output = next(node for node in self.nodes if node.op == "output").args[0]
+        if not isinstance(output, fx.Node):
+            raise CutError(f"{type(module).__name__} returns more than one tensor; give a part of it that returns one.")
+        self.output = output
+        # Two batch sizes tell the batch dimension from a constant, in shapes and in integers alike.
+        self.two = probe(module, input_size, batch_size=2)
+        self.three = probe(module, input_size, batch_size=3)
+        self.writers = self._find_writers()
+        self._of_pixels = self._find_of_pixels()
+
+    def descendants(self, first: fx.Node) -> set[fx.Node]:
+        """All nodes that a node reaches, itself among them."""
+        found = {first}
+        for node in self.nodes[self.position[first] + 1 :]:
+            if any(argument in found for argument in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def collect(self, first: fx.Node, last: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
+        """The nodes that a fragment from one node to another needs, and the sizes from before it, to be made anew.
+
+        Raises:
+            CutError: If more than the first node's tensor reaches the last.
+        """
+        behind = self.descendants(first)
+        kept: set[fx.Node] = set()
+        recomputed: list[fx.Node] = []
+        until = len(self.nodes) if last is self.output else self.position[last]
+        stack = [last, *(w for w in self.writers.get(first, ()) if self.position[w] < until)]
+        while stack:
+            node = stack.pop()
+            if node is first or node in kept or node in recomputed:
+                continue
+            if self._is_size(node) and node not in behind:
+                recomputed.append(node)
+                continue
+            if node is self.input:
+                raise CutError(f"More than the tensor at {first.name!r} reaches {last.name!r}.")
+            kept.add(node)
+            stack.extend(node.all_input_nodes)
+            stack.extend(w for w in self.writers.get(node, ()) if self.position[w] < until)
+        return kept, recomputed
+
+    def alone(self) -> set[fx.Node]:
+        """The nodes that are at some point the only live ones that hold something of the images."""
+        needed, _ = self.collect(self.input, self.output)
+        live_until: dict[fx.Node, int] = {}
+        for node in (self.input, *needed):
+            if node in self._of_pixels:
+                readers = [user for user in node.users if user in needed and user in self._of_pixels]
+                live_until[node] = max((self.position[user] for user in readers), default=self.position[node])
+        live_until[self.output] = len(self.nodes)
+        starts = {self.position[node]: node for node in live_until}
+        live: set[fx.Node] = set()
+        found: set[fx.Node] = set()
+        for position in range(len(self.nodes)):
+            live = {node for node in live if live_until[node] > position}
+            if position in starts:
+                live.add(starts[position])
+            if len(live) == 1:
+                found |= live
+        return found
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether a node yields one floating-point tensor for each image, and the network can go on from it alone."""
+        if node in (self.input, self.output) or not self.descendants(node).issuperset(self.writers.get(node, ())):
+            return False
+        two, three = self.two[node], self.three[node]
+        if two.shape is None or three.shape is None or not two.is_floating or not two.shape:
+            return False
+        if (two.shape[0], three.shape[0]) != (2, 3) or two.shape[1:] != three.shape[1:]:
+            return False
+        return all(
+            is_linear_in_batch(self.two[size].value, self.three[size].value)
+            for size in self.collect(node, self.output)[1]
+        )
+
+    def macs(self, nodes: Iterable[fx.Node]) -> int:
+        """For one image; work that is the same for any batch, as on position tables, counts in full."""
+        return sum(2 * self.two[node].macs - self.three[node].macs for node in nodes)
+
+    def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
+        memory = {node: seen.memory for node, seen in self.two.items()}
+        written = [
+            (node, memory[node.all_input_nodes[0]])
+            for node in self.nodes
+            if node.all_input_nodes and is_in_place(node, self.module)
+        ]
+        return {
+            node: [w for w, m in written if m == mine and self.position[w] > self.position[node]]
+            for node, mine in memory.items()
+            if mine is not None
+        }
+
+    def _find_of_pixels(self) -> set[fx.Node]:
+        """The nodes whose tensors hold something of the images' values, not of their size alone."""
+        found = {self.input}
+        for node in self.nodes:
+            if any(argument in found for argument in node.all_input_nodes) and _holds_tensor(self.two.get(node)):
+                found.add(node)
+        return found
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """True for sizes, devices and types that come from a tensor, and integers made of them."""
+        if node is self.input or node not in self.two or _holds_tensor(self.two[node]):
+            return False
+        return bool(node.all_input_nodes)
+
+
+def _holds_tensor(seen: Yield | None) -> bool:
+    return seen is not None and (seen.shape is not None or holds_tensor(seen.value))
