@@ -1,0 +1,69 @@
+"""Datasets and a datamodule whose images tell their index, for tests of the data module."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_stitch._lightning import pl
+
+
+class Pairs(Dataset):
+    """Any images with any labels; `reads` counts the images that were decoded."""
+
+    def __init__(self, images, labels):
+        self.images, self.answers, self.reads = images, labels, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self.images[index], self.answers[index]
+
+
+class Normalising(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def prepare_data(self):
+        self.calls.append("prepare_data")
+
+    def setup(self, stage):
+        self.calls.append(stage)
+        images = numbered(60).tensors[0]
+        normal = TensorDataset((images - 0.4) / 0.2, torch.arange(60) % 3)
+        # A new random split in every call, as careless datamodules have it.
+        self.train, self.test = torch.utils.data.random_split(normal, [50, 10])
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=7, shuffle=True)
+
+    def test_dataloader(self):
+        return [DataLoader(self.test, batch_size=7)]
+
+
+def numbered(count, num_classes=2, labels=None, size=4):
+    """Grey float images whose every pixel tells their index: index / 1000."""
+    images = (torch.arange(count) / 1000).view(-1, 1, 1, 1).expand(count, 1, size, size).clone()
+    return TensorDataset(images, torch.arange(count) % num_classes if labels is None else torch.as_tensor(labels))
+
+
+def loader_of(module, part):
+    return module.head_dataloader() if part == "train" else getattr(module, f"{part}_dataloader")()
+
+
+def drawn(module, part):
+    """Indices and labels of a set, read off its pixels."""
+    images, labels = (torch.cat(batches) for batches in zip(*loader_of(module, part), strict=True))
+    return (images[:, 0, 0, 0] * 1000).round().long().tolist(), labels
+
+
+def write_folder(root, counts, *, size=(6, 5), mode="RGB"):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new(mode, size, number if mode == "L" else (number, 0, 255)).save(root / name / f"{number}.png")
+    return str(root)
