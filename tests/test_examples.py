@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -111,3 +112,32 @@ def test_the_configuration_runs_and_writes_its_table(
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
     model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+def blocks_of_readme(language: str) -> list[str]:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readmes_first_commands_are_one_line_each_and_ci_runs_the_second() -> None:
+    first, second = (block.strip() for block in blocks_of_readme("bash")[:2])
+    assert "\n" not in first + second
+    assert re.search(r"install .+ && .+", first)
+    assert re.search(r"install .+ && .+", second)
+    assert second in (EXAMPLES.parent / ".ci" / "run").read_text()
+    named = re.findall(r"examples/[\w.]+", " ".join(blocks_of_readme("bash")))
+    assert named
+    assert all((EXAMPLES.parent / name).is_file() for name in named)
+
+
+@pytest.mark.slow
+def test_the_readmes_first_python_example_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    code = blocks_of_readme("python")[0]
+    smaller = code.replace("image_size=128", "image_size=48, train_samples=64, selection_samples=32")
+    quiet = smaller.replace("max_epochs=0", "max_epochs=0, logger=False, log_every_n_steps=1").replace("100e6", "14e6")
+    assert quiet.count("48") == quiet.count("14e6") == 1
+    exec(compile(quiet, "README.md", "exec"), {})
+    assert "Stitched network of " in capsys.readouterr().out
