@@ -32,12 +32,14 @@ class CutStatistics:
         rows: Sampled rows x channels, float32, in the order of the images; uncentred.
         centred: The same made ready for CKA; None where the activation does not vary.
         prefix: Mean of each prefix token (tokens x channels); None where there are none.
+        prefix_rows: The prefix tokens of every image (images x tokens x channels), float32; likewise.
     """
 
     cut: Cut
     rows: Tensor
     centred: CentredRows | None
     prefix: Tensor | None
+    prefix_rows: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -123,8 +125,9 @@ def statistics(x: Tensor, cut: Cut, settings: CalibrationSettings, *, name: str)
         CalibrationError: If there are too few rows for the estimator, or the activation is not finite.
     """
     rows = sampled_rows(to_map(x, cut), cut.grid, settings).float()
-    prefix = x[:, : cut.num_prefix_tokens].mean(0) if cut.num_prefix_tokens else None
-    return CutStatistics(cut, rows, centred_or_none(rows, settings, name=name), prefix)
+    prefix = x[:, : cut.num_prefix_tokens].float() if cut.num_prefix_tokens else None
+    mean = None if prefix is None else prefix.mean(0)
+    return CutStatistics(cut, rows, centred_or_none(rows, settings, name=name), mean, prefix)
 
 
 def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -> CentredRows | None:

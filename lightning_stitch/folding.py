@@ -118,7 +118,8 @@ def choose_placement(
     options: list[tuple[int, Placement]] = [(stitch_cost(spec, before, after, "explicit")[1], "explicit")]
     if producer_layers(before) is not None and not before_taken:
         options.append((stitch_cost(spec, before, after, "producer")[1], "producer"))
-    if spec.out_prefix_tokens == 0 and consumer_layers(after, bias=spec.bias) is not None:
+    takes_all = spec.out_prefix_tokens == 0 or spec.carries_prefix
+    if takes_all and consumer_layers(after, bias=spec.bias) is not None:
         options.append((stitch_cost(spec, before, after, "consumer")[1], "consumer"))
     return min(options)[1]
 
@@ -134,6 +135,7 @@ def stitch_cost(
     if placement == "explicit":
         grids = [size[0] * size[1] for size in (spec.in_size, spec.out_size) if size is not None]
         steps = min(grids) if spec.out_size is not None else 1
+        steps += spec.in_prefix_tokens if spec.carries_prefix else 0
         return inputs * outputs + (outputs if spec.bias else 0), inputs * outputs * steps
     if placement == "producer":
         found = producer_layers(before)
@@ -154,7 +156,7 @@ def stitch_cost(
         if isinstance(layer, nn.Conv2d) and spec.out_size is not None:
             steps = _output_steps(layer, spec.out_size)
         elif spec.out_size is not None:
-            steps = spec.out_size[0] * spec.out_size[1]
+            steps = spec.out_size[0] * spec.out_size[1] + spec.out_prefix_tokens
         parameters += (inputs - outputs) * per_channel
         parameters += layer.weight.shape[0] if spec.bias and layer.bias is None else 0
         macs += (inputs - outputs) * per_channel * steps

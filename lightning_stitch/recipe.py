@@ -92,8 +92,10 @@ class StitchSpec:
         out_channels: Channels of the receiver's cut.
         in_size: Grid (height, width) of the sender's cut in the calibration run; None for a vector.
         out_size: Grid of the receiver's cut; None for a vector.
-        in_prefix_tokens: Prefix tokens of the sender's cut, dropped.
-        out_prefix_tokens: Prefix tokens of the receiver's cut, supplied from its calibration mean.
+        in_prefix_tokens: Prefix tokens of the sender's cut. Where the receiver has as many they go through the affine
+            map, too; else they are dropped.
+        out_prefix_tokens: Prefix tokens of the receiver's cut, supplied from its calibration mean where the sender
+            has not as many.
         bias: Whether the affine map has a bias.
         placement: Where the affine map lives: a layer of its own ("explicit"), or folded into the last layer of the
             fragment before ("producer") or the first layers of the fragment behind ("consumer").
@@ -117,6 +119,11 @@ class StitchSpec:
     r2: float | None = None
     rank: int | None = None
     condition: float | None = None
+
+    @property
+    def carries_prefix(self) -> bool:
+        """Whether prefix tokens go from the sender to the receiver, because both have as many."""
+        return self.in_prefix_tokens == self.out_prefix_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,8 +231,11 @@ class SearchSpace:
         receiver = self.sources[edge.source].statistics[edge.receiver]
         spec, _ = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         with torch.inference_mode():
-            rows = sampled_rows(to_map(activation, sender), receiver.cut.grid, self.settings)
-            affine, held_out = self._fit(rows, receiver.rows)
+            rows, wanted = sampled_rows(to_map(activation, sender), receiver.cut.grid, self.settings), receiver.rows
+            if spec.carries_prefix and receiver.prefix_rows is not None:
+                rows = self._joined(rows, activation[:, : spec.in_prefix_tokens])
+                wanted = self._joined(wanted, receiver.prefix_rows)
+            affine, held_out = self._fit(rows, wanted)
             spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
             stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
             at_once = self.sources[edge.state.source].parts.images_at_once
@@ -338,6 +341,11 @@ class SearchSpace:
                     continue
                 ckas = cka_with_many(centred, bank).tolist()
                 yield from ((flat, ckas[places[flat]]) for flat in flats)
+
+    def _joined(self, rows: Tensor, prefix: Tensor) -> Tensor:
+        """Rows and prefix tokens (images x tokens x channels) in one, image by image."""
+        by_image = rows.view(self.num_images, -1, rows.shape[1])
+        return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)
 
     def _fit(self, x: Tensor, y: Tensor) -> tuple[AffineMap, float | None]:
         """The stitch fitted on all rows, and its R2 on a quarter of the images when fitted on the others."""

@@ -66,12 +66,16 @@ class Stitch(nn.Module):
         explicit = spec.placement == "explicit"
         self.weight = nn.Parameter(torch.zeros(spec.out_channels, spec.in_channels)) if explicit else None
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if explicit and spec.bias else None
-        prefix = torch.zeros(spec.out_prefix_tokens, spec.out_channels) if spec.out_prefix_tokens else None
-        self.register_buffer("prefix", prefix)
+        supplied = 0 if spec.carries_prefix else spec.out_prefix_tokens
+        self.register_buffer("prefix", torch.zeros(supplied, spec.out_channels) if supplied else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The receiver's input from the sender's output."""
         spec = self.spec
+        prefix = None if self.prefix is None else self.prefix.to(x.dtype).expand(x.shape[0], -1, -1)
+        if spec.carries_prefix:
+            prefix = x[:, : spec.in_prefix_tokens]
+            prefix = prefix if self.weight is None else functional.linear(prefix, self.weight, self.bias)
         x = _to_map(x, spec.in_format, spec.in_prefix_tokens, spec.in_size)
         if spec.out_size is None:
             return self._affine(x.mean((2, 3)) if x.ndim == 4 else x)
@@ -85,8 +89,8 @@ class Stitch(nn.Module):
             return x.permute(0, 2, 3, 1)
         if spec.out_format == "tokens":
             x = x.flatten(2).transpose(1, 2)
-            if self.prefix is not None:
-                x = torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+            if prefix is not None:
+                x = torch.cat([prefix, x], dim=1)
         return x
 
     def extra_repr(self) -> str:
