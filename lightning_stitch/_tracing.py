@@ -14,7 +14,8 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_stitch.errors import CutError
 
 _PREFIX = "network"
+_CACHES = (dict, list, set)
 _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -112,26 +114,18 @@ def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.Gra
     Raises:
         CutError: If it cannot be traced; the message names the operation that stopped it, and the reason.
     """
-    modes = {module: module.training for module in network.modules()}
     tracer = tracer or ScopeTracer()
     root = _OneInput(network)
     try:
-        network.eval()
-        graph = tracer.trace(root)
+        with left_as_it_was(network):
+            network.eval()
+            graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
             f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_stopped_at(error)}\n"
             f"Control flow that depends on the values of a tensor stops torch.fx. Register the part that does it as "
             f"a whole with timm.layers.register_notrace_module, or give a part of the network that has none."
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for module in modes:
-            # LeViT, EfficientFormer and kin keep traced proxies in this cache, which breaks them afterwards.
-            cache = getattr(module, "attention_bias_cache", None)
-            if isinstance(cache, dict):
-                cache.clear()
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(_PREFIX + ".")
@@ -148,6 +142,29 @@ def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.Gra
     traced.graph.lint()
     calls = [dataclasses.replace(call, output=replaced.get(call.output, call.output)) for call in tracer.calls]
     return traced, calls
+
+
+@contextmanager
+def left_as_it_was(network: nn.Module) -> Iterator[None]:
+    """Put back every module's modes, attributes and caches at the end.
+
+    LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run: proxies of a trace or fake
+    tensors of a dry run would break them for good.
+    """
+    before = [
+        (vars(module), dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, _CACHES)})
+        for module in network.modules()
+    ]
+    try:
+        yield
+    finally:
+        for now, attributes, contents in before:
+            now.clear()
+            now.update(attributes)
+            for name, content in contents.items():
+                cache = now[name]
+                cache.clear()
+                cache.extend(content) if isinstance(cache, list) else cache.update(content)
 
 
 def _stopped_at(error: Exception) -> str:
@@ -227,7 +244,6 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     Raises:
         CutError: If the graph does not accept images of that size; the message names the operation.
     """
-    modes = {module: module.training for module in traced.modules()}
     parameter = next(traced.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = torch.float32 if parameter is None else parameter.dtype
@@ -237,17 +253,16 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
-        traced.eval()
         counter = FlopCounterMode(display=False)
         # Gradients stay on: fake views of parameters cannot be made without.
-        with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), attention, counter:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with left_as_it_was(traced), torch.enable_grad(), fake, attention, counter:
+            traced.eval()
             images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
             prober = _Prober(traced, counter)
             prober.run(images)
     finally:
         logger.disabled = was_disabled
-        for module, mode in modes.items():
-            module.training = mode
     return prober.yields
 
 

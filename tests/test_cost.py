@@ -57,10 +57,14 @@ def test_a_convolution_and_a_linear_layer_cost_what_their_formulas_say() -> None
     assert network_cost(network, (4, 7, 9)) == Cost(params, macs=(3 * 4) * 6 * 2 * 9 + 72 * 5)
 
 
-def test_a_shared_layer_counts_its_parameters_once_and_its_work_each_time() -> None:
-    layer = nn.Conv2d(4, 4, 3, padding=1)
-    once, twice = (network_cost(nn.Sequential(*layers), (4, 8, 8)) for layers in ([layer], [layer, nn.ReLU(), layer]))
+def test_what_is_shared_counts_its_parameters_once_and_its_work_each_time() -> None:
+    layer, tied = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    tied.weight = layer.weight
+    once, twice, both = (
+        network_cost(nn.Sequential(*part), (4, 8, 8)) for part in ([layer], [layer] * 2, [layer, tied])
+    )
     assert twice == Cost(once.params, 2 * once.macs)
+    assert both == Cost(once.params + 4, 2 * once.macs)
 
 
 def test_counting_leaves_modes_and_statistics_alone() -> None:

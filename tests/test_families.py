@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from itertools import pairwise
 
@@ -123,3 +124,17 @@ def test_what_depends_on_values_is_refused_with_the_line_that_stopped_it() -> No
 def test_branches_side_by_side_are_no_cut_and_the_error_says_so() -> None:
     with pytest.raises(CutError, match="CrossVit has no place where exactly one activation tensor is live: its branch"):
         CutGraph(timm.create_model("crossvit_tiny_240"), (3, 240, 240))
+
+
+@pytest.mark.parametrize(("name", "size"), [("convit_tiny", 224), ("efficientvit_m0", 224), ("levit_128s", 224)])
+def test_networks_that_cache_what_passes_through_them_still_work_after_cutting(name: str, size: int) -> None:
+    network = shaken(timm.create_model(name, num_classes=7))
+    images = torch.rand(1, 3, size, size)
+    with torch.inference_mode():
+        expected = copy.deepcopy(network)(images)
+        CutGraph(network, (3, size, size))
+        assert torch.equal(network(images), expected)
+    again = CutGraph(network, (3, size, size))
+    copy.deepcopy(network)
+    with torch.inference_mode():
+        assert torch.equal(again.fragment(None, None, share=True)(images), expected)

@@ -108,6 +108,21 @@ def test_a_block_without_shortcut_is_not_taken_to_pieces_where_its_siblings_have
     assert {"1.expand", "3.expand"} <= {cut.name for cut in graph.cuts("all")}
 
 
+def test_a_trunk_may_hold_a_few_parts_that_other_ones_pass_by() -> None:
+    class PassedBy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in "abcde":
+                self.add_module(name, Inverted(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x))
+            return self.e(x + self.d(self.c(x)))
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), PassedBy(), nn.Conv2d(4, 4, 1))
+    assert [cut.name for cut in CutGraph(network, (3, 8, 8)).cuts("blocks")] == ["0", "1.a", "1.b", "1"]
+
+
 def test_the_trunk_is_found_where_what_lies_between_its_parts_is_no_map() -> None:
     class Stage(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +241,13 @@ def residual(n: Tail, x: Tensor) -> Tensor:
     return x + n.mix(n.norm(x))
 
 
+def windowed(n: Tail, x: Tensor) -> Tensor:
+    """As Swin has it: what makes the sum and what reads it are reshapes, only a sibling tells its layout."""
+    x = x.flatten(2).transpose(1, 2).reshape(-1, 4, 4, 16)
+    x = x + n.mix(n.norm(x)).reshape(-1, 2, 8, 16).reshape(-1, 4, 4, 16)
+    return n.head(x.reshape(-1, 16, 16).mean(1))
+
+
 @pytest.mark.parametrize(
     ("rest", "expected"),
     [
@@ -255,6 +277,13 @@ def residual(n: Tail, x: Tensor) -> Tensor:
             {
                 **{"conv": "NCHW", "permute": "NHWC", "add": "NHWC", "relu": "NHWC", "permute_1": "NCHW"},
                 **{"pool": "NCHW", "flatten": "vector"},
+            },
+        ),
+        (
+            windowed,
+            {
+                **{"conv": "NCHW", "reshape": "NHWC", "add": "NHWC"},
+                **{"reshape_3": "tokens", "mean": "vector"},
             },
         ),
     ],

@@ -51,7 +51,7 @@ def assert_recomposes(source: Source, graph: CutGraph, granularity: Granularity,
 
 
 @pytest.mark.parametrize("name", [*ANY_SIZE, *FIXED_SIZE])
-@pytest.mark.parametrize("granularity", ["stages", "reference", "all"])
+@pytest.mark.parametrize("granularity", ["reference", "all"])
 def test_fragments_in_a_row_are_the_source_bit_for_bit(name: str, granularity: Granularity) -> None:
     source = shaken(name)
     assert_recomposes(source, source.graph, granularity, noise(2, *source.preprocessing.input_size))
