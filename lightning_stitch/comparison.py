@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_stitch.compose import Pool, SearchResult
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import fit_ridge_head
-from lightning_stitch.progress import Progress, Silent
+from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.space import Candidate
 
@@ -116,9 +116,9 @@ def compare(
     progress = progress or Silent()
     chosen, unmet = finalists(result, fractions)
     candidates = [finalist.candidate for finalist in chosen]
-    progress.start("head images", _count(train))
+    progress.start("head images", num_images(train))
     outcomes, labels = pool.outcomes(candidates, train, progress=progress)
-    progress.start("test images", _count(test))
+    progress.start("test images", num_images(test))
     tested, targets = pool.outcomes(candidates, test, progress=progress)
     if labels is None or targets is None:
         raise CalibrationError("The comparison needs labels for the training and the test images.")
@@ -153,11 +153,3 @@ def _evaluation(finalist: Finalist, probabilities: Tensor, seconds: float, num_l
 
 def _named(evaluations: Sequence[Evaluation], kind: str, name: str) -> Evaluation:
     return next(e for e in evaluations if e.kind == kind and e.name == name)
-
-
-def _count(loader: Loader) -> int | None:
-    try:
-        return len(loader.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        # No loader, or one of a stream.
-        return None

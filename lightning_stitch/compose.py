@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import chain, compress, islice
 
 import torch
 from torch import Tensor
@@ -21,8 +21,16 @@ from lightning_stitch.activations import Calibrated, calibrate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.network import StitchedNetwork, assemble
-from lightning_stitch.progress import Progress, Silent
-from lightning_stitch.ranking import Outcome, PrefixTree, Ranking, SelectionData, find_ranking
+from lightning_stitch.progress import Progress, Silent, num_images
+from lightning_stitch.ranking import (
+    MISSING_LABELS,
+    NEED_LABELS,
+    Outcome,
+    PrefixTree,
+    Ranking,
+    SelectionData,
+    find_ranking,
+)
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
 from lightning_stitch.sources import Source
@@ -162,9 +170,10 @@ class Pool:
         """
         progress = progress or Silent()
         with self._timed("calibrate"):
-            batches = [_images_of(batch).to(self.device) for batch in images]
-            for batch in batches:
+            batches = []
+            for batch in map(_images_of, images):
                 _check_images(batch, self.image_shape)
+                batches.append(batch.to(self.device, torch.float32))
             if (count := sum(map(len, batches))) < 4:
                 raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
             progress.start("calibrating", len(self.parts))
@@ -204,10 +213,13 @@ class Pool:
         Raises:
             BudgetError: If no network keeps the budget; names the cheapest and its cost. Comes before any source runs.
             StitchError: If the ranking is unknown; likewise.
-            CalibrationError: If images or labels cannot be used.
+            CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
         """
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
         find_ranking(ranking, labelled=True)
+        num_selected = num_images(selection)
+        if ranking in NEED_LABELS:
+            selection = _labelled(selection)
         self.seconds = {"cut": self._cutting_seconds}
         with self._timed("cut"):
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
@@ -223,7 +235,9 @@ class Pool:
         for source in self.calibrated:
             source.release()
         with self._timed("rank"):
-            ranked, num_labels = self._rank(candidates, selection, ranking, num_classes, space.rejected, progress)
+            ranked, num_labels = self._rank(
+                candidates, selection, ranking, num_classes, space.rejected, progress, num_selected
+            )
         return self._result(ranked, budget, dict(space.rejected), num_labels)
 
     def outcomes(
@@ -246,7 +260,7 @@ class Pool:
             if not isinstance(batch, Tensor) and len(batch) > 1:
                 labels.append(torch.as_tensor(batch[1]).cpu())
             _check_images(images, self.image_shape)
-            yield images.to(self.device)
+            yield images.to(self.device, torch.float32)
 
     def _rank(
         self,
@@ -256,13 +270,9 @@ class Pool:
         num_classes: int | None,
         rejected: Counter[str],
         progress: Progress,
+        num_selected: int | None,
     ) -> tuple[list[Ranked], int]:
-        try:
-            total = len(selection.dataset)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError):
-            # No loader, or one of a stream.
-            total = None
-        progress.start("ranking", total)
+        progress.start("ranking", num_selected)
         outcomes, labels = self.outcomes(candidates, selection, progress=progress)
         own = {c.recipe.fragments[-1].source: outcomes[i].features for i, c in enumerate(candidates[: len(self.parts)])}
         usable = [c.kind == "source" or _is_usable(outcomes[i].features) for i, c in enumerate(candidates)]
@@ -334,6 +344,15 @@ def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) ->
 def _is_usable(features: Tensor) -> bool:
     """Whether a ranking can tell the images apart by these features."""
     return bool(torch.isfinite(features).all()) and bool((features != features[0]).any())
+
+
+def _labelled(batches: Iterable[Tensor | Sequence[Tensor]]) -> Iterator[Tensor | Sequence[Tensor]]:
+    """The same batches, once the first is seen to have labels."""
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if isinstance(first, Tensor) or (first is not None and len(first) < 2):
+        raise CalibrationError(MISSING_LABELS)
+    return chain([] if first is None else [first], iterator)
 
 
 def _images_of(batch: Tensor | Sequence[Tensor]) -> Tensor:

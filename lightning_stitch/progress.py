@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -18,6 +19,15 @@ class Progress(Protocol):
 
     def advance(self, steps: int) -> None:
         """Some steps of the stage are done."""
+
+
+def num_images(batches: Iterable[Any]) -> int | None:
+    """How many images a loader will give; None where it cannot tell."""
+    try:
+        return len(batches.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        # No loader, or one of a stream.
+        return None
 
 
 class Silent:

@@ -182,6 +182,10 @@ RANKINGS: dict[str, Ranking] = {
 }
 
 
+NEED_LABELS = ("loo_accuracy", "loo_log_loss")
+MISSING_LABELS = "This ranking needs labels for the selection images; use ranking='agreement' without."
+
+
 def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     """The ranking of that name; "auto": leave-one-out accuracy with labels, agreement without.
 
@@ -198,5 +202,5 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
 
 def _labels(selection: SelectionData) -> Tensor:
     if selection.targets is None:
-        raise CalibrationError("This ranking needs labels for the selection images; use ranking='agreement' without.")
+        raise CalibrationError(MISSING_LABELS)
     return selection.targets

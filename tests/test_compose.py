@@ -106,7 +106,18 @@ def test_without_labels_agreement_decides(pool: Pool) -> None:
     assert list(result.best.scores) == ["agreement"]
     assert result.num_selection_labels == 0
     with pytest.raises(CalibrationError, match="needs labels for the selection images"):
-        pool.search([CALIBRATION], [IMAGES], ranking="loo_accuracy", max_candidates=2)
+        pool.search(unread(), [IMAGES], ranking="loo_accuracy", max_candidates=2)
+
+
+def unread() -> Iterator[Tensor]:
+    raise AssertionError("a calibration image was read")
+    yield
+
+
+def test_images_of_another_precision_are_taken_as_float32(pool: Pool) -> None:
+    expected = pool.search([CALIBRATION], [IMAGES], max_candidates=2)
+    found = pool.search([CALIBRATION.double()], [IMAGES.double()], max_candidates=2)
+    assert [r.candidate.recipe for r in found.ranked] == [r.candidate.recipe for r in expected.ranked]
 
 
 def test_a_users_ranking_sees_features_labels_and_the_sources_own_features(pool: Pool) -> None:
