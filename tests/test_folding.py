@@ -195,7 +195,7 @@ ZERO_PADDED: dict[str, tuple[Cut, nn.Module]] = {
 PRODUCERS: dict[str, tuple[Cut, nn.Module]] = {
     "convolution": (cut("NCHW", 5, 8), nn.Conv2d(3, 5, 3, padding=1)),
     "convolution without bias": (cut("NCHW", 5, 4), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 5, 2, 2, bias=False))),
-    "BatchNorm": (cut("NCHW", 5, 6), nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))),
+    "BatchNorm": (cut("NCHW", 5, 6), nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, eps=0.1))),
     "BatchNorm, no bias": (cut("NCHW", 5, 6), nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5))),
     "BatchNorm, dropout": (
         cut("NCHW", 5, 8),
@@ -333,6 +333,14 @@ def test_producers_that_would_not_be_exact(module: nn.Module) -> None:
     assert producer_layers(before) is None
     with pytest.raises(CutError, match="does not end in a dense layer"):
         fold_into_producer(before, filled(stitch_spec(SENDS, RECEIVES, bias=True)))
+
+
+def test_a_convolution_that_pads_on_the_fly_takes_no_stitch() -> None:
+    same = timm.layers.Conv2dSame(6, 4, 3, stride=2)
+    graph = CutGraph(nn.Sequential(nn.Conv2d(3, 6, 1), same, nn.Conv2d(4, 4, 1)), (3, 8, 8))
+    assert same.padding == (0, 0)
+    assert consumer_layers(graph.fragment("0", None), bias=True) is None
+    assert producer_layers(graph.fragment(None, "1")) is None
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
