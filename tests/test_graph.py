@@ -229,7 +229,7 @@ def statement(write: Callable[[Between, Tensor], object]) -> Callable[[Between, 
 def shown_by_a_view(network: Between, x: Tensor) -> Tensor:
     view = x[:, :]
     x.mul_(2)
-    return view
+    return view * network.b.bias[0]  # reads a parameter, and so leaves the view alone for a moment
 
 
 IN_PLACE: dict[str, Callable[[Between, Tensor], object]] = {
