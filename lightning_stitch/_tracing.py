@@ -29,6 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_stitch.errors import CutError
 
 _PREFIX = "network"
+_DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
+    functional.dropout: nn.Dropout,
+    functional.dropout1d: nn.Dropout1d,
+    functional.dropout2d: nn.Dropout2d,
+    functional.dropout3d: nn.Dropout3d,
+    functional.alpha_dropout: nn.AlphaDropout,
+    functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
 _CACHES = (dict, list, set)
 _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
@@ -93,12 +101,12 @@ class ScopeTracer(fx.Tracer):
 def _is_random(module: nn.Module) -> bool:
     """True for a small module that asks whether it is training (drop path, attention with dropout).
 
-    A trace in eval mode would freeze the answer. `F.dropout` is excepted: `trace` turns it into a module.
+    A trace in eval mode would freeze the answer. `F.dropout` and its kin are excepted: `trace` turns them into modules.
     """
     code = getattr(type(module).forward, "__code__", None)
-    names = code.co_names if code else ()
+    names = set(code.co_names if code else ())
     is_small = not any(list(child.children()) for child in module.children())
-    return is_small and "training" in names and "dropout" not in names
+    return is_small and "training" in names and not names & {dropout.__name__ for dropout in _DROPOUTS}
 
 
 def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.GraphModule, list[ModuleCall]]:
@@ -176,14 +184,14 @@ def _stopped_at(error: Exception) -> str:
 
 
 def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]:
-    """Replace `F.dropout(x, p, training=False)` by an `nn.Dropout`, which follows train() and eval() again."""
+    """Replace `F.dropout(x, p, training=False)` and its kin by modules, which follow train() and eval() again."""
     replaced: dict[fx.Node | None, fx.Node] = {}
     for index, node in enumerate(list(traced.graph.nodes)):
-        if node.op != "call_function" or node.target is not functional.dropout:
+        if node.op != "call_function" or node.target not in _DROPOUTS:
             continue
         p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         name = f"functional_dropout_{index}"
-        traced.add_submodule(name, nn.Dropout(p).train(traced.training))
+        traced.add_submodule(name, _DROPOUTS[node.target](p).train(traced.training))
         with traced.graph.inserting_before(node):
             replacement = traced.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
         node.replace_all_uses_with(replacement)

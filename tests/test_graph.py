@@ -287,7 +287,13 @@ def dropped(network: Between, x: Tensor) -> Tensor:
     return F.dropout(x, p=0.25, training=network.training)
 
 
-@pytest.mark.parametrize("step", [dropped, lambda n, x: n.drop(x)], ids=["function", "module"])
+def dropped_by_channel(network: Between, x: Tensor) -> Tensor:
+    return F.dropout2d(x, training=network.training)
+
+
+@pytest.mark.parametrize(
+    "step", [dropped, dropped_by_channel, lambda n, x: n.drop(x)], ids=["function", "by channel", "module"]
+)
 @pytest.mark.parametrize("traced_in", [True, False])
 def test_dropout_of_a_fragment_follows_train_and_eval(
     step: Callable[[Between, Tensor], Tensor], traced_in: bool
