@@ -226,10 +226,6 @@ class CutGraph:
         """The parameters of the fragment between two cuts, each once."""
         return self._parameters_of(self._flow.collect(*self._ends(start, end))[0])
 
-    def nodes_after(self, name: str | None) -> list[fx.Node]:
-        """The graph nodes that read a cut's tensor; None: the image's."""
-        return list((self._input if name is None else self._by_name[self.find(name).name]).users)
-
     # -- inner workings ------------------------------------------------------------------------------------------
 
     def _ends(self, start: str | None, end: str | None) -> tuple[fx.Node, fx.Node]:

@@ -82,7 +82,7 @@ class Source:
     def fragment(self, start: str | None, end: str | None) -> nn.Module:
         """The part between two cuts, with parameters of its own; None: from the image, to the output.
 
-        Its images are normalised with the source's mean and std, as the source itself takes them.
+        One that begins at the image takes what the source itself takes: images already normalised.
 
         Raises:
             CutError: If a cut is unknown, or `end` does not lie behind `start`.
