@@ -1,7 +1,7 @@
 """Run a source once over the calibration images and keep what the search needs of every cut.
 
 Of each cut are kept: sampled rows (at most a fixed number for each image, so that memory is rows x channels whatever
-the image size), and, while the search lasts, the activation itself, to be carried on from there.
+the image size), and, while the search lasts, the activation itself on disk, to be carried on from there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import CentredRows, centre_rows
 from lightning_stitch.graph import Cut
@@ -49,13 +50,13 @@ class Calibrated:
     Attributes:
         parts: The source taken apart.
         statistics: One entry for each cut.
-        activations: The tensor at each cut, for all images, to be carried on; emptied by `release`.
+        activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
     """
 
     parts: Segmented
     statistics: list[CutStatistics]
-    activations: list[Tensor]
+    activations: list[Carried]
     features: Tensor = field(repr=False)
 
     @property
@@ -68,31 +69,35 @@ class Calibrated:
         self.activations.clear()
 
 
-@lru_cache(maxsize=64)
-def positions(grid: tuple[int, int], num_images: int, rows_per_image: int, seed: int) -> Tensor | None:
-    """Which grid positions are sampled of each image (images x rows), the same for all cuts of a grid.
+@lru_cache(maxsize=4096)
+def _positions_of(grid: tuple[int, int], image: int, rows_per_image: int, seed: int) -> Tensor:
+    # Seeded by image and grid too, so that the draw does not depend on batches or on which cuts were met before.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {grid[0]}x{grid[1]} {image}".encode()))
+    return torch.randperm(grid[0] * grid[1], generator=generator)[:rows_per_image].sort().values
+
+
+def positions(grid: tuple[int, int], images: range, rows_per_image: int, seed: int) -> Tensor | None:
+    """Which grid positions are sampled of each of these images (images x rows), the same for all cuts of a grid.
 
     None where the grid has no more than `rows_per_image` positions, and all are taken.
     """
-    steps = grid[0] * grid[1]
-    if steps <= rows_per_image:
+    if grid[0] * grid[1] <= rows_per_image:
         return None
-    # Seeded by the grid too, so that the draw does not depend on which cuts were met before.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {grid[0]}x{grid[1]}".encode()))
-    return torch.rand(num_images, steps, generator=generator).argsort(dim=1)[:, :rows_per_image].sort(dim=1).values
+    return torch.stack([_positions_of(grid, image, rows_per_image, seed) for image in images])
 
 
-def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings) -> Tensor:
+def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings, *, first_image: int = 0) -> Tensor:
     """Rows x channels of an activation on a receiver's grid.
 
     Args:
         x: (images, channels, height, width), or (images, channels) for a vector.
         grid: The receiver's grid; None: a vector, to which a map is averaged.
         settings: Rows for each image and seed.
+        first_image: Which of the calibration images the first of these is.
     """
     if grid is None:
         return x.mean((2, 3)) if x.ndim == 4 else x
-    chosen = positions(grid, len(x), settings.rows_per_image, settings.seed)
+    chosen = positions(grid, range(first_image, first_image + len(x)), settings.rows_per_image, settings.seed)
     if chosen is not None and grid[0] * grid[1] > x.shape[-2] * x.shape[-1]:
         x = _grown_at(x, grid, chosen.to(x.device))
     else:
@@ -100,6 +105,29 @@ def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings) -> Tensor
         if chosen is not None:
             x = x.gather(2, chosen.to(x.device)[:, None].expand(-1, x.shape[1], -1))
     return x.transpose(1, 2).reshape(-1, x.shape[1])
+
+
+def rows_on_grids(
+    activation: Iterable[Tensor], cut: Cut, grids: Iterable[Grid], settings: CalibrationSettings
+) -> dict[Grid, Tensor] | None:
+    """Rows x channels of an activation on several receivers' grids, read once; None where it is not finite.
+
+    Args:
+        activation: The sender's tensors, portion by portion.
+        cut: The sender's cut.
+        grids: The receivers' grids.
+        settings: Rows for each image and seed.
+    """
+    found: dict[Grid, list[Tensor]] = {grid: [] for grid in grids}
+    first = 0
+    for portion in activation:
+        x = to_map(portion, cut)
+        if not torch.isfinite(x).all():
+            return None
+        for grid, rows in found.items():
+            rows.append(sampled_rows(x, grid, settings, first_image=first))
+        first += len(x)
+    return {grid: torch.cat(rows) for grid, rows in found.items()}
 
 
 def _grown_at(x: Tensor, grid: tuple[int, int], chosen: Tensor) -> Tensor:
@@ -116,18 +144,6 @@ def _resampling_weights(size: int, wanted: int, like: Tensor) -> Tensor:
     """The matrix (wanted x size) that resamples one dimension."""
     identity = torch.eye(size, device=like.device, dtype=like.dtype)
     return resample(identity[None, None], (wanted, size))[0, 0]
-
-
-def statistics(x: Tensor, cut: Cut, settings: CalibrationSettings, *, name: str) -> CutStatistics:
-    """The statistics of one cut from its activation for all calibration images.
-
-    Raises:
-        CalibrationError: If there are too few rows for the estimator, or the activation is not finite.
-    """
-    rows = sampled_rows(to_map(x, cut), cut.grid, settings).float()
-    prefix = x[:, : cut.num_prefix_tokens].float() if cut.num_prefix_tokens else None
-    mean = None if prefix is None else prefix.mean(0)
-    return CutStatistics(cut, rows, centred_or_none(rows, settings, name=name), mean, prefix)
 
 
 def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -> CentredRows | None:
@@ -154,27 +170,48 @@ def calibrate(parts: Segmented, images: Iterable[Tensor], settings: CalibrationS
     Args:
         parts: The source taken apart, on the device to run on.
         images: Batches (batch, channels, height, width) in [0, 1].
-        settings: What to keep.
+        settings: What to keep, and where.
 
     Raises:
         CalibrationError: If there are too few images, or an activation is not finite.
     """
-    kept: list[list[Tensor]] = [[] for _ in parts.pieces]
+    keepers = [_Keeper(cut, settings) for cut in parts.cuts]
+    spool, features = Spool(settings.keep_activations), []
     for batch in images:
         for chunk in chunks(batch, parts.images_at_once):
             x = parts.preprocess(chunk)
-            for index, piece in enumerate(parts.pieces):
+            for keeper, piece in zip(keepers, parts.pieces, strict=False):
                 x = piece(x)
-                kept[index].append(x)
-    if not kept[0]:
+                keeper.add(x, spool)
+            features.append(parts.pieces[-1](x).float())
+    if not features:
         raise CalibrationError("There are no calibration images.")
-    tensors = []
-    for batches in kept:
-        tensors.append(torch.cat(batches))
-        batches.clear()
-    features = tensors.pop()
-    found = [
-        statistics(x, cut, settings, name=f"cut {cut.name!r} of source {parts.name!r}")
-        for x, cut in zip(tensors, parts.cuts, strict=True)
-    ]
-    return Calibrated(parts, found, tensors, features.float())
+    found = [keeper.statistics(f"cut {keeper.cut.name!r} of source {parts.name!r}") for keeper in keepers]
+    return Calibrated(parts, found, [Carried(keeper.portions) for keeper in keepers], torch.cat(features))
+
+
+class _Keeper:
+    """Gathers what is kept of one cut, a few images at a time."""
+
+    def __init__(self, cut: Cut, settings: CalibrationSettings) -> None:
+        self.cut = cut
+        self.portions: list[Portion] = []
+        self._settings = settings
+        self._num_images = 0
+        self._rows: list[Tensor] = []
+        self._prefixes: list[Tensor] = []
+
+    def add(self, x: Tensor, spool: Spool) -> None:
+        self.portions.append(spool.put(x))
+        rows = sampled_rows(to_map(x, self.cut), self.cut.grid, self._settings, first_image=self._num_images)
+        self._rows.append(rows.float())
+        if self.cut.num_prefix_tokens:
+            self._prefixes.append(x[:, : self.cut.num_prefix_tokens].float())
+        self._num_images += len(x)
+
+    def statistics(self, name: str) -> CutStatistics:
+        """Raises CalibrationError if there are too few rows for the estimator, or some are not finite."""
+        rows = torch.cat(self._rows)
+        prefix = torch.cat(self._prefixes) if self._prefixes else None
+        mean = None if prefix is None else prefix.mean(0)
+        return CutStatistics(self.cut, rows, centred_or_none(rows, self._settings, name=name), mean, prefix)

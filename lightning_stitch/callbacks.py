@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
+from lightning_stitch._spool import Keeping
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.compose import Pool, SearchResult
 from lightning_stitch.cost import Budget
@@ -50,6 +51,8 @@ class FragmentSearch(pl.Callback):
             the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet.
         seed: Of the sampled positions.
+        keep_activations: Where activations of the calibration images wait while the search lasts: on "disk" (an unnamed
+            temporary file; TMPDIR says where), or in "memory".
 
     Attributes:
         result: What the search found; None before it ran.
@@ -71,6 +74,7 @@ class FragmentSearch(pl.Callback):
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
         seed: int = 0,
+        keep_activations: Keeping = "disk",
     ) -> None:
         self.sources = list(sources)
         self.strategy = strategy
@@ -85,6 +89,7 @@ class FragmentSearch(pl.Callback):
         self.compare = compare
         self.fractions = tuple(fractions)
         self.seed = seed
+        self.keep_activations = keep_activations
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
@@ -155,6 +160,7 @@ class FragmentSearch(pl.Callback):
                 estimator=self.estimator,
                 rows_per_image=self.rows_per_image,
                 seed=self.seed,
+                keep_activations=self.keep_activations,
             ),
             device=trainer.strategy.root_device,
         )

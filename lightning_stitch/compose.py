@@ -17,6 +17,7 @@ from itertools import chain, compress, islice
 import torch
 from torch import Tensor
 
+from lightning_stitch._spool import Carried, Spool
 from lightning_stitch.activations import Calibrated, calibrate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
@@ -170,16 +171,17 @@ class Pool:
         """
         progress = progress or Silent()
         with self._timed("calibrate"):
-            batches = []
+            count, kept, spool = 0, [], Spool(self.settings.keep_activations)
             for batch in map(_images_of, images):
                 _check_images(batch, self.image_shape)
-                batches.append(batch.to(self.device, torch.float32))
-            if (count := sum(map(len, batches))) < 4:
+                kept.append(spool.put(batch.to(self.device, torch.float32)))
+                count += len(batch)
+            if count < 4:
                 raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
             progress.start("calibrating", len(self.parts))
             self.calibrated = []
             for part in self.parts:
-                self.calibrated.append(calibrate(part, batches, self.settings))
+                self.calibrated.append(calibrate(part, Carried(kept), self.settings))
                 progress.advance(1)
 
     def search(

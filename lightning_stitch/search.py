@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from torch import Tensor
-
+from lightning_stitch._spool import Carried
 from lightning_stitch.cost import Cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.space import Candidate, Edge, SearchSpace, State
@@ -75,7 +74,7 @@ class DepthFirst:
                     return
 
     def _extend(
-        self, space: SearchSpace, state: State, activation: Tensor, depth: int, generator: random.Random
+        self, space: SearchSpace, state: State, activation: Carried, depth: int, generator: random.Random
     ) -> Iterator[Candidate]:
         edges = space.edges(
             state,
@@ -165,18 +164,18 @@ class _Kept:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self._classes: dict[int, list[tuple[Edge, Tensor]]] = {}
+        self._classes: dict[int, list[tuple[Edge, Carried]]] = {}
 
-    def offer(self, size_class: int, edge: Edge, activation: Tensor) -> None:
+    def offer(self, size_class: int, edge: Edge, activation: Carried) -> None:
         kept = self._classes.setdefault(size_class, [])
         merged = sorted([*kept, (edge, activation)], key=lambda entry: _order(entry[0]))
-        chosen: list[tuple[Edge, Tensor]] = []
+        chosen: list[tuple[Edge, Carried]] = []
         for entry in merged:
             if not any(_alike(entry[0], other) for other, _ in chosen) and len(chosen) < self.width:
                 chosen.append(entry)
         self._classes[size_class] = chosen
 
-    def best(self) -> Sequence[tuple[Edge, Tensor]]:
+    def best(self) -> Sequence[tuple[Edge, Carried]]:
         entries = [entry for kept in self._classes.values() for entry in kept]
         return sorted(entries, key=lambda entry: _order(entry[0]))
 

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx
 
+from lightning_stitch._spool import Keeping
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError, CutError, StitchError
 from lightning_stitch.folding import choose_placement, stitch_cost
@@ -36,6 +37,8 @@ class CalibrationSettings:
         rows_per_image: Most rows that are sampled of one image at one cut.
         until: Where a network ends: at the "features" that its last source's classifier reads, or at its "output".
         seed: Of the sampled positions.
+        keep_activations: Where activations of the calibration images wait to be carried on while a search lasts: on
+            "disk" (an unnamed temporary file, so that memory is rows x channels at any image size), or in "memory".
 
     Raises:
         StitchError: If a word is unknown or a number is not positive.
@@ -46,6 +49,7 @@ class CalibrationSettings:
     rows_per_image: int = 32
     until: str = "features"
     seed: int = 0
+    keep_activations: Keeping = "disk"
 
     def __post_init__(self) -> None:
         """Check the words and numbers."""
@@ -53,6 +57,8 @@ class CalibrationSettings:
             raise StitchError(f"until must be 'features' or 'output'; found {self.until!r}.")
         if self.estimator not in get_args(Estimator):
             raise StitchError(f"estimator must be one of {get_args(Estimator)}; found {self.estimator!r}.")
+        if self.keep_activations not in get_args(Keeping):
+            raise StitchError(f"keep_activations must be one of {get_args(Keeping)}; found {self.keep_activations!r}.")
         if self.rows_per_image < 1:
             raise StitchError(f"rows_per_image must be at least 1; found {self.rows_per_image}.")
 

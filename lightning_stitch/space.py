@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated, Grid, centred_or_none, sampled_rows
+from lightning_stitch._spool import Carried, Spool, carry
+from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import AffineMap, RowBank, cka_with_many, r2, ridge_least_squares, row_bank
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts, chunks
-from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable, to_map
+from lightning_stitch.segments import CalibrationSettings, CompositionCosts, Segmented, chunks
+from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable
 
 Kind = Literal["source", "self-stitched", "stitched"]
 
@@ -72,7 +73,7 @@ class State:
         entry: Index of the piece that runs next.
         stitch: The stitch before that piece; None: it begins at the image.
         spec: That stitch's structure in the assembled network.
-        activation: The piece's input for all calibration images; None: the image.
+        activation: What the stitch takes, for all calibration images; None: it begins at the image.
         product: Product of the CKAs so far.
         cost: Cost of the steps and the stitch.
     """
@@ -82,7 +83,7 @@ class State:
     entry: int
     stitch: Stitch | None
     spec: StitchSpec | None
-    activation: Tensor | None
+    activation: Carried | None
     product: float
     cost: Cost
 
@@ -162,7 +163,7 @@ class SearchSpace:
         """One state for each source, at the image."""
         return [State((), index, 0, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
 
-    def walk(self, state: State) -> Iterator[tuple[int, Tensor]]:
+    def walk(self, state: State) -> Iterator[tuple[int, Carried]]:
         """Run a state on through its source, cut by cut; gives each cut's index and activation.
 
         From the image nothing is run: the calibration pass kept these activations.
@@ -171,17 +172,16 @@ class SearchSpace:
         if state.activation is None:
             yield from enumerate(source.activations)
             return
-        x = state.activation
+        spool, x = Spool(self.settings.keep_activations), state.activation
         for index in range(state.entry, len(source.parts.cuts)):
-            with torch.inference_mode():
-                x = torch.cat([source.parts.pieces[index](c) for c in chunks(x, source.parts.images_at_once)])
+            x = carry(self._run(source.parts, index, x, state.stitch if index == state.entry else None), spool)
             yield index, x
 
     def edges(
         self,
         state: State,
         cut: int,
-        activation: Tensor,
+        activation: Carried,
         *,
         single_pieces: bool = False,
         only_ends: bool = False,
@@ -193,7 +193,7 @@ class SearchSpace:
         Args:
             state: The running network.
             cut: Index of the cut.
-            activation: Its tensor at that cut.
+            activation: What is live at that cut, for all calibration images.
             single_pieces: Fragments are single pieces: only the receiving piece itself must be unused. Otherwise the
                 receiver runs on, so all behind it must be.
             only_ends: Admit only pieces that end a network.
@@ -225,24 +225,24 @@ class SearchSpace:
                 )
         return edges
 
-    def enter(self, edge: Edge, activation: Tensor) -> State:
-        """Fit the stitch of an edge on the calibration rows and carry the activation across it."""
+    def enter(self, edge: Edge, activation: Carried) -> State:
+        """Fit the stitch of an edge on the calibration rows."""
         sender = self.sources[edge.state.source].parts.cuts[edge.cut]
         receiver = self.sources[edge.source].statistics[edge.receiver]
         spec, _ = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         with torch.inference_mode():
-            rows, wanted = sampled_rows(to_map(activation, sender), receiver.cut.grid, self.settings), receiver.rows
+            found = rows_on_grids(activation, sender, [receiver.cut.grid], self.settings)
+            assert found is not None  # or it would have no edges
+            rows, wanted = found[receiver.cut.grid], receiver.rows
             if spec.carries_prefix and receiver.prefix_rows is not None:
-                rows = self._joined(rows, activation[:, : spec.in_prefix_tokens])
-                wanted = self._joined(wanted, receiver.prefix_rows)
+                prefix = torch.cat([portion[:, : spec.in_prefix_tokens] for portion in activation])
+                rows, wanted = self._joined(rows, prefix), self._joined(wanted, receiver.prefix_rows)
             affine, held_out = self._fit(rows, wanted)
             spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
             stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
-            at_once = self.sources[edge.state.source].parts.images_at_once
-            entered = torch.cat([stitch(chunk) for chunk in chunks(activation, at_once)])
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
-            (*edge.state.steps, step), edge.source, edge.receiver + 1, stitch, spec, entered, edge.product, edge.cost
+            (*edge.state.steps, step), edge.source, edge.receiver + 1, stitch, spec, activation, edge.product, edge.cost
         )
 
     # -- completing --------------------------------------------------------------------------------------------------
@@ -319,20 +319,28 @@ class SearchSpace:
             banks[grid] = (bank, {flat: place for place, flat in enumerate(flats)})
         return banks
 
+    @torch.inference_mode()
+    def _run(self, parts: Segmented, piece: int, x: Carried, stitch: Stitch | None) -> Iterator[Tensor]:
+        """Run a piece, behind its stitch where it has one, on what is live before it."""
+        for portion in x:
+            entered = portion if stitch is None else stitch(portion)
+            yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
+
     def _similarities(
-        self, state: State, cut: int, activation: Tensor, admissible: dict[Grid, list[int]]
-    ) -> Iterator[tuple[int, float]]:
+        self, state: State, cut: int, activation: Carried, admissible: dict[Grid, list[int]]
+    ) -> list[tuple[int, float]]:
         sender = self.sources[state.source]
         name = f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}"
         with torch.inference_mode():
-            x = to_map(activation, sender.parts.cuts[cut])
-            if not torch.isfinite(x).all():
+            rows = rows_on_grids(activation, sender.parts.cuts[cut], admissible, self.settings)
+            if rows is None:
                 self.rejected["activation not finite"] += sum(map(len, admissible.values()))
-                return
+                return []
+            scored = []
             for grid, flats in admissible.items():
                 bank, places = self._banks[grid]
                 try:
-                    centred = centred_or_none(sampled_rows(x, grid, self.settings), self.settings, name=name)
+                    centred = centred_or_none(rows[grid], self.settings, name=name)
                 except CalibrationError:
                     # Rows that vary too little for a debiased estimate: such a stitch carries nothing.
                     centred = None
@@ -340,7 +348,8 @@ class SearchSpace:
                     self.rejected["activation of the sender does not vary"] += len(flats)
                     continue
                 ckas = cka_with_many(centred, bank).tolist()
-                yield from ((flat, ckas[places[flat]]) for flat in flats)
+                scored += [(flat, ckas[places[flat]]) for flat in flats]
+        return scored
 
     def _joined(self, rows: Tensor, prefix: Tensor) -> Tensor:
         """Rows and prefix tokens (images x tokens x channels) in one, image by image."""

@@ -16,7 +16,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe"},
-    {"functional", "progress", "_lightning"},
+    {"functional", "progress", "_lightning", "_spool"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_tracing", "_layout", "_blueprint"},
     {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},

@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
+from lightning_stitch._spool import Carried
 from lightning_stitch.cost import Budget
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.ranking import PrefixTree
@@ -25,7 +26,7 @@ def pair() -> list[Source]:
     return [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1, strides=(2, 2, 1))]
 
 
-def activation(space: SearchSpace, state: State, cut: int) -> Tensor:
+def activation(space: SearchSpace, state: State, cut: int) -> Carried:
     return dict(space.walk(state))[cut]
 
 
@@ -43,7 +44,7 @@ def run(space: SearchSpace, candidates: list[Candidate], images: Tensor) -> list
     return [outcome.features for outcome in tree.run([images])]
 
 
-def entered(space: SearchSpace, source: int, cut: int, receiver: tuple[int, int]) -> tuple[Edge, Tensor, State]:
+def entered(space: SearchSpace, source: int, cut: int, receiver: tuple[int, int]) -> tuple[Edge, Carried, State]:
     state = space.starts()[source]
     x = activation(space, state, cut)
     edge = next(e for e in space.edges(state, cut, x, min_cka=-9, min_product=-9) if (e.source, e.receiver) == receiver)
@@ -63,9 +64,9 @@ def test_edges_are_scored_on_the_receivers_grid(estimator: str) -> None:
     for state in (*space.starts(), second):
         for cut, x in space.walk(state):
             for edge in space.edges(state, cut, x, min_cka=-9, min_product=-9):
-                y = space.sources[edge.source].activations[edge.receiver]
+                y = space.sources[edge.source].activations[edge.receiver].whole()
                 grid = tuple(y.shape[2:]) if y.ndim == 4 else None
-                expected = linear_cka(rows_on(x, grid), rows_on(y, grid), estimator=estimator)  # type: ignore[arg-type]
+                expected = linear_cka(rows_on(x.whole(), grid), rows_on(y, grid), estimator=estimator)  # type: ignore[arg-type]
                 assert edge.cka == pytest.approx(float(expected), abs=1e-6)
                 assert edge.product == pytest.approx(state.product * edge.cka)
                 scored += 1
@@ -145,7 +146,7 @@ def test_an_activation_that_carries_nothing_leads_nowhere(broken: object, reason
     state = space.starts()[0]
     x = activation(space, state, 0)
     expected = len(space.edges(state, 0, x, min_cka=-9, min_product=-9))
-    assert space.edges(state, 0, broken(x.clone()), min_cka=-9, min_product=-9) == []  # type: ignore[operator]
+    assert space.edges(state, 0, Carried([lambda: broken(x.whole())]), min_cka=-9, min_product=-9) == []  # type: ignore[operator]
     assert space.rejected == {reason: expected}
 
 
@@ -206,13 +207,13 @@ def test_a_stitch_is_the_ridge_regression_of_the_sampled_rows(
 ) -> None:
     space = space_of(pair(), IMAGES, settings=ALL_ROWS, ridge=ridge, bias=bias)
     _, x, state = entered(space, 0, 0, receiver)
-    y = space.sources[receiver[0]].activations[receiver[1]]
+    y = space.sources[receiver[0]].activations[receiver[1]].whole()
     grid = tuple(y.shape[2:]) if y.ndim == 4 else None
-    inputs, outputs = rows_on(x, grid).double().numpy(), rows_on(y, grid).double().numpy()
+    inputs, outputs = rows_on(x.whole(), grid).double().numpy(), rows_on(y, grid).double().numpy()
     assert state.stitch is not None
     assert state.stitch.weight is not None
     assert state.spec is not None
-    assert state.activation is not None
+    assert state.activation is x
 
     def fit(inputs: np.ndarray, outputs: np.ndarray) -> Ridge:
         centred = inputs - inputs.mean(0) if bias else inputs
@@ -223,7 +224,8 @@ def test_a_stitch_is_the_ridge_regression_of_the_sampled_rows(
     whole = fit(inputs, outputs)
     np.testing.assert_allclose(state.stitch.weight.detach().numpy(), whole.coef_, atol=1e-4)
     assert (state.stitch.bias is not None) == bias
-    carried = rows_on(state.activation, grid).numpy()
+    with torch.no_grad():
+        carried = rows_on(state.stitch(x.whole()), grid).numpy()
     np.testing.assert_allclose(carried, whole.predict(inputs), atol=1e-4)
     split = len(inputs) * 9 // 12
     held_out = fit(inputs[:split], outputs[:split]).predict(inputs[split:])
@@ -241,8 +243,8 @@ def test_a_path_is_carried_forward_by_its_own_fragments() -> None:
     graph = space.sources[1].parts.graph
     for cut, onward in space.walk(state):
         with torch.no_grad():
-            expected = graph.fragment("0", ["0", "1", "2"][cut])(state.stitch(x))
-        torch.testing.assert_close(onward, expected)
+            expected = graph.fragment("0", ["0", "1", "2"][cut])(state.stitch(x.whole()))
+        torch.testing.assert_close(onward.whole(), expected)
         assert cut >= 1
     assert state.used == {(0, 0)}
     assert (state.source, state.entry, state.product) == (1, 1, edge.product)
@@ -280,8 +282,8 @@ def test_sources_of_a_fixed_size_keep_their_view_and_the_recipe_the_images_size(
     fixed = live(plain("fixed", (5, 6, 8), seed=0).module, "fixed", size=16, fixed_size=True)
     space = space_of([fixed, plain("b", (4, 7, 9), seed=1)], IMAGES)
     _, x, state = entered(space, 0, 0, (1, 0))
-    assert x.shape[2:] == (16, 16)
-    assert space.sources[1].activations[0].shape[2:] == (8, 8)
+    assert x.whole().shape[2:] == (16, 16)
+    assert space.sources[1].activations[0].whole().shape[2:] == (8, 8)
     recipe = space.complete(state).recipe
     assert recipe.input_size == (3, 8, 8)
     assert recipe.stitches[0] is not None
@@ -292,8 +294,9 @@ def test_prefix_tokens_of_the_receiver_come_from_its_calibration_mean() -> None:
     images = noise(6, 3, 160, 160)
     space = space_of([donor("test_resnet"), donor("test_vit")], images, settings=CalibrationSettings(granularity="all"))
     receiver = next(i for i, kept in enumerate(space.sources[1].statistics) if kept.prefix is not None)
-    _, _, state = entered(space, 0, len(space.sources[0].parts.cuts) - 1, (1, receiver))
-    prefix = space.sources[1].activations[receiver][:, :1].mean(0)
-    assert state.activation is not None
-    torch.testing.assert_close(state.activation[:, :1], prefix.expand(6, 1, -1))
+    _, x, state = entered(space, 0, len(space.sources[0].parts.cuts) - 1, (1, receiver))
+    prefix = space.sources[1].activations[receiver].whole()[:, :1].mean(0)
+    assert state.stitch is not None
+    with torch.no_grad():
+        torch.testing.assert_close(state.stitch(x.whole())[:, :1], prefix.expand(6, 1, -1))
     assert torch.isfinite(run(space, [space.complete(state)], images[:2])[0]).all()

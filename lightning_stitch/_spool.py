@@ -1,0 +1,89 @@
+"""Keep activations of all calibration images without holding them in memory.
+
+They are written to an unnamed temporary file and read again a few images at a time, so that what a search holds is its
+sampled rows, whatever the image size. The file is gone when nothing refers to it any more, or when the process ends.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.errors import CalibrationError
+
+Keeping = Literal["disk", "memory"]
+Portion = Callable[[], Tensor]
+
+
+class Spool:
+    """Where tensors are put down to be taken up again.
+
+    Args:
+        keeping: "disk": in a temporary file, in the directory that TMPDIR names; "memory": where they are.
+    """
+
+    def __init__(self, keeping: Keeping) -> None:
+        self._keeping = keeping
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def put(self, x: Tensor) -> Portion:
+        """Put a tensor down; calling the result takes it up again, on its device.
+
+        Raises:
+            CalibrationError: If the disk is full.
+        """
+        if self._keeping == "memory":
+            return lambda: x
+        begin, raw = self._end, x.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when nothing refers to it any more
+                weakref.finalize(self, self._file.close)
+            self._file.seek(begin)
+            self._file.write(raw.numpy().data)
+            self._file.flush()
+        except OSError as error:
+            raise CalibrationError(
+                f"Activations of the calibration images cannot be written to {tempfile.gettempdir()}: {error}. Name "
+                f'another directory in TMPDIR, or keep them in memory (keep_activations="memory").'
+            ) from error
+        self._end += len(raw)
+        shape, dtype, device = x.shape, x.dtype, x.device
+        return lambda: self._read(begin, shape, dtype).to(device)
+
+    def _read(self, begin: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        assert self._file is not None
+        x = torch.empty(shape, dtype=dtype)
+        self._file.seek(begin)
+        self._file.readinto(x.view(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        return x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """One activation of all calibration images. Iterating takes its portions, of a few images each, up one by one.
+
+    Attributes:
+        portions: What takes up each portion, in the order of the images.
+    """
+
+    portions: Sequence[Portion]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (take_up() for take_up in self.portions)
+
+    def whole(self) -> Tensor:
+        """All images in one tensor."""
+        return torch.cat(list(self))
+
+
+def carry(portions: Iterable[Tensor], spool: Spool) -> Carried:
+    """Put an activation down, portion by portion."""
+    return Carried([spool.put(portion) for portion in portions])
