@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_stitch.callbacks import FragmentSearch
-    from lightning_stitch.compose import Pool, SearchResult
+    from lightning_stitch.compose import Pool
     from lightning_stitch.cost import Budget, Cost, network_cost
     from lightning_stitch.data import CalibrationDataModule
     from lightning_stitch.errors import (
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
-    from lightning_stitch.recipe import Preprocessing, Recipe
+    from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
+    from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
     from lightning_stitch.segments import CalibrationSettings
     from lightning_stitch.similarity import LinearCKA
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ["FragmentSearch"],
-    "compose": ["Pool", "SearchResult"],
+    "compose": ["Pool"],
     "cost": ["Budget", "Cost", "network_cost"],
     "data": ["CalibrationDataModule"],
     "errors": ["BudgetError", "CalibrationError", "CutError", "RecipeError", "SourceError", "StitchError"],
@@ -45,7 +46,8 @@ _HOMES = {
     "heads": ["RidgeHead", "fit_ridge_head"],
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
-    "recipe": ["Preprocessing", "Recipe"],
+    "recipe": ["FragmentRef", "Preprocessing", "Recipe"],
+    "results": ["SearchResult"],
     "search": ["Beam", "DepthFirst"],
     "segments": ["CalibrationSettings"],
     "similarity": ["LinearCKA"],
@@ -67,6 +69,7 @@ __all__ = [
     "CalibrationSettings",
     "StitchedNetwork",
     "Recipe",
+    "FragmentRef",
     "RidgeHead",
     "fit_ridge_head",
     # taking networks apart

@@ -12,7 +12,7 @@ import torch
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
 from lightning_stitch._spool import Keeping
 from lightning_stitch.comparison import Comparison, compare
-from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
@@ -21,6 +21,7 @@ from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.report import print_table, write_table
+from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source, load_sources

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.compose import Pool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
+from lightning_stitch.results import SearchResult
 from lightning_stitch.space import Candidate
 
 Loader = Iterable[Any]

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, compress, islice
 
 import torch
@@ -22,6 +21,7 @@ from lightning_stitch.activations import Calibrated, calibrate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.paths import follow, references
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.ranking import (
     MISSING_LABELS,
@@ -32,84 +32,12 @@ from lightning_stitch.ranking import (
     SelectionData,
     find_ranking,
 )
+from lightning_stitch.recipe import FragmentRef
+from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
 from lightning_stitch.sources import Source
 from lightning_stitch.space import Candidate, SearchSpace
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """A candidate with its place.
-
-    Attributes:
-        candidate: The candidate.
-        scores: What the ranking measured on the selection images, by name.
-        features: Width of its output.
-        seconds: Wall time of running it over the selection images.
-    """
-
-    candidate: Candidate
-    scores: dict[str, float]
-    features: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        ranked: All candidates, the references among them, best first.
-        best: The best that keeps the budget, an unmodified source where no other beat it.
-        best_source: The best unmodified source, budget or no.
-        best_self_stitched: The best source stitched to itself; None: none gave features to rank by.
-        best_stitched: The best StitchNet within the budget; None: none was found.
-        rejected: How many compositions were turned down, by reason.
-        seconds: Wall time of each stage.
-        num_selection_labels: Labels that the ranking used.
-    """
-
-    ranked: tuple[Ranked, ...]
-    best: Ranked
-    best_source: Ranked
-    best_self_stitched: Ranked | None
-    best_stitched: Ranked | None
-    rejected: dict[str, int]
-    seconds: dict[str, float]
-    num_selection_labels: int
-
-    def within(self, max_macs: float) -> Ranked | None:
-        """The best StitchNet of at most that many MACs; None where there is none."""
-        fitting = [r for r in self.ranked if r.candidate.kind == "stitched" and r.candidate.cost.macs <= max_macs]
-        return next(iter(fitting), None)
-
-    @property
-    def beat_best_source(self) -> bool:
-        """Whether the best candidate ranks before the best source, which may be over the budget."""
-        return self.ranked.index(self.best) < self.ranked.index(self.best_source)
-
-    def summary(self) -> str:
-        """Whether the search was worth it, in one sentence, by the selection images alone."""
-        name, value = next(iter(self.best.scores.items()))
-        source = self.best_source.candidate.recipe.fragments[0].source
-        reference = self.best_source.scores[name]
-        if self.beat_best_source:
-            return (
-                f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} "
-                f"on the selection images, the best source ({source}, {self.best_source.candidate.cost}) "
-                f"{reference:.4f}."
-            )
-        if self.best is self.best_source:
-            return (
-                f"No candidate beat the best source on the selection images: {source} has {name} {reference:.4f}; "
-                f"it is returned as it is."
-            )
-        return (
-            f"No candidate within the budget beat the best source on the selection images: {source} "
-            f"({self.best_source.candidate.cost}) has {name} {reference:.4f} but is over the budget; the best within "
-            f"it ({self.best.candidate.kind}, {self.best.candidate.cost}) has {value:.4f}."
-        )
 
 
 class Pool:
@@ -229,7 +157,7 @@ class Pool:
         self.calibrate(calibration, progress=progress)
         space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
         with self._timed("search"):
-            candidates = space.references()
+            candidates = references(space)
             progress.start("composing", max_candidates)
             for candidate in islice(strategy(space), max_candidates):
                 candidates.append(candidate)
@@ -250,6 +178,35 @@ class Pool:
         tree = PrefixTree(candidates, self.parts)
         found = tree.run(self._images(batches, labels), on_batch=progress.advance)
         return found, torch.cat(labels) if labels else None
+
+    def stitch(
+        self,
+        fragments: Sequence[FragmentRef | tuple[str, str | None, str | None]],
+        *,
+        ridge: float = 1e-3,
+        bias: bool = True,
+    ) -> Candidate:
+        """Compose a network from fragments that you name, on the images that `calibrate` got; for `assemble`.
+
+        Args:
+            fragments: (source, start, end) in forward order; None: at the image, at the end of the network. Starts and
+                ends are cuts that the pool offers.
+            ridge: Relative strength of the stitches' fit.
+            bias: Whether stitches have a bias.
+
+        Raises:
+            StitchError: If the fragments make no path; the nearest names of cuts and sources are offered.
+            CalibrationError: If the pool has no calibration images, or an activation at a stitch does not vary.
+
+        Example:
+            >>> pool.calibrate(loader)  # doctest: +SKIP
+            >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
+        """
+        if not any(source.activations for source in self.calibrated):
+            raise CalibrationError("Calibrate the pool first: pool.calibrate(images). A search lets go of its images.")
+        costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
+        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
+        return follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
 
     def assemble(self, candidate: Candidate) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -180,12 +181,25 @@ class CompositionCosts:
         self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
         self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
         self._pairs: dict[tuple[int, int, int, int], tuple[StitchSpec, Cost]] = {}
-        self._jumps = {measure: self._jump_costs(measure) for measure in ("params", "macs")}
-        self._to_end = {measure: self._run_costs(measure)[0] for measure in ("params", "macs")}
-        self._runs = {measure: self._run_costs(measure)[1] for measure in ("params", "macs")}
-        self._ahead = {measure: self._completions(measure, max_fragments - 1) for measure in ("params", "macs")}
+        self._max_fragments = max_fragments
+
+    @cached_property
+    def _jumps(self) -> dict[str, Tensor]:
+        return {measure: self._jump_costs(measure) for measure in ("params", "macs")}
+
+    @cached_property
+    def _runs(self) -> dict[str, Tensor]:
+        return {measure: self._run_costs(measure)[1] for measure in ("params", "macs")}
+
+    @cached_property
+    def _ahead(self) -> dict[str, list[Tensor]]:
+        return {measure: self._completions(measure, self._max_fragments - 1) for measure in ("params", "macs")}
+
+    @cached_property
+    def completions(self) -> list[Cost]:
+        """For each receiver the least that any way on from it costs."""
         params, macs = self._ahead["params"][-1].tolist(), self._ahead["macs"][-1].tolist()
-        self.completions = [Cost(int(p), int(m)) for p, m in zip(params, macs, strict=True)]
+        return [Cost(int(p), int(m)) for p, m in zip(params, macs, strict=True)]
 
     def stitch(self, sender: int, cut: int, source: int, receiver: int) -> tuple[StitchSpec, Cost]:
         """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
@@ -288,7 +302,7 @@ class CompositionCosts:
 
     def _completions(self, measure: str, most_stitches: int) -> list[Tensor]:
         """The least that any way on from each receiver costs, with up to 0, 1, ... more stitches (Bellman)."""
-        found = [self._to_end[measure]]
+        found = [self._run_costs(measure)[0]]
         for _ in range(most_stitches - 1 if self.receivers else 0):
             onward = (self._runs[measure] + (self._jumps[measure] + found[-1]).amin(1)).amin(1)
             found.append(torch.minimum(found[-1], onward))

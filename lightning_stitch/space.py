@@ -218,12 +218,17 @@ class SearchSpace:
             elif product < min_product:
                 self.rejected["product of CKAs below the threshold"] += 1
             else:
-                cost = spent + self._stitch(state, cut, s, r)[1]
-                parts = self.sources[s].parts
-                edges.append(
-                    Edge(state, cut, s, r, cka, product, cost, cost + parts.cost_between(r + 1, len(parts.pieces)))
-                )
+                edges.append(self._edge(state, cut, s, r, cka))
         return edges
+
+    def edge(self, state: State, cut: int, activation: Carried, source: int, receiver: int) -> Edge | None:
+        """The stitch to one receiver, however it scores; None where one of the two does not vary (or is not finite)."""
+        grid = self.sources[source].parts.cuts[receiver].grid
+        if self.sources[source].statistics[receiver].centred is None:
+            self.rejected["activation of the receiver does not vary"] += 1
+            return None
+        found = self._similarities(state, cut, activation, {grid: [self.costs.index[source, receiver]]})
+        return next((self._edge(state, cut, source, receiver, cka) for _, cka in found), None)
 
     def enter(self, edge: Edge, activation: Carried) -> State:
         """Fit the stitch of an edge on the calibration rows."""
@@ -255,27 +260,6 @@ class SearchSpace:
         cost = state.cost + parts.cost_between(state.entry, last)
         return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
 
-    def references(self) -> list[Candidate]:
-        """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
-        found = [self.complete(state, kind="source") for state in self.starts()]
-        for index, source in enumerate(self.sources):
-            state = self.starts()[index]
-            for cut in range(len(source.parts.cuts)):
-                x = next(activation for index, activation in self.walk(state) if index == cut)
-                spent = state.cost + source.parts.cost_between(state.entry, cut + 1)
-                flat = self.costs.index[index, cut]
-                if source.statistics[cut].centred is None:
-                    self.rejected["activation of the receiver does not vary"] += 1
-                    continue
-                found_cka = dict(self._similarities(state, cut, x, {source.parts.cuts[cut].grid: [flat]}))
-                if flat not in found_cka:
-                    continue
-                cost = spent + self._stitch(state, cut, index, cut)[1]
-                edge = Edge(state, cut, index, cut, found_cka[flat], state.product * found_cka[flat], cost, cost)
-                state = self.enter(edge, x)
-            found.append(self.complete(state, kind="self-stitched"))
-        return found
-
     # -- inner workings ----------------------------------------------------------------------------------------------
 
     def _objection(
@@ -305,6 +289,13 @@ class SearchSpace:
         if not self.budget.allows(spent + self.costs.stitch(state.source, cut, s, r)[1] + ahead):
             return "over the budget"
         return None
+
+    def _edge(self, state: State, cut: int, s: int, r: int, cka: float) -> Edge:
+        cost = state.cost + self.sources[state.source].parts.cost_between(state.entry, cut + 1)
+        cost = cost + self._stitch(state, cut, s, r)[1]
+        parts = self.sources[s].parts
+        total = cost + parts.cost_between(r + 1, len(parts.pieces))
+        return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
     def _build_banks(self) -> dict[Grid, tuple[RowBank, dict[int, int]]]:
         """For each grid the centred rows of all its cuts, and where in them each receiver stands."""

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_stitch.comparison import Comparison, compare, finalists
-from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.compose import Pool
 from lightning_stitch.cost import network_cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Silent
 from lightning_stitch.report import Evaluation, verdict
+from lightning_stitch.results import SearchResult
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

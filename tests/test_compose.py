@@ -13,12 +13,13 @@ from helpers import Recorder, digits, images_seen, live, noise, path, plain, sha
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_stitch.compose import Pool, SearchResult
+from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.heads import loo_scores
 from lightning_stitch.ranking import SelectionData
+from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.segments import CalibrationSettings, CompositionCosts
 from lightning_stitch.sources import Source

@@ -27,7 +27,7 @@ GROUPS = (
     {"activations"},
     # network, heads, search
     {"heads", "network", "space"},
-    {"search", "ranking"},
+    {"search", "ranking", "paths", "results"},
     # compose, report, hub, export
     {"compose", "report"},
     {"comparison"},

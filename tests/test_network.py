@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_stitch.cost import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.paths import references
 from lightning_stitch.ranking import PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Beam, DepthFirst
@@ -33,7 +34,7 @@ def space() -> SearchSpace:
 @pytest.fixture(scope="module")
 def candidates(space: SearchSpace) -> list[Candidate]:
     strategy = DepthFirst(span=2, threshold=-1, edge_threshold=-1, max_fragments=4, max_networks=4)
-    return [*space.references(), *Beam(width=1, fractions=(0.5,))(space), *strategy(space)]
+    return [*references(space), *Beam(width=1, fractions=(0.5,))(space), *strategy(space)]
 
 
 def test_a_recipe_and_a_state_dict_rebuild_the_network_bit_for_bit(
@@ -176,7 +177,7 @@ def test_describe_says_what_the_network_is_made_of() -> None:
 
 
 def test_describe_of_an_unmodified_source_is_one_fragment(space: SearchSpace) -> None:
-    source = space.references()[0]
+    source = references(space)[0]
     lines = network_of(space, source).describe().splitlines()
     assert lines[0] == "Stitched network of 1 fragment"
     assert lines[1].startswith("  test_resnet: image .. global_pool, ")
@@ -190,7 +191,7 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
     source = live(shake(nn.Sequential(*layers, *head), 0), "net")
     settings = CalibrationSettings(granularity=("1", "2"), rows_per_image=256)
     space = space_of([source], noise(12, 3, 16, 16), settings=settings, ridge=0.0)
-    stitched = space.references()[1]
+    stitched = references(space)[1]
     spec = stitched.recipe.stitches[position]
     assert spec is not None
     assert spec.placement == placement
@@ -205,7 +206,7 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
 
 def test_a_fragment_that_goes_on_in_its_own_source_needs_no_stitch() -> None:
     source = plain("a", (5, 6, 8), seed=0)
-    recipe = space_of([source], noise(6, 3, 16, 16)).references()[1].recipe
+    recipe = references(space_of([source], noise(6, 3, 16, 16)))[1].recipe
     straight = replace(recipe, stitches=(None,) * len(recipe.stitches))
     network = assemble(straight, {"a": source.graph}, [None] * len(recipe.stitches))
     images = noise(4, 3, 16, 16)
@@ -218,7 +219,7 @@ def test_recipes_that_cannot_be_rebuilt_say_why(candidates: list[Candidate]) -> 
     recipe = candidates[-1].recipe
     with pytest.raises(RecipeError, match="does not say which image size"):
         StitchedNetwork.from_recipe(replace(recipe, input_size=None))
-    own = space_of([plain("mine", (5, 6, 8), seed=0)], noise(6, 3, 16, 16)).references()[0].recipe
+    own = references(space_of([plain("mine", (5, 6, 8), seed=0)], noise(6, 3, 16, 16)))[0].recipe
     with pytest.raises(RecipeError, match=r"source 'mine' cannot be rebuilt: it was given as a live module"):
         StitchedNetwork.from_recipe(own)
     lost = replace(recipe, fragments=(replace(recipe.fragments[0], end="layer77"), *recipe.fragments[1:]))

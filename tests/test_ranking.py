@@ -13,6 +13,7 @@ from lightning_stitch.cost import Cost
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.paths import references
 from lightning_stitch.ranking import RANKINGS, PrefixTree, SelectionData, find_ranking
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search import DepthFirst
@@ -130,7 +131,7 @@ def tree(space: SearchSpace, candidates: list[Candidate]) -> PrefixTree:
 
 
 def test_a_prefix_tree_gives_what_each_candidate_gives_alone(space: SearchSpace) -> None:
-    found = [*space.references(), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
+    found = [*references(space), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
     images = noise(7, 3, 16, 16)
     together = tree(space, found).run(images.split(3))
     assert len(found) > 8
@@ -150,7 +151,7 @@ def test_a_prefix_tree_gives_what_each_candidate_gives_alone(space: SearchSpace)
 
 
 def test_shared_fronts_run_once(space: SearchSpace) -> None:
-    found = [*space.references(), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
+    found = [*references(space), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
     starts = [candidate.steps[0].source for candidate in found]
     assert min(starts.count(0), starts.count(1)) > 2
     one, other = (source.parts.source for source in space.sources)
@@ -175,4 +176,4 @@ def test_seconds_are_what_a_candidate_costs_alone(space: SearchSpace) -> None:
 
 def test_no_images_to_run_on_is_said(space: SearchSpace) -> None:
     with pytest.raises(CalibrationError, match="no images to run the candidates on"):
-        tree(space, space.references()).run([])
+        tree(space, references(space)).run([])

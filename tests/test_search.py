@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.network import assemble
+from lightning_stitch.paths import references
 from lightning_stitch.ranking import PrefixTree
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.segments import CalibrationSettings
@@ -293,7 +294,7 @@ STRATEGIES = [
 def test_candidates_cost_and_compute_what_the_assembled_network_does(
     timm_space: SearchSpace, strategy: Callable[[SearchSpace], Iterator[Candidate]]
 ) -> None:
-    found = [*timm_space.references(), *strategy(timm_space)]
+    found = [*references(timm_space), *strategy(timm_space)]
     images = digits(6, 64, first=50)[0]
     outcomes = PrefixTree(found, [source.parts for source in timm_space.sources]).run([images])
     for candidate, outcome in zip(found, outcomes, strict=True):
@@ -329,7 +330,7 @@ def test_no_image_goes_in_again_during_the_search(
     one, other = (source.parts.source for source in timm_space.sources)
     with images_seen(one) as first, images_seen(other) as second:
         assert list(strategy(timm_space))
-        assert timm_space.references()
+        assert references(timm_space)
         assert first == second == []
         one.module(IMAGES)
         assert first == [len(IMAGES)]

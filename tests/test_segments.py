@@ -12,6 +12,7 @@ from torch import nn
 from lightning_stitch.cost import Budget, Cost, network_cost
 from lightning_stitch.errors import BudgetError, CutError, StitchError
 from lightning_stitch.network import assemble
+from lightning_stitch.paths import references
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.segments import CalibrationSettings, CompositionCosts, Segmented, chunks, segment
@@ -302,4 +303,4 @@ def test_a_source_without_cuts_still_stands_for_itself() -> None:
     assert costs.cheapest("macs") == (parts[0].cost.macs, "a as it is")
     space = space_of([parts[0].source], noise(4, 3, 8, 8), settings=CalibrationSettings(granularity=("2",)))
     assert list(DepthFirst()(space)) == []
-    assert path(space.references()[0]) == [("a", None, "2")]
+    assert path(references(space)[0]) == [("a", None, "2")]

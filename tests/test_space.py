@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_stitch._spool import Carried
 from lightning_stitch.cost import Budget
 from lightning_stitch.functional import linear_cka
+from lightning_stitch.paths import references
 from lightning_stitch.ranking import PrefixTree
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source
@@ -183,7 +184,7 @@ def test_a_receiver_that_does_not_vary_is_no_candidate() -> None:
 
 def test_a_source_is_stitched_to_itself_past_a_cut_that_does_not_vary() -> None:
     space = space_of([cornered()], IMAGES, settings=CORNERED, ridge=0.0)
-    source, stitched = space.references()
+    source, stitched = references(space)
     assert path(stitched) == [("cornered", None, "0"), ("cornered", "0", "3"), ("cornered", "3", "7")]
     expected, features = run(space, [source, stitched], noise(5, 3, 8, 8, seed=9))
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -194,8 +195,8 @@ def test_a_source_with_nothing_that_varies_is_still_a_reference() -> None:
     for parameter in dead.module[0].parameters():
         parameter.data.zero_()
     space = space_of([dead], noise(8, 3, 8, 8))
-    assert [c.kind for c in space.references()] == ["source", "self-stitched"]
-    assert path(space.references()[1]) == [("dead", None, "2")]
+    assert [c.kind for c in references(space)] == ["source", "self-stitched"]
+    assert path(references(space)[1]) == [("dead", None, "2")]
     assert space.rejected["activation of the receiver does not vary"] > 0
 
 
@@ -255,7 +256,7 @@ def test_a_path_is_carried_forward_by_its_own_fragments() -> None:
 
 def test_references_are_every_source_and_every_source_stitched_to_itself() -> None:
     space = space_of(pair(), IMAGES, settings=ALL_ROWS)
-    found = space.references()
+    found = references(space)
     assert [c.kind for c in found] == ["source", "source", "self-stitched", "self-stitched"]
     assert [path(c) for c in found[:2]] == [[("a", None, None)], [("b", None, None)]]
     chain = [(None, "0"), ("0", "1"), ("1", "2"), ("2", None)]
@@ -274,7 +275,7 @@ def test_a_self_stitched_source_gives_its_features_where_rows_suffice(
     # The vector "2" has one row for each image: with 5 of them its 8 channels are not determined.
     images = noise(count, 3, 8, 8)
     space = space_of(pair()[:1], images, settings=ALL_ROWS, ridge=ridge)
-    own, stitched = run(space, space.references(), noise(16, 3, 8, 8, seed=5))
+    own, stitched = run(space, references(space), noise(16, 3, 8, 8, seed=5))
     assert low <= float((stitched - own).norm() / own.norm()) <= high
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from lightning_stitch import Beam, CalibrationSettings, Pool, load_source
+from lightning_stitch.paths import references
 from lightning_stitch.segments import CompositionCosts, chunks
 from lightning_stitch.space import SearchSpace
 
@@ -47,7 +48,7 @@ def run(stage: str, source: str, size: int, count: int, keep_activations: str) -
     if stage == "search":
         pool.calibrate(images(size, count))
         space = SearchSpace(pool.calibrated, settings, costs=costs)
-        found = [*space.references(), *Beam(threshold=-1.0)(space)]
+        found = [*references(space), *Beam(threshold=-1.0)(space)]
         assert len(found) > 2
     unit = 2**10 if sys.platform == "linux" else 2**20
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)

@@ -1,0 +1,88 @@
+"""Compositions along a given path: the references of every search, and those that a user names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from itertools import pairwise
+
+from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.recipe import FragmentRef
+from lightning_stitch.segments import Segmented
+from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.stitches import is_bridgeable
+
+
+def references(space: SearchSpace) -> list[Candidate]:
+    """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
+    found = [space.complete(state, kind="source") for state in space.starts()]
+    for index, source in enumerate(space.sources):
+        state = space.starts()[index]
+        for cut in range(len(source.parts.cuts)):
+            activation = next(x for at, x in space.walk(state) if at == cut)
+            edge = space.edge(state, cut, activation, index, cut)
+            if edge is not None:
+                state = space.enter(edge, activation)
+        found.append(space.complete(state, kind="self-stitched"))
+    return found
+
+
+def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
+    """The network of these fragments, in this order, with a stitch between each two of them.
+
+    Args:
+        space: The sources, calibrated.
+        fragments: The first begins at the image, the last ends where networks end in its source (None).
+
+    Raises:
+        StitchError: If the fragments make no path: an unknown source or cut (the nearest names are offered), a
+            fragment that goes backwards, or a stitch from a vector to a grid.
+        CalibrationError: If an activation at a stitch does not vary.
+    """
+    steps = [_step(space, fragment) for fragment in fragments]
+    if not fragments or fragments[0].start is not None or fragments[-1].end is not None:
+        raise StitchError("The first fragment of a network begins at the image, and the last runs to its end (None).")
+    state = space.starts()[steps[0][0]]
+    for (sender, _, cut), (receiver, entry, _) in pairwise(steps):
+        if cut is None or entry is None:
+            raise StitchError(
+                "Only the first fragment of a network begins at the image, and only the last runs to its end (None)."
+            )
+        left, entered = space.sources[sender].parts.cuts[cut], space.sources[receiver].parts.cuts[entry]
+        if not is_bridgeable(left, entered):
+            raise StitchError(f"No stitch leads from a vector ({left.name!r}) to a grid ({entered.name!r}).")
+        activation = next(x for at, x in space.walk(state) if at == cut)
+        edge = space.edge(state, cut, activation, receiver, entry)
+        if edge is None:
+            raise CalibrationError(
+                f"Nothing can be fitted from {left.name!r} of {space.sources[sender].name!r} to {entered.name!r} of "
+                f"{space.sources[receiver].name!r}: one of the two does not vary over the calibration images."
+            )
+        state = space.enter(edge, activation)
+    return space.complete(state)
+
+
+def _step(space: SearchSpace, fragment: FragmentRef) -> tuple[int, int | None, int | None]:
+    """Indices of a fragment's source and of its two cuts; None: at the image, at the end."""
+    names = [source.name for source in space.sources]
+    if fragment.source not in names:
+        near = difflib.get_close_matches(fragment.source, names, n=3, cutoff=0.0)
+        raise StitchError(f"No source is named {fragment.source!r}. Nearest: {', '.join(near)}.")
+    index = names.index(fragment.source)
+    parts = space.sources[index].parts
+    start, end = (None if name is None else _cut(parts, name) for name in (fragment.start, fragment.end))
+    if start is not None and end is not None and end <= start:
+        raise StitchError(f"A fragment goes forward, but {fragment.end!r} does not lie behind {fragment.start!r}.")
+    return index, start, end
+
+
+def _cut(parts: Segmented, name: str) -> int:
+    offered = [cut.name for cut in parts.cuts]
+    wanted = parts.graph.find(name).name
+    if wanted not in offered:
+        near = difflib.get_close_matches(wanted, offered, n=3, cutoff=0.0)
+        raise StitchError(
+            f"Cut {name!r} of source {parts.name!r} is not among those that this pool offers (granularity). Nearest: "
+            f"{', '.join(near)}."
+        )
+    return offered.index(wanted)
