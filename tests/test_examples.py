@@ -17,15 +17,19 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {"image_size": 64, "train_samples": 48, "selection_samples": 32, "test_samples": 64}
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_solar_cells", EXAMPLES / "prepare_solar_cells.py")
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_example("prepare_solar_cells")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,22 @@ def test_the_configuration_runs_and_writes_its_table(
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
     model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_example("cnn_to_vit").main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    joints = re.findall(r"(\S+) +│ (\S+) +│ NCHW \d+ -> (tokens|NHWC) 64, explicit", printed)
+    fronts = {"conv1.2", "conv1.5", "maxpool", "layer1", "layer2", "layer3"}
+    tails = {"patch_embed", "norm_pre", "blocks.0", "blocks.1", "blocks.2"}
+    assert {(front, tail) for front, tail, _ in joints} == {(front, tail) for front in fronts for tail in tails}
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["kind"]) for row in rows[-1:]] == [("StitchNet", "stitched")]
+    assert {row["name"] for row in rows[:-1]} == {"cnn", "vit"}
+    assert rows[-1]["labels"] == "384"
 
 
 def blocks_of_readme(language: str) -> list[str]:
