@@ -160,6 +160,22 @@ def test_a_stitch_folds_behind_a_layer_norm_where_that_is_exact(
     assert (features - outcome.features).norm() < 1e-4 * features.norm()
 
 
+@pytest.mark.parametrize("size", [48, 64, 100])
+def test_sources_of_different_native_sizes_meet_on_one_calibration_set(size: int) -> None:
+    free = live(plain("free", (5, 6, 8), seed=0).module, "free", size=32)
+    sources = [vit("fixed", patch=8, width=48), free]
+    pool = Pool(sources, (3, size, size), settings=CalibrationSettings(rows_per_image=16))
+    pool.calibrate([noise(8, 3, size, size)])
+    assert [part.graph.input_size for part in pool.parts] == [(3, SIZE, SIZE), (3, size, size)]
+    for one, other in (("fixed", "free"), ("free", "fixed")):
+        cuts = {part.name: part.cuts[1].name for part in pool.parts}
+        candidate = pool.stitch([(one, None, cuts[one]), (other, cuts[other], None)])
+        network = pool.assemble(candidate)
+        assert network_cost(network, (3, size, size)) == candidate.cost
+        with torch.no_grad():
+            assert torch.isfinite(network(noise(2, 3, size, size, seed=1))).all()
+
+
 def small_pool() -> Pool:
     sources = [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1)]
     pool = Pool(sources, (3, 16, 16))
