@@ -6,11 +6,13 @@ batch size, because two dry runs, of two and of three images, tell what depends 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from typing import Any
 
 from torch import fx
 
-from lightning_stitch._tracing import Yield, holds_tensor, is_in_place, is_linear_in_batch, probe
+from lightning_stitch._probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
+from lightning_stitch._tracing import is_in_place
 from lightning_stitch.errors import CutError
 
 
@@ -39,12 +41,15 @@ class Dataflow:
         self.nodes = list(module.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.input = next(node for node in self.nodes if node.op == "placeholder")
-        output = next(node for node in self.nodes if node.op == "output").args[0]
-        if not isinstance(output, fx.Node):
-            raise CutError(f"{type(module).__name__} returns more than one tensor; give a part of it that returns one.")
-        self.output = output
+        output = next(node for node in self.nodes if node.op == "output")
         # Two batch sizes tell the batch dimension from a constant, in shapes and in integers alike.
         self.two = probe(module, input_size, batch_size=2)
+        if self.two[output].shape is None:
+            raise CutError(
+                f"{type(module).__name__} returns {_in_words(self.two[output].value)}, not one tensor. Give a part of "
+                f"it that returns one, or wrap it in a module whose forward picks one."
+            )
+        self.output = output.all_input_nodes[0]
         self.three = probe(module, input_size, batch_size=3)
         self.writers = self._find_writers()
         self._of_pixels = self._find_of_pixels()
@@ -120,12 +125,19 @@ class Dataflow:
         """For one image; work that is the same for any batch, as on position tables, counts in full."""
         return sum(2 * self.two[node].macs - self.three[node].macs for node in nodes)
 
+    def uncounted(self, nodes: Container[fx.Node]) -> tuple[str, ...]:
+        """What `macs` leaves out, as "module: operator"."""
+        return uncounted_work({node: seen for node, seen in self.two.items() if node in nodes})
+
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
         memory = {node: seen.memory for node, seen in self.two.items()}
         written = [
-            (node, memory[node.all_input_nodes[0]])
+            (node, memory[argument])
             for node in self.nodes
-            if node.all_input_nodes and is_in_place(node, self.module)
+            for argument in node.all_input_nodes
+            # What did not write in this run, such as dropout, may do so in train mode.
+            if argument in self.two[node].written
+            or (argument is node.all_input_nodes[0] and is_in_place(node, self.module))
         ]
         return {
             node: [w for w, m in written if m == mine and self.position[w] > self.position[node]]
@@ -146,6 +158,15 @@ class Dataflow:
         if node is self.input or node not in self.two or _holds_tensor(self.two[node]):
             return False
         return bool(node.all_input_nodes)
+
+
+def _in_words(value: Any) -> str:
+    kind = type(value).__name__.removeprefix("immutable_")  # torch.fx's own dicts and lists
+    if isinstance(value, dict):
+        return f"a {kind} of {', '.join(map(repr, value))}"
+    if isinstance(value, list | tuple):
+        return f"a {kind} of {len(value)}"
+    return "None" if value is None else f"a {kind}"
 
 
 def _holds_tensor(seen: Yield | None) -> bool:

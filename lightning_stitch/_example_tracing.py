@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_stitch._tracing import ModuleCall, ScopeTracer, trace
+from lightning_stitch._tracing import ModuleCall, ScopeTracer, WritableProxy, check_traceable, trace
 from lightning_stitch.errors import CutError
 
 Way = Literal["symbolic", "example"]
@@ -23,7 +23,7 @@ Way = Literal["symbolic", "example"]
 _FACTORIES = (torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
 
 
-class _ExampleProxy(fx.Proxy):
+class _ExampleProxy(WritableProxy):
     """A proxy that knows what it stands for."""
 
     tracer: ExampleTracer
@@ -113,6 +113,14 @@ class ExampleTracer(ScopeTracer):
         return args
 
 
+def tracer_for(network: nn.Module, way: Way, input_size: tuple[int, int, int]) -> ScopeTracer:
+    """A tracer that goes that way."""
+    if way == "symbolic":
+        return ScopeTracer()
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    return ExampleTracer(input_size, like)
+
+
 def trace_somehow(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[fx.GraphModule, list[ModuleCall], Way]:
     """Trace a network as torch.fx does, or, where that stops, by example.
 
@@ -122,11 +130,11 @@ def trace_somehow(network: nn.Module, input_size: tuple[int, int, int]) -> tuple
     Raises:
         CutError: If neither goes; the message is of the first.
     """
+    check_traceable(network)
     try:
         return *trace(network), "symbolic"
     except CutError as error:
-        like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         try:
-            return *trace(network, ExampleTracer(input_size, like)), "example"
+            return *trace(network, tracer_for(network, "example", input_size)), "example"
         except CutError as second:
             raise CutError(f"{error}\nWith an example of {input_size}: {second}") from error

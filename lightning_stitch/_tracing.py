@@ -1,15 +1,13 @@
-"""Turn a network into a flat graph of leaf operations, and learn what each of them yields and costs.
+"""Turn a network into a flat graph of leaf operations.
 
-Tracing is torch.fx's. What is added: the scopes of the module calls (to name cuts), the rules for what stays whole, and
-one pass over fake tensors that gives every value's shape and every node's multiply-accumulates without computing
-anything.
+Tracing is torch.fx's. What is added: the scopes of the module calls (to name cuts), and the rules for what stays whole.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
+import inspect
 import operator
 import os
 import sys
@@ -21,10 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.errors import CutError
 
@@ -37,6 +32,8 @@ _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     functional.alpha_dropout: nn.AlphaDropout,
     functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+DROPOUT_NAMES = frozenset(dropout.__name__ for dropout in _DROPOUTS)
+FUNCTIONAL_DROPOUT = "functional_dropout"
 _CACHES = (dict, list, set)
 _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
@@ -64,6 +61,37 @@ class _OneInput(nn.Module):
         return self.network(x)
 
 
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+
+
+def write_into(x: Any, operation: str, *arguments: Any) -> Any:
+    """`x += y`, `x[key] = y` and their kin: an in-place operation of Python's, by its name in `operator`.
+
+    A node of its own in any trace. As a statement in a fragment's code it could not be traced again, as unpickling
+    does, and would change a number under its other names, too.
+    """
+    if isinstance(x, fx.Proxy):
+        name = operation if operation == "setitem" else operation.removeprefix("i")
+        return x.tracer.create_proxy("call_function", write_into, (x, operation, *arguments), {}, name=name)
+    return getattr(operator, operation)(x, *arguments)
+
+
+class WritableProxy(fx.Proxy):
+    """A proxy that `x += y` and `x[key] = y` write into.
+
+    torch.fx's own refuses the second, and makes a new tensor of the first, which other names of the old one miss.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        write_into(self, "setitem", key, value)
+
+
+for _operation in _AUGMENTED:
+    setattr(
+        WritableProxy, f"__{_operation}__", lambda self, other, operation=_operation: write_into(self, operation, other)
+    )
+
+
 class ScopeTracer(fx.Tracer):
     """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes."""
 
@@ -74,6 +102,20 @@ class ScopeTracer(fx.Tracer):
         super().__init__(autowrap_functions=(*listed, *functions))
         self._whole: tuple[type, ...] = tuple(timm_layers.get_notrace_modules()) if timm_layers else ()
         self.calls: list[ModuleCall] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return WritableProxy(node, self)
+
+    def parts_followed(self, network: nn.Module) -> Iterator[nn.Module]:
+        """The network and those of its parts whose own Python a trace follows."""
+
+        def followed(module: nn.Module, path: str) -> Iterator[nn.Module]:
+            if not self.is_leaf_module(module, path):
+                yield module
+                for name, child in module.named_children():
+                    yield from followed(child, f"{path}.{name}")
+
+        yield from followed(network, _PREFIX)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
@@ -106,15 +148,44 @@ def _is_random(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     names = set(code.co_names if code else ())
     is_small = not any(list(child.children()) for child in module.children())
-    return is_small and "training" in names and not names & {dropout.__name__ for dropout in _DROPOUTS}
+    return is_small and "training" in names and not names & DROPOUT_NAMES
 
 
-def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.GraphModule, list[ModuleCall]]:
-    """Trace a network in eval mode into a graph with one placeholder; the network's modes are restored.
+def check_traceable(network: nn.Module) -> None:
+    """Refuse what no way of tracing can follow.
+
+    Raises:
+        CutError: If the network, or a part of it, is compiled or scripted, or wants more than one batch of images.
+    """
+    for path, module in network.named_modules():
+        where = type(network).__name__ + (f", in its part {path!r}," if path else "")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CutError(
+                f"{where} is a ScriptModule, whose Python is gone. Give the module that it was scripted or traced from."
+            )
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise CutError(
+                f"{where} is compiled, and cannot be cut. Give the module as it was before torch.compile (its "
+                f"`_orig_mod`, where that exists), and compile the stitched network instead."
+            )
+    try:
+        inspect.signature(network.forward).bind(network)
+    except TypeError as error:
+        raise CutError(
+            f"{type(network).__name__} cannot be called with one batch of images alone: {error}. Give its other inputs "
+            f"defaults, or wrap it in a module whose forward takes images and supplies the rest."
+        ) from error
+
+
+def trace(
+    network: nn.Module, tracer: ScopeTracer | None = None, *, training: bool = False
+) -> tuple[fx.GraphModule, list[ModuleCall]]:
+    """Trace a network into a graph with one placeholder; the network's modes are restored.
 
     Args:
         network: Any module whose forward takes one image batch (further arguments keep their defaults). Not changed.
         tracer: What traces it.
+        training: In which mode.
 
     Returns:
         The graph module, which shares the network's parameters and names, and the module calls in order of return.
@@ -126,7 +197,7 @@ def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.Gra
     root = _OneInput(network)
     try:
         with left_as_it_was(network):
-            network.eval()
+            network.train(training)
             graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
@@ -154,11 +225,13 @@ def trace(network: nn.Module, tracer: ScopeTracer | None = None) -> tuple[fx.Gra
 
 @contextmanager
 def left_as_it_was(network: nn.Module) -> Iterator[None]:
-    """Put back every module's modes, attributes and caches at the end.
+    """Put back every module's modes, attributes, caches and buffers at the end.
 
     LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run: proxies of a trace or fake
-    tensors of a dry run would break them for good.
+    tensors of a dry run would break them for good. A trace runs what forward does with buffers alone, as counting.
     """
+    kept = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
+    buffers = [(buffer, buffer.clone()) for buffer in kept]
     before = [
         (vars(module), dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, _CACHES)})
         for module in network.modules()
@@ -173,6 +246,9 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
                 cache = now[name]
                 cache.clear()
                 cache.extend(content) if isinstance(cache, list) else cache.update(content)
+        for buffer, saved in buffers:
+            if not torch.equal(buffer, saved):
+                buffer.copy_(saved)
 
 
 def _stopped_at(error: Exception) -> str:
@@ -190,7 +266,7 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
         if node.op != "call_function" or node.target not in _DROPOUTS:
             continue
         p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        name = f"functional_dropout_{index}"
+        name = f"{FUNCTIONAL_DROPOUT}_{index}"
         traced.add_submodule(name, _DROPOUTS[node.target](p).train(traced.training))
         with traced.graph.inserting_before(node):
             replacement = traced.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
@@ -201,82 +277,7 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
     return replaced
 
 
-@dataclass(frozen=True, slots=True)
-class Yield:
-    """What a node yields for one batch size: shape and dtype of a tensor, or the value of anything else.
-
-    `memory` is the same for tensors that lie in the same memory (views, results of in-place operations).
-    """
-
-    shape: tuple[int, ...] | None
-    is_floating: bool
-    value: Any
-    macs: int
-    memory: int | None = None
-
-
-class _Prober(fx.Interpreter):
-    """Runs a graph on fake tensors and notes what every node yields and how many FLOPs it takes."""
-
-    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # torch.fx would add advice on its own tools to the error
-        self.counter = counter
-        self.yields: dict[fx.Node, Yield] = {}
-        # Weak references free the memory, but keep its address from being used again.
-        self._memories: dict[StorageWeakRef, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        try:
-            result = super().run_node(n)
-        except Exception as error:
-            raise CutError(
-                f"{n.format_node() or n.name} fails in a dry run: {type(error).__name__}: {error}"
-            ) from error
-        macs = (self.counter.get_total_flops() - before) // 2
-        if isinstance(result, Tensor):
-            memory = self._memories.setdefault(StorageWeakRef(result.untyped_storage()), len(self._memories))
-            self.yields[n] = Yield(tuple(result.shape), result.is_floating_point(), None, macs, memory)
-        else:
-            self.yields[n] = Yield(None, False, result, macs)
-        return result
-
-
-def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
-    """What every node yields for `batch_size` images of that size, and its MACs for the whole batch (eval mode).
-
-    Nothing is computed: the run is on fake tensors. One MAC is one multiply-accumulate, half of what
-    `torch.utils.flop_counter` counts; element-wise operations, norms, pooling and resampling count nothing.
-
-    Raises:
-        CutError: If the graph does not accept images of that size; the message names the operation.
-    """
-    parameter = next(traced.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    # Without this the attention backends differ in what the counter knows; the plain one counts as two matmuls.
-    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    # What fails becomes a CutError; torch would print its traceback besides.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        counter = FlopCounterMode(display=False)
-        # Gradients stay on: fake views of parameters cannot be made without.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with left_as_it_was(traced), torch.enable_grad(), fake, attention, counter:
-            traced.eval()
-            images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
-            prober = _Prober(traced, counter)
-            prober.run(images)
-    finally:
-        logger.disabled = was_disabled
-    return prober.yields
-
-
-IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ior", "iand", "setitem")
-)
+_WRITERS = frozenset((write_into, operator.setitem, *(getattr(operator, name) for name in _AUGMENTED)))
 
 
 def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -286,30 +287,5 @@ def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         named = name.endswith("_") and not name.endswith("__")
-        return node.target in IN_PLACE_OPERATORS or named or bool(node.kwargs.get("inplace"))
+        return node.target in _WRITERS or named or bool(node.kwargs.get("inplace"))
     return node.op == "call_module" and bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a value of a graph is or contains a tensor."""
-    if isinstance(value, dict):
-        return any(holds_tensor(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
-
-
-def is_linear_in_batch(two: Any, three: Any) -> bool:
-    """Whether a shape value for batches of two and of three is the same, or a multiple of the batch size."""
-    if isinstance(two, list | tuple):
-        return len(two) == len(three) and all(is_linear_in_batch(a, b) for a, b in zip(two, three, strict=True))
-    if isinstance(two, int) and not isinstance(two, bool):
-        return two == three or (two % 2 == 0 and two * 3 == three * 2)
-    return bool(two == three)
-
-
-def value_for_batch(two: Any, three: Any, times_batch: Callable[[int], Any]) -> Any:
-    """What a shape value is for any batch: itself where constant, else a multiple of the batch size."""
-    if isinstance(two, list | tuple):
-        return tuple(value_for_batch(a, b, times_batch) for a, b in zip(two, three, strict=True))
-    return two if two == three else times_batch(two // 2)

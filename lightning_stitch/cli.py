@@ -125,6 +125,7 @@ def describe_source(source: Source, *, granularity: Any = "blocks") -> dict[str,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()},
         "params": sum(parameter.numel() for parameter in source.module.parameters()),
         "macs": graph.macs(None, None),
+        "uncounted": list(graph.uncounted),
         "traced": graph.way,
         "granularity": granularity,
         "cuts": [_describe_cut(source, cut) for cut in graph.cuts(granularity)],
@@ -154,6 +155,7 @@ def _print_source(report: dict[str, Any]) -> None:
         ("weights", report["weight_hash"]),
         ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
         ("cost", f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs"),
+        *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
         ("traced", {"symbolic": "for any input size", "example": "by example, for this input size"}[report["traced"]]),
     ):
         console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)

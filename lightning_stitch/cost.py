@@ -1,17 +1,22 @@
 """What a network costs, and the limits that a user sets.
 
-One MAC is one multiply-accumulate, half a FLOP of `torch.utils.flop_counter`, whose formulas are used: convolutions and
-matrix products (linear layers, attention) count; element-wise operations, norms, pooling and resampling do not.
+One MAC is one multiply-accumulate, two FLOPs of `torch.utils.flop_counter`, whose formulas are used: convolutions and
+matrix products (linear layers, attention, recurrent layers) count; what works element by element, norms, softmax,
+pooling, reductions, resampling, indexing and copies do not. Any other operator, such as one of the user's own, counts
+nothing unless `torch.utils.flop_counter.register_flop_formula` gives it a formula, and is named instead:
+`CutGraph.uncounted` and `lightning-stitch inspect` list such work, and warnings tell where it matters.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_stitch._example_tracing import trace_somehow
-from lightning_stitch._tracing import probe
+from lightning_stitch._probing import probe, uncounted_work
 from lightning_stitch.errors import BudgetError
 
 
@@ -68,6 +73,16 @@ class Budget:
             self.max_macs is None or cost.macs <= self.max_macs
         )
 
+    def warn_of_uncounted(self, uncounted: Mapping[str, Sequence[str]]) -> None:
+        """Warn where a limit on MACs is kept by counts that leave work out.
+
+        Args:
+            uncounted: `CutGraph.uncounted` of each source, by name.
+        """
+        if self.max_macs is not None:
+            for name, operations in uncounted.items():
+                _warn_of_uncounted(name, operations)
+
     def __str__(self) -> str:
         limits = [
             f"at most {limit / 1e6:g} M {unit}"
@@ -80,9 +95,24 @@ class Budget:
 def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count a network's parameters and MACs for one image of (channels, height, width).
 
+    The MACs are half of what `torch.utils.flop_counter` counts where attention and recurrent layers run as matrix
+    products. A UserWarning names the operators that have no formula; their work is not in the count.
+
     Raises:
         CutError: If the network cannot be traced or does not accept that size.
     """
     traced, _, _ = trace_somehow(network, input_size)
-    macs = sum(seen.macs for seen in probe(traced, input_size, batch_size=1).values())
+    yields = probe(traced, input_size, batch_size=1)
+    _warn_of_uncounted(type(network).__name__, uncounted_work(yields))
+    macs = sum(seen.macs for seen in yields.values())
     return Cost(sum(parameter.numel() for parameter in network.parameters()), macs)
+
+
+def _warn_of_uncounted(name: str, operations: Sequence[str]) -> None:
+    if operations:
+        more = f" and {len(operations) - 3} more" if len(operations) > 3 else ""
+        warnings.warn(
+            f"The MACs of {name} leave out {', '.join(operations[:3])}{more}: there is no FLOP formula for them. "
+            f"torch.utils.flop_counter.register_flop_formula gives them one.",
+            stacklevel=3,
+        )

@@ -16,11 +16,13 @@ from typing import Any, Literal, get_args
 
 from torch import fx, nn
 
+from lightning_stitch._copying import copied
 from lightning_stitch._dataflow import Dataflow
 from lightning_stitch._example_tracing import trace_somehow
 from lightning_stitch._granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch._layout import layout_of
-from lightning_stitch._tracing import value_for_batch
+from lightning_stitch._modes import warn_where_modes_differ
+from lightning_stitch._probing import value_for_batch
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 
@@ -60,7 +62,8 @@ class CutGraph:
     """A traced network at one input size: its cuts, the fragments between them, and what they cost.
 
     Args:
-        network: The network; traced in eval mode, its modes are restored and it is not changed.
+        network: The network; traced in eval mode, its modes are restored and it is not changed. A UserWarning tells
+            where it would do something else in train mode.
         input_size: (channels, height, width) of the images.
 
     Attributes:
@@ -76,8 +79,9 @@ class CutGraph:
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
         self._network = network
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
-        self.module, self._calls, self.way = trace_somehow(network, input_size)
+        self._trace(input_size)
         self._resize(input_size)
+        warn_where_modes_differ(network, self.module, self.way, input_size)
 
     def at(self, input_size: tuple[int, int, int]) -> CutGraph:
         """The same network at another input size; traced again only if it was traced by example.
@@ -87,11 +91,14 @@ class CutGraph:
         """
         if input_size == self.input_size:
             return self
-        if self.way == "example":
-            return CutGraph(self._network, input_size)
         other = copy.copy(self)
+        if self.way == "example":
+            other._trace(input_size)
         other._resize(input_size)
         return other
+
+    def _trace(self, input_size: tuple[int, int, int]) -> None:
+        self.module, self._calls, self.way = trace_somehow(self._network, input_size)
 
     def _resize(self, input_size: tuple[int, int, int]) -> None:
         self.input_size = input_size
@@ -211,12 +218,21 @@ class CutGraph:
         graph.output(made[last])
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
-        return fragment if share else copy.deepcopy(fragment)
+        return fragment if share else copied(fragment)
 
     @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
         return max(math.prod(seen.shape) for seen in self._flow.two.values() if seen.shape) // 2
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Work that `macs` leaves out, as "blocks.3.attn: torchvision.deform_conv2d"; empty for most networks.
+
+        These are operators that have no FLOP formula and are not free by the convention (see `lightning_stitch.cost`).
+        `torch.utils.flop_counter.register_flop_formula` gives them one, before the network is cut.
+        """
+        return self._flow.uncounted(self._flow.collect(self._input, self._output)[0])
 
     def macs(self, start: str | None, end: str | None) -> int:
         """Multiply-accumulates of the fragment between two cuts, for one image."""

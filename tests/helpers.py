@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
 from lightning_stitch.cost import Budget
@@ -50,6 +52,19 @@ def shake(module: nn.Module, seed: int) -> nn.Module:
             if part.bias is not None:
                 part.bias.data.normal_(0, 0.1, generator=generator)
     return module
+
+
+def counted_macs(network: nn.Module, size: tuple[int, int, int]) -> int:
+    """The reference: half the FLOPs that torch counts in a real run of one image."""
+    counter = FlopCounterMode(display=False)
+    # Some kernels for attention (those that gradients rule out among them) and recurrent layers are unknown to it.
+    was_enabled, *_ = torch.backends.mkldnn.set_flags(False)
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            network.eval()(torch.zeros(1, *size))
+    finally:
+        torch.backends.mkldnn.set_flags(was_enabled)
+    return counter.get_total_flops() // 2
 
 
 @cache

@@ -98,6 +98,41 @@ def test_inspect_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [cut["macs_before"] for cut in report["cuts"]] == sorted(cut["macs_before"] for cut in report["cuts"])
 
 
+@torch.library.custom_op("test_cli::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return doubled(x)
+
+
+class WithWorkOfItsOwn(torch.nn.Sequential):
+    input_size, mean, std = (3, 8, 8), (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Conv2d(3, 4, 1), Doubling(), torch.nn.Flatten())
+
+
+def test_inspect_lists_the_work_that_cannot_be_counted_where_there_is_some(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = f"python:{__name__}:WithWorkOfItsOwn"
+    printed = {}
+    for source in (spec, "test_resnet"):
+        for option in ([], ["--json"]):
+            main(["inspect", source, "--pretrained", "false", *option])
+            printed[source, bool(option)] = capsys.readouterr().out
+    assert "  uncounted 1: test_cli.doubled\n" in printed[spec, False]
+    assert "uncounted" not in printed["test_resnet", False]
+    assert json.loads(printed[spec, True])["uncounted"] == ["1: test_cli.doubled"]
+    assert json.loads(printed["test_resnet", True])["uncounted"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

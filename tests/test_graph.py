@@ -11,7 +11,6 @@ from helpers import donor, noise, shake
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lightning_stitch.cost import network_cost
 from lightning_stitch.errors import CutError
 from lightning_stitch.graph import CutGraph, Granularity
 from lightning_stitch.sources import Source
@@ -151,7 +150,7 @@ def test_a_tensor_whose_first_dimension_is_not_the_batch_is_no_cut() -> None:
 
 
 @pytest.mark.parametrize("name", [*ANY_SIZE, *FIXED_SIZE, *TORCHVISION])
-def test_fragments_share_out_parameters_buffers_and_macs(name: str) -> None:
+def test_fragments_share_out_parameters_and_buffers(name: str) -> None:
     source = shaken(name)
     graph, pairs = source.graph, ends(source.graph, "all")
     fragments = [graph.fragment(start, end, share=True) for start, end in pairs]
@@ -161,9 +160,6 @@ def test_fragments_share_out_parameters_buffers_and_macs(name: str) -> None:
         assert set(found) == {id(tensor) for tensor in tensors(source.module)}
     for fragment, pair in zip(fragments, pairs, strict=True):
         assert {id(p) for p in fragment.parameters()} == {id(p) for p in graph.parameters(*pair)}
-    cost = network_cost(source.module, source.preprocessing.input_size)
-    assert sum(graph.macs(start, end) for start, end in pairs) == cost.macs
-    assert [cut.macs for cut in graph.cuts("all")] == [graph.macs(None, end) for _, end in pairs[:-1]]
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit2", "test_convnext", "test_efficientnet_evos"])
@@ -232,6 +228,11 @@ def shown_by_a_view(network: Between, x: Tensor) -> Tensor:
     return view * network.b.bias[0]  # reads a parameter, and so leaves the view alone for a moment
 
 
+@torch.library.custom_op("test_graph::doubled", mutates_args=("x",))
+def doubled(x: Tensor) -> None:
+    x.mul_(2)
+
+
 IN_PLACE: dict[str, Callable[[Between, Tensor], object]] = {
     "module": lambda n, x: n.relu(x),
     "module behind an identity": lambda n, x: n.relu(n.same(x)),
@@ -245,6 +246,7 @@ IN_PLACE: dict[str, Callable[[Between, Tensor], object]] = {
     "statement on a part": statement(lambda n, x: x[:, 0].mul_(3)),
     "statement of a module": statement(lambda n, x: n.relu(x)),
     "statement of a function": statement(lambda n, x: F.relu(x, inplace=True)),
+    "statement of an operator of the user's own": statement(lambda n, x: doubled(x)),
     "statement that a view shows": shown_by_a_view,
 }
 
@@ -368,8 +370,11 @@ class TwoOutputs(nn.Sequential):
     ("network", "words"),
     [
         (Branching(), r"(?s)Branching cannot be traced: TraceError: .*control flow.*register_notrace_module"),
-        (nn.Bilinear(3, 3, 2), r"Bilinear cannot be traced: TypeError: .*missing 1 required positional argument"),
-        (TwoOutputs(nn.Conv2d(3, 3, 1)), "TwoOutputs returns more than one tensor; give a part of it that returns one"),
+        (nn.Bilinear(3, 3, 2), r"Bilinear cannot be called with one batch .*: missing a required argument: 'input2'"),
+        (
+            TwoOutputs(nn.Conv2d(3, 3, 1)),
+            "TwoOutputs returns a tuple of 2, not one tensor. Give a part of it that returns one",
+        ),
         (nn.Sequential(nn.Conv2d(3, 3, 1)), "Sequential has no place where exactly one activation tensor is live"),
         (nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU()), r"=0\]\(|network_0.*fails in a dry run: .*channels"),
     ],

@@ -16,10 +16,12 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe"},
-    {"functional", "progress", "_lightning", "_spool"},
+    {"functional", "progress", "_lightning", "_spool", "_copying"},
     # similarity, sources, graph, activations, stitches, healing, cost
-    {"similarity", "preprocessing", "_tracing", "_layout", "_blueprint"},
+    {"similarity", "preprocessing", "_operators", "_tracing", "_layout", "_blueprint"},
+    {"_probing"},
     {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
+    {"_modes"},
     {"cost", "graph", "_timm_sources"},
     {"sources", "stitches"},
     {"folding"},
