@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from lightning_stitch._blueprint import (
     plain_arguments,
     preprocessing_from,
 )
+from lightning_stitch._copying import copied
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
 
@@ -143,10 +143,20 @@ def from_module(module: nn.Module, name: str | None, preprocessing: Preprocessin
         name=name,
         builder="live",
         architecture=qualified,
-        build=partial(copy.deepcopy, module),
+        build=partial(_copied, module),
         preprocessing=preprocessing or declared_preprocessing(module),
         licence=declared_config(module).get("license"),
     )
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copied(module)
+    except Exception as error:  # a module may hold anything
+        raise SourceError(
+            f"{type(module).__name__} cannot be copied: {first_lines(error)}. Remove what cannot be (open files, "
+            f"locks), or load it as 'python:package.module:factory'."
+        ) from error
 
 
 def declared_config(module: nn.Module) -> dict[str, Any]:

@@ -154,6 +154,7 @@ class Pool:
         with self._timed("cut"):
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
             costs.check(budget)
+        budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
         self.calibrate(calibration, progress=progress)
         space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
         with self._timed("search"):
@@ -208,10 +209,16 @@ class Pool:
         space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
         return follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
 
-    def assemble(self, candidate: Candidate) -> StitchedNetwork:
-        """A candidate as a network of its own: copies of the fragments, folds done."""
+    def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
+        """A candidate as a network of its own: copies of the fragments, folds done.
+
+        Args:
+            candidate: What a search found, or `stitch` made.
+            share_weights: Whether fragments of one source share what they have in common (`Recipe.share_weights`).
+        """
+        recipe = dataclasses.replace(candidate.recipe, share_weights=share_weights)
         graphs = {part.name: part.graph for part in self.parts}
-        return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+        return assemble(recipe, graphs, [step.stitch for step in candidate.steps[1:]])
 
     def _images(self, batches: Iterable[Tensor | Sequence[Tensor]], labels: list[Tensor]) -> Iterator[Tensor]:
         for batch in batches:

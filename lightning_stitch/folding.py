@@ -7,6 +7,8 @@ that ends the fragment. Elsewhere the stitch stays a layer of its own.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -47,9 +49,10 @@ def producer_layers(fragment: fx.GraphModule) -> tuple[nn.Conv2d | nn.Linear, nn
 
 
 def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
-    """Change the fragment's first layers, in place, so that they take the sender's channels.
+    """Give the fragment, in place, first layers that take the sender's channels.
 
-    W'[o, :, k, l] = W[o, :, k, l] A and b' = b + sum over k, l of W[., ., k, l] a.
+    W'[o, :, k, l] = W[o, :, k, l] A and b' = b + sum over k, l of W[., ., k, l] a. The layers are new ones: those that
+    were there may be another fragment's, too, and stay as they are.
 
     Raises:
         CutError: If that is not exact here.
@@ -60,7 +63,7 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
         raise CutError(
             "This stitch cannot be folded into the fragment behind it: not all its readers are dense layers."
         )
-    for layer in layers:
+    for layer in (_own(fragment, layer) for layer in layers):
         old = layer.weight.detach().double()
         if isinstance(layer, nn.Conv2d):
             new = torch.einsum("oikl,ic->ockl", old, weight)
@@ -74,9 +77,10 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
 
 
 def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
-    """Change the fragment's last layer, in place, so that it yields the receiver's channels; its BatchNorm goes too.
+    """Give the fragment, in place, a last layer that yields the receiver's channels; its BatchNorm goes.
 
-    W' = A W and b' = A b + a, after the BatchNorm's running statistics are folded into W and b.
+    W' = A W and b' = A b + a, after the BatchNorm's running statistics are folded into W and b. The layer is a new one:
+    that which was there, and the BatchNorm, may be another fragment's, too, and stay as they are.
 
     Raises:
         CutError: If that is not exact here.
@@ -85,7 +89,7 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     found = producer_layers(fragment)
     if found is None:
         raise CutError("This stitch cannot be folded into the fragment before it: it does not end in a dense layer.")
-    layer, norm = found
+    layer, norm = _own(fragment, found[0]), found[1]
     old = layer.weight.detach().double()
     shift = torch.zeros(old.shape[0], dtype=old.dtype, device=old.device)
     if layer.bias is not None:
@@ -186,6 +190,13 @@ def _numbers(stitch: Stitch) -> tuple[Tensor, Tensor | None]:
     return stitch.weight.detach().double(), None if stitch.bias is None else stitch.bias.detach().double()
 
 
+def _own(fragment: fx.GraphModule, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Put a copy in a layer's place."""
+    own = copy.deepcopy(layer)
+    fragment.add_submodule(next(str(n.target) for n in fragment.graph.nodes if _module(fragment, n) is layer), own)
+    return own
+
+
 def _set(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=layer.weight.requires_grad)
@@ -199,10 +210,15 @@ def _module(fragment: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 def _dense_layer(fragment: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
     module = _module(fragment, node)
-    # Subclasses pad or standardise on the fly, so only the plain classes are sure to be affine.
+    # Subclasses pad or standardise on the fly, hooks change what goes through or (older weight and spectral norms) the
+    # weight itself, so only the plain classes without hooks are sure to be affine.
     if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
-        return module
+        return None if _has_hooks(module) else module
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_called_once(fragment: fx.GraphModule, node: fx.Node) -> bool:
@@ -214,15 +230,19 @@ def _is_used_once(fragment: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _through_identities(fragment: fx.GraphModule, node: fx.Node) -> fx.Node:
-    while isinstance(_module(fragment, node), nn.Identity | nn.Dropout) and len(node.users) == 1:
+    while len(node.users) == 1:
+        module = _module(fragment, node)
+        if not isinstance(module, nn.Identity | nn.Dropout) or _has_hooks(module):
+            break
         node = node.all_input_nodes[0]
     return node
 
 
 def _is_affine_in_eval(norm: nn.BatchNorm2d) -> bool:
-    """A BatchNorm with running statistics and no activation of its own (timm's BatchNormAct2d may carry one)."""
+    """A BatchNorm with running statistics, without hooks or an activation (timm's BatchNormAct2d may carry one)."""
     extras = [getattr(norm, name) for name in ("act", "drop") if hasattr(norm, name)]
-    return norm.running_mean is not None and all(isinstance(extra, nn.Identity) for extra in extras)
+    plain = not _has_hooks(norm) and all(isinstance(extra, nn.Identity) for extra in extras)
+    return norm.running_mean is not None and plain
 
 
 def _batch_norm_as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_stitch._copying import copied
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.graph import CutGraph
@@ -28,7 +31,8 @@ class StitchedNetwork(nn.Module):
     Attributes:
         recipe: Its structure.
         preprocess: The start source's preprocessing.
-        fragments: The fragments, in forward order; they own their parameters.
+        fragments: The fragments, in forward order; their parameters are their own, or shared among the fragments of
+            one source where the recipe says so.
         stitches: `Stitch` or `nn.Identity` between each two fragments.
     """
 
@@ -113,7 +117,12 @@ class StitchedNetwork(nn.Module):
                 lines.append(f"    stitch {sizes}, {where}" + (f"; {scores}" if scores else ""))
         params = sum(p.numel() for p in self.parameters())
         macs = recipe.scores.get("macs")
-        total = f"  {params / 1e6:.3f} M parameters" + ("" if macs is None else f", {macs / 1e6:.1f} M MACs")
+        total = f"  {params / 1e6:.3f} M parameters"
+        if recipe.share_weights:
+            holders = Counter(p for fragment in self.fragments for p in fragment.parameters())
+            shared = sum(p.numel() for p, count in holders.items() if count > 1)
+            total += f" ({shared / 1e6:.3f} M of them shared by several fragments)"
+        total += "" if macs is None else f", {macs / 1e6:.1f} M MACs"
         lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
         other = {name: value for name, value in recipe.scores.items() if name not in ("params", "macs")}
         if other:
@@ -126,7 +135,8 @@ def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[
 
     Args:
         recipe: The structure.
-        graphs: The cut graph of each source, by name. Their parameters are copied, not shared.
+        graphs: The cut graph of each source, by name. Their parameters are copied: once for each fragment, or, where
+            the recipe shares weights, once for all fragments of the source.
         stitches: One for each of the recipe's; explicit where they hold numbers, whatever their placement.
 
     Raises:
@@ -139,7 +149,12 @@ def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[
 
 
 def _assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]) -> StitchedNetwork:
-    fragments = [graphs[ref.source].fragment(ref.start, ref.end) for ref in recipe.fragments]
+    copies: dict[str, dict[int, Any]] = {}
+    fragments = []
+    for ref in recipe.fragments:
+        fragment = graphs[ref.source].fragment(ref.start, ref.end, share=True)
+        memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
+        fragments.append(copied(fragment, memo))
     joints: list[nn.Module] = []
     for index, (spec, stitch) in enumerate(zip(recipe.stitches, stitches, strict=True)):
         if spec is None:

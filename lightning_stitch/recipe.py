@@ -136,6 +136,9 @@ class Recipe:
         stitches: One entry between each two fragments; None where a fragment simply goes on in its own source.
         input_size: (channels, height, width) of the images that the network was calibrated on.
         scores: What the search measured ("cka_product", "macs", "params", ranking scores), by name.
+        share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
+            (one fragment used twice, fragments that overlap, weights that the source ties) is there once, and is
+            trained for all of them; only layers that take a stitch in become a fragment's own.
         schema: Version of this format.
 
     Raises:
@@ -147,6 +150,7 @@ class Recipe:
     stitches: tuple[StitchSpec | None, ...] = ()
     input_size: tuple[int, int, int] | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    share_weights: bool = False
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_stitch import _timm_sources as timm_sources
 from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
@@ -102,7 +103,7 @@ def load_source(
     """Load one source.
 
     Random weights depend on the spec alone, and the global random state of torch is left as it was. A live module is
-    copied, not changed.
+    copied, not changed. Sources compute in float32, whatever precision their weights come in.
 
     Args:
         spec: A timm name, "torchvision:NAME", "local-dir:PATH" (timm's config.json and model.safetensors),
@@ -115,7 +116,7 @@ def load_source(
         preprocessing: Overrides what the source says of itself; factories and live modules may say nothing.
 
     Returns:
-        The source, its module in eval mode, its weights hashed.
+        The source, its module in eval mode, its weights hashed as they came.
 
     Raises:
         SourceError: If the source cannot be found or reached, its weights do not fit or hold NaN, or its preprocessing
@@ -222,7 +223,7 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
         raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(builders)}.")
     try:
         with _seeded(ref.spec):
-            return builders[ref.builder]().eval()
+            return _in_float32(builders[ref.builder]()).eval()
     except SourceError as error:
         raise RecipeError(problem + str(error)) from error
 
@@ -308,6 +309,7 @@ def _load(blueprint: Blueprint) -> Source:
         with _seeded(blueprint.spec):
             module = blueprint.build().eval()
         weight_hash = _weight_hash(module.state_dict())
+        module = _in_float32(module)
         preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
@@ -326,6 +328,12 @@ def _load(blueprint: Blueprint) -> Source:
     return Source(ref=ref, module=module)
 
 
+def _in_float32(module: nn.Module) -> nn.Module:
+    """Sources of several precisions meet in one network, and images come in float32."""
+    others = any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters())
+    return module.float() if others else module
+
+
 @contextmanager
 def _seeded(spec: str) -> Iterator[None]:
     """Random numbers that depend on the spec alone; torch's global state is restored after."""
@@ -340,10 +348,11 @@ def _weight_hash(state_dict: Mapping[str, Any]) -> str:
     """SHA-256 over sorted names, dtypes, shapes and bytes of all tensors, which must exist and hold no NaN."""
     digest = hashlib.sha256()
     tensors = {name: value for name, value in sorted(state_dict.items()) if isinstance(value, Tensor)}
-    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
     if empty:
         raise SourceError(
-            f"{len(empty)} tensors ({empty[0]}, ...) are on the meta device. Load weights into them first."
+            f"{len(empty)} tensors ({empty[0]}, ...) are on the meta device, or lazy and without a shape yet. Load "
+            f"weights into them, or run a batch of images through the network, first."
         )
     broken = [name for name, tensor in tensors.items() if torch.isnan(tensor).any()]
     if broken:

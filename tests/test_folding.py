@@ -265,15 +265,26 @@ def test_a_bias_does_not_go_into_a_zero_padded_convolution_because_its_border_wo
     with pytest.raises(CutError, match="cannot be folded into the fragment behind it"):
         fold_into_consumer(after, stitch)
 
-    conv = next(part for part in after.modules() if isinstance(part, nn.Conv2d))
-    forced, padding = copy.deepcopy(after), conv.padding
-    layer = next(part for part in forced.modules() if isinstance(part, nn.Conv2d))
-    layer.padding = "valid"
+    def convolution(fragment: fx.GraphModule) -> nn.Conv2d:
+        return next(part for part in fragment.modules() if isinstance(part, nn.Conv2d))
+
+    forced = copy.deepcopy(after)
+    convolution(forced).padding = "valid"
     fold_into_consumer(forced, stitch)
-    layer.padding = padding
+    convolution(forced).padding = convolution(after).padding
     error = (forced(x) - after(stitch(x))).abs().amax((0, 1))
     assert error[2:-2, 2:-2].max() < 1e-5
     assert error.max() > 0.1
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    return layer
+
+
+def hooked_before(layer: nn.Module) -> nn.Module:
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return layer
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -288,8 +299,13 @@ def test_a_bias_does_not_go_into_a_zero_padded_convolution_because_its_border_wo
         Steps(lambda n, x: n.conv(n.conv(x)), conv=nn.Conv2d(6, 6, 1)),
         Steps(lambda n, x: x + n.conv(x), conv=nn.Conv2d(6, 6, 1)),
         Steps(lambda n, x: n.a(x) + n.b(x), a=nn.Conv2d(6, 6, 1), b=nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+        hooked(nn.Conv2d(6, 4, 1)),
+        hooked_before(nn.Conv2d(6, 4, 1)),
     ],
-    ids=["activation", "grouped", "norm", "transposed", "standardised", "used twice", "shortcut", "one of two grouped"],
+    ids=[
+        *("activation", "grouped", "norm", "transposed", "standardised", "used twice", "shortcut"),
+        *("one of two grouped", "hook", "hook before"),
+    ],
 )
 def test_consumers_that_would_not_be_exact(module: nn.Module, bias: bool) -> None:
     after = traced(module)
@@ -319,10 +335,15 @@ def written(n: Steps, x: Tensor) -> Tensor:
         Steps(lambda n, x: n.conv(x).add_(1), conv=nn.Conv2d(3, 5, 1)),
         Steps(written, conv=nn.Conv2d(3, 5, 1), norm=nn.Identity()),
         Steps(written, conv=nn.Conv2d(3, 5, 1), norm=nn.BatchNorm2d(5)),
+        hooked(nn.Conv2d(3, 5, 1)),
+        nn.Sequential(hooked_before(nn.Conv2d(3, 5, 1)), nn.BatchNorm2d(5)),
+        nn.Sequential(nn.Conv2d(3, 5, 1), hooked_before(nn.BatchNorm2d(5))),
+        nn.Sequential(nn.Conv2d(3, 5, 1), hooked(nn.Identity())),
     ],
     ids=[
         *("activation", "pooling", "grouped", "standardised", "batch statistics", "norm with activation", "used twice"),
         *("norm used twice", "shortcut", "written", "written behind an identity", "written behind a norm"),
+        *("hook", "hook before", "hook of a norm", "hook of an identity"),
     ],
 )
 def test_producers_that_would_not_be_exact(module: nn.Module) -> None:

@@ -51,6 +51,13 @@ def test_a_recipe_survives_json() -> None:
     assert Recipe.from_dict(json.loads(json.dumps(plain))) == recipe()
 
 
+def test_a_recipe_from_before_weights_could_be_shared_shares_none() -> None:
+    shared = recipe(share_weights=True).to_dict()
+    assert Recipe.from_dict(shared).share_weights
+    del shared["share_weights"]
+    assert Recipe.from_dict(shared) == recipe(share_weights=False)
+
+
 def test_a_recipe_of_one_whole_source_survives_json() -> None:
     whole = Recipe((source(),), (FragmentRef("a", None, None),))
     assert Recipe.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
@@ -120,6 +127,7 @@ def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
         ),
         (lambda p: p["fragments"][0].update(source=3), "FragmentRef.source is 3; expected str"),
         (lambda p: p.update(input_size=[3, 64]), r"Recipe.input_size is \(3, 64\)"),
+        (lambda p: p.update(share_weights="yes"), "Recipe.share_weights is 'yes'; expected bool"),
         (lambda p: p["scores"].update(macs="many"), r"Recipe.scores is .*'many'.*; expected dict\[str, float\]"),
         (lambda p: p.update(stitches=[None, None, None]), "Nothing joins"),
     ],
