@@ -110,9 +110,7 @@ def test_a_source_that_takes_no_other_size_names_the_sizes_and_the_mend() -> Non
     layers = [nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 8), nn.ReLU(), nn.Linear(8, 2)]
     source = live(nn.Sequential(*layers), "flat", size=16)
     assert segment(source, CalibrationSettings(), (3, 16, 16)).graph.input_size == (3, 16, 16)
-    words = (
-        r"(?s)^Source 'flat' at 3x24x24: .*It does take its native 3x16x16: use images .* fixed_size=True"
-    )
+    words = r"(?s)^Source 'flat' at 3x24x24: .*It does take its native 3x16x16: use images .* fixed_size=True"
     with pytest.raises(CutError, match=words):
         segment(source, CalibrationSettings(), (3, 24, 24))
     mended = live(nn.Sequential(*layers), "flat", size=16, fixed_size=True)
