@@ -10,13 +10,14 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from helpers import counted_macs
+from helpers import counted_macs, live, noise, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchvision.ops import deform_conv2d
 
 from lightning_stitch import cost
+from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget, Cost, network_cost
 from lightning_stitch.errors import BudgetError, CutError
 from lightning_stitch.graph import CutGraph
@@ -287,6 +288,17 @@ def test_a_limit_on_macs_warns_where_the_count_leaves_work_out(operations: list[
     with pytest.warns(UserWarning, match=f"The MACs of net {words}") as warned:
         Budget(max_macs=1e9).warn_of_uncounted({"plain": [], "net": operations})
     assert len(warned) == 1
+
+
+def test_a_search_under_a_limit_on_macs_warns_of_work_that_they_leave_out() -> None:
+    class Fourier(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft2(x).abs()
+
+    layers = [nn.Conv2d(3, 4, 3), Fourier(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    pool = Pool([live(shake(nn.Sequential(*layers, nn.Linear(4, 3)), 0), "waves")], (3, 16, 16))
+    with pytest.warns(UserWarning, match=r"The MACs of waves leave out 1: aten\._fft_r2c: there is no FLOP formula"):
+        pool.search([noise(8, 3, 16, 16)], [noise(8, 3, 16, 16, seed=1)], budget=Budget(max_macs=1e9))
 
 
 def test_no_limit_on_macs_no_warning_of_what_they_leave_out(recwarn: pytest.WarningsRecorder) -> None:

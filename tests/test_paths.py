@@ -191,6 +191,19 @@ def test_fragments_may_come_back_to_a_source_and_use_it_again() -> None:
     assert candidate.kind == "stitched"
 
 
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_a_fragment_used_twice_is_copied_or_shared_as_the_user_says(share_weights: bool) -> None:
+    pool = small_pool()
+    candidate = pool.stitch([("a", None, "1"), ("a", "0", "1"), ("a", "1", None)])
+    network, apart = (pool.assemble(candidate, share_weights=share) for share in (share_weights, False))
+    twice, images = pool.parts[0].cost_between(1, 2).params, noise(2, 3, 16, 16)
+    expected = candidate.cost.params - (twice if share_weights else 0)
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
+    assert network.recipe.share_weights == share_weights
+    with torch.no_grad():
+        assert torch.equal(network(images), apart(images))
+
+
 @pytest.mark.parametrize(
     ("fragments", "words"),
     [
