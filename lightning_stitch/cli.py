@@ -29,6 +29,8 @@ else:
         raise StitchError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
     LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
 
+_WAYS = {"symbolic": "symbolically, for any input size", "example": "by example, for this input size"}
+
 
 class StitchCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, that keeps the result of a run without training.
@@ -156,7 +158,7 @@ def _print_source(report: dict[str, Any]) -> None:
         ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
         ("cost", f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs"),
         *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
-        ("traced", {"symbolic": "for any input size", "example": "by example, for this input size"}[report["traced"]]),
+        ("traced", _WAYS[report["traced"]]),
     ):
         console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)
     table = Table(
