@@ -295,7 +295,7 @@ def _rows(x: Tensor, name: str) -> Tensor:
         needed = "must be rows x channels, 2-D and not empty (flatten maps and tokens first)"
         raise CalibrationError(f"{name} {needed}; found shape {tuple(x.shape)}.")
     x = x.double()
-    if num_bad := int((~x.isfinite().all(1)).sum()):
+    if not x.sum().isfinite() and (num_bad := int((~x.isfinite().all(1)).sum())):
         cause = "Look for overflow (half precision?) or broken images or weights before this point."
         raise CalibrationError(f"{name} has NaN or infinite values in {num_bad} of its {len(x)} rows. {cause}")
     return x
