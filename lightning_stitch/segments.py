@@ -138,21 +138,15 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
             f"Source {source.name!r} takes images of {source.preprocessing.input_size[0]} channels; the calibration "
             f"images have {image_shape[0]}."
         )
-    size, native = view_size(source.preprocessing, image_shape), source.preprocessing.input_size
-    graph = None
+    size = view_size(source.preprocessing, image_shape)
     try:
-        graph = source.graph
-        graph = graph.at(size)
+        graph = source.graph_at(size)
         end_cut = graph.feature_cut() if settings.until == "features" else None
         cuts = graph.cuts(settings.granularity_of(source.name))
     except CutError as error:
-        mend = ""
-        if graph is not None and size != native:
-            mend = (
-                f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
-                f"fixed_size=True in its preprocessing, and it gets them resized."
-            )
-        raise CutError(f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{mend}") from error
+        raise CutError(
+            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, size)}"
+        ) from error
     if end_cut is not None:
         # What lies between a cut and the features must have weights, or there is nothing to stitch to.
         cuts = [cut for cut in cuts if cut.macs < end_cut.macs]
@@ -168,6 +162,23 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
         costs=[Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b)) for a, b in pairs],
         preprocess=Preprocess(source.preprocessing),
         image_shape=image_shape,
+    )
+
+
+def _mend(source: Source, size: tuple[int, int, int]) -> str:
+    """What a source that does not take images of a size may need."""
+    native = source.preprocessing.input_size
+    try:
+        source.graph_at(native)
+    except CutError:
+        return ""
+    return (
+        ""
+        if size == native
+        else (
+            f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
+            f"fixed_size=True in its preprocessing, and it gets them resized."
+        )
     )
 
 

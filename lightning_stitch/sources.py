@@ -48,7 +48,7 @@ class Source:
 
     ref: SourceRef
     module: nn.Module
-    _graph: CutGraph | None = field(default=None, init=False, repr=False)
+    _graphs: dict[tuple[int, int, int], CutGraph] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -67,14 +67,24 @@ class Source:
 
     @property
     def graph(self) -> CutGraph:
-        """The network traced and cut at its native input size; made at the first use, `graph.at(size)` gives others.
+        """The network traced and cut at its native input size; made at the first use.
 
         Raises:
             CutError: If it cannot be traced, or has no cut.
         """
-        if self._graph is None:
-            self._graph = CutGraph(self.module, self.preprocessing.input_size)
-        return self._graph
+        return self.graph_at(self.preprocessing.input_size)
+
+    def graph_at(self, input_size: tuple[int, int, int]) -> CutGraph:
+        """The network traced and cut for images of (channels, height, width); made at the first use of that size.
+
+        Raises:
+            CutError: If it cannot be traced, has no cut, or does not take images of that size.
+        """
+        if input_size not in self._graphs:
+            traced = next(iter(self._graphs.values()), None)
+            graph = CutGraph(self.module, input_size) if traced is None else traced.at(input_size)
+            self._graphs[input_size] = graph
+        return self._graphs[input_size]
 
     def cuts(self, granularity: Granularity | Sequence[str] = "blocks") -> list[Cut]:
         """Its cuts at the native input size, as `CutGraph.cuts`."""
