@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
+from lightning_stitch._memory import Footprint, Occupancy, occupancy
 from lightning_stitch._probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
 from lightning_stitch._tracing import is_in_place
 from lightning_stitch.errors import CutError
@@ -125,9 +126,39 @@ class Dataflow:
         """For one image; work that is the same for any batch, as on position tables, counts in full."""
         return sum(2 * self.two[node].macs - self.three[node].macs for node in nodes)
 
+    def occupancy(self, first: fx.Node, last: fx.Node, last_layer: nn.Module | None) -> Occupancy:
+        """The bytes of activations that are alive at once on the way from one node to another, for one image.
+
+        Args:
+            first: The node whose tensor is the input.
+            last: The node whose tensor is the output.
+            last_layer: The layer on the way that can take a stitch behind it in.
+        """
+        kept, _ = self.collect(first, last)
+        nodes = [first, *(node for node in self.nodes if node in kept)]
+        called = {n: self.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+        return occupancy(
+            nodes,
+            last,
+            {node: self._footprint(node) for node in nodes},
+            copies=self.overwrites(first, kept),
+            last_layer=next((n for n, module in called.items() if module is last_layer), None),
+        )
+
+    def overwrites(self, first: fx.Node, nodes: Container[fx.Node]) -> bool:
+        """Whether one of the nodes writes into a node's memory."""
+        return any(writer in nodes for writer in self.writers.get(first, ()))
+
     def uncounted(self, nodes: Container[fx.Node]) -> tuple[str, ...]:
         """What `macs` leaves out, as "module: operator"."""
         return uncounted_work({node: seen for node, seen in self.two.items() if node in nodes})
+
+    def _footprint(self, node: fx.Node) -> Footprint:
+        """For one image; what is the same for any batch counts in full, as in `macs`."""
+        two, three = self.two[node].footprint, self.three[node].footprint
+        sizes = zip(two.held, two.held.values(), three.held.values(), strict=False)
+        held = {memory: 2 * of_two - of_three for memory, of_two, of_three in sizes}
+        return Footprint(held, 2 * two.most - three.most)
 
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
         memory = {node: seen.memory for node, seen in self.two.items()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_stitch._memory import Allocations, Footprint, tensors_in
 from lightning_stitch._operators import FORMULAS, UncountedOperators, plain_attention
 from lightning_stitch._tracing import left_as_it_was
 from lightning_stitch.errors import CutError
@@ -22,8 +24,9 @@ from lightning_stitch.errors import CutError
 class Yield:
     """What a node yields for one batch size: shape and dtype of a tensor, or the value of anything else.
 
-    `memory` is the same for tensors that lie in the same memory (views, results of in-place operations). `uncounted`
-    are the operators whose work `macs` leaves out, `written` the arguments that the node wrote into.
+    `uncounted` are the operators whose work `macs` leaves out, `written` the arguments that the node wrote into,
+    `footprint` what it needs of memory: tensors that lie in the same (views, results of in-place operations) have the
+    same number there.
     """
 
     shape: tuple[int, ...] | None
@@ -32,17 +35,29 @@ class Yield:
     macs: int
     uncounted: tuple[str, ...]
     written: tuple[fx.Node, ...]
-    memory: int | None = None
+    footprint: Footprint
+
+    @property
+    def memory(self) -> int | None:
+        """The number of the memory that a tensor lies in."""
+        return None if self.shape is None else next(iter(self.footprint.held), None)
 
 
 class _Prober(fx.Interpreter):
-    """Runs a graph on fake tensors and notes what every node yields and how many FLOPs it takes."""
+    """Runs a graph on fake tensors and notes what every node yields, how many FLOPs it takes and how much memory."""
 
-    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode, operators: UncountedOperators) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        counter: FlopCounterMode,
+        operators: UncountedOperators,
+        allocations: Allocations,
+    ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # torch.fx would add advice on its own tools to the error
         self.counter = counter
         self.operators = operators
+        self.allocations = allocations
         self.yields: dict[fx.Node, Yield] = {}
         # Weak references free the memory, but keep its address from being used again.
         self._memories: dict[StorageWeakRef, int] = {}
@@ -58,14 +73,18 @@ class _Prober(fx.Interpreter):
         macs = (self.counter.get_total_flops() - before) // 2
         uncounted = self.operators.take()
         written = tuple(argument for argument, version in self._versions(n).items() if version != versions[argument])
+        held = {self._memory_of(x): self.allocations.bytes_of(x) for x in tensors_in(result)}
+        footprint = Footprint(held, self.allocations.take())
         if isinstance(result, Tensor):
-            memory = self._memories.setdefault(StorageWeakRef(result.untyped_storage()), len(self._memories))
             self.yields[n] = Yield(
-                tuple(result.shape), result.is_floating_point(), None, macs, uncounted, written, memory
+                tuple(result.shape), result.is_floating_point(), None, macs, uncounted, written, footprint
             )
         else:
-            self.yields[n] = Yield(None, False, result, macs, uncounted, written)
+            self.yields[n] = Yield(None, False, result, macs, uncounted, written, footprint)
         return result
+
+    def _memory_of(self, x: Tensor) -> int:
+        return self._memories.setdefault(StorageWeakRef(x.untyped_storage()), len(self._memories))
 
     def _versions(self, n: fx.Node) -> dict[fx.Node, int]:
         """How often each tensor among a node's arguments, or a view of it, has been written into."""
@@ -74,11 +93,12 @@ class _Prober(fx.Interpreter):
 
 
 def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
-    """What every node yields for `batch_size` images of that size, and its MACs for the whole batch (eval mode).
+    """What every node yields for `batch_size` images, and its MACs and bytes for the whole batch (eval mode).
 
     Nothing is computed: the run is on fake tensors. One MAC is one multiply-accumulate, half of what
     `torch.utils.flop_counter` counts; element-wise operations, norms, pooling and resampling count nothing, and the
-    operators that it has no formula for are named beside (see `_operators`).
+    operators that it has no formula for are named beside (see `_operators`). Bytes are those that operators allocate,
+    attention run as matrix products.
 
     Raises:
         CutError: If the graph does not accept images of that size; the message names the operation.
@@ -91,17 +111,39 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     was_disabled, logger.disabled = logger.disabled, True
     try:
         counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        operators = UncountedOperators(counter)
-        # Gradients stay on: fake views of parameters cannot be made without.
+        operators, allocations = UncountedOperators(counter), Allocations()
+        # Gradient mode stays on: fake views of parameters cannot be made without.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with left_as_it_was(traced), torch.enable_grad(), fake, plain_attention(), operators, counter:
+        with (
+            left_as_it_was(traced),
+            _frozen(traced),
+            torch.enable_grad(),
+            fake,
+            plain_attention(),
+            allocations,
+            operators,
+            counter,
+        ):
             traced.eval()
             images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
-            prober = _Prober(traced, counter, operators)
+            prober = _Prober(traced, counter, operators, allocations)
             prober.run(images)
     finally:
         logger.disabled = was_disabled
     return prober.yields
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters, for which a run would keep activations and copy what it then overwrites."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def uncounted_work(yields: Mapping[fx.Node, Yield]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from lightning_stitch.functional import Estimator
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.progress import Bar, Progress, Silent
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.report import print_table, write_table
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, Strategy
@@ -39,7 +40,7 @@ class FragmentSearch(pl.Callback):
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
         strategy: The search; None: `Beam()`. `DepthFirst(...)` is the paper's.
-        budget: Limits that the chosen network keeps.
+        budget: Limits that the chosen network keeps: on parameters, MACs, milliseconds, bytes of activations and score.
         granularity: Which cuts are offered: "stages", "blocks", "reference", "all", a list of cut names, or a mapping
             from a source's name to one of these.
         estimator: Of CKA: "debiased", or "biased" as in the paper.
@@ -205,9 +206,13 @@ class FragmentSearch(pl.Callback):
 
     def _agree(self, trainer: pl.Trainer, module: StitchedClassifier) -> None:
         """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""
-        recipe = trainer.strategy.broadcast(module.hparams["recipe"], src=0)
-        if recipe != module.hparams["recipe"]:
+        own = module.hparams["recipe"]
+        recipe = trainer.strategy.broadcast(own, src=0)
+        if recipe != own:
             module.hparams["recipe"] = recipe
+            if module.network is not None and {**recipe, "scores": own["scores"]} == own:
+                # The same network, of which each rank has measured the latency itself.
+                module.network.recipe = Recipe.from_dict(recipe)
             module.configure_model()
 
     def _report(self, trainer: pl.Trainer) -> None:
@@ -218,7 +223,10 @@ class FragmentSearch(pl.Callback):
         best = self.result.best
         metrics = {f"search/{name}": value for name, value in best.scores.items()}
         metrics |= {f"search/{stage}_seconds": seconds for stage, seconds in self.result.seconds.items()}
-        metrics |= {"search/params": best.candidate.cost.params, "search/macs": best.candidate.cost.macs}
+        for measure in ("params", "macs", "activation_bytes"):
+            metrics[f"search/{measure}"] = getattr(best.candidate.cost, measure)
+        if best.latency_ms is not None:
+            metrics["search/latency_ms"] = best.latency_ms
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=0)
         lines = [self.result.summary()]

@@ -114,7 +114,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def describe_source(source: Source, *, granularity: Any = "blocks") -> dict[str, Any]:
-    """What `inspect` shows, as plain JSON values; MACs are for one image of the native input size."""
+    """What `inspect` shows, as plain JSON values; MACs and activations are for one image of the native input size."""
     graph = source.graph
     preprocessing = dataclasses.asdict(source.preprocessing)
     return {
@@ -127,6 +127,7 @@ def describe_source(source: Source, *, granularity: Any = "blocks") -> dict[str,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()},
         "params": sum(parameter.numel() for parameter in source.module.parameters()),
         "macs": graph.macs(None, None),
+        "activation_bytes": graph.occupancy(None, None).peak(),
         "uncounted": list(graph.uncounted),
         "traced": graph.way,
         "granularity": granularity,
@@ -156,7 +157,11 @@ def _print_source(report: dict[str, Any]) -> None:
         ("revision", report["revision"] or "unknown"),
         ("weights", report["weight_hash"]),
         ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
-        ("cost", f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs"),
+        (
+            "cost",
+            f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs, "
+            f"{report['activation_bytes'] / 1e6:.3g} MB of activations",
+        ),
         *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
         ("traced", _WAYS[report["traced"]]),
     ):

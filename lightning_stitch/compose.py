@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lightning_stitch._spool import Carried, Spool
 from lightning_stitch.activations import Calibrated, calibrate
+from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
+from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.progress import Progress, Silent, num_images
@@ -33,9 +35,9 @@ from lightning_stitch.ranking import (
     find_ranking,
 )
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.results import Ranked, SearchResult
+from lightning_stitch.results import Ranked, SearchResult, choose
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
+from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source
 from lightning_stitch.space import Candidate, SearchSpace
 
@@ -85,6 +87,7 @@ class Pool:
             for piece in part.pieces:
                 piece.to(self.device)
         self.calibrated: list[Calibrated] = []
+        self._latencies: list[list[float]] | None = None
 
     def calibrate(self, images: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress | None = None) -> None:
         """Run each source once over the calibration images.
@@ -132,7 +135,7 @@ class Pool:
             calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at.
             selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
             strategy: A generator of candidates; None: `Beam()`.
-            budget: Limits that the chosen network keeps; None: none.
+            budget: Limits that the chosen network and all StitchNets of the result keep; None: none.
             ranking: Name of a ranking, "auto" (leave-one-out accuracy with labels, agreement without), or a function.
             num_classes: Number of classes, where there are labels.
             ridge: Relative strength of the stitches' fit; 0 is the paper's.
@@ -141,7 +144,8 @@ class Pool:
             progress: Where to show progress.
 
         Raises:
-            BudgetError: If no network keeps the budget; names the cheapest and its cost. Comes before any source runs.
+            BudgetError: If no network keeps the budget; names the one that comes nearest, and its cost. Where that can
+                be known, it comes before any source runs; for a latency before any image is read.
             StitchError: If the ranking is unknown; likewise.
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
         """
@@ -154,6 +158,12 @@ class Pool:
         with self._timed("cut"):
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
             costs.check(budget)
+        if budget.max_latency_ms is not None:
+            with self._timed("measure"):
+                if self._latencies is None:
+                    self._latencies = piece_latencies(self.parts, self.device)
+                costs.time(self._latencies)
+                costs.check(budget)
         budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
         self.calibrate(calibration, progress=progress)
         space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
@@ -169,7 +179,10 @@ class Pool:
             ranked, num_labels = self._rank(
                 candidates, selection, ranking, num_classes, space.rejected, progress, num_selected
             )
-        return self._result(ranked, budget, dict(space.rejected), num_labels)
+        if budget.max_latency_ms is not None:
+            with self._timed("measure"):
+                ranked = self._measured(ranked, budget, progress)
+        return choose(ranked, budget, rejected=space.rejected, seconds=self.seconds, num_selection_labels=num_labels)
 
     def outcomes(
         self, candidates: Sequence[Candidate], batches: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress
@@ -260,30 +273,20 @@ class Pool:
         ranked.sort(key=lambda r: tuple(-value for value in r.scores.values()))
         return ranked, 0 if labels is None else len(labels)
 
-    def _result(self, ranked: list[Ranked], budget: Budget, rejected: dict[str, int], num_labels: int) -> SearchResult:
-        fitting = [r for r in ranked if budget.allows(r.candidate.cost)]
-        if not fitting:
-            cheapest = min((r.candidate for r in ranked), key=lambda c: c.cost.macs)
-            raise BudgetError(
-                f"The search found no network within the budget ({budget}); the cheapest it found has {cheapest.cost}. "
-                f"Raise the budget, or widen the search."
-            )
-
-        def first(kind: str, among: list[Ranked]) -> Ranked | None:
-            return next((r for r in among if r.candidate.kind == kind), None)
-
-        best_source, best_self = first("source", ranked), first("self-stitched", ranked)
-        assert best_source is not None
-        return SearchResult(
-            ranked=tuple(ranked),
-            best=fitting[0],
-            best_source=best_source,
-            best_self_stitched=best_self,
-            best_stitched=first("stitched", fitting),
-            rejected=rejected,
-            seconds=dict(self.seconds),
-            num_selection_labels=num_labels,
-        )
+    def _measured(self, ranked: list[Ranked], budget: Budget, progress: Progress) -> list[Ranked]:
+        """The same, with the latencies of those that keep all other limits, each assembled and run."""
+        progress.start("measuring", len(ranked))
+        found = []
+        for r in ranked:
+            if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
+                latency = network_latency(self.assemble(r.candidate), self.image_shape, self.device)
+                scores = {**r.candidate.recipe.scores, "latency_ms": latency}
+                recipe = dataclasses.replace(r.candidate.recipe, scores=scores)
+                candidate = dataclasses.replace(r.candidate, recipe=recipe)
+                r = dataclasses.replace(r, candidate=candidate, latency_ms=latency)
+            found.append(r)
+            progress.advance(1)
+        return found
 
     def _check_outputs(self) -> None:
         if self.settings.until != "output":

@@ -5,10 +5,16 @@ matrix products (linear layers, attention, recurrent layers) count; what works e
 pooling, reductions, resampling, indexing and copies do not. Any other operator, such as one of the user's own, counts
 nothing unless `torch.utils.flop_counter.register_flop_formula` gives it a formula, and is named instead:
 `CutGraph.uncounted` and `lightning-stitch inspect` list such work, and warnings tell where it matters.
+
+Activation bytes are the most bytes of activations that are alive at once while one image goes through in eval mode and
+float32, the image included: what operators allocate, each until its last reader has run, attention computed as matrix
+products. Parameters and buffers, and scratch space inside a kernel, are not in it. So much an executor needs that lets
+go of everything in time; eager PyTorch holds the input of a module as long as the module runs, and can need more.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,30 +22,54 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_stitch._example_tracing import trace_somehow
+from lightning_stitch._memory import occupancy
 from lightning_stitch._probing import probe, uncounted_work
 from lightning_stitch.errors import BudgetError
+
+_SLACK = 1.25  # by which an estimated latency may exceed its limit
+
+# The measures of a cost: the unit and how many make one of it, and the thing measured.
+_UNITS = {
+    "params": ("M", 1e6, "parameters"),
+    "macs": ("M", 1e6, "MACs"),
+    "activation_bytes": ("MB", 1e6, "of activations"),
+    "latency_ms": ("ms", 1.0, "for one image"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one network costs.
 
+    Costs of parts that run one after the other add up: the sum has the larger of their activation bytes. A difference
+    is taken figure by figure.
+
     Attributes:
         params: Number of parameters.
         macs: Multiply-accumulates for one image.
+        activation_bytes: Most bytes of activations alive at once for one image, float32.
+        latency_ms: Milliseconds for one image, by estimate; 0 where no limit asked for it.
     """
 
     params: int
     macs: int
+    activation_bytes: int = 0
+    latency_ms: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.macs + other.macs)
+        return Cost(
+            self.params + other.params,
+            self.macs + other.macs,
+            max(self.activation_bytes, other.activation_bytes),
+            self.latency_ms + other.latency_ms,
+        )
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.params - other.params, self.macs - other.macs)
+        return Cost(*(getattr(self, measure) - getattr(other, measure) for measure in _UNITS))
 
     def __str__(self) -> str:
-        return f"{self.params / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs"
+        activations = f", {self.activation_bytes / 1e6:.3g} MB of activations" if self.activation_bytes else ""
+        return f"{self.params / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs{activations}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +79,18 @@ class Budget:
     Args:
         max_params: Most parameters; None: no limit.
         max_macs: Most multiply-accumulates for one image; None: no limit.
+        max_latency_ms: Most milliseconds for one image, a batch of its own, on the device of the search: the median of
+            several runs after some to warm up (`lightning_stitch.latency`). The search goes by an estimate, and may
+            exceed the limit by a quarter; what it finds is then assembled and measured, and kept only within the limit.
+            Measured times vary, so that under this limit, and no other, a search need not repeat. None: no limit.
+        max_activation_bytes: Most bytes of activations alive at once for one image, in eval mode and float32, as
+            `network_cost` counts them; None: no limit.
+        min_score: Least value of the ranking's first score, such as a leave-one-out accuracy of 0.8. The network of the
+            fewest multiply-accumulates that reaches it is then the best, not the one of the highest score. None: no
+            limit.
 
     Raises:
-        BudgetError: If a limit is not positive.
+        BudgetError: If a limit is not positive, or the score not finite.
 
     >>> Budget(max_macs=2e9).allows(Cost(params=25_000_000, macs=4_100_000_000))
     False
@@ -59,19 +98,32 @@ class Budget:
 
     max_params: float | None = None
     max_macs: float | None = None
+    max_latency_ms: float | None = None
+    max_activation_bytes: float | None = None
+    min_score: float | None = None
 
     def __post_init__(self) -> None:
         """Check the limits."""
-        for name in ("max_params", "max_macs"):
-            limit = getattr(self, name)
+        for measure in _UNITS:
+            limit = getattr(self, f"max_{measure}")
             if limit is not None and not limit > 0:
-                raise BudgetError(f"{name} must be positive or None; found {limit}.")
+                raise BudgetError(f"max_{measure} must be positive or None; found {limit}.")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise BudgetError(f"min_score must be a finite number or None; found {self.min_score}.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits on costs that there are, by the cost's measure."""
+        limits = {measure: getattr(self, f"max_{measure}") for measure in _UNITS}
+        return {measure: limit for measure, limit in limits.items() if limit is not None}
 
     def allows(self, cost: Cost) -> bool:
-        """Whether a cost keeps every limit."""
-        return (self.max_params is None or cost.params <= self.max_params) and (
-            self.max_macs is None or cost.macs <= self.max_macs
-        )
+        """Whether a cost keeps every limit; its latency is an estimate and keeps the limit within a quarter."""
+        return all(getattr(cost, measure) <= self.most(measure) for measure in self.limits)
+
+    def most(self, measure: str) -> float:
+        """The most that a cost may have in a measure: its limit, or where it is estimated a quarter more."""
+        return self.limits[measure] * (_SLACK if measure == "latency_ms" else 1)
 
     def warn_of_uncounted(self, uncounted: Mapping[str, Sequence[str]]) -> None:
         """Warn where a limit on MACs is kept by counts that leave work out.
@@ -84,19 +136,24 @@ class Budget:
                 _warn_of_uncounted(name, operations)
 
     def __str__(self) -> str:
-        limits = [
-            f"at most {limit / 1e6:g} M {unit}"
-            for limit, unit in ((self.max_params, "parameters"), (self.max_macs, "MACs"))
-            if limit is not None
-        ]
+        limits = [f"at most {in_words(measure, limit)}" for measure, limit in self.limits.items()]
+        if self.min_score is not None:
+            limits.append(f"a score of at least {self.min_score:g}")
         return " and ".join(limits) or "no limit"
 
 
+def in_words(measure: str, value: float, *, digits: int = 6, bare: bool = False) -> str:
+    """A figure of a cost in words, as "2.5 M parameters"; bare, as "2.5 M"."""
+    unit, one, thing = _UNITS[measure]
+    return f"{value / one:.{digits}g} {unit}" + ("" if bare else f" {thing}")
+
+
 def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count a network's parameters and MACs for one image of (channels, height, width).
+    """Count a network's parameters, and its MACs and activation bytes for one image of (channels, height, width).
 
     The MACs are half of what `torch.utils.flop_counter` counts where attention and recurrent layers run as matrix
-    products. A UserWarning names the operators that have no formula; their work is not in the count.
+    products. A UserWarning names the operators that have no formula; their work is not in the count. The activation
+    bytes are the most that operators have allocated and something has yet to read, at any time of such a run.
 
     Raises:
         CutError: If the network cannot be traced or does not accept that size.
@@ -104,8 +161,13 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     traced, _, _ = trace_somehow(network, input_size)
     yields = probe(traced, input_size, batch_size=1)
     _warn_of_uncounted(type(network).__name__, uncounted_work(yields))
-    macs = sum(seen.macs for seen in yields.values())
-    return Cost(sum(parameter.numel() for parameter in network.parameters()), macs)
+    footprints = {node: seen.footprint for node, seen in yields.items()}
+    output = next(node for node in yields if node.op == "output")
+    return Cost(
+        params=sum(parameter.numel() for parameter in network.parameters()),
+        macs=sum(seen.macs for seen in yields.values()),
+        activation_bytes=occupancy(list(yields), output, footprints).peak(),
+    )
 
 
 def _warn_of_uncounted(name: str, operations: Sequence[str]) -> None:

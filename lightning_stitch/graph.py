@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import fx, nn
 
 from lightning_stitch._copying import copied
@@ -21,6 +22,7 @@ from lightning_stitch._dataflow import Dataflow
 from lightning_stitch._example_tracing import trace_somehow
 from lightning_stitch._granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch._layout import layout_of
+from lightning_stitch._memory import Occupancy
 from lightning_stitch._modes import warn_where_modes_differ
 from lightning_stitch._probing import value_for_batch
 from lightning_stitch.errors import CutError
@@ -206,7 +208,7 @@ class CutGraph:
         graph = fx.Graph()
         placeholder = graph.placeholder("x")
         # The caller's tensor is not the fragment's to overwrite.
-        writes = any(writer in kept for writer in self._flow.writers[first])
+        writes = self._flow.overwrites(first, kept)
         made: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
@@ -215,6 +217,9 @@ class CutGraph:
         for node in self._flow.nodes:
             if node in kept:
                 made[node] = graph.node_copy(node, lambda n: made[n])
+                if self._is_view(node, kept):
+                    # What a stitch gives may lie in memory in another order than the network's own tensor.
+                    made[node].target = "reshape"
         graph.output(made[last])
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
@@ -238,6 +243,16 @@ class CutGraph:
         """Multiply-accumulates of the fragment between two cuts, for one image."""
         return self._flow.macs(self._flow.collect(*self._ends(start, end))[0])
 
+    def occupancy(self, start: str | None, end: str | None, *, last_layer: nn.Module | None = None) -> Occupancy:
+        """The bytes of activations that are alive at once in the fragment between two cuts, for one image.
+
+        Args:
+            start: Name of the cut where it begins; None: at the image.
+            end: Name of the cut where it ends; None: at the output.
+            last_layer: Its layer, if any, that could take a stitch behind it in.
+        """
+        return self._flow.occupancy(*self._ends(start, end), last_layer)
+
     def parameters(self, start: str | None, end: str | None) -> list[nn.Parameter]:
         """The parameters of the fragment between two cuts, each once."""
         return self._parameters_of(self._flow.collect(*self._ends(start, end))[0])
@@ -250,6 +265,11 @@ class CutGraph:
         if self._flow.position[last] <= self._flow.position[first]:
             raise CutError(f"A fragment goes forward, but cut {end or 'output'!r} does not lie behind {start!r}.")
         return first, last
+
+    def _is_view(self, node: fx.Node, kept: set[fx.Node]) -> bool:
+        """Whether a node calls `view` with a shape, and nothing writes into what it gives."""
+        plain = node.op == "call_method" and node.target == "view" and not node.kwargs
+        return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, kept)
 
     def _is_cut(self, node: fx.Node) -> bool:
         if not self._flow.is_activation(node):

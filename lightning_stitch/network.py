@@ -87,7 +87,7 @@ class StitchedNetwork(nn.Module):
         return int(width)
 
     def describe(self) -> str:
-        """The composition in words: fragments, stitches and where they live, parameters, MACs, scores."""
+        """The composition in words: fragments, stitches and where they live, parameters, MACs, activations, scores."""
         recipe = self.recipe
         lines = [f"Stitched network of {len(recipe.fragments)} fragment{'s' * (len(recipe.fragments) > 1)}"]
         for index, fragment in enumerate(recipe.fragments):
@@ -123,8 +123,11 @@ class StitchedNetwork(nn.Module):
             shared = sum(p.numel() for p, count in holders.items() if count > 1)
             total += f" ({shared / 1e6:.3f} M of them shared by several fragments)"
         total += "" if macs is None else f", {macs / 1e6:.1f} M MACs"
+        activations = recipe.scores.get("activation_bytes")
+        total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
         lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
-        other = {name: value for name, value in recipe.scores.items() if name not in ("params", "macs")}
+        shown = ("params", "macs", "activation_bytes")
+        other = {name: value for name, value in recipe.scores.items() if name not in shown}
         if other:
             lines.append("  " + ", ".join(f"{name} {value:.4g}" for name, value in other.items()))
         return "\n".join(lines)

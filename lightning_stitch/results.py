@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_stitch.cost import Budget
+from lightning_stitch.errors import BudgetError
 from lightning_stitch.space import Candidate
 
 
@@ -16,12 +20,23 @@ class Ranked:
         scores: What the ranking measured on the selection images, by name.
         features: Width of its output.
         seconds: Wall time of running it over the selection images.
+        latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.latency`); None: no
+            limit asked for it, or another limit was not kept.
     """
 
     candidate: Candidate
     scores: dict[str, float]
     features: int
     seconds: float
+    latency_ms: float | None = None
+
+    def reaches(self, min_score: float | None) -> bool:
+        """Whether the first score, which decides the place, is at least so much."""
+        return min_score is None or next(iter(self.scores.values())) >= min_score
+
+    def __str__(self) -> str:
+        latency = "" if self.latency_ms is None else f", {self.latency_ms:.4g} ms for one image"
+        return f"{self.candidate.kind}, {self.candidate.cost}{latency}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +44,16 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        ranked: All candidates, the references among them, best first.
-        best: The best that keeps the budget, an unmodified source where no other beat it.
+        ranked: All candidates, best first: the StitchNets that keep the budget, and all references, budget or no.
+        best: The best that keeps the budget, an unmodified source where no other beat it. Where the budget has a least
+            score: the one with the fewest MACs.
         best_source: The best unmodified source, budget or no.
         best_self_stitched: The best source stitched to itself; None: none gave features to rank by.
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
         seconds: Wall time of each stage.
         num_selection_labels: Labels that the ranking used.
+        min_score: The least score that the budget asked for; None: none.
     """
 
     ranked: tuple[Ranked, ...]
@@ -47,6 +64,7 @@ class SearchResult:
     rejected: dict[str, int]
     seconds: dict[str, float]
     num_selection_labels: int
+    min_score: float | None = None
 
     def within(self, max_macs: float) -> Ranked | None:
         """The best StitchNet of at most that many MACs; None where there is none."""
@@ -63,11 +81,16 @@ class SearchResult:
         name, value = next(iter(self.best.scores.items()))
         source = self.best_source.candidate.recipe.fragments[0].source
         reference = self.best_source.scores[name]
+        if self.min_score is not None:
+            return (
+                f"The candidate with the fewest MACs whose {name} is at least {self.min_score:g} ({self.best}) has "
+                f"{value:.4f} on the selection images, the best source ({source}, {self.best_source.candidate.cost}) "
+                f"{reference:.4f}."
+            )
         if self.beat_best_source:
             return (
-                f"The best candidate ({self.best.candidate.kind}, {self.best.candidate.cost}) has {name} {value:.4f} "
-                f"on the selection images, the best source ({source}, {self.best_source.candidate.cost}) "
-                f"{reference:.4f}."
+                f"The best candidate ({self.best}) has {name} {value:.4f} on the selection images, the best source "
+                f"({source}, {self.best_source.candidate.cost}) {reference:.4f}."
             )
         if self.best is self.best_source:
             return (
@@ -77,5 +100,77 @@ class SearchResult:
         return (
             f"No candidate within the budget beat the best source on the selection images: {source} "
             f"({self.best_source.candidate.cost}) has {name} {reference:.4f} but is over the budget; the best within "
-            f"it ({self.best.candidate.kind}, {self.best.candidate.cost}) has {value:.4f}."
+            f"it ({self.best}) has {value:.4f}."
         )
+
+
+def choose(
+    ranked: Sequence[Ranked],
+    budget: Budget,
+    *,
+    rejected: Mapping[str, int],
+    seconds: Mapping[str, float],
+    num_selection_labels: int,
+) -> SearchResult:
+    """The result of a search: what keeps the budget, and the best of it.
+
+    Args:
+        ranked: All candidates, best first, measured where the budget limits latency.
+        budget: The limits.
+        rejected: How many compositions were turned down before, by reason.
+        seconds: Wall time of each stage.
+        num_selection_labels: Labels that the ranking used.
+
+    Raises:
+        BudgetError: If none keeps the budget; names the one that comes nearest, and its cost.
+    """
+    allowed = [r for r in ranked if budget.allows(r.candidate.cost)]
+    reaching = [r for r in allowed if r.reaches(budget.min_score)]
+    fitting = [r for r in reaching if _is_fast_enough(r, budget)]
+    if not allowed:
+        cheapest = min(ranked, key=lambda r: r.candidate.cost.macs)
+        raise BudgetError(
+            f"The search found no network within the budget ({budget}); the cheapest it found has "
+            f"{cheapest.candidate.cost}. Raise the budget, or widen the search."
+        )
+    if not reaching:
+        name, value = next(iter(allowed[0].scores.items()))
+        raise BudgetError(
+            f"The search found no network within the budget ({budget}): the highest {name} is {value:.4f} "
+            f"({allowed[0]}). Lower min_score, raise the other limits, or widen the search."
+        )
+    if not fitting:
+        fastest = min(reaching, key=lambda r: r.latency_ms or 0.0)
+        raise BudgetError(
+            f"The search found no network within the budget ({budget}): of {len(reaching)} that were measured, the "
+            f"fastest is over it ({fastest}). Raise max_latency_ms, or widen the search."
+        )
+    reasons = Counter(rejected)
+    returned = [r for r in ranked if r.candidate.kind != "stitched" or any(r is kept for kept in fitting)]
+    dropped = [r for r in ranked if not any(r is kept for kept in returned)]
+    for r in dropped:
+        reasons[
+            "over the latency budget when measured" if r.reaches(budget.min_score) else "below the least score"
+        ] += 1
+
+    def first(kind: str, among: Sequence[Ranked]) -> Ranked | None:
+        return next((r for r in among if r.candidate.kind == kind), None)
+
+    best_source = first("source", returned)
+    assert best_source is not None
+    return SearchResult(
+        ranked=tuple(returned),
+        best=fitting[0] if budget.min_score is None else min(fitting, key=lambda r: r.candidate.cost.macs),
+        best_source=best_source,
+        best_self_stitched=first("self-stitched", returned),
+        best_stitched=first("stitched", fitting),
+        rejected=dict(reasons),
+        seconds=dict(seconds),
+        num_selection_labels=num_selection_labels,
+        min_score=budget.min_score,
+    )
+
+
+def _is_fast_enough(ranked: Ranked, budget: Budget) -> bool:
+    limit = budget.max_latency_ms
+    return limit is None or (ranked.latency_ms is not None and ranked.latency_ms <= limit)

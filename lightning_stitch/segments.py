@@ -1,27 +1,23 @@
-"""Sources taken apart at their cuts, and what any composition of their pieces costs, before anything is run."""
+"""Sources taken apart at their cuts, and what their pieces cost, before anything is run."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
 from torch import Tensor, fx
 
+from lightning_stitch._memory import Occupancy
 from lightning_stitch._spool import Keeping
-from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.errors import BudgetError, CutError, StitchError
-from lightning_stitch.folding import choose_placement, stitch_cost
+from lightning_stitch.cost import Cost
+from lightning_stitch.errors import CutError, StitchError
+from lightning_stitch.folding import producer_layers
 from lightning_stitch.functional import Estimator
 from lightning_stitch.graph import Cut, CutGraph, Granularity
 from lightning_stitch.preprocessing import Preprocess, view_size
-from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.sources import Source
-from lightning_stitch.stitches import is_bridgeable, stitch_spec
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
@@ -81,7 +77,8 @@ class Segmented:
         end: Name of the cut where networks end in it; None: its output.
         pieces: One module more than cuts: image to first cut, cut to cut, last cut to end. They share the source's
             parameters.
-        costs: What each piece costs.
+        costs: What each piece costs where it goes on in its own network; the first one's counts the preprocessing.
+        occupancies: The bytes of activations alive at once in each piece.
         preprocess: Images in [0, 1] to the source's own view.
         image_shape: (channels, height, width) of these images.
     """
@@ -92,6 +89,7 @@ class Segmented:
     end: str | None
     pieces: list[fx.GraphModule]
     costs: list[Cost]
+    occupancies: list[Occupancy]
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
 
@@ -153,14 +151,23 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     end = None if end_cut is None else end_cut.name
     ends = [None, *(cut.name for cut in cuts), end]
     pairs = list(pairwise(ends))
+    pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]
+    last_layers = [(producer_layers(piece) or (None,))[0] for piece in pieces]
+    occupancies = [graph.occupancy(a, b, last_layer=layer) for (a, b), layer in zip(pairs, last_layers, strict=True)]
+    preprocess = Preprocess(source.preprocessing)
+    occupancies[0] = occupancies[0].after(preprocess.activation_bytes(image_shape))
     return Segmented(
         source=source,
         graph=graph,
         cuts=cuts,
         end=end,
-        pieces=[graph.fragment(a, b, share=True).eval() for a, b in pairs],
-        costs=[Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b)) for a, b in pairs],
-        preprocess=Preprocess(source.preprocessing),
+        pieces=pieces,
+        costs=[
+            Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b), occupancy.peak())
+            for (a, b), occupancy in zip(pairs, occupancies, strict=True)
+        ],
+        occupancies=occupancies,
+        preprocess=preprocess,
         image_shape=image_shape,
     )
 
@@ -180,151 +187,3 @@ def _mend(source: Source, size: tuple[int, int, int]) -> str:
             f"fixed_size=True in its preprocessing, and it gets them resized."
         )
     )
-
-
-class CompositionCosts:
-    """What every stitch between the cuts of some sources costs, and the least that any way on from a cut costs.
-
-    Args:
-        parts: The sources taken apart.
-        bias: Whether stitches have a bias.
-        max_fragments: Most fragments in a network.
-
-    Attributes:
-        receivers: All (source, cut) index pairs at which a fragment may begin.
-    """
-
-    def __init__(self, parts: Sequence[Segmented], *, bias: bool, max_fragments: int) -> None:
-        self.parts = list(parts)
-        self.bias = bias
-        self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
-        self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
-        self._pairs: dict[tuple[int, int, int, int], tuple[StitchSpec, Cost]] = {}
-        self._max_fragments = max_fragments
-
-    @cached_property
-    def _jumps(self) -> dict[str, Tensor]:
-        return {measure: self._jump_costs(measure) for measure in ("params", "macs")}
-
-    @cached_property
-    def _runs(self) -> dict[str, Tensor]:
-        return {measure: self._run_costs(measure)[1] for measure in ("params", "macs")}
-
-    @cached_property
-    def _ahead(self) -> dict[str, list[Tensor]]:
-        return {measure: self._completions(measure, self._max_fragments - 1) for measure in ("params", "macs")}
-
-    @cached_property
-    def completions(self) -> list[Cost]:
-        """For each receiver the least that any way on from it costs."""
-        params, macs = self._ahead["params"][-1].tolist(), self._ahead["macs"][-1].tolist()
-        return [Cost(int(p), int(m)) for p, m in zip(params, macs, strict=True)]
-
-    def stitch(self, sender: int, cut: int, source: int, receiver: int) -> tuple[StitchSpec, Cost]:
-        """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
-        key = (sender, cut, source, receiver)
-        if key not in self._pairs:
-            before, after = self._neighbours(*key)
-            spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
-            self._pairs[key] = self._placed(spec, before, after, before_taken=False)
-        return self._pairs[key]
-
-    def stitch_after_fold(self, sender: int, cut: int, source: int, receiver: int) -> tuple[StitchSpec, Cost]:
-        """The same where the sender's last layer has taken the stitch before in at its entry, and takes no other."""
-        spec, cost = self.stitch(sender, cut, source, receiver)
-        if spec.placement != "producer":
-            return spec, cost
-        return self._placed(spec, *self._neighbours(sender, cut, source, receiver), before_taken=True)
-
-    def self_stitched(self, source: int) -> Cost:
-        """Cost of a source stitched to itself at each of its cuts; a fold can make it less than the source's."""
-        total, taken = self.parts[source].cost, False
-        for cut in range(len(self.parts[source].cuts)):
-            find = self.stitch_after_fold if taken else self.stitch
-            spec, cost = find(source, cut, source, cut)
-            total, taken = total + cost, spec.placement == "consumer"
-        return total
-
-    def cheapest(self, measure: Literal["params", "macs"]) -> tuple[int, str]:
-        """The least that any network costs in one measure, and the network in words."""
-        wholes = [(getattr(part.cost, measure), f"{part.name} as it is") for part in self.parts]
-        wholes += [
-            (getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut")
-            for s, part in enumerate(self.parts)
-        ]
-        best, path = min(wholes, key=lambda whole: whole[0])
-        for flat, (s, c) in enumerate(self.receivers):
-            entry = getattr(self.parts[s].cost_between(0, c + 1), measure)
-            onward = self._jumps[measure][flat] + self._ahead[measure][-1]
-            total = entry + onward.min().item()
-            if total < best:
-                start = f"{self.parts[s].name} to {self.parts[s].cuts[c].name}"
-                best, path = int(total), f"{start}, then {self._path(measure, int(onward.argmin()))}"
-        return best, path
-
-    def _path(self, measure: str, flat: int) -> str:
-        """The cheapest way on from a receiver in words."""
-        s, r = self.receivers[flat]
-        text = f"{self.parts[s].name} from {self.parts[s].cuts[r].name}"
-        ahead = self._ahead[measure]
-        rounds = next(index for index, costs in enumerate(ahead) if costs[flat] == ahead[-1][flat])
-        if rounds == 0:
-            return f"{text} to its end"
-        jumps = self._jumps[measure] + ahead[rounds - 1]
-        cut = int((self._runs[measure][flat] + jumps.amin(1)).argmin())
-        onward = self._path(measure, int(jumps[cut].argmin()))
-        return f"{text} to {self.parts[s].cuts[self.receivers[cut][1]].name}, then {onward}"
-
-    def check(self, budget: Budget) -> None:
-        """Refuse a budget that no composition can keep.
-
-        Raises:
-            BudgetError: Naming the cheapest composition of these sources and its cost.
-        """
-        for measure, limit, unit in (("params", budget.max_params, "parameters"), ("macs", budget.max_macs, "MACs")):
-            if limit is None:
-                continue
-            least, path = self.cheapest(measure)  # type: ignore[arg-type]
-            if least > limit:
-                raise BudgetError(
-                    f"No network keeps the budget of at most {limit / 1e6:.12g} M {unit}: the cheapest composition has "
-                    f"{least / 1e6:.12g} M ({path}). Raise the budget, add a smaller source, use a finer granularity "
-                    f"or smaller images."
-                )
-
-    def _placed(
-        self, spec: StitchSpec, before: fx.GraphModule, after: fx.GraphModule, *, before_taken: bool
-    ) -> tuple[StitchSpec, Cost]:
-        placement = choose_placement(before, after, spec, before_taken=before_taken)
-        return dataclasses.replace(spec, placement=placement), Cost(*stitch_cost(spec, before, after, placement))
-
-    def _neighbours(self, sender: int, cut: int, source: int, receiver: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return self.parts[sender].pieces[cut], self.parts[source].pieces[receiver + 1]
-
-    def _jump_costs(self, measure: str) -> Tensor:
-        """Cost of the stitch from each cut to each receiver; infinite where there is none."""
-        jumps = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
-        for i, (s, c) in enumerate(self.receivers):
-            for j, (t, r) in enumerate(self.receivers):
-                if is_bridgeable(self.parts[s].cuts[c], self.parts[t].cuts[r]):
-                    jumps[i, j] = getattr(self.stitch(s, c, t, r)[1], measure)
-        return jumps
-
-    def _run_costs(self, measure: str) -> tuple[Tensor, Tensor]:
-        """Cost from each receiver to its source's end, and to each later cut of its source."""
-        to_end = [self.parts[s].cost_between(r + 1, len(self.parts[s].pieces)) for s, r in self.receivers]
-        runs = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
-        for i, (s, r) in enumerate(self.receivers):
-            for cut in range(r + 1, len(self.parts[s].cuts)):
-                runs[i, self.index[s, cut]] = getattr(self.parts[s].cost_between(r + 1, cut + 1), measure)
-        return torch.tensor([getattr(cost, measure) for cost in to_end], dtype=torch.float64), runs
-
-    def _completions(self, measure: str, most_stitches: int) -> list[Tensor]:
-        """The least that any way on from each receiver costs, with up to 0, 1, ... more stitches (Bellman)."""
-        found = [self._run_costs(measure)[0]]
-        for _ in range(most_stitches - 1 if self.receivers else 0):
-            onward = (self._runs[measure] + (self._jumps[measure] + found[-1]).amin(1)).amin(1)
-            found.append(torch.minimum(found[-1], onward))
-            if torch.equal(found[-1], found[-2]):
-                break
-        return found

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from lightning_stitch._spool import Carried, Spool, carry
 from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
+from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import AffineMap, RowBank, cka_with_many, r2, ridge_least_squares, row_bank
+from lightning_stitch.functional import RowBank, cka_with_many, row_bank
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts, Segmented, chunks
-from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable
+from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
+from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch, is_bridgeable
 
 Kind = Literal["source", "self-stitched", "stitched"]
 
@@ -49,7 +51,7 @@ class Candidate:
         recipe: Its structure, with the search's scores.
         kind: An unmodified source, a source stitched to itself at each of its cuts, or a StitchNet.
         steps: What it runs, for the sources at hand.
-        cost: Its parameters and MACs, stitches and folds included.
+        cost: Its parameters, MACs and activation bytes, stitches and folds included.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class State:
         entry: Index of the piece that runs next.
         stitch: The stitch before that piece; None: it begins at the image.
         spec: That stitch's structure in the assembled network.
+        entry_bytes: What that stitch gives for one image.
         activation: What the stitch takes, for all calibration images; None: it begins at the image.
         product: Product of the CKAs so far.
         cost: Cost of the steps and the stitch.
@@ -83,6 +86,7 @@ class State:
     entry: int
     stitch: Stitch | None
     spec: StitchSpec | None
+    entry_bytes: int | None
     activation: Carried | None
     product: float
     cost: Cost
@@ -161,7 +165,7 @@ class SearchSpace:
 
     def starts(self) -> list[State]:
         """One state for each source, at the image."""
-        return [State((), index, 0, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
+        return [State((), index, 0, None, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
 
     def walk(self, state: State) -> Iterator[tuple[int, Carried]]:
         """Run a state on through its source, cut by cut; gives each cut's index and activation.
@@ -200,11 +204,10 @@ class SearchSpace:
             min_cka: Least CKA of a stitch.
             min_product: Least product of CKAs.
         """
-        spent = state.cost + self.sources[state.source].parts.cost_between(state.entry, cut + 1)
         used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
         admissible: dict[Grid, list[int]] = {}
         for flat, (s, r) in enumerate(self._receivers):
-            reason = self._objection(state, cut, s, r, used, spent, single_pieces, only_ends)
+            reason = self._objection(state, cut, s, r, used, single_pieces, only_ends)
             if reason is None:
                 admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
             elif reason:
@@ -234,7 +237,8 @@ class SearchSpace:
         """Fit the stitch of an edge on the calibration rows."""
         sender = self.sources[edge.state.source].parts.cuts[edge.cut]
         receiver = self.sources[edge.source].statistics[edge.receiver]
-        spec, _ = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
+        placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
+        spec = placed.spec
         with torch.inference_mode():
             found = rows_on_grids(activation, sender, [receiver.cut.grid], self.settings)
             assert found is not None  # or it would have no edges
@@ -242,22 +246,31 @@ class SearchSpace:
             if spec.carries_prefix and receiver.prefix_rows is not None:
                 prefix = torch.cat([portion[:, : spec.in_prefix_tokens] for portion in activation])
                 rows, wanted = self._joined(rows, prefix), self._joined(wanted, receiver.prefix_rows)
-            affine, held_out = self._fit(rows, wanted)
+            affine, held_out = fit_rows(
+                rows, wanted, num_images=self.num_images, ridge=self.ridge, bias=self.costs.bias
+            )
             spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
             stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
-            (*edge.state.steps, step), edge.source, edge.receiver + 1, stitch, spec, activation, edge.product, edge.cost
+            steps=(*edge.state.steps, step),
+            source=edge.source,
+            entry=edge.receiver + 1,
+            stitch=stitch,
+            spec=spec,
+            entry_bytes=placed.entry,
+            activation=activation,
+            product=edge.product,
+            cost=edge.cost,
         )
 
     # -- completing --------------------------------------------------------------------------------------------------
 
     def complete(self, state: State, *, kind: Kind = "stitched") -> Candidate:
         """The network that runs a state's source to its end."""
-        parts = self.sources[state.source].parts
-        last = len(parts.pieces)
+        last = len(self.sources[state.source].parts.pieces)
         steps = (*state.steps, Step(state.source, state.entry, last, state.stitch, state.spec))
-        cost = state.cost + parts.cost_between(state.entry, last)
+        cost = state.cost + self.costs.run(state.source, state.entry, last, entry=state.entry_bytes)
         return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
 
     # -- inner workings ----------------------------------------------------------------------------------------------
@@ -269,7 +282,6 @@ class SearchSpace:
         s: int,
         r: int,
         used: frozenset[tuple[int, int]],
-        spent: Cost,
         single_pieces: bool,
         only_ends: bool,
     ) -> str | None:
@@ -285,16 +297,16 @@ class SearchSpace:
             return ""
         if any(source == s and (piece == r + 1 if single_pieces else piece > r) for source, piece in used):
             return "fragment used already"
-        ahead = self.costs.completions[self.costs.index[s, r]]
-        if not self.budget.allows(spent + self.costs.stitch(state.source, cut, s, r)[1] + ahead):
-            return "over the budget"
+        # Without limits there is no need to know what every way on costs.
+        if self.budget.limits:
+            cost, _ = self._cost_to(state, cut, s, r)
+            if not self.budget.allows(cost + self._ahead[self.costs.index[s, r]]):
+                return "over the budget"
         return None
 
     def _edge(self, state: State, cut: int, s: int, r: int, cka: float) -> Edge:
-        cost = state.cost + self.sources[state.source].parts.cost_between(state.entry, cut + 1)
-        cost = cost + self._stitch(state, cut, s, r)[1]
-        parts = self.sources[s].parts
-        total = cost + parts.cost_between(r + 1, len(parts.pieces))
+        cost, placed = self._cost_to(state, cut, s, r)
+        total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces), entry=placed.entry)
         return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
     def _build_banks(self) -> dict[Grid, tuple[RowBank, dict[int, int]]]:
@@ -347,22 +359,17 @@ class SearchSpace:
         by_image = rows.view(self.num_images, -1, rows.shape[1])
         return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)
 
-    def _fit(self, x: Tensor, y: Tensor) -> tuple[AffineMap, float | None]:
-        """The stitch fitted on all rows, and its R2 on a quarter of the images when fitted on the others."""
-        affine = ridge_least_squares(x, y, ridge=self.ridge, bias=self.costs.bias)
-        rows_per_image = len(x) // self.num_images
-        split = (self.num_images - self.num_images // 4) * rows_per_image
-        if split in (0, len(x)):
-            return affine, None
-        partial = ridge_least_squares(x[:split], y[:split], ridge=self.ridge, bias=self.costs.bias)
-        predicted = x[split:].double() @ partial.weight.T + (0 if partial.bias is None else partial.bias)
-        try:
-            return affine, r2(predicted, y[split:])
-        except CalibrationError:
-            # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
-            return affine, None
+    @cached_property
+    def _ahead(self) -> list[Cost]:
+        return self.costs.completions(self.budget.limits)
 
-    def _stitch(self, state: State, cut: int, s: int, r: int) -> tuple[StitchSpec, Cost]:
+    def _cost_to(self, state: State, cut: int, s: int, r: int) -> tuple[Cost, PlacedStitch]:
+        """Cost of a running network up to a receiver, the stitch to it included, and that stitch."""
+        placed = self._stitch(state, cut, s, r)
+        run = self.costs.run(state.source, state.entry, cut + 1, entry=state.entry_bytes, exit=placed.exit)
+        return state.cost + run + placed.cost, placed
+
+    def _stitch(self, state: State, cut: int, s: int, r: int) -> PlacedStitch:
         """The cheapest exact placement of a stitch, and what it adds."""
         # A layer that took the stitch before in at its entry does not take another at its end.
         taken = state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
@@ -382,5 +389,10 @@ class SearchSpace:
             fragments=tuple(fragments),
             stitches=tuple(stitches[1:]),
             input_size=self.sources[steps[0].source].parts.image_shape,
-            scores={"cka_product": product, "params": cost.params, "macs": cost.macs},
+            scores={
+                "cka_product": product,
+                "params": cost.params,
+                "macs": cost.macs,
+                "activation_bytes": cost.activation_bytes,
+            },
         )

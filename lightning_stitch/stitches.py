@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_stitch.functional import AffineMap
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.functional import AffineMap, r2, ridge_least_squares
 from lightning_stitch.graph import Cut
 from lightning_stitch.recipe import Placement, StitchSpec
 
@@ -131,6 +132,60 @@ def stitch_spec(sender: Cut, receiver: Cut, *, bias: bool, placement: Placement 
         bias=bias,
         placement=placement,
     )
+
+
+def stitch_memory(spec: StitchSpec, sent: int) -> tuple[int, int]:
+    """What `Stitch.forward` needs for one image, float32.
+
+    Args:
+        spec: The stitch; where it is folded, another layer maps the channels.
+        sent: Bytes of the memory that the sender's output lies in.
+
+    Returns:
+        The most bytes alive at once while it runs, what it takes and gives included, and the bytes of what it gives.
+    """
+    maps = spec.placement == "explicit"
+    before = spec.out_channels if spec.placement == "producer" else spec.in_channels
+    behind = spec.in_channels if spec.placement == "consumer" else spec.out_channels
+    grid = None if spec.in_size is None else math.prod(spec.in_size)
+    if spec.out_size is None:
+        pooled, mapped = 0 if grid is None else 4 * before, 4 * behind if maps else 0
+        return sent + pooled + mapped, mapped or pooled or sent
+    target, prefix = math.prod(spec.out_size), spec.out_prefix_tokens
+    assert grid is not None
+    # It resamples behind the map where it grows, and before it elsewhere.
+    mapped = 4 * behind * min(grid, target) if maps else 0
+    resampled = 4 * (behind if target > grid else before) * target if spec.in_size != spec.out_size else 0
+    given = resampled if target > grid else mapped or resampled
+    carried = 4 * behind * prefix if maps and spec.carries_prefix else 0
+    most = sent + carried + mapped + resampled
+    if prefix:
+        joined = 4 * behind * (prefix + target)
+        return max(most, sent + carried + given + joined), joined
+    return most, given or sent
+
+
+def fit_rows(x: Tensor, y: Tensor, *, num_images: int, ridge: float, bias: bool) -> tuple[AffineMap, float | None]:
+    """The map fitted on all rows, and its R2 on a quarter of the images when fitted on the others.
+
+    Args:
+        x: The sender's rows x channels, image by image.
+        y: The receiver's, likewise.
+        num_images: Number of images.
+        ridge: Strength of the fit, relative to the mean variance of the sender's channels.
+        bias: Whether the map has a bias.
+    """
+    affine = ridge_least_squares(x, y, ridge=ridge, bias=bias)
+    split = (num_images - num_images // 4) * (len(x) // num_images)
+    if split in (0, len(x)):
+        return affine, None
+    partial = ridge_least_squares(x[:split], y[:split], ridge=ridge, bias=bias)
+    predicted = x[split:].double() @ partial.weight.T + (0 if partial.bias is None else partial.bias)
+    try:
+        return affine, r2(predicted, y[split:])
+    except CalibrationError:
+        # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
+        return affine, None
 
 
 def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:

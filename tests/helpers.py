@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
+from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
-from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts, segment
+from lightning_stitch.folding import fold_into_consumer, fold_into_producer
+from lightning_stitch.recipe import Placement, Preprocessing, StitchSpec
+from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source, load_source
 from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.stitches import Stitch
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -67,6 +76,39 @@ def counted_macs(network: nn.Module, size: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
+class _Alive(TorchDispatchMode):
+    """The most bytes alive at once of all that operators give, a module's weights apart."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        weights = (*module.parameters(), *module.buffers())
+        self.weights = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.alive[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self.alive = {x: size for x, size in self.alive.items() if not x.expired() and x not in self.weights}
+        self.most = max(self.most, sum(self.alive.values()))
+        return result
+
+
+def counted_bytes(graph: fx.GraphModule, size: tuple[int, ...]) -> int:
+    """The reference: what is alive in a real run of one image that lets go of each value after its last reader."""
+
+    class Run(fx.Interpreter):
+        def placeholder(self, *_: Any) -> Tensor:
+            return torch.zeros(1, *size)
+
+    alive = _Alive(graph)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), alive:
+        Run(graph.eval()).run()
+    return alive.most
+
+
 @cache
 def donor(architecture: str, seed: int = 0) -> Source:
     """A small timm network whose random weights leave no layer without effect."""
@@ -109,6 +151,26 @@ def space_of(
     return SearchSpace(
         [calibrate(part, [images], settings) for part in parts], settings, costs=costs, budget=budget, ridge=ridge
     )
+
+
+def filled(spec: StitchSpec, seed: int = 0) -> Stitch:
+    """An explicit stitch whose every number counts."""
+    stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
+    for tensor in stitch.state_dict().values():
+        tensor.normal_(0, max(tensor.shape[-1], 1) ** -0.5, generator=seeded(seed))
+    return stitch
+
+
+def joined(before: fx.GraphModule, stitch: Stitch, after: fx.GraphModule, placement: Placement) -> nn.Sequential:
+    """Sender, stitch and receiver in a row, on copies of their own, the stitch's numbers where the placement says."""
+    before, after = copy.deepcopy(before), copy.deepcopy(after)
+    joint = Stitch(dataclasses.replace(stitch.spec, placement=placement))
+    joint.load_state_dict({key: stitch.state_dict()[key] for key in joint.state_dict()})
+    if placement == "producer":
+        fold_into_producer(before, stitch)
+    elif placement == "consumer":
+        fold_into_consumer(after, stitch)
+    return nn.Sequential(before, joint, after).eval()
 
 
 def path(candidate: Candidate) -> list[tuple[str, str | None, str | None]]:

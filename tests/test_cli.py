@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -79,7 +80,15 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_inspect_lists_cuts_with_formats_shapes_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", "test_resnet", "--pretrained", "false", "--granularity", "stages"])
     printed = capsys.readouterr().out
-    for words in ("licence   apache-2.0", "input     3x160x160", "cuts (stages)", "layer2", "48x20x20", "NCHW"):
+    for words in (
+        "licence   apache-2.0",
+        "input     3x160x160",
+        "M MACs, 1.64 MB of activations",
+        "cuts (stages)",
+        "layer2",
+        "48x20x20",
+        "NCHW",
+    ):
         assert words in printed
 
 
@@ -95,6 +104,7 @@ def test_inspect_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert report["params"] == 25_557_032
     assert report["macs"] == pytest.approx(4.09e9, rel=0.01)
+    assert report["activation_bytes"] == 4 * 3 * 256 * 56 * 56  # a residual sum
     assert [cut["macs_before"] for cut in report["cuts"]] == sorted(cut["macs_before"] for cut in report["cuts"])
 
 
@@ -168,7 +178,34 @@ def test_an_option_on_the_command_line_overrides_the_file(tmp_path: Path, image_
     option = "--trainer.callbacks.init_args.budget.max_macs=1.0e7"
     main(["fit", "--config", str(config), option])
     saved = yaml.safe_load((tmp_path / "run" / "version_0" / "config.yaml").read_text())
-    assert saved["trainer"]["callbacks"][0]["init_args"]["budget"] == {"max_params": None, "max_macs": 1.0e7}
+    others = dict.fromkeys(["max_params", "max_latency_ms", "max_activation_bytes", "min_score"])
+    assert saved["trainer"]["callbacks"][0]["init_args"]["budget"] == {"max_macs": 1.0e7, **others}
+
+
+BUDGET = {
+    "max_params": 1.0e7,
+    "max_macs": 1.0e9,
+    "max_latency_ms": 1.0e6,
+    "max_activation_bytes": 1.0e8,
+    "min_score": 0.4,
+}
+
+
+@pytest.mark.parametrize("written", [BUDGET, {"class_path": "lightning_stitch.Budget", "init_args": BUDGET}])
+def test_every_limit_of_a_budget_can_be_written_in_yaml(
+    tmp_path: Path, image_folder: Path, written: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config", str(config_file(tmp_path, image_folder, search={"budget": written}))])
+    checkpoint = tmp_path / "run" / "version_0" / "stitched.ckpt"
+    recipe = StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True).recipe
+    assert recipe is not None
+    for measure in ("params", "macs", "activation_bytes", "latency_ms"):
+        assert 0 < recipe.scores[measure] <= BUDGET[f"max_{measure}"]
+    assert recipe.scores["loo_accuracy"] >= 0.4
+    with (tmp_path / "run" / "version_0" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    for measure in ("params", "macs", "activation_bytes", "latency_ms", "loo_accuracy"):
+        assert float(row[f"search/{measure}"]) == pytest.approx(recipe.scores[measure])
 
 
 def test_training_from_yaml_keeps_lightnings_own_checkpoint(tmp_path: Path, image_folder: Path) -> None:
@@ -185,6 +222,9 @@ def test_training_from_yaml_keeps_lightnings_own_checkpoint(tmp_path: Path, imag
     [
         ({"search": {"sources": ["test_resnte"]}}, "error: 1 of 1 sources cannot be had"),
         ({"search": {"budget": {"max_macs": 1}}}, "the cheapest composition has"),
+        ({"search": {"budget": {"max_activation_bytes": 1}}}, "the cheapest composition has at least"),
+        ({"search": {"budget": {"max_latency_ms": -5}}}, "max_latency_ms must be positive or None; found -5"),
+        ({"search": {"budget": {"min_score": 2}}}, "the highest loo_accuracy is"),
         ({"data": {"image_folder": "/nowhere"}}, "error: image_folder: /nowhere does not exist."),
         ({"data": {"calibration_samples": 2}}, "error: calibration_samples is 2, but stitches need at least 4"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_stitch.compose import Pool
+from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
 from lightning_stitch.functional import linear_cka
@@ -21,7 +22,7 @@ from lightning_stitch.heads import loo_scores
 from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
-from lightning_stitch.segments import CalibrationSettings, CompositionCosts
+from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.space import Candidate
 

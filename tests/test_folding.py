@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
@@ -9,7 +8,7 @@ from itertools import product
 import pytest
 import timm.layers
 import torch
-from helpers import donor, noise, seeded, shake
+from helpers import donor, filled, joined, noise, seeded, shake
 from torch import Tensor, fx, nn
 
 from lightning_stitch.cost import network_cost
@@ -24,7 +23,7 @@ from lightning_stitch.folding import (
 )
 from lightning_stitch.graph import Cut, CutGraph
 from lightning_stitch.recipe import Format, Placement, StitchSpec
-from lightning_stitch.stitches import Stitch, is_bridgeable, stitch_spec
+from lightning_stitch.stitches import is_bridgeable, stitch_spec
 
 
 @pytest.fixture(autouse=True)
@@ -36,26 +35,6 @@ def _no_gradients() -> Iterator[None]:
 @cache
 def small(name: str) -> CutGraph:
     return donor(name).graph.at((3, 64, 64))
-
-
-def filled(spec: StitchSpec, seed: int = 0) -> Stitch:
-    """An explicit stitch whose every number counts."""
-    stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
-    for tensor in stitch.state_dict().values():
-        tensor.normal_(0, max(tensor.shape[-1], 1) ** -0.5, generator=seeded(seed))
-    return stitch
-
-
-def joined(before: fx.GraphModule, stitch: Stitch, after: fx.GraphModule, placement: Placement) -> nn.Sequential:
-    """Sender, stitch and receiver in a row, on copies of their own, the stitch's numbers where the placement says."""
-    before, after = copy.deepcopy(before), copy.deepcopy(after)
-    joint = Stitch(dataclasses.replace(stitch.spec, placement=placement))
-    joint.load_state_dict({key: stitch.state_dict()[key] for key in joint.state_dict()})
-    if placement == "producer":
-        fold_into_producer(before, stitch)
-    elif placement == "consumer":
-        fold_into_consumer(after, stitch)
-    return nn.Sequential(before, joint, after).eval()
 
 
 def exact_placements(before: fx.GraphModule, spec: StitchSpec, after: fx.GraphModule) -> list[Placement]:

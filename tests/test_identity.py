@@ -11,8 +11,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from lightning_stitch import CalibrationSettings, Pool, Preprocessing, Source, load_source
+from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.paths import references
-from lightning_stitch.segments import CompositionCosts
 from lightning_stitch.space import SearchSpace
 
 

@@ -18,7 +18,7 @@ GROUPS = (
     {"recipe"},
     {"functional", "progress", "_lightning", "_spool", "_copying"},
     # similarity, sources, graph, activations, stitches, healing, cost
-    {"similarity", "preprocessing", "_operators", "_tracing", "_layout", "_blueprint"},
+    {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
     {"_probing"},
     {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
     {"_modes"},
@@ -26,7 +26,7 @@ GROUPS = (
     {"sources", "stitches"},
     {"folding"},
     {"segments"},
-    {"activations"},
+    {"activations", "compositions", "latency"},
     # network, heads, search
     {"heads", "network", "space"},
     {"search", "ranking", "paths", "results"},

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 import torch
 
 from lightning_stitch import Beam, CalibrationSettings, Pool, load_source
+from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.paths import references
-from lightning_stitch.segments import CompositionCosts, chunks
+from lightning_stitch.segments import chunks
 from lightning_stitch.space import SearchSpace
 
 

@@ -1,0 +1,284 @@
+"""What any composition of sources' pieces costs, and the least that one can cost, before anything is run.
+
+Parameters, multiply-accumulates and latency of a composition are sums over its pieces and stitches, its activation
+bytes a maximum. A fold changes what its neighbours yield, so that a piece's activation bytes depend on the stitches at
+its two ends; the least that a way on costs takes for each end what is best for it. A piece is taken to need what it
+needs in its own network, and one that begins with a linear layer a copy of tokens or of a map that is channels-last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_stitch.cost import Budget, Cost, in_words
+from lightning_stitch.errors import BudgetError
+from lightning_stitch.folding import choose_placement, consumer_layers, stitch_cost
+from lightning_stitch.recipe import StitchSpec
+from lightning_stitch.segments import Segmented
+from lightning_stitch.stitches import is_bridgeable, stitch_memory, stitch_spec
+
+
+class PlacedStitch(NamedTuple):
+    """A stitch between two cuts, placed where it is cheapest.
+
+    Attributes:
+        spec: Its structure.
+        cost: What it adds to its fragments; a fold can make that less than nothing.
+        entry: Bytes that it gives to the receiver, for one image.
+        exit: Bytes that the sender's last layer yields with the stitch folded into it; None: it is not.
+    """
+
+    spec: StitchSpec
+    cost: Cost
+    entry: int
+    exit: int | None
+
+
+class _Table(NamedTuple):
+    """The least in one measure, by receivers: of stitches, of runs to a later cut, and of any way on.
+
+    The last is a list: with up to 0, 1, ... more stitches.
+    """
+
+    jumps: Tensor
+    runs: Tensor
+    ahead: list[Tensor]
+
+
+class CompositionCosts:
+    """What every stitch between the cuts of some sources costs, and the least that any way on from a cut costs.
+
+    Args:
+        parts: The sources taken apart.
+        bias: Whether stitches have a bias.
+        max_fragments: Most fragments in a network.
+
+    Attributes:
+        receivers: All (source, cut) index pairs at which a fragment may begin.
+    """
+
+    def __init__(self, parts: Sequence[Segmented], *, bias: bool, max_fragments: int) -> None:
+        self.parts = list(parts)
+        self.bias = bias
+        self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
+        self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
+        self._placed: dict[tuple[int, int, int, int, bool], PlacedStitch] = {}
+        self._tables: dict[str, _Table] = {}
+        self._latencies: Sequence[Sequence[float]] | None = None
+        self._ms_per_mac = 0.0
+        self._max_fragments = max_fragments
+
+    def time(self, latencies: Sequence[Sequence[float]]) -> None:
+        """Estimate latencies from now on.
+
+        A composition takes the sum of its pieces' times. A stitch takes for each multiply-accumulate that it adds as
+        long as the fastest source on the whole, and none for what it saves.
+
+        Args:
+            latencies: Milliseconds of each piece of each source.
+        """
+        self._latencies = latencies
+        self._ms_per_mac = min(
+            sum(times) / max(part.cost.macs, 1) for part, times in zip(self.parts, latencies, strict=True)
+        )
+        self._placed = {key: placed._replace(cost=self._timed(placed.cost)) for key, placed in self._placed.items()}
+
+    def run(self, source: int, first: int, last: int, *, entry: int | None = None, exit: int | None = None) -> Cost:
+        """Cost of a source's pieces from one index up to, not including, another.
+
+        Args:
+            source: Index of the source.
+            first: Index of the first piece.
+            last: Index behind the last piece.
+            entry: Bytes that a stitch before them gives; None: there is none.
+            exit: Bytes that the last layer yields with a stitch folded into it; None: there is none.
+        """
+        part = self.parts[source]
+        cost = part.cost_between(first, last)
+        if entry is not None or exit is not None:
+            peaks = [part.occupancies[first].peak(entry=entry, exit=exit if first == last - 1 else None)]
+            if first < last - 1:
+                peaks += [part.cost_between(first + 1, last - 1).activation_bytes]
+                peaks += [part.occupancies[last - 1].peak(exit=exit)]
+            cost = dataclasses.replace(cost, activation_bytes=max(peaks))
+        if self._latencies is not None:
+            cost = dataclasses.replace(cost, latency_ms=sum(self._latencies[source][first:last]))
+        return cost
+
+    def stitch(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
+        """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
+        return self._place(sender, cut, source, receiver, before_taken=False)
+
+    def stitch_after_fold(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
+        """The same where the sender's last layer has taken the stitch before in at its entry, and takes no other."""
+        placed = self.stitch(sender, cut, source, receiver)
+        if placed.spec.placement != "producer":
+            return placed
+        return self._place(sender, cut, source, receiver, before_taken=True)
+
+    def self_stitched(self, source: int) -> Cost:
+        """Cost of a source stitched to itself at each of its cuts; a fold can make it less than the source's."""
+        last = len(self.parts[source].cuts)
+        total, entry, taken = Cost(0, 0), None, False
+        for cut in range(last):
+            find = self.stitch_after_fold if taken else self.stitch
+            placed = find(source, cut, source, cut)
+            total = total + self.run(source, cut, cut + 1, entry=entry, exit=placed.exit) + placed.cost
+            entry, taken = placed.entry, placed.spec.placement == "consumer"
+        return total + self.run(source, last, last + 1, entry=entry)
+
+    def completions(self, measures: Iterable[str]) -> list[Cost]:
+        """For each receiver the least that any way on from it costs, in these measures; nothing in others."""
+        columns = {measure: self._table(measure).ahead[-1].tolist() for measure in measures}
+        return [
+            Cost(**{"params": 0, "macs": 0, **{measure: column[flat] for measure, column in columns.items()}})
+            for flat in range(len(self.receivers))
+        ]
+
+    def cheapest(self, measure: str) -> tuple[float, str]:
+        """The least that any network costs in one measure, and the network in words.
+
+        In activation bytes it may cost more: there the least is taken piece by piece.
+        """
+        wholes = []
+        for s, part in enumerate(self.parts):
+            wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
+            wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
+        best, path = min(wholes, key=lambda whole: whole[0])
+        table = self._table(measure)
+        # Where several cost the same, as they often do in activation bytes, the one with the fewest stitches is named.
+        for ahead, (flat, (s, c)) in product(table.ahead, enumerate(self.receivers)):
+            onward = _joined(measure, table.jumps[flat], ahead)
+            entry = torch.tensor(self._least_run(measure, s, 0, c + 1, entered=False, left=True), dtype=torch.float64)
+            total = _joined(measure, entry, onward.min()).item()
+            if total < best:
+                start = f"{self.parts[s].name} to {self.parts[s].cuts[c].name}"
+                best, path = total, f"{start}, then {self._path(measure, int(onward.argmin()))}"
+        return best, path
+
+    def check(self, budget: Budget) -> None:
+        """Refuse a budget that no composition can keep.
+
+        Raises:
+            BudgetError: Naming the cheapest composition of these sources and its cost.
+        """
+        for measure, limit in budget.limits.items():
+            if measure == "latency_ms" and self._latencies is None:
+                continue
+            least, path = self.cheapest(measure)
+            if least > budget.most(measure):
+                how = {"activation_bytes": "at least ", "latency_ms": "by estimate "}.get(measure, "")
+                raise BudgetError(
+                    f"No network keeps the budget of at most {in_words(measure, limit, digits=12)}: the cheapest "
+                    f"composition has {how}{in_words(measure, least, digits=12, bare=True)} ({path}). Raise the "
+                    f"budget, add a smaller source, use a finer granularity or smaller images."
+                )
+
+    # -- inner workings ----------------------------------------------------------------------------------------------
+
+    def _place(self, sender: int, cut: int, source: int, receiver: int, *, before_taken: bool) -> PlacedStitch:
+        key = (sender, cut, source, receiver, before_taken)
+        if key not in self._placed:
+            before, after = self._neighbours(sender, cut, source, receiver)
+            leaves = self.parts[sender].cuts[cut]
+            spec = stitch_spec(leaves, self.parts[source].cuts[receiver], bias=self.bias)
+            placement = choose_placement(before, after, spec, before_taken=before_taken)
+            spec = dataclasses.replace(spec, placement=placement)
+            params, macs = stitch_cost(spec, before, after, placement)
+            steps = math.prod(leaves.shape) // leaves.channels
+            exit = 4 * spec.out_channels * steps if placement == "producer" else None
+            sent = self.parts[sender].occupancies[cut].exit if exit is None else exit
+            peak, entry = stitch_memory(spec, sent)
+            if spec.out_format in ("NHWC", "tokens") and _begins_linear(after):
+                # A stitch gives a view of a map, of which a linear layer makes a copy first.
+                entry *= 2
+            self._placed[key] = PlacedStitch(spec, self._timed(Cost(params, macs, peak)), entry, exit)
+        return self._placed[key]
+
+    def _timed(self, cost: Cost) -> Cost:
+        """A stitch's cost with its latency by estimate."""
+        return dataclasses.replace(cost, latency_ms=max(cost.macs, 0) * self._ms_per_mac)
+
+    def _neighbours(self, sender: int, cut: int, source: int, receiver: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self.parts[sender].pieces[cut], self.parts[source].pieces[receiver + 1]
+
+    def _path(self, measure: str, flat: int) -> str:
+        """The cheapest way on from a receiver in words."""
+        s, r = self.receivers[flat]
+        text = f"{self.parts[s].name} from {self.parts[s].cuts[r].name}"
+        table = self._table(measure)
+        ahead = table.ahead
+        rounds = next(index for index, costs in enumerate(ahead) if costs[flat] == ahead[-1][flat])
+        if rounds == 0:
+            return f"{text} to its end"
+        jumps = _joined(measure, table.jumps, ahead[rounds - 1])
+        cut = int(_joined(measure, table.runs[flat], jumps.amin(1)).argmin())
+        onward = self._path(measure, int(jumps[cut].argmin()))
+        return f"{text} to {self.parts[s].cuts[self.receivers[cut][1]].name}, then {onward}"
+
+    def _table(self, measure: str) -> _Table:
+        if measure not in self._tables:
+            jumps, (to_end, runs) = self._jump_costs(measure), self._run_costs(measure)
+            self._tables[measure] = _Table(jumps, runs, self._completions(measure, jumps, runs, to_end))
+        return self._tables[measure]
+
+    def _jump_costs(self, measure: str) -> Tensor:
+        """Cost of the stitch from each cut to each receiver; infinite where there is none."""
+        jumps = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
+        for i, (s, c) in enumerate(self.receivers):
+            for j, (t, r) in enumerate(self.receivers):
+                if is_bridgeable(self.parts[s].cuts[c], self.parts[t].cuts[r]):
+                    jumps[i, j] = getattr(self.stitch(s, c, t, r).cost, measure)
+        return jumps
+
+    def _run_costs(self, measure: str) -> tuple[Tensor, Tensor]:
+        """The least from each receiver to its source's end, and to each later cut of its source."""
+        to_end = torch.zeros(len(self.receivers), dtype=torch.float64)
+        runs = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
+        for i, (s, r) in enumerate(self.receivers):
+            part = self.parts[s]
+            to_end[i] = self._least_run(measure, s, r + 1, len(part.pieces), entered=True, left=False)
+            for cut in range(r + 1, len(part.cuts)):
+                runs[i, self.index[s, cut]] = self._least_run(measure, s, r + 1, cut + 1, entered=True, left=True)
+        return to_end, runs
+
+    def _least_run(self, measure: str, source: int, first: int, last: int, *, entered: bool, left: bool) -> float:
+        """The least that pieces cost whatever stitch they are entered or left through, and wherever it is folded."""
+        if measure != "activation_bytes":
+            return float(getattr(self.run(source, first, last), measure))
+        part, entry, peaks = self.parts[source], None, []
+        if entered:
+            takes = consumer_layers(part.pieces[first], bias=self.bias) is not None
+            entry = 0 if takes else 4 * math.prod(part.cuts[first - 1].shape)
+        for piece in range(first, last):
+            ends = [None, 0] if left and piece == last - 1 and part.occupancies[piece].folded else [None]
+            begun = entry if piece == first else None
+            peaks.append(min(part.occupancies[piece].peak(entry=begun, exit=end) for end in ends))
+        return float(max(peaks))
+
+    def _completions(self, measure: str, jumps: Tensor, runs: Tensor, to_end: Tensor) -> list[Tensor]:
+        """The least that any way on from each receiver costs, with up to 0, 1, ... more stitches (Bellman)."""
+        found = [to_end]
+        for _ in range(self._max_fragments - 2 if self.receivers else 0):
+            onward = _joined(measure, runs, _joined(measure, jumps, found[-1]).amin(1)).amin(1)
+            found.append(torch.minimum(found[-1], onward))
+            if torch.equal(found[-1], found[-2]):
+                break
+        return found
+
+
+def _begins_linear(fragment: fx.GraphModule) -> bool:
+    layers = consumer_layers(fragment, bias=False) or ()
+    return any(isinstance(layer, nn.Linear) for layer in layers)
+
+
+def _joined(measure: str, one: Tensor, other: Tensor) -> Tensor:
+    """What two parts of a composition cost together, in one measure."""
+    return torch.maximum(one, other) if measure == "activation_bytes" else one + other

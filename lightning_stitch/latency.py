@@ -1,0 +1,82 @@
+"""How long one image takes, measured where the networks are to run.
+
+The time of a network is the median of `RUNS` runs of one image, a batch of its own, after `WARM_UP` runs that do not
+count: in eval mode and inference mode, with the threads that torch has at that moment, and waiting for the device
+before each look at the clock. What a search goes by before there is a network is an estimate, the sum of its pieces'
+times, each measured alike; a source's pieces in a row take longer than the source itself, by what each call and each
+wait adds, and are scaled to take as long.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stitch.segments import Segmented
+
+WARM_UP, RUNS = 3, 9
+
+
+def network_latency(network: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> float:
+    """Milliseconds that a network takes for one image, as `lightning_stitch.latency` says.
+
+    Args:
+        network: The network, in eval mode, on the device.
+        image_shape: (channels, height, width); the image is noise.
+        device: Where it runs.
+    """
+    image = _image(image_shape, device)
+    return _milliseconds(lambda: network(image), device)
+
+
+@torch.inference_mode()
+def piece_latencies(parts: Sequence[Segmented], device: torch.device) -> list[list[float]]:
+    """Milliseconds of each piece of each source; the first one's includes the preprocessing.
+
+    Args:
+        parts: The sources taken apart, on the device.
+        device: Where they run.
+    """
+    return [_latencies(part, device) for part in parts]
+
+
+def _latencies(part: Segmented, device: torch.device) -> list[float]:
+    image = _image(part.image_shape, device)
+    whole = nn.Sequential(part.preprocess, part.graph.fragment(None, part.end, share=True)).eval().to(device)
+    pieces = [nn.Sequential(part.preprocess, part.pieces[0]), *part.pieces[1:]]
+    times, x = [], image
+    for piece in pieces:
+        times.append(_milliseconds(_call(piece, x), device))
+        x = piece(x)
+    scale = _milliseconds(_call(whole, image), device) / max(sum(times), 1e-9)
+    return [milliseconds * scale for milliseconds in times]
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: module(x)
+
+
+@torch.inference_mode()
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(WARM_UP + RUNS):
+        _wait_for(device)
+        begun = time.perf_counter()
+        run()
+        _wait_for(device)
+        times.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(times[WARM_UP:])
+
+
+def _wait_for(device: torch.device) -> None:
+    """Let an accelerator finish what it has been given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _image(image_shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    return torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
