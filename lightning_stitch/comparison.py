@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.compose import Pool
+from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.results import SearchResult
-from lightning_stitch.space import Candidate
 
 Loader = Iterable[Any]
 
@@ -57,7 +58,7 @@ class Comparison:
 
 
 def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Finalist], tuple[str, ...]]:
-    """Every source, every self-stitched source, and the best StitchNet overall and under each share of the budget.
+    """Every source, every self-stitched source, and the best StitchNet and early exit under each share of the budget.
 
     Args:
         result: What a search found.
@@ -80,11 +81,15 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
     limits = [("no budget", math.inf), *((f"<= {share:.0%} of MACs", share * smallest) for share in fractions)]
     unmet = []
     for words, limit in limits:
-        chosen = result.within(limit)
+        budget = Budget(max_macs=limit)
+        chosen, exit = result.within(budget, kind="stitched"), result.within(budget, kind="early exit")
         if chosen is None:
             unmet.append(words if limit < math.inf else "any budget")
         else:
             found.append(Finalist("StitchNet", chosen.candidate, words, spent, labels))
+        if exit is not None:
+            name = exit.candidate.recipe.fragments[0].source
+            found.append(Finalist(name, exit.candidate, f"early exit, {words}", spent, labels))
     return found, tuple(unmet)
 
 
@@ -147,7 +152,7 @@ def _evaluation(finalist: Finalist, probabilities: Tensor, seconds: float, num_l
         macs=candidate.cost.macs,
         seconds=seconds,
         labels=num_labels + finalist.search_labels,
-        cka_product=None if candidate.kind == "source" else candidate.cka_product,
+        cka_product=candidate.cka_product if len(candidate.recipe.fragments) > 1 else None,
         budget=finalist.budget,
     )
 

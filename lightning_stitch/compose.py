@@ -18,18 +18,18 @@ from torch import Tensor
 
 from lightning_stitch._spool import Carried, Spool
 from lightning_stitch.activations import Calibrated, calibrate
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.network import StitchedNetwork, assemble
-from lightning_stitch.paths import follow, references
+from lightning_stitch.paths import early_exits, follow, references
+from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.ranking import (
     MISSING_LABELS,
     NEED_LABELS,
-    Outcome,
-    PrefixTree,
     Ranking,
     SelectionData,
     find_ranking,
@@ -39,7 +39,7 @@ from lightning_stitch.results import Ranked, SearchResult, choose
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 
 
 class Pool:
@@ -127,9 +127,10 @@ class Pool:
         ridge: float = 1e-3,
         bias: bool = True,
         max_candidates: int = 64,
+        exits: bool = True,
         progress: Progress | None = None,
     ) -> SearchResult:
-        """Compose networks and rank them, the unmodified and the self-stitched sources among them.
+        """Compose networks and rank them; the sources as they are, self-stitched and ended early are among them.
 
         Args:
             calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at.
@@ -141,6 +142,8 @@ class Pool:
             ridge: Relative strength of the stitches' fit; 0 is the paper's.
             bias: Whether stitches have a bias; False is the paper's.
             max_candidates: Most StitchNets that are ranked.
+            exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
+                are not where networks end at an output.
             progress: Where to show progress.
 
         Raises:
@@ -150,13 +153,15 @@ class Pool:
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
         """
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
+        exits = exits and self.settings.until == "features"
         find_ranking(ranking, labelled=True)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
             selection = _labelled(selection)
         self.seconds = {"cut": self._cutting_seconds}
         with self._timed("cut"):
-            costs = CompositionCosts(self.parts, bias=bias, max_fragments=getattr(strategy, "max_fragments", 16))
+            most = getattr(strategy, "max_fragments", 16)
+            costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
         if budget.max_latency_ms is not None:
             with self._timed("measure"):
@@ -168,7 +173,7 @@ class Pool:
         self.calibrate(calibration, progress=progress)
         space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
         with self._timed("search"):
-            candidates = references(space)
+            candidates = references(space) + (early_exits(space) if exits else [])
             progress.start("composing", max_candidates)
             for candidate in islice(strategy(space), max_candidates):
                 candidates.append(candidate)

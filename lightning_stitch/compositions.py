@@ -59,12 +59,15 @@ class CompositionCosts:
         parts: The sources taken apart.
         bias: Whether stitches have a bias.
         max_fragments: Most fragments in a network.
+        early_exits: Whether sources that end at one of their cuts are compositions too.
 
     Attributes:
         receivers: All (source, cut) index pairs at which a fragment may begin.
     """
 
-    def __init__(self, parts: Sequence[Segmented], *, bias: bool, max_fragments: int) -> None:
+    def __init__(
+        self, parts: Sequence[Segmented], *, bias: bool, max_fragments: int, early_exits: bool = False
+    ) -> None:
         self.parts = list(parts)
         self.bias = bias
         self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
@@ -74,6 +77,7 @@ class CompositionCosts:
         self._latencies: Sequence[Sequence[float]] | None = None
         self._ms_per_mac = 0.0
         self._max_fragments = max_fragments
+        self._early_exits = early_exits
 
     def time(self, latencies: Sequence[Sequence[float]]) -> None:
         """Estimate latencies from now on.
@@ -151,6 +155,9 @@ class CompositionCosts:
         for s, part in enumerate(self.parts):
             wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
             wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
+            if self._early_exits:
+                exits = ((getattr(self.run(s, 0, c + 1), measure), cut.name) for c, cut in enumerate(part.cuts))
+                wholes += [(cost, f"{part.name} ended at {name}") for cost, name in exits]
         best, path = min(wholes, key=lambda whole: whole[0])
         table = self._table(measure)
         # Where several cost the same, as they often do in activation bytes, the one with the fewest stitches is named.

@@ -17,14 +17,15 @@ from lightning_stitch.graph import CutGraph
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.recipe import Recipe, StitchSpec
 from lightning_stitch.sources import build_architecture
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitches import GlobalAverage, Stitch
 
 
 class StitchedNetwork(nn.Module):
     """A network composed of fragments of several sources.
 
     Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised, and gives the last
-    source's features (batch, features) or its output, whichever the recipe ends at.
+    source's features (batch, features) or its output, whichever the recipe ends at; where it ends early, the average of
+    its last cut over positions.
 
     Build one with `assemble` (from sources at hand) or `StitchedNetwork.from_recipe` (structure only).
 
@@ -34,21 +35,30 @@ class StitchedNetwork(nn.Module):
         fragments: The fragments, in forward order; their parameters are their own, or shared among the fragments of
             one source where the recipe says so.
         stitches: `Stitch` or `nn.Identity` between each two fragments.
+        pool: `GlobalAverage` where the network ends early, else `nn.Identity`.
     """
 
-    def __init__(self, recipe: Recipe, fragments: Sequence[nn.Module], stitches: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fragments: Sequence[nn.Module],
+        stitches: Sequence[nn.Module],
+        pool: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.preprocess = Preprocess(recipe.preprocessing)
         self.fragments = nn.ModuleList(fragments)
         self.stitches = nn.ModuleList(stitches)
+        self.pool = nn.Identity() if pool is None else pool
 
     def forward(self, images: Tensor) -> Tensor:
         """Features or output of the last fragment's source, for images in [0, 1]."""
         x: Tensor = self.fragments[0](self.preprocess(images))
         for stitch, fragment in zip(self.stitches, self.fragments[1:], strict=True):
             x = fragment(stitch(x))
-        return x
+        pooled: Tensor = self.pool(x)
+        return pooled
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
@@ -175,7 +185,9 @@ def _assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence
             else:
                 fold_into_consumer(fragments[index + 1], numbers)
         joints.append(joint)
-    network = StitchedNetwork(recipe, fragments, joints)
+    last = recipe.fragments[-1]
+    pool = GlobalAverage.of(graphs[last.source].find(str(last.end))) if recipe.pooled else None
+    network = StitchedNetwork(recipe, fragments, joints, pool)
     reference = next(network.parameters())
     return network.to(reference.device).eval()
 

@@ -1,4 +1,4 @@
-"""Compositions along a given path: the references of every search, and those that a user names."""
+"""Compositions along a given path: the references of every search, early exits, and those that a user names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Sequence
 from itertools import pairwise
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.segments import Segmented
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import is_bridgeable
 
 
@@ -24,6 +25,25 @@ def references(space: SearchSpace) -> list[Candidate]:
             if edge is not None:
                 state = space.enter(edge, activation)
         found.append(space.complete(state, kind="self-stitched"))
+    return found
+
+
+def early_exits(space: SearchSpace) -> list[Candidate]:
+    """Every source ended at each of its cuts that varies, averaged over that cut's positions.
+
+    Those that do not keep the budget are left out and counted.
+    """
+    found = []
+    for state in space.starts():
+        source = space.sources[state.source]
+        for cut, statistics in enumerate(source.statistics):
+            candidate = space.exit(state, cut)
+            if statistics.centred is None:
+                space.rejected["activation at an early exit does not vary"] += 1
+            elif not space.budget.allows(candidate.cost):
+                space.rejected["over the budget"] += 1
+            else:
+                found.append(candidate)
     return found
 
 

@@ -140,6 +140,8 @@ class Recipe:
         share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
             (one fragment used twice, fragments that overlap, weights that the source ties) is there once, and is
             trained for all of them; only layers that take a stitch in become a fragment's own.
+        pooled: Whether the last fragment ends at a map or at tokens that are averaged over their positions: a network
+            that ends early.
         schema: Version of this format.
 
     Raises:
@@ -152,6 +154,7 @@ class Recipe:
     input_size: tuple[int, int, int] | None = None
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
+    pooled: bool = False
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -171,6 +174,8 @@ class Recipe:
             raise RecipeError(f"Fragments refer to {sorted(unknown)}, but the recipe's sources are {names}.")
         if self.fragments[0].start is not None:
             raise RecipeError(f"The first fragment must begin at the image, not at cut {self.fragments[0].start!r}.")
+        if self.pooled and self.fragments[-1].end is None:
+            raise RecipeError("A pooled network ends at a cut; this recipe's last fragment runs to the output.")
         for before, stitch, after in zip(self.fragments, self.stitches, self.fragments[1:], strict=False):
             if stitch is None and (before.source, before.end) != (after.source, after.start):
                 raise RecipeError(f"Nothing joins {before} to {after}: without a stitch both must meet at one cut.")

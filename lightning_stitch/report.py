@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_stitch.errors import StitchError
 
-Kind = Literal["source", "self-stitched", "stitched"]
+Kind = Literal["source", "self-stitched", "early exit", "stitched"]
 Row = dict[str, Any]
 
 _METRICS = ("accuracy", "balanced_accuracy", "auroc")
@@ -34,7 +34,7 @@ class Evaluation:
 
     Attributes:
         name: Name in the table.
-        kind: Whether it is a source, a source stitched to itself, or a stitched network.
+        kind: Whether it is a source, a source stitched to itself, a source that ends early, or a stitched network.
         probabilities: Class probabilities, images x classes, floating point, on any device.
         params: Number of parameters.
         macs: Multiply-accumulates of one image.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.space import Candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,14 @@ class Ranked:
     seconds: float
     latency_ms: float | None = None
 
+    @property
+    def score(self) -> float:
+        """The first score, which decides the place."""
+        return next(iter(self.scores.values()))
+
     def reaches(self, min_score: float | None) -> bool:
-        """Whether the first score, which decides the place, is at least so much."""
-        return min_score is None or next(iter(self.scores.values())) >= min_score
+        """Whether the first score is at least so much."""
+        return min_score is None or self.score >= min_score
 
     def __str__(self) -> str:
         latency = "" if self.latency_ms is None else f", {self.latency_ms:.4g} ms for one image"
@@ -44,7 +50,8 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        ranked: All candidates, best first: the StitchNets that keep the budget, and all references, budget or no.
+        ranked: All candidates, best first: the StitchNets and early exits that keep the budget, and the sources as they
+            are and self-stitched, budget or no.
         best: The best that keeps the budget, an unmodified source where no other beat it. Where the budget has a least
             score: the one with the fewest MACs.
         best_source: The best unmodified source, budget or no.
@@ -66,10 +73,37 @@ class SearchResult:
     num_selection_labels: int
     min_score: float | None = None
 
-    def within(self, max_macs: float) -> Ranked | None:
-        """The best StitchNet of at most that many MACs; None where there is none."""
-        fitting = [r for r in self.ranked if r.candidate.kind == "stitched" and r.candidate.cost.macs <= max_macs]
-        return next(iter(fitting), None)
+    def within(self, budget: Budget, *, kind: Kind | None = None) -> Ranked | None:
+        """The best of the candidates that keeps a budget, without searching again; None where there is none.
+
+        With a least score it is the one of the fewest MACs.
+
+        Args:
+            budget: The limits.
+            kind: Only candidates of this kind; None: of any.
+
+        Raises:
+            BudgetError: If the budget limits latency and the search did not, so that nothing was measured.
+        """
+        if budget.max_latency_ms is not None and all(r.latency_ms is None for r in self.ranked):
+            raise BudgetError("This search measured no latencies; search with a budget that limits max_latency_ms.")
+        fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _keeps(r, budget)]
+        return _best(fitting, budget) if fitting else None
+
+    def pareto(self, measure: Literal["macs", "params", "activation_bytes"] = "macs") -> list[Ranked]:
+        """The candidates of which none is both cheaper and better, the cheapest first.
+
+        Better is a higher first score; of equal cost and score the one that ranks first is kept.
+
+        Args:
+            measure: The cost.
+        """
+        places = {id(r): place for place, r in enumerate(self.ranked)}
+        found: list[Ranked] = []
+        for r in sorted(self.ranked, key=lambda r: (getattr(r.candidate.cost, measure), places[id(r)])):
+            if not found or r.score > found[-1].score:
+                found.append(r)
+        return found
 
     @property
     def beat_best_source(self) -> bool:
@@ -146,7 +180,8 @@ def choose(
             f"fastest is over it ({fastest}). Raise max_latency_ms, or widen the search."
         )
     reasons = Counter(rejected)
-    returned = [r for r in ranked if r.candidate.kind != "stitched" or any(r is kept for kept in fitting)]
+    references = ("source", "self-stitched")
+    returned = [r for r in ranked if r.candidate.kind in references or any(r is kept for kept in fitting)]
     dropped = [r for r in ranked if not any(r is kept for kept in returned)]
     for r in dropped:
         reasons[
@@ -160,7 +195,7 @@ def choose(
     assert best_source is not None
     return SearchResult(
         ranked=tuple(returned),
-        best=fitting[0] if budget.min_score is None else min(fitting, key=lambda r: r.candidate.cost.macs),
+        best=_best(fitting, budget),
         best_source=best_source,
         best_self_stitched=first("self-stitched", returned),
         best_stitched=first("stitched", fitting),
@@ -169,6 +204,14 @@ def choose(
         num_selection_labels=num_selection_labels,
         min_score=budget.min_score,
     )
+
+
+def _best(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
+    return fitting[0] if budget.min_score is None else min(fitting, key=lambda r: r.candidate.cost.macs)
+
+
+def _keeps(r: Ranked, budget: Budget) -> bool:
+    return budget.allows(r.candidate.cost) and r.reaches(budget.min_score) and _is_fast_enough(r, budget)
 
 
 def _is_fast_enough(ranked: Ranked, budget: Budget) -> bool:

@@ -14,9 +14,10 @@ from itertools import pairwise
 from typing import Protocol
 
 from lightning_stitch._spool import Carried
+from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Cost
 from lightning_stitch.errors import StitchError
-from lightning_stitch.space import Candidate, Edge, SearchSpace, State
+from lightning_stitch.space import SearchSpace
 
 
 class Strategy(Protocol):

@@ -9,117 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_stitch._spool import Carried, Spool, carry
 from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
+from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import RowBank, cka_with_many, row_bank
-from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
-from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch, is_bridgeable
-
-Kind = Literal["source", "self-stitched", "stitched"]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Pieces [first, last) of one source, entered through a stitch; None: from the image.
-
-    The stitch runs as a layer of its own here; its spec says where the assembled network will have it.
-    """
-
-    source: int
-    first: int
-    last: int
-    stitch: Stitch | None = field(default=None, repr=False)
-    spec: StitchSpec | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A complete network that the search proposes.
-
-    Attributes:
-        recipe: Its structure, with the search's scores.
-        kind: An unmodified source, a source stitched to itself at each of its cuts, or a StitchNet.
-        steps: What it runs, for the sources at hand.
-        cost: Its parameters, MACs and activation bytes, stitches and folds included.
-    """
-
-    recipe: Recipe
-    kind: Kind
-    steps: tuple[Step, ...]
-    cost: Cost
-
-    @property
-    def cka_product(self) -> float:
-        """Product of the CKAs of its stitches."""
-        return self.recipe.scores["cka_product"]
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A running network, at the entry of a piece.
-
-    Attributes:
-        steps: The fragments that are complete.
-        source: Index of the source it runs in.
-        entry: Index of the piece that runs next.
-        stitch: The stitch before that piece; None: it begins at the image.
-        spec: That stitch's structure in the assembled network.
-        entry_bytes: What that stitch gives for one image.
-        activation: What the stitch takes, for all calibration images; None: it begins at the image.
-        product: Product of the CKAs so far.
-        cost: Cost of the steps and the stitch.
-    """
-
-    steps: tuple[Step, ...]
-    source: int
-    entry: int
-    stitch: Stitch | None
-    spec: StitchSpec | None
-    entry_bytes: int | None
-    activation: Carried | None
-    product: float
-    cost: Cost
-
-    @property
-    def used(self) -> frozenset[tuple[int, int]]:
-        """The (source, piece) pairs of the complete steps."""
-        return frozenset((step.source, piece) for step in self.steps for piece in range(step.first, step.last))
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """A possible stitch: from a state that has run to one of its cuts, to a receiver.
-
-    Attributes:
-        state: The running network.
-        cut: Index of the cut it has run to.
-        source: Index of the receiving source.
-        receiver: Index of the receiving cut.
-        cka: Linear CKA of the two.
-        product: Product of the CKAs, this one included.
-        cost: Cost up to the receiver's piece, the stitch included.
-        total: Cost if the receiver then runs to its end.
-    """
-
-    state: State
-    cut: int
-    source: int
-    receiver: int
-    cka: float
-    product: float
-    cost: Cost
-    total: Cost
+from lightning_stitch.stitches import GlobalAverage, Stitch, fit_rows, fitted_stitch, is_bridgeable
 
 
 class SearchSpace:
@@ -272,6 +176,14 @@ class SearchSpace:
         steps = (*state.steps, Step(state.source, state.entry, last, state.stitch, state.spec))
         cost = state.cost + self.costs.run(state.source, state.entry, last, entry=state.entry_bytes)
         return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
+
+    def exit(self, state: State, cut: int) -> Candidate:
+        """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
+        step = Step(state.source, state.entry, cut + 1, state.stitch, state.spec)
+        cost = state.cost + self.costs.run(state.source, state.entry, cut + 1, entry=state.entry_bytes)
+        recipe = dataclasses.replace(self._recipe((*state.steps, step), state.product, cost), pooled=True)
+        pool = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
+        return Candidate(recipe, "early exit", (*state.steps, step), cost, pool)
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import AffineMap, r2, ridge_least_squares
 from lightning_stitch.graph import Cut
-from lightning_stitch.recipe import Placement, StitchSpec
+from lightning_stitch.recipe import Format, Placement, StitchSpec
 
 
 def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -46,6 +46,35 @@ def _to_map(x: Tensor, format: str, num_prefix_tokens: int, grid: tuple[int, int
 def is_bridgeable(sender: Cut, receiver: Cut) -> bool:
     """Whether a stitch can lead from one cut to another: anything but a vector to a grid."""
     return sender.format != "vector" or receiver.format == "vector"
+
+
+class GlobalAverage(nn.Module):
+    """A cut's activation averaged over its positions (batch, channels): what a network that ends early gives.
+
+    Prefix tokens are left out; a vector stays as it is.
+
+    Args:
+        format: Format of the cut.
+        num_prefix_tokens: Its prefix tokens.
+    """
+
+    traced_whole = True
+
+    def __init__(self, format: Format, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.format = format
+        self.num_prefix_tokens = num_prefix_tokens
+
+    @classmethod
+    def of(cls, cut: Cut) -> GlobalAverage:
+        """The average for one cut."""
+        return cls(cut.format, cut.num_prefix_tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean of each channel."""
+        if self.format == "tokens":
+            return x[:, self.num_prefix_tokens :].mean(1)
+        return x if self.format == "vector" else x.mean((2, 3) if self.format == "NCHW" else (1, 2))
 
 
 class Stitch(nn.Module):

@@ -19,13 +19,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.recipe import Placement, Preprocessing, StitchSpec
 from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source, load_source
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import Stitch
 
 

@@ -10,6 +10,7 @@ from clock_double import Clock, timed
 from helpers import Recorder, digits, images_seen, noise, path, plain
 from torch import Tensor
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost, network_cost
@@ -17,7 +18,6 @@ from lightning_stitch.errors import BudgetError
 from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, DepthFirst
-from lightning_stitch.space import Candidate
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -28,7 +28,8 @@ GROUPS = (
     {"segments"},
     {"activations", "compositions", "latency"},
     # network, heads, search
-    {"heads", "network", "space"},
+    {"candidates", "heads", "network"},
+    {"space", "prefix_tree"},
     {"search", "ranking", "paths", "results"},
     # compose, report, hub, export
     {"compose", "report"},

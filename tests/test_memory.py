@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import network_cost
 from lightning_stitch.graph import CutGraph
+from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.preprocessing import Preprocess
-from lightning_stitch.ranking import PrefixTree
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.stitches import is_bridgeable

@@ -9,15 +9,16 @@ import torch
 from helpers import digits, donor, live, noise, plain, shake, space_of
 from torch import Tensor, nn
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import references
-from lightning_stitch.ranking import PrefixTree
+from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.segments import CalibrationSettings
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 
 IMAGES = digits(8, 64)[0]
 

@@ -9,16 +9,18 @@ from helpers import digits, images_seen, noise, plain, space_of
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Cost
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.heads import DEFAULT_STRENGTHS
 from lightning_stitch.paths import references
-from lightning_stitch.ranking import RANKINGS, PrefixTree, SelectionData, find_ranking
+from lightning_stitch.prefix_tree import PrefixTree
+from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.segments import CalibrationSettings
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 
 LABELS = torch.tensor([0, 1, 2] * 10)
 

@@ -11,15 +11,16 @@ import torch
 from helpers import digits, donor, images_seen, noise, path, plain, space_of
 from torch import Tensor, nn
 
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import references
-from lightning_stitch.ranking import PrefixTree
+from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source
-from lightning_stitch.space import Candidate, SearchSpace
+from lightning_stitch.space import SearchSpace
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 PAPER = CalibrationSettings(granularity="reference", estimator="biased", rows_per_image=256, until="output")

@@ -11,13 +11,14 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from lightning_stitch._spool import Carried
+from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Budget
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.paths import references
-from lightning_stitch.ranking import PrefixTree
+from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source
-from lightning_stitch.space import Candidate, Edge, SearchSpace, State
+from lightning_stitch.space import SearchSpace
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 ALL_ROWS = CalibrationSettings(rows_per_image=256, until="output")
