@@ -73,6 +73,7 @@ class CompositionCosts:
         self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
         self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
         self._placed: dict[tuple[int, int, int, int, bool], PlacedStitch] = {}
+        self._costs: dict[tuple[int, int, int, int | None, int | None], Cost] = {}
         self._tables: dict[str, _Table] = {}
         self._latencies: Sequence[Sequence[float]] | None = None
         self._ms_per_mac = 0.0
@@ -89,6 +90,7 @@ class CompositionCosts:
             latencies: Milliseconds of each piece of each source.
         """
         self._latencies = latencies
+        self._costs.clear()
         self._ms_per_mac = min(
             sum(times) / max(part.cost.macs, 1) for part, times in zip(self.parts, latencies, strict=True)
         )
@@ -104,17 +106,10 @@ class CompositionCosts:
             entry: Bytes that a stitch before them gives; None: there is none.
             exit: Bytes that the last layer yields with a stitch folded into it; None: there is none.
         """
-        part = self.parts[source]
-        cost = part.cost_between(first, last)
-        if entry is not None or exit is not None:
-            peaks = [part.occupancies[first].peak(entry=entry, exit=exit if first == last - 1 else None)]
-            if first < last - 1:
-                peaks += [part.cost_between(first + 1, last - 1).activation_bytes]
-                peaks += [part.occupancies[last - 1].peak(exit=exit)]
-            cost = dataclasses.replace(cost, activation_bytes=max(peaks))
-        if self._latencies is not None:
-            cost = dataclasses.replace(cost, latency_ms=sum(self._latencies[source][first:last]))
-        return cost
+        key = (source, first, last, entry, exit)
+        if key not in self._costs:
+            self._costs[key] = self._run(*key)
+        return self._costs[key]
 
     def stitch(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
         """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
@@ -189,6 +184,19 @@ class CompositionCosts:
                 )
 
     # -- inner workings ----------------------------------------------------------------------------------------------
+
+    def _run(self, source: int, first: int, last: int, entry: int | None, exit: int | None) -> Cost:
+        part = self.parts[source]
+        cost = part.cost_between(first, last)
+        if entry is not None or exit is not None:
+            peaks = [part.occupancies[first].peak(entry=entry, exit=exit if first == last - 1 else None)]
+            if first < last - 1:
+                peaks += [part.cost_between(first + 1, last - 1).activation_bytes]
+                peaks += [part.occupancies[last - 1].peak(exit=exit)]
+            cost = dataclasses.replace(cost, activation_bytes=max(peaks))
+        if self._latencies is not None:
+            cost = dataclasses.replace(cost, latency_ms=sum(self._latencies[source][first:last]))
+        return cost
 
     def _place(self, sender: int, cut: int, source: int, receiver: int, *, before_taken: bool) -> PlacedStitch:
         key = (sender, cut, source, receiver, before_taken)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import LooRidge, loo_ridge, ridge_weights
+from lightning_stitch.regression import LooRidge, loo_ridge, ridge_weights
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""

@@ -118,16 +118,21 @@ class Beam:
         fractions: Upper bounds of the size classes, as shares of the cheapest source's MACs. One more class holds what
             is above them all.
         threshold: Least product of CKAs.
+        max_upsampling: Most by which a stitch may multiply the number of positions: what a coarse map lacks, no finer
+            receiver gets back, and none of these would be among the best.
     """
 
     width: int = 4
     max_fragments: int = 3
     fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 1 / 3)
     threshold: float = 0.0
+    max_upsampling: float = 2.0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_positive(width=self.width)
+        if not self.max_upsampling >= 1:
+            raise StitchError(f"max_upsampling must be at least 1; found {self.max_upsampling}.")
         _check_fragments(self.max_fragments)
 
     def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
@@ -138,7 +143,10 @@ class Beam:
             kept = _Kept(self.width)
             for state in states:
                 for cut, activation in space.walk(state):
-                    for edge in space.edges(state, cut, activation, min_product=self.threshold):
+                    found = space.edges(
+                        state, cut, activation, max_upsampling=self.max_upsampling, min_product=self.threshold
+                    )
+                    for edge in found:
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:

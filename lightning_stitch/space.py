@@ -7,6 +7,7 @@ A state is a running network: the fragments so far, and its activation on the ca
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -93,6 +94,7 @@ class SearchSpace:
         *,
         single_pieces: bool = False,
         only_ends: bool = False,
+        max_upsampling: float = math.inf,
         min_cka: float = 0.0,
         min_product: float = 0.0,
     ) -> list[Edge]:
@@ -105,13 +107,14 @@ class SearchSpace:
             single_pieces: Fragments are single pieces: only the receiving piece itself must be unused. Otherwise the
                 receiver runs on, so all behind it must be.
             only_ends: Admit only pieces that end a network.
+            max_upsampling: Most by which a stitch may multiply the number of positions.
             min_cka: Least CKA of a stitch.
             min_product: Least product of CKAs.
         """
         used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
         admissible: dict[Grid, list[int]] = {}
         for flat, (s, r) in enumerate(self._receivers):
-            reason = self._objection(state, cut, s, r, used, single_pieces, only_ends)
+            reason = self._objection(state, cut, s, r, used, single_pieces, only_ends, max_upsampling)
             if reason is None:
                 admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
             elif reason:
@@ -196,10 +199,12 @@ class SearchSpace:
         used: frozenset[tuple[int, int]],
         single_pieces: bool,
         only_ends: bool,
+        max_upsampling: float,
     ) -> str | None:
         """Why a receiver is out of the question; None if it is not, "" if it is no candidate in the first place."""
         parts = self.sources[s].parts
-        if not is_bridgeable(self.sources[state.source].parts.cuts[cut], parts.cuts[r]):
+        sender, receiver = self.sources[state.source].parts.cuts[cut], parts.cuts[r]
+        if not is_bridgeable(sender, receiver):
             return ""
         if only_ends and r + 1 != len(parts.pieces) - 1:
             return "not an end fragment at the last depth"
@@ -209,6 +214,8 @@ class SearchSpace:
             return ""
         if any(source == s and (piece == r + 1 if single_pieces else piece > r) for source, piece in used):
             return "fragment used already"
+        if sender.grid and receiver.grid and math.prod(receiver.grid) > max_upsampling * math.prod(sender.grid):
+            return "receiver's grid too fine for the sender's"
         # Without limits there is no need to know what every way on costs.
         if self.budget.limits:
             cost, _ = self._cost_to(state, cut, s, r)
@@ -262,8 +269,9 @@ class SearchSpace:
                 if centred is None:
                     self.rejected["activation of the sender does not vary"] += len(flats)
                     continue
-                ckas = cka_with_many(centred, bank).tolist()
-                scored += [(flat, ckas[places[flat]]) for flat in flats]
+                first, last = places[flats[0]], places[flats[-1]] + 1
+                ckas = cka_with_many(centred, bank.narrowed(first, last)).tolist()
+                scored += [(flat, ckas[places[flat] - first]) for flat in flats]
         return scored
 
     def _joined(self, rows: Tensor, prefix: Tensor) -> Tensor:

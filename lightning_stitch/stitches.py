@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import AffineMap, r2, ridge_least_squares
 from lightning_stitch.graph import Cut
 from lightning_stitch.recipe import Format, Placement, StitchSpec
+from lightning_stitch.regression import AffineMap, r2, ridge_least_squares
 
 
 def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -208,13 +208,26 @@ def fit_rows(x: Tensor, y: Tensor, *, num_images: int, ridge: float, bias: bool)
     split = (num_images - num_images // 4) * (len(x) // num_images)
     if split in (0, len(x)):
         return affine, None
-    partial = ridge_least_squares(x[:split], y[:split], ridge=ridge, bias=bias)
-    predicted = x[split:].double() @ partial.weight.T + (0 if partial.bias is None else partial.bias)
     try:
-        return affine, r2(predicted, y[split:])
+        return affine, r2(_predicted(x, y, split, ridge=ridge, bias=bias), y[split:])
     except CalibrationError:
         # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
         return affine, None
+
+
+def _predicted(x: Tensor, y: Tensor, split: int, *, ridge: float, bias: bool) -> Tensor:
+    """What the rows before a split, fitted as `ridge_least_squares` does, predict behind it."""
+    if not ridge or split < x.shape[1]:
+        fit = ridge_least_squares(x[:split], y[:split], ridge=ridge, bias=bias)
+        return x[split:].double() @ fit.weight.T + (0 if fit.bias is None else fit.bias)
+    # With a penalty the normal equations are well-conditioned, and a factorisation is several times faster.
+    x, y = x.double(), y.double()
+    mean_x, mean_y = (x[:split].mean(0), y[:split].mean(0)) if bias else (0.0, 0.0)
+    x = x - mean_x
+    gram = x[:split].T @ x[:split]
+    gram.diagonal().add_(ridge * gram.trace() / len(gram))
+    factor = torch.linalg.cholesky(gram)
+    return x[split:] @ torch.cholesky_solve(x[:split].T @ (y[:split] - mean_y), factor) + mean_y
 
 
 def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:

@@ -64,6 +64,18 @@ def shake(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def related(n: int, cx: int, cy: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two activations that share part of what they say."""
+    common = normal(n, 3, seed=seed)
+    x = common @ normal(3, cx, seed=seed + 1) + 0.5 * normal(n, cx, seed=seed + 2)
+    y = common @ normal(3, cy, seed=seed + 3) + 0.5 * normal(n, cy, seed=seed + 4)
+    return x, y
+
+
 def counted_macs(network: nn.Module, size: tuple[int, int, int]) -> int:
     """The reference: half the FLOPs that torch counts in a real run of one image."""
     counter = FlopCounterMode(display=False)

@@ -16,7 +16,8 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe"},
-    {"functional", "progress", "_lightning", "_spool", "_copying"},
+    {"_rows", "progress", "_lightning", "_spool", "_copying"},
+    {"functional", "regression"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
     {"_probing"},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -224,7 +225,7 @@ def test_beam_follows_what_a_later_stitch_brings_within_the_budget() -> None:
         for edge in free.edges(state, cut, x)
     }
     space = space_of(sources, IMAGES, budget=Budget(max_macs=limit), max_fragments=3)
-    found = list(Beam(width=9, max_fragments=3)(space))
+    found = list(Beam(width=9, max_fragments=3, max_upsampling=math.inf)(space))
     assert max(c.cost.macs for c in found) <= limit
     longer = [c.steps for c in found if len(c.steps) == 3]
     parents = [with_one_stitch[a.source, a.last - 1, b.source, b.first - 1] for a, b, _ in longer]
@@ -238,7 +239,7 @@ def test_beam_counts_what_its_last_level_finds_over_the_budget() -> None:
     edges = [edge for state in scored.starts() for cut, x in scored.walk(state) for edge in scored.edges(state, cut, x)]
     over = sum(edge.total.macs > limit for edge in edges)
     assert over > 0
-    assert len(list(Beam(width=9, max_fragments=2)(searched))) > 0
+    assert len(list(Beam(width=9, max_fragments=2, max_upsampling=math.inf)(searched))) > 0
     assert searched.rejected["over the budget"] == scored.rejected["over the budget"] + over
 
 
@@ -337,6 +338,19 @@ def test_no_image_goes_in_again_during_the_search(
         assert first == [len(IMAGES)]
 
 
+@pytest.mark.parametrize(("factor", "finest"), [(1.0, 1.0), (2.0, 1.0), (4.0, 4.0), (64.0, 16.0)])
+def test_beam_leaves_receivers_of_too_fine_a_grid_out_and_counts_them(factor: float, finest: float) -> None:
+    space = space_of(pair(), IMAGES, settings=replace(PAPER, granularity="all"))
+    grids = [
+        (spec.in_size, spec.out_size)
+        for candidate in Beam(width=99, max_fragments=2, max_upsampling=factor)(space)
+        for spec in candidate.recipe.stitches
+        if spec is not None
+    ]
+    assert max(math.prod(new) / math.prod(old) for old, new in grids if old and new) == finest
+    assert (space.rejected["receiver's grid too fine for the sender's"] > 0) == (factor < 64)
+
+
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
@@ -344,6 +358,7 @@ def test_no_image_goes_in_again_during_the_search(
         (lambda: DepthFirst(max_networks=0), "max_networks must be at least 1; found 0"),
         (lambda: DepthFirst(max_fragments=1), "max_fragments must be at least 2, .*found 1"),
         (lambda: Beam(width=0), "width must be at least 1; found 0"),
+        (lambda: Beam(max_upsampling=0.5), "max_upsampling must be at least 1; found 0.5"),
         (lambda: Beam(max_fragments=1), "max_fragments must be at least 2, .*found 1"),
     ],
 )

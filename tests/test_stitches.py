@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_stitch.functional import AffineMap, ridge_least_squares
 from lightning_stitch.graph import Cut
 from lightning_stitch.recipe import Format, StitchSpec
-from lightning_stitch.stitches import Stitch, fitted_stitch, is_bridgeable, resample, stitch_spec, to_map
+from lightning_stitch.regression import AffineMap, r2, ridge_least_squares
+from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch, is_bridgeable, resample, stitch_spec, to_map
 
 FORMATS: list[Format] = ["NCHW", "NHWC", "tokens", "vector"]
 
@@ -166,6 +166,18 @@ def test_a_fit_makes_an_explicit_stitch_whatever_the_placement() -> None:
     assert numbers.bias is not None
     assert torch.equal(stitch.state_dict()["weight"], numbers.weight.float())
     assert torch.equal(stitch.state_dict()["bias"], numbers.bias.float())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("channels", [5, 40])  # fewer and more than the rows of the fit
+def test_the_held_out_r2_is_that_of_the_map_fitted_on_the_other_images(channels: int, ridge: float, bias: bool) -> None:
+    x, noisy = noise(32, channels).double(), noise(32, 3, seed=1).double()
+    y = x[:, :3] + noisy + 2
+    _, held_out = fit_rows(x, y, num_images=8, ridge=ridge, bias=bias)
+    fit = ridge_least_squares(x[:24], y[:24], ridge=ridge, bias=bias)
+    predicted = x[24:] @ fit.weight.T + (0 if fit.bias is None else fit.bias)
+    assert held_out == pytest.approx(r2(predicted, y[24:]), abs=1e-9)
 
 
 def test_a_receiver_that_is_an_affine_map_of_the_sender_is_met_exactly() -> None:
