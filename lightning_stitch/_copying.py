@@ -1,12 +1,12 @@
-"""Deep copies of networks that have run already."""
+"""Copies of networks: deep ones of what has run already, and ones that share all but some tensors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -27,6 +27,34 @@ def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
             if not x.is_leaf and id(x) not in memo:
                 memo[id(x)] = x.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The fragment with some tensors of its own; it shares all layers that have none of them.
+
+    Args:
+        fragment: The fragment, which stays as it is.
+        tensors: By name ("blocks.2.bn1.running_mean"); names that the fragment does not have are left out.
+    """
+    called = {str(node.target) for node in fragment.graph.nodes if node.op == "call_module"}
+    owners = {name: name.rpartition(".")[0] for name in tensors}
+    changed = {name: owner for name, owner in owners.items() if owner in called}
+    if not changed:
+        return fragment
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(fragment.graph, {}))
+    variant = fx.GraphModule(fragment, graph, class_name="Fragment")
+    for owner in dict.fromkeys(changed.values()):
+        variant.add_submodule(owner, copied(fragment.get_submodule(owner)))
+    for name, owner in changed.items():
+        _set_tensor(variant.get_submodule(owner), name.rpartition(".")[2], tensors[name])
+    return variant.train(fragment.training)
+
+
+def _set_tensor(layer: nn.Module, name: str, x: Tensor) -> None:
+    old = getattr(layer, name)
+    own = x.detach().to(old.device if old is not None else x.device).clone()
+    setattr(layer, name, nn.Parameter(own, requires_grad=old.requires_grad) if name in layer._parameters else own)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stitch._spool import Carried
 from lightning_stitch.cost import Cost
@@ -19,7 +20,8 @@ Kind = Literal["source", "self-stitched", "early exit", "stitched"]
 class Step:
     """Pieces [first, last) of one source, entered through a stitch; None: from the image.
 
-    The stitch runs as a layer of its own here; its spec says where the assembled network will have it.
+    The stitch runs as a layer of its own here; its spec says where the assembled network will have it. `tensors` are
+    those of the source's parameters and buffers, by name, that have other numbers in this network.
     """
 
     source: int
@@ -27,6 +29,7 @@ class Step:
     last: int
     stitch: Stitch | None = field(default=None, repr=False)
     spec: StitchSpec | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from lightning_stitch.ranking import (
     find_ranking,
 )
 from lightning_stitch.recipe import FragmentRef
+from lightning_stitch.refinement import FITS, check_refinements, refined
 from lightning_stitch.results import Ranked, SearchResult, choose
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings, segment
@@ -128,6 +129,7 @@ class Pool:
         bias: bool = True,
         max_candidates: int = 64,
         exits: bool = True,
+        refinements: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> SearchResult:
         """Compose networks and rank them; the sources as they are, self-stitched and ended early are among them.
@@ -144,6 +146,9 @@ class Pool:
             max_candidates: Most StitchNets that are ranked.
             exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
                 are not where networks end at an output.
+            refinements: What to try on each network, and keep where it explains more on held-out calibration images:
+                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitches.fit_rows`), and after
+                it is composed its "batch_norm" statistics (`lightning_stitch.refinement`).
             progress: Where to show progress.
 
         Raises:
@@ -155,6 +160,7 @@ class Pool:
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
         exits = exits and self.settings.until == "features"
         find_ranking(ranking, labelled=True)
+        check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
             selection = _labelled(selection)
@@ -171,13 +177,28 @@ class Pool:
                 costs.check(budget)
         budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
         self.calibrate(calibration, progress=progress)
-        space = SearchSpace(self.calibrated, self.settings, costs=costs, budget=budget, ridge=ridge)
+        space = SearchSpace(
+            self.calibrated,
+            self.settings,
+            costs=costs,
+            budget=budget,
+            ridge=ridge,
+            fits=[name for name in refinements if name in FITS],
+        )
         with self._timed("search"):
             candidates = references(space) + (early_exits(space) if exits else [])
             progress.start("composing", max_candidates)
             for candidate in islice(strategy(space), max_candidates):
                 candidates.append(candidate)
                 progress.advance(1)
+        changes = [name for name in refinements if name not in FITS]
+        if changes:
+            progress.start("refining", len(candidates))
+            with self._timed("refine"):
+                for index in range(len(candidates)):
+                    for name in changes:
+                        candidates[index] = refined(candidates[index], self.calibrated, name)
+                    progress.advance(1)
         for source in self.calibrated:
             source.release()
         with self._timed("rank"):
@@ -236,7 +257,8 @@ class Pool:
         """
         recipe = dataclasses.replace(candidate.recipe, share_weights=share_weights)
         graphs = {part.name: part.graph for part in self.parts}
-        return assemble(recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+        stitches = [step.stitch for step in candidate.steps[1:]]
+        return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
 
     def _images(self, batches: Iterable[Tensor | Sequence[Tensor]], labels: list[Tensor]) -> Iterator[Tensor]:
         for batch in batches:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch._copying import copied
+from lightning_stitch._copying import copied, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.graph import CutGraph
@@ -136,6 +136,8 @@ class StitchedNetwork(nn.Module):
         activations = recipe.scores.get("activation_bytes")
         total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
         lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
+        if recipe.refinements:
+            lines.append(f"  refined: {', '.join(recipe.refinements)}")
         shown = ("params", "macs", "activation_bytes")
         other = {name: value for name, value in recipe.scores.items() if name not in shown}
         if other:
@@ -143,7 +145,12 @@ class StitchedNetwork(nn.Module):
         return "\n".join(lines)
 
 
-def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]) -> StitchedNetwork:
+def assemble(
+    recipe: Recipe,
+    graphs: Mapping[str, CutGraph],
+    stitches: Sequence[Stitch | None],
+    tensors: Sequence[Mapping[str, Tensor]] | None = None,
+) -> StitchedNetwork:
     """Build a stitched network from cut sources and fitted stitches; folds what the recipe says is folded.
 
     Args:
@@ -151,23 +158,30 @@ def assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[
         graphs: The cut graph of each source, by name. Their parameters are copied: once for each fragment, or, where
             the recipe shares weights, once for all fragments of the source.
         stitches: One for each of the recipe's; explicit where they hold numbers, whatever their placement.
+        tensors: For each fragment the parameters and buffers, by their names in the source, that have other numbers
+            than the source's; None: none has.
 
     Raises:
         RecipeError: If a source's graph lacks a cut of the recipe, or a fold is not possible.
     """
     try:
-        return _assemble(recipe, graphs, stitches)
+        return _assemble(recipe, graphs, stitches, tensors or [{}] * len(recipe.fragments))
     except CutError as error:
         raise RecipeError(f"The recipe does not fit its sources: {error}") from error
 
 
-def _assemble(recipe: Recipe, graphs: Mapping[str, CutGraph], stitches: Sequence[Stitch | None]) -> StitchedNetwork:
+def _assemble(
+    recipe: Recipe,
+    graphs: Mapping[str, CutGraph],
+    stitches: Sequence[Stitch | None],
+    tensors: Sequence[Mapping[str, Tensor]],
+) -> StitchedNetwork:
     copies: dict[str, dict[int, Any]] = {}
     fragments = []
-    for ref in recipe.fragments:
+    for ref, own in zip(recipe.fragments, tensors, strict=True):
         fragment = graphs[ref.source].fragment(ref.start, ref.end, share=True)
         memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
-        fragments.append(copied(fragment, memo))
+        fragments.append(with_tensors(copied(fragment, memo), own))
     joints: list[nn.Module] = []
     for index, (spec, stitch) in enumerate(zip(recipe.stitches, stitches, strict=True)):
         if spec is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_stitch._copying import with_tensors
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.segments import Segmented, chunks
@@ -62,8 +63,12 @@ class PrefixTree:
                 if step.stitch is not None:
                     node = self._stitch(node, step.stitch)
                 for piece in range(step.first, step.last):
-                    key = ("piece", step.source, piece)
-                    node = node.children.setdefault(key, _Node(parts[step.source].pieces[piece]))
+                    own = parts[step.source].pieces[piece]
+                    # The same numbers mean the same mapping: each refinement makes one of its own.
+                    key = ("piece", step.source, piece, id(step.tensors) if step.tensors else None)
+                    if key not in node.children:
+                        node.children[key] = _Node(with_tensors(own, step.tensors))
+                    node = node.children[key]
             if candidate.pool is not None:
                 node = node.children.setdefault(("pool",), _Node(candidate.pool))
             node.ends.append(index)

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 
 Format = Literal["NCHW", "NHWC", "tokens", "vector"]
 Placement = Literal["explicit", "producer", "consumer"]
+Fit = Literal["closed_loop", "open_loop", "row_weights"]
 Builder = Literal["timm", "torchvision", "python", "live"]
 
 
@@ -103,6 +104,8 @@ class StitchSpec:
         r2: Share of the receiver's variance that the map explains on calibration images held out of its fit.
         rank: Numerical rank of the least-squares problem.
         condition: Condition number of the regularised least-squares problem.
+        fit: How the map was fitted: on what the running network sends ("closed_loop"), on what the sender's own source
+            sends ("open_loop"), or on the former with weights ("row_weights").
     """
 
     in_format: Format
@@ -119,6 +122,7 @@ class StitchSpec:
     r2: float | None = None
     rank: int | None = None
     condition: float | None = None
+    fit: Fit = "closed_loop"
 
     @property
     def carries_prefix(self) -> bool:
@@ -142,6 +146,7 @@ class Recipe:
             trained for all of them; only layers that take a stitch in become a fragment's own.
         pooled: Whether the last fragment ends at a map or at tokens that are averaged over their positions: a network
             that ends early.
+        refinements: What was changed in its fragments after it was composed ("batch_norm"), in that order.
         schema: Version of this format.
 
     Raises:
@@ -155,6 +160,7 @@ class Recipe:
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
     pooled: bool = False
+    refinements: tuple[str, ...] = ()
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import RowBank, cka_with_many, row_bank
-from lightning_stitch.recipe import FragmentRef, Recipe
+from lightning_stitch.graph import Cut
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
 from lightning_stitch.stitches import GlobalAverage, Stitch, fit_rows, fitted_stitch, is_bridgeable
 
@@ -36,6 +37,8 @@ class SearchSpace:
         costs: What compositions of these sources cost.
         budget: Limits that every candidate keeps.
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
+        fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
+            "row_weights".
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class SearchSpace:
         costs: CompositionCosts,
         budget: Budget | None = None,
         ridge: float = 1e-3,
+        fits: Sequence[str] = (),
     ) -> None:
         self.sources = list(sources)
         self.settings = settings
         self.budget = budget or Budget()
         self.costs = costs
         self.ridge = ridge
+        self.fits = tuple(fits)
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
         self._banks = self._build_banks()
@@ -147,16 +152,25 @@ class SearchSpace:
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = placed.spec
         with torch.inference_mode():
-            found = rows_on_grids(activation, sender, [receiver.cut.grid], self.settings)
-            assert found is not None  # or it would have no edges
-            rows, wanted = found[receiver.cut.grid], receiver.rows
+            own = self.sources[edge.state.source].activations[edge.cut]
+            wanted = receiver.rows
             if spec.carries_prefix and receiver.prefix_rows is not None:
-                prefix = torch.cat([portion[:, : spec.in_prefix_tokens] for portion in activation])
-                rows, wanted = self._joined(rows, prefix), self._joined(wanted, receiver.prefix_rows)
-            affine, held_out = fit_rows(
-                rows, wanted, num_images=self.num_images, ridge=self.ridge, bias=self.costs.bias
+                wanted = self._joined(wanted, receiver.prefix_rows)
+            is_stitched = edge.state.activation is not None
+            affine, held_out, fit = fit_rows(
+                self._rows_for(activation, sender, receiver.cut, spec),
+                wanted,
+                num_images=self.num_images,
+                ridge=self.ridge,
+                bias=self.costs.bias,
+                open_loop=self._rows_for(own, sender, receiver.cut, spec)
+                if is_stitched and "open_loop" in self.fits
+                else None,
+                weighted="row_weights" in self.fits,
             )
-            spec = dataclasses.replace(spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition)
+            spec = dataclasses.replace(
+                spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition, fit=fit
+            )
             stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
@@ -273,6 +287,15 @@ class SearchSpace:
                 ckas = cka_with_many(centred, bank.narrowed(first, last)).tolist()
                 scored += [(flat, ckas[places[flat] - first]) for flat in flats]
         return scored
+
+    def _rows_for(self, activation: Carried, sender: Cut, receiver: Cut, spec: StitchSpec) -> Tensor:
+        """The rows of an activation that a stitch is fitted on: on the receiver's grid, carried prefix tokens too."""
+        found = rows_on_grids(activation, sender, [receiver.grid], self.settings)
+        assert found is not None  # or it would have no edges
+        rows = found[receiver.grid]
+        if not spec.carries_prefix:
+            return rows
+        return self._joined(rows, torch.cat([portion[:, : spec.in_prefix_tokens] for portion in activation]))
 
     def _joined(self, rows: Tensor, prefix: Tensor) -> Tensor:
         """Rows and prefix tokens (images x tokens x channels) in one, image by image."""

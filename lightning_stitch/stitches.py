@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.graph import Cut
-from lightning_stitch.recipe import Format, Placement, StitchSpec
+from lightning_stitch.recipe import Fit, Format, Placement, StitchSpec
 from lightning_stitch.regression import AffineMap, r2, ridge_least_squares
 
 
@@ -194,40 +195,78 @@ def stitch_memory(spec: StitchSpec, sent: int) -> tuple[int, int]:
     return most, given or sent
 
 
-def fit_rows(x: Tensor, y: Tensor, *, num_images: int, ridge: float, bias: bool) -> tuple[AffineMap, float | None]:
-    """The map fitted on all rows, and its R2 on a quarter of the images when fitted on the others.
+def fit_rows(
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_images: int,
+    ridge: float,
+    bias: bool,
+    open_loop: Tensor | None = None,
+    weighted: bool = False,
+) -> tuple[AffineMap, float | None, Fit]:
+    """The map fitted on all rows, its R2 on a quarter of the images when fitted on the others, and which fit it is.
+
+    That is least squares over the rows that the running network sends ("closed_loop"), unless another fit explains more
+    of what it sends on the held-out images.
 
     Args:
-        x: The sender's rows x channels, image by image.
+        x: The sender's rows x channels, image by image, as the running network sends them.
         y: The receiver's, likewise.
         num_images: Number of images.
         ridge: Strength of the fit, relative to the mean variance of the sender's channels.
         bias: Whether the map has a bias.
+        open_loop: The same rows as the sender's source sends them where nothing is stitched before; None: no such fit.
+        weighted: Whether to try weights, too: rows far from the receiver's mean count less, inversely to their squared
+            distance plus the mean squared distance.
     """
-    affine = ridge_least_squares(x, y, ridge=ridge, bias=bias)
+    fits: dict[Fit, tuple[Tensor, Tensor | None]] = {"closed_loop": (x, None)}
+    if open_loop is not None:
+        fits["open_loop"] = (open_loop, None)
+    if weighted:
+        far = (y.double() - y.double().mean(0)).square().sum(1)
+        fits["row_weights"] = (x, far.mean() / (far + far.mean()).clamp(min=1e-300))
     split = (num_images - num_images // 4) * (len(x) // num_images)
-    if split in (0, len(x)):
-        return affine, None
-    try:
-        return affine, r2(_predicted(x, y, split, ridge=ridge, bias=bias), y[split:])
-    except CalibrationError:
-        # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
-        return affine, None
+    best: Fit = "closed_loop"
+    held_out: dict[Fit, float] = {}
+    if split not in (0, len(x)):
+        for name, (rows, weights) in fits.items():
+            part = None if weights is None else weights[:split]
+            predict = _fitted(rows[:split], y[:split], part, ridge=ridge, bias=bias)
+            try:
+                held_out[name] = r2(predict(x[split:].double()), y[split:])
+            except CalibrationError:
+                # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
+                break
+        best = max(held_out, key=held_out.__getitem__, default=best)
+    rows, weights = fits[best]
+    return _weighted_fit(rows, y, weights, ridge=ridge, bias=bias), held_out.get(best), best
 
 
-def _predicted(x: Tensor, y: Tensor, split: int, *, ridge: float, bias: bool) -> Tensor:
-    """What the rows before a split, fitted as `ridge_least_squares` does, predict behind it."""
-    if not ridge or split < x.shape[1]:
-        fit = ridge_least_squares(x[:split], y[:split], ridge=ridge, bias=bias)
-        return x[split:].double() @ fit.weight.T + (0 if fit.bias is None else fit.bias)
+def _weighted_fit(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> AffineMap:
+    """`ridge_least_squares` of weighted rows."""
+    if weights is None:
+        return ridge_least_squares(x, y, ridge=ridge, bias=bias)
+    x, y, weights = x.double(), y.double(), weights / weights.mean()
+    mean_x, mean_y = (weights @ x / len(x), weights @ y / len(x)) if bias else (x.new_zeros(1), y.new_zeros(1))
+    roots = weights.sqrt()[:, None]
+    fit = ridge_least_squares(roots * (x - mean_x), roots * (y - mean_y), ridge=ridge, bias=False)
+    return dataclasses.replace(fit, bias=mean_y - fit.weight @ mean_x if bias else None)
+
+
+def _fitted(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> Callable[[Tensor], Tensor]:
+    """The same map, to be applied to other rows."""
+    if weights is not None or not ridge or len(x) < x.shape[1]:
+        fit = _weighted_fit(x, y, weights, ridge=ridge, bias=bias)
+        return lambda rows: rows @ fit.weight.T + (0 if fit.bias is None else fit.bias)
     # With a penalty the normal equations are well-conditioned, and a factorisation is several times faster.
     x, y = x.double(), y.double()
-    mean_x, mean_y = (x[:split].mean(0), y[:split].mean(0)) if bias else (0.0, 0.0)
+    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
     x = x - mean_x
-    gram = x[:split].T @ x[:split]
+    gram = x.T @ x
     gram.diagonal().add_(ridge * gram.trace() / len(gram))
-    factor = torch.linalg.cholesky(gram)
-    return x[split:] @ torch.cholesky_solve(x[:split].T @ (y[:split] - mean_y), factor) + mean_y
+    weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(gram))
+    return lambda rows: (rows - mean_x) @ weight + mean_y
 
 
 def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:

@@ -17,7 +17,7 @@ GROUPS = (
     {"errors"},
     {"recipe"},
     {"_rows", "progress", "_lightning", "_spool", "_copying"},
-    {"functional", "regression"},
+    {"functional", "regression", "layerwise"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
     {"_probing"},
@@ -31,7 +31,7 @@ GROUPS = (
     # network, heads, search
     {"candidates", "heads", "network"},
     {"space", "prefix_tree"},
-    {"search", "ranking", "paths", "results"},
+    {"search", "ranking", "paths", "results", "refinement"},
     # compose, report, hub, export
     {"compose", "report"},
     {"comparison"},

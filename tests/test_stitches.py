@@ -174,7 +174,7 @@ def test_a_fit_makes_an_explicit_stitch_whatever_the_placement() -> None:
 def test_the_held_out_r2_is_that_of_the_map_fitted_on_the_other_images(channels: int, ridge: float, bias: bool) -> None:
     x, noisy = noise(32, channels).double(), noise(32, 3, seed=1).double()
     y = x[:, :3] + noisy + 2
-    _, held_out = fit_rows(x, y, num_images=8, ridge=ridge, bias=bias)
+    _, held_out, _ = fit_rows(x, y, num_images=8, ridge=ridge, bias=bias)
     fit = ridge_least_squares(x[:24], y[:24], ridge=ridge, bias=bias)
     predicted = x[24:] @ fit.weight.T + (0 if fit.bias is None else fit.bias)
     assert held_out == pytest.approx(r2(predicted, y[24:]), abs=1e-9)
