@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 from lightning_stitch._spool import Carried
 from lightning_stitch.candidates import Candidate, Edge, State
-from lightning_stitch.cost import Cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.space import SearchSpace
 
@@ -144,13 +144,18 @@ class Beam:
             for state in states:
                 for cut, activation in space.walk(state):
                     found = space.edges(
-                        state, cut, activation, max_upsampling=self.max_upsampling, min_product=self.threshold
+                        state,
+                        cut,
+                        activation,
+                        max_upsampling=self.max_upsampling,
+                        min_product=self.threshold,
+                        size_class=partial(self._size_class, cheapest=cheapest),
                     )
                     for edge in found:
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:
-                            kept.offer(self._size_class(edge.total, cheapest) if fits else -1, edge, activation)
+                            kept.offer(self._size_class(edge.total.macs, cheapest) if fits else -1, edge, activation)
                         else:
                             space.rejected["over the budget"] += 1
             states = []
@@ -160,8 +165,8 @@ class Beam:
                 if space.budget.allows(edge.total):
                     yield space.complete(state)
 
-    def _size_class(self, cost: Cost, cheapest: int) -> int:
-        return sum(cost.macs <= fraction * cheapest for fraction in self.fractions)
+    def _size_class(self, macs: int, cheapest: int) -> int:
+        return sum(macs <= fraction * cheapest for fraction in self.fractions)
 
 
 class _Kept:

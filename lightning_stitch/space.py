@@ -9,21 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_stitch._spool import Carried, Spool, carry
-from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
+from lightning_stitch.activations import Calibrated, Grid, rows_on_grids
 from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import RowBank, cka_with_many, row_bank
 from lightning_stitch.graph import Cut
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.scoring import Scorer
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
 from lightning_stitch.stitches import GlobalAverage, Stitch, fit_rows, fitted_stitch, is_bridgeable
 
@@ -37,6 +36,8 @@ class SearchSpace:
         costs: What compositions of these sources cost.
         budget: Limits that every candidate keeps.
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
+        shortlist: Most receivers of one grid and size class that are scored exactly at one step. Where there are more,
+            those nearest by CKA on few rows are (`lightning_stitch.shortlist`).
         fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
             "row_weights".
     """
@@ -49,6 +50,7 @@ class SearchSpace:
         costs: CompositionCosts,
         budget: Budget | None = None,
         ridge: float = 1e-3,
+        shortlist: int = 128,
         fits: Sequence[str] = (),
     ) -> None:
         self.sources = list(sources)
@@ -59,7 +61,7 @@ class SearchSpace:
         self.fits = tuple(fits)
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
-        self._banks = self._build_banks()
+        self._scorer = Scorer(self.sources, costs.receivers, settings, shortlist=shortlist)
 
     @property
     def num_images(self) -> int:
@@ -102,6 +104,7 @@ class SearchSpace:
         max_upsampling: float = math.inf,
         min_cka: float = 0.0,
         min_product: float = 0.0,
+        size_class: Callable[[int], int] | None = None,
     ) -> list[Edge]:
         """All admissible stitches from a state that has run to a cut; what is not admissible is counted by reason.
 
@@ -115,6 +118,7 @@ class SearchSpace:
             max_upsampling: Most by which a stitch may multiply the number of positions.
             min_cka: Least CKA of a stitch.
             min_product: Least product of CKAs.
+            size_class: Gives the class of a network's MACs; each has a shortlist of its own. None: all are in one.
         """
         used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
         admissible: dict[Grid, list[int]] = {}
@@ -125,7 +129,7 @@ class SearchSpace:
             elif reason:
                 self.rejected[reason] += 1
         edges = []
-        for flat, cka in self._similarities(state, cut, activation, admissible):
+        for flat, cka in self._similarities(state, cut, activation, admissible, size_class):
             s, r = self._receivers[flat]
             product = state.product * cka
             if cka < min_cka:
@@ -242,19 +246,6 @@ class SearchSpace:
         total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces), entry=placed.entry)
         return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
-    def _build_banks(self) -> dict[Grid, tuple[RowBank, dict[int, int]]]:
-        """For each grid the centred rows of all its cuts, and where in them each receiver stands."""
-        members: dict[Grid, list[int]] = {}
-        for flat, (s, r) in enumerate(self._receivers):
-            if self.sources[s].statistics[r].centred is not None:
-                members.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
-        banks = {}
-        for grid, flats in members.items():
-            entries = [self.sources[s].statistics[r].centred for s, r in (self._receivers[flat] for flat in flats)]
-            bank = row_bank([entry for entry in entries if entry is not None])
-            banks[grid] = (bank, {flat: place for place, flat in enumerate(flats)})
-        return banks
-
     @torch.inference_mode()
     def _run(self, parts: Segmented, piece: int, x: Carried, stitch: Stitch | None) -> Iterator[Tensor]:
         """Run a piece, behind its stitch where it has one, on what is live before it."""
@@ -263,30 +254,29 @@ class SearchSpace:
             yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
 
     def _similarities(
-        self, state: State, cut: int, activation: Carried, admissible: dict[Grid, list[int]]
+        self,
+        state: State,
+        cut: int,
+        activation: Carried,
+        admissible: dict[Grid, list[int]],
+        size_class: Callable[[int], int] | None = None,
     ) -> list[tuple[int, float]]:
         sender = self.sources[state.source]
-        name = f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}"
-        with torch.inference_mode():
-            rows = rows_on_grids(activation, sender.parts.cuts[cut], admissible, self.settings)
-            if rows is None:
-                self.rejected["activation not finite"] += sum(map(len, admissible.values()))
-                return []
-            scored = []
-            for grid, flats in admissible.items():
-                bank, places = self._banks[grid]
-                try:
-                    centred = centred_or_none(rows[grid], self.settings, name=name)
-                except CalibrationError:
-                    # Rows that vary too little for a debiased estimate: such a stitch carries nothing.
-                    centred = None
-                if centred is None:
-                    self.rejected["activation of the sender does not vary"] += len(flats)
-                    continue
-                first, last = places[flats[0]], places[flats[-1]] + 1
-                ckas = cka_with_many(centred, bank.narrowed(first, last)).tolist()
-                scored += [(flat, ckas[places[flat] - first]) for flat in flats]
-        return scored
+        spent = state.cost.macs + self.costs.run(state.source, state.entry, cut + 1).macs
+
+        def class_of(flat: int) -> int:
+            assert size_class is not None
+            s, r = self._receivers[flat]
+            return size_class(spent + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces)).macs)
+
+        return self._scorer.scores(
+            activation,
+            sender.parts.cuts[cut],
+            admissible,
+            name=f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}",
+            size_class=None if size_class is None else class_of,
+            rejected=self.rejected,
+        )
 
     def _rows_for(self, activation: Carried, sender: Cut, receiver: Cut, spec: StitchSpec) -> Tensor:
         """The rows of an activation that a stitch is fitted on: on the receiver's grid, carried prefix tokens too."""

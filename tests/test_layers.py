@@ -18,6 +18,7 @@ GROUPS = (
     {"recipe"},
     {"_rows", "progress", "_lightning", "_spool", "_copying"},
     {"functional", "regression", "layerwise"},
+    {"shortlist"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
     {"_probing"},
@@ -30,7 +31,8 @@ GROUPS = (
     {"activations", "compositions", "latency"},
     # network, heads, search
     {"candidates", "heads", "network"},
-    {"space", "prefix_tree"},
+    {"scoring", "prefix_tree"},
+    {"space"},
     {"search", "ranking", "paths", "results", "refinement"},
     # compose, report, hub, export
     {"compose", "report"},
