@@ -142,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         [(x["selection"], y["selection"])],
         strategy=every_joint,
         num_classes=10,
+        exits=False,
     )
     head, test = [(x["head"], y["head"])], [(x["test"], y["test"])]
     comparison = compare(pool, result, head, test, num_classes=10, fractions=())

@@ -11,18 +11,20 @@ import torch
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
 from lightning_stitch._spool import Keeping
+from lightning_stitch.candidate_table import write_candidates
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.functional import Estimator
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.report import print_table, write_table
-from lightning_stitch.results import SearchResult
+from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source, load_sources
@@ -33,7 +35,8 @@ class FragmentSearch(pl.Callback):
 
     It runs in `setup` of the fit stage, where the data are ready and optimizers are not yet built, and only if the
     module has no recipe. With `Trainer(max_epochs=0)` that is all: no back-propagation. Every rank runs the same seeded
-    search; rank zero's recipe decides.
+    search; rank zero's recipe decides. Every candidate with its costs and scores goes into candidates.csv in the log
+    directory; `install_within` takes another of them afterwards.
 
     The module is a `StitchedClassifier`, the data module a `CalibrationDataModule`.
 
@@ -49,14 +52,17 @@ class FragmentSearch(pl.Callback):
         bias: Whether stitches have a bias; False is the paper's.
         ranking: "auto", "loo_accuracy", "loo_log_loss", "agreement" or "cka_product", on the selection images.
         max_candidates: Most StitchNets that are ranked.
+        exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
         compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print
             the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
-        fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet.
+        fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
+            the best early exit.
         seed: Of the sampled positions.
         keep_activations: Where activations of the calibration images wait while the search lasts: on "disk" (an unnamed
             temporary file; TMPDIR says where), or in "memory".
 
     Attributes:
+        pool: The sources, cut, that the search composed from; None before it ran.
         result: What the search found; None before it ran.
         comparison: The table, if asked for.
     """
@@ -73,6 +79,7 @@ class FragmentSearch(pl.Callback):
         bias: bool = True,
         ranking: str = "auto",
         max_candidates: int = 64,
+        exits: bool = True,
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
         seed: int = 0,
@@ -88,10 +95,12 @@ class FragmentSearch(pl.Callback):
         self.bias = bias
         self.ranking = ranking
         self.max_candidates = max_candidates
+        self.exits = exits
         self.compare = compare
         self.fractions = tuple(fractions)
         self.seed = seed
         self.keep_activations = keep_activations
+        self.pool: Pool | None = None
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
@@ -116,6 +125,40 @@ class FragmentSearch(pl.Callback):
             self._run(trainer, module, data, self._fetched, progress)
         self._fetched = None
         self._report(trainer)
+
+    def install_within(self, trainer: pl.Trainer, budget: Budget) -> Ranked:
+        """Install the best candidate of the last search that keeps another budget, without searching again.
+
+        The network and a head fitted to it on the head images replace those of the trainer's module. Call it after
+        `fit`, on every rank; another `fit` trains the new network, with an optimizer of its own.
+
+        Args:
+            trainer: The trainer that ran the search, with its module and data module.
+            budget: The limits.
+
+        Returns:
+            The candidate, with its scores on the selection images.
+
+        Raises:
+            StitchError: If no search has run, or the trainer has another kind of module or data.
+            BudgetError: If no candidate keeps the budget; names the cheapest. Likewise if the budget limits latency
+                and the search's did not, so that nothing was measured.
+        """
+        if self.result is None or self.pool is None:
+            raise StitchError(
+                "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
+            )
+        module, data = self._checked(trainer, trainer.lightning_module)
+        chosen = self.result.within(budget)
+        if chosen is None:
+            cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs)
+            raise BudgetError(
+                f"The search found no network within the budget ({budget}); the cheapest it found has "
+                f"{cheapest.candidate.cost} ({cheapest.candidate.recipe.path}). Raise the budget, or search under it."
+            )
+        with isolate_rng():
+            self._install(trainer, module, data, chosen.candidate, Silent())
+        return chosen
 
     def _checked(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -154,7 +197,7 @@ class FragmentSearch(pl.Callback):
         progress: Progress,
     ) -> None:
         tiny = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        pool = Pool(
+        self.pool = pool = Pool(
             sources,
             data.image_shape,
             settings=CalibrationSettings(
@@ -166,13 +209,9 @@ class FragmentSearch(pl.Callback):
             ),
             device=trainer.strategy.root_device,
         )
-
-        def batches(loader: Any) -> Any:
-            return list(islice(loader, 1)) if tiny else loader
-
         self.result = pool.search(
-            batches(data.calibration_dataloader()),
-            batches(data.selection_dataloader()),
+            _batches(trainer, data.calibration_dataloader()),
+            _batches(trainer, data.selection_dataloader()),
             strategy=self.strategy or Beam(),
             budget=self.budget,
             ranking=self.ranking,
@@ -180,18 +219,10 @@ class FragmentSearch(pl.Callback):
             ridge=self.ridge,
             bias=self.bias,
             max_candidates=2 if tiny else self.max_candidates,
+            exits=self.exits,
             progress=progress,
         )
-        best = self.result.best.candidate
-        progress.start("head", None)
-        train = batches(data.head_dataloader())
-        outcomes, labels = pool.outcomes([best], train, progress=progress)
-        assert labels is not None
-        with torch.inference_mode(False):
-            head, _ = fit_ridge_head(outcomes[0].features, labels, num_classes=data.num_classes)
-            network = pool.assemble(best)
-        module.install(network, head)
-        self._agree(trainer, module)
+        self._install(trainer, module, data, self.result.best.candidate, progress)
         if self.compare and not tiny:
             data.setup("test")
             self.comparison = compare(
@@ -203,6 +234,25 @@ class FragmentSearch(pl.Callback):
                 fractions=self.fractions,
                 progress=progress,
             )
+
+    def _install(
+        self,
+        trainer: pl.Trainer,
+        module: StitchedClassifier,
+        data: CalibrationDataModule,
+        candidate: Candidate,
+        progress: Progress,
+    ) -> None:
+        """Fit a candidate's head and give both to the module, the same on every rank."""
+        assert self.pool is not None
+        progress.start("head", None)
+        outcomes, labels = self.pool.outcomes([candidate], _batches(trainer, data.head_dataloader()), progress=progress)
+        assert labels is not None
+        with torch.inference_mode(False):
+            head, _ = fit_ridge_head(outcomes[0].features, labels, num_classes=data.num_classes)
+            network = self.pool.assemble(candidate)
+        module.install(network.to(module.device), head.to(module.device))
+        self._agree(trainer, module)
 
     def _agree(self, trainer: pl.Trainer, module: StitchedClassifier) -> None:
         """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""
@@ -220,6 +270,8 @@ class FragmentSearch(pl.Callback):
         log_dir = trainer.log_dir or trainer.default_root_dir
         if not trainer.is_global_zero:
             return
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_candidates(self.result, log_dir)
         best = self.result.best
         metrics = {f"search/{name}": value for name, value in best.scores.items()}
         metrics |= {f"search/{stage}_seconds": seconds for stage, seconds in self.result.seconds.items()}
@@ -231,7 +283,9 @@ class FragmentSearch(pl.Callback):
             logger.log_metrics(metrics, step=0)
         lines = [self.result.summary()]
         if self.comparison is not None:
-            title = "Test images: sources, self-stitched sources and StitchNets with the same head"
+            title = (
+                "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
+            )
             sentence = " ".join(
                 [self.comparison.sentence, *(f"No StitchNet fits {budget}." for budget in self.comparison.unmet)]
             )
@@ -241,6 +295,7 @@ class FragmentSearch(pl.Callback):
                 "granularity": self.granularity,
                 "estimator": self.estimator,
                 "ranking": self.ranking,
+                "exits": self.exits,
                 "recipe": best.candidate.recipe.to_dict(),
                 "seconds": self.result.seconds,
                 "rejected": self.result.rejected,
@@ -251,3 +306,8 @@ class FragmentSearch(pl.Callback):
         if trainer.progress_bar_callback is not None or self.comparison is not None:
             for line in lines:
                 print(line)
+
+
+def _batches(trainer: pl.Trainer, loader: Any) -> Any:
+    """A loader, or under `fast_dev_run` its first batch."""
+    return list(islice(loader, 1)) if trainer.fast_dev_run else loader  # type: ignore[attr-defined]

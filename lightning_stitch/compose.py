@@ -145,7 +145,8 @@ class Pool:
             bias: Whether stitches have a bias; False is the paper's.
             max_candidates: Most StitchNets that are ranked.
             exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
-                are not where networks end at an output.
+                are not where networks end at an output, nor under the ranking "cka_product", which would give each of
+                them the highest score, as they have no stitch.
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
                 other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitches.fit_rows`), and after
                 it is composed its "batch_norm" statistics (`lightning_stitch.refinement`).
@@ -158,7 +159,7 @@ class Pool:
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
         """
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
-        exits = exits and self.settings.until == "features"
+        exits = exits and self.settings.until == "features" and ranking != "cka_product"
         find_ranking(ranking, labelled=True)
         check_refinements(refinements)
         num_selected = num_images(selection)

@@ -111,6 +111,21 @@ class CompositionCosts:
             self._costs[key] = self._run(*key)
         return self._costs[key]
 
+    def exit(self, source: int, first: int, cut: int, *, entry: int | None = None) -> Cost:
+        """Cost of a source's pieces from one index to a cut, and of the average over that cut's positions.
+
+        Args:
+            source: Index of the source.
+            first: Index of the first piece.
+            cut: Index of the cut.
+            entry: Bytes that a stitch before them gives; None: there is none.
+        """
+        part, cost = self.parts[source], self.run(source, first, cut + 1, entry=entry)
+        if part.cuts[cut].format == "vector":
+            return cost
+        averaged = part.occupancies[cut].exit + 4 * part.cuts[cut].channels
+        return dataclasses.replace(cost, activation_bytes=max(cost.activation_bytes, averaged))
+
     def stitch(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
         """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
         return self._place(sender, cut, source, receiver, before_taken=False)
@@ -151,7 +166,7 @@ class CompositionCosts:
             wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
             wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
             if self._early_exits:
-                exits = ((getattr(self.run(s, 0, c + 1), measure), cut.name) for c, cut in enumerate(part.cuts))
+                exits = ((getattr(self.exit(s, 0, c), measure), cut.name) for c, cut in enumerate(part.cuts))
                 wholes += [(cost, f"{part.name} ended at {name}") for cost, name in exits]
         best, path = min(wholes, key=lambda whole: whole[0])
         table = self._table(measure)

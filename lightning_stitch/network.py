@@ -125,6 +125,9 @@ class StitchedNetwork(nn.Module):
                     if value is not None
                 )
                 lines.append(f"    stitch {sizes}, {where}" + (f"; {scores}" if scores else ""))
+        if recipe.pooled:
+            averages = isinstance(self.pool, GlobalAverage) and self.pool.format != "vector"
+            lines.append("    ends early here" + (", averaged over positions" if averages else ""))
         params = sum(p.numel() for p in self.parameters())
         macs = recipe.scores.get("macs")
         total = f"  {params / 1e6:.3f} M parameters"

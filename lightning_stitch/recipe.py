@@ -191,6 +191,12 @@ class Recipe:
         """The start fragment's preprocessing, which is the stitched network's."""
         return self.source(self.fragments[0].source).preprocessing
 
+    @property
+    def path(self) -> str:
+        """The fragments in words, as "a: image .. layer2 -> b: blocks.3 .. output"."""
+        words = [f"{f.source}: {f.start or 'image'} .. {f.end or 'output'}" for f in self.fragments]
+        return " -> ".join(words) + (" (ends early)" if self.pooled else "")
+
     def source(self, name: str) -> SourceRef:
         """The source of that name."""
         return next(source for source in self.sources if source.name == name)

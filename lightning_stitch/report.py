@@ -45,7 +45,7 @@ class Evaluation:
 
     Raises:
         StitchError: If the probabilities are not an images x classes tensor of numbers in [0, 1], or the kind is none
-            of the three.
+            of the four.
     """
 
     name: str

@@ -201,7 +201,7 @@ class SearchSpace:
     def exit(self, state: State, cut: int) -> Candidate:
         """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
         step = Step(state.source, state.entry, cut + 1, state.stitch, state.spec)
-        cost = state.cost + self.costs.run(state.source, state.entry, cut + 1, entry=state.entry_bytes)
+        cost = state.cost + self.costs.exit(state.source, state.entry, cut, entry=state.entry_bytes)
         recipe = dataclasses.replace(self._recipe((*state.steps, step), state.product, cost), pooled=True)
         pool = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
         return Candidate(recipe, "early exit", (*state.steps, step), cost, pool)

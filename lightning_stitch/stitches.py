@@ -77,6 +77,10 @@ class GlobalAverage(nn.Module):
             return x[:, self.num_prefix_tokens :].mean(1)
         return x if self.format == "vector" else x.mean((2, 3) if self.format == "NCHW" else (1, 2))
 
+    def extra_repr(self) -> str:
+        """One line for print(network)."""
+        return self.format
+
 
 class Stitch(nn.Module):
     """What joins one fragment's output to the next one's input.

@@ -119,6 +119,11 @@ def stitched(result: SearchResult) -> list[Ranked]:
     return [r for r in result.ranked if r.candidate.kind == "stitched"]
 
 
+def composed(result: SearchResult) -> list[Ranked]:
+    """All but the sources as they are and self-stitched, which are returned budget or no."""
+    return [r for r in result.ranked if r.candidate.kind in ("stitched", "early exit")]
+
+
 def recipes(ranked: Sequence[Ranked]) -> list[dict[str, object]]:
     return [r.candidate.recipe.to_dict() for r in ranked]
 
@@ -148,10 +153,11 @@ def test_what_is_returned_is_what_keeps_the_limits_of_all_that_there_is(
     found = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=Budget(**limits))
     expected = [r for r in free.ranked if keeps(r)]
     assert len(free.ranked) > 20
-    assert recipes(stitched(found)) == recipes([r for r in expected if r.candidate.kind == "stitched"])
+    assert len(composed(free)) - len(stitched(free)) == sum(len(part.cuts) for part in pool.parts)
+    assert recipes(composed(found)) == recipes([r for r in composed(free) if keeps(r)])
     assert recipes([found.best]) == recipes(expected[:1])
-    assert len(found.ranked) - len(stitched(found)) == 4
-    for r in (*stitched(found), found.best):
+    assert len(found.ranked) - len(composed(found)) == 4
+    for r in (*composed(found), found.best):
         assert network_cost(pool.assemble(r.candidate), SHAPE) == r.candidate.cost
         assert r.candidate.recipe.scores["activation_bytes"] == r.candidate.cost.activation_bytes
         assert r.latency_ms is None
@@ -170,11 +176,13 @@ def test_a_search_without_a_limit_on_latency_repeats(
 
 @pytest.mark.parametrize("measure", ["params", "macs", "activation_bytes"])
 @pytest.mark.parametrize("strategy", [Beam(), EVERYTHING])
+@pytest.mark.parametrize("exits", [True, False])
 def test_a_limit_that_nothing_keeps_is_refused_before_anything_runs(
-    pool: Pool, measure: str, strategy: Beam | DepthFirst
+    pool: Pool, measure: str, strategy: Beam | DepthFirst, exits: bool
 ) -> None:
-    costs = CompositionCosts(pool.parts, bias=True, max_fragments=strategy.max_fragments)
+    costs = CompositionCosts(pool.parts, bias=True, max_fragments=strategy.max_fragments, early_exits=exits)
     least, words = costs.cheapest(measure)
+    assert (words == "b ended at 0") == (exits and measure != "activation_bytes")
     # The other limits are kept by all; nothing is measured before these are known to be possible.
     others = {"max_params": 1e9, "max_macs": 1e12, "max_activation_bytes": 1e9, "max_latency_ms": 1e9}
     budget = Budget(**{**others, f"max_{measure}": least - 1})
@@ -183,7 +191,7 @@ def test_a_limit_that_nothing_keeps_is_refused_before_anything_runs(
         images_seen(pool.parts[1].source) as second,
         pytest.raises(BudgetError, match=rf"(?s)No network keeps .* the cheapest composition has .*{re.escape(words)}"),
     ):
-        pool.search(never(), never(), strategy=strategy, budget=budget)
+        pool.search(never(), never(), strategy=strategy, budget=budget, exits=exits)
     assert first == second == []
 
 
@@ -207,8 +215,8 @@ def test_with_a_least_score_the_cheapest_that_reaches_it_is_the_best(
     result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, ranking=by_macs, budget=budget)
     assert result.best.candidate.cost.macs == least * 1e6
     reaching = [r for r in within if r.scores["size"] >= least]
-    assert recipes(stitched(result)) == recipes([r for r in reaching if r.candidate.kind == "stitched"])
-    dropped = len(stitched(found)) - len(stitched(result))
+    assert recipes(composed(result)) == recipes([r for r in composed(found) if r in reaching])
+    dropped = len(composed(found)) - len(composed(result))
     assert result.rejected["below the least score"] == dropped > 0
     assert result.best_stitched is next(r for r in result.ranked if r.candidate.kind == "stitched")
     source = result.best_source
@@ -219,13 +227,15 @@ def test_with_a_least_score_the_cheapest_that_reaches_it_is_the_best(
     )
 
 
-def test_of_equally_cheap_ones_the_better_is_the_best() -> None:
+@pytest.mark.parametrize(("exits", "end"), [(True, "0"), (False, "2")])
+def test_of_equally_cheap_ones_the_better_is_the_best(exits: bool, end: str) -> None:
     def later(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
         return [{"place": float(index)} for index, _ in enumerate(candidates)]
 
     pool = Pool([plain(name, (4, 7, 12), seed=seed) for seed, name in enumerate("abc")], SHAPE)
-    result = pool.search([CALIBRATION], SELECTION, ranking=later, strategy=NO_STITCHES, budget=Budget(min_score=1))
-    assert path(result.best.candidate) == [("c", None, "2")]
+    options = {"ranking": later, "strategy": NO_STITCHES, "budget": Budget(min_score=1), "exits": exits}
+    result = pool.search([CALIBRATION], SELECTION, **options)  # type: ignore[arg-type]
+    assert path(result.best.candidate) == [("c", None, end)]
 
 
 def test_a_score_that_nothing_reaches_names_the_best_that_keeps_the_other_limits(pool: Pool) -> None:
@@ -289,31 +299,39 @@ def crosses_over(ranked: Ranked) -> bool:
     return len({fragment.source for fragment in ranked.candidate.recipe.fragments}) > 1
 
 
-def test_where_all_measure_too_slow_the_fastest_is_named(clock: Clock) -> None:
-    # Three pieces at 1 ms, which an estimate may exceed by a quarter.
-    pool = clocked()
-    with pytest.raises(BudgetError, match=r"that were measured, the fastest is over it \(.*, 3 ms for one image\)"):
-        pool.search([CALIBRATION], SELECTION, strategy=NO_STITCHES, budget=Budget(max_latency_ms=2.9))
+@pytest.mark.parametrize(("exits", "limit", "fastest"), [(False, 2.9, ".*, 3"), (True, 0.9, "early exit, .*, 1")])
+def test_where_all_measure_too_slow_the_fastest_is_named(clock: Clock, exits: bool, limit: float, fastest: str) -> None:
+    # Each piece takes 1 ms, which an estimate may exceed by a quarter.
+    words = rf"that were measured, the fastest is over it \({fastest} ms for one image\)"
+    budget = Budget(max_latency_ms=limit)
+    with pytest.raises(BudgetError, match=words):
+        clocked().search([CALIBRATION], SELECTION, strategy=NO_STITCHES, budget=budget, exits=exits)
 
 
-def test_a_latency_that_no_composition_can_have_is_refused_before_an_image_is_read(clock: Clock) -> None:
-    pool = clocked()
-    # The first block of either, then the last of either: two pieces and a stitch.
-    with pytest.raises(
-        BudgetError, match=r"at most 1 ms for one image: the cheapest composition has by estimate 2\.\d+"
-    ):
-        pool.search(never(), never(), budget=Budget(max_latency_ms=1))
+@pytest.mark.parametrize(
+    ("exits", "limit", "words"),
+    [
+        # The first block of either, then the last of either: two pieces and a stitch.
+        (False, 1, r"at most 1 ms for one image: the cheapest composition has by estimate 2\.\d+"),
+        (True, 0.5, r"at most 0.5 ms for one image: the cheapest composition has by estimate 1 ms \(\w+ ended at 0\)"),
+    ],
+)
+def test_a_latency_that_no_composition_can_have_is_refused_before_an_image_is_read(
+    clock: Clock, exits: bool, limit: float, words: str
+) -> None:
+    with pytest.raises(BudgetError, match=words):
+        clocked().search(never(), never(), budget=Budget(max_latency_ms=limit), exits=exits)
 
 
 def test_pieces_are_measured_once_for_all_searches_of_a_pool(clock: Clock) -> None:
     pool = clocked()
     with images_seen(pool.parts[1].source) as seen:
         with pytest.raises(BudgetError):
-            pool.search(never(), never(), budget=Budget(max_latency_ms=1))
+            pool.search(never(), never(), budget=Budget(max_latency_ms=0.5))
         assert set(seen) == {1}
         seen.clear()
         with pytest.raises(BudgetError):
-            pool.search(never(), never(), budget=Budget(max_latency_ms=1))
+            pool.search(never(), never(), budget=Budget(max_latency_ms=0.5))
         assert seen == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,7 +26,10 @@ from lightning_stitch import (
     SourceError,
     StitchedClassifier,
     StitchError,
+    fit_ridge_head,
+    network_cost,
 )
+from lightning_stitch.candidate_table import candidate_rows
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 
@@ -138,8 +142,6 @@ def test_comparison_is_printed_and_written_in_the_log_directory(
 
 
 def test_scores_and_seconds_reach_the_logger(tmp_path: Path) -> None:
-    from pytorch_lightning.loggers import CSVLogger
-
     callback = search()
     run = trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
     run.fit(StitchedClassifier(num_classes=3), digits())
@@ -150,6 +152,26 @@ def test_scores_and_seconds_reach_the_logger(tmp_path: Path) -> None:
     assert float(row["search/macs"]) == callback.result.best.candidate.cost.macs
     assert float(row["search/loo_accuracy"]) == pytest.approx(callback.result.best.scores["loo_accuracy"])
     assert float(row["search/search_seconds"]) > 0
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_every_candidate_is_written_in_the_log_directory(tmp_path: Path, logged: bool) -> None:
+    callback = search(max_candidates=4)
+    run = trainer(tmp_path, callback, logger=CSVLogger(tmp_path / "logs") if logged else False)
+    run.fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    with (Path(run.log_dir or "") / "candidates.csv" if logged else tmp_path / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = candidate_rows(callback.result)
+    assert [(row["place"], row["path"]) for row in rows] == [(str(row["place"]), row["path"]) for row in expected]
+    assert {row["kind"] for row in rows} == {"source", "self-stitched", "early exit", "stitched"}
+
+
+def test_early_exits_can_be_left_out(tmp_path: Path) -> None:
+    callback = search(exits=False, max_candidates=2)
+    trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result is not None
+    assert {r.candidate.kind for r in callback.result.ranked} == {"source", "self-stitched", "stitched"}
 
 
 def test_the_papers_method_can_be_asked_for(tmp_path: Path) -> None:
@@ -184,6 +206,7 @@ def test_fast_dev_run_searches_a_little(tmp_path: Path) -> None:
     trainer(tmp_path, callback, fast_dev_run=True).fit(StitchedClassifier(num_classes=3), digits())
     assert callback.result is not None
     assert callback.comparison is None
+    assert not list(tmp_path.rglob("candidates.csv"))
     assert sum(r.candidate.kind == "stitched" for r in callback.result.ranked) <= 2
 
 
@@ -211,6 +234,87 @@ def test_the_chosen_network_keeps_the_budget(tmp_path: Path) -> None:
     trainer(tmp_path, search(budget=Budget(max_macs=limit))).fit(model, digits())
     assert model.recipe is not None
     assert model.recipe.scores["macs"] <= limit
+
+
+def searched(folder: Path) -> tuple[Trainer, StitchedClassifier, CalibrationDataModule, FragmentSearch]:
+    callback, model, data = search(max_candidates=6), StitchedClassifier(num_classes=3), digits()
+    run = trainer(folder, callback)
+    run.fit(model, data)
+    return run, model, data, callback
+
+
+def test_another_budget_afterwards_takes_the_best_within_it_and_fits_its_head(tmp_path: Path) -> None:
+    run, model, data, callback = searched(tmp_path)
+    assert callback.pool is not None
+    assert callback.result is not None
+    first = model.recipe
+    # Above it is the best; the sources are, too.
+    budget = Budget(max_macs=0.9 * callback.result.best.candidate.cost.macs)
+    before = torch.get_rng_state()
+    chosen = callback.install_within(run, budget)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert chosen is next(r for r in callback.result.ranked if budget.allows(r.candidate.cost))
+    assert model.recipe == chosen.candidate.recipe != first
+    assert model.network is not None
+    assert budget.allows(network_cost(model.network, data.image_shape))
+
+    (found,) = run.test(model, data, verbose=False)
+    network, right = callback.pool.assemble(chosen.candidate), []
+    with torch.no_grad():
+        features, labels = zip(*((network(images), labels) for images, labels in data.head_dataloader()), strict=True)
+        head, _ = fit_ridge_head(torch.cat(features), torch.cat(labels), num_classes=3)
+        for images, labels in data.test_dataloader():
+            right.append(head(network(images)).argmax(1) == labels)
+    assert found["test_accuracy"] == pytest.approx(torch.cat(right).double().mean().item(), abs=1.5 / 90)
+    assert found["test_accuracy"] > 0.5
+
+
+def test_without_a_limit_what_the_search_installed_comes_back(tmp_path: Path) -> None:
+    run, model, _, callback = searched(tmp_path)
+    recipe, state = model.recipe, {name: value.clone() for name, value in model.state_dict().items()}
+    assert callback.result is not None
+    callback.install_within(run, Budget(max_macs=min(r.candidate.cost.macs for r in callback.result.ranked)))
+    assert model.recipe != recipe
+    assert callback.install_within(run, Budget()) is callback.result.best
+    assert model.recipe == recipe
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+
+
+def test_an_early_exit_taken_afterwards_is_trained_and_loaded_like_any_other(tmp_path: Path) -> None:
+    run, model, data, callback = searched(tmp_path)
+    assert callback.result is not None
+    cheapest = min((r.candidate for r in callback.result.ranked), key=lambda candidate: candidate.cost.macs)
+    assert cheapest.kind == "early exit"
+    callback.install_within(run, Budget(max_macs=cheapest.cost.macs))
+    assert model.network is not None
+    assert "ends early here" in model.network.describe()
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    later = trainer(tmp_path, max_epochs=1)
+    later.fit(model, data)
+    assert model.recipe == cheapest.recipe
+    assert any(not torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    later.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = StitchedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_a_budget_afterwards_that_nothing_keeps_names_the_cheapest_and_changes_nothing(tmp_path: Path) -> None:
+    run, model, _, callback = searched(tmp_path)
+    network = model.network
+    with pytest.raises(
+        BudgetError, match=r"\(at most 1e-06 M MACs\); the cheapest it found has .* \(test_.* \(ends early\)"
+    ):
+        callback.install_within(run, Budget(max_macs=1))
+    with pytest.raises(BudgetError, match="This search measured no latencies"):
+        callback.install_within(run, Budget(max_latency_ms=5))
+    assert model.network is network
+
+
+def test_a_budget_afterwards_needs_a_search_before(tmp_path: Path) -> None:
+    with pytest.raises(StitchError, match=r"No search has run, so there is nothing to choose from: call trainer\.fit"):
+        search().install_within(trainer(tmp_path), Budget())
 
 
 def test_an_unknown_cut_offers_the_nearest_and_names_the_source(tmp_path: Path) -> None:

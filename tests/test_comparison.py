@@ -53,31 +53,33 @@ def test_the_table_holds_sources_self_stitched_sources_and_the_best_under_each_b
     found = [(row["name"], row["kind"], row["budget"]) for row in comparison.rows]
     assert sorted(found[:2]) == [(name, "source", None) for name in "ab"]
     assert sorted(found[2:4]) == [(name, "self-stitched", None) for name in "ab"]
-    words = ["no budget", "<= 150% of MACs", "<= 75% of MACs"]
-    assert found[4:] == [("StitchNet", "stitched", word) for word in words]
+    words = {"no budget": math.inf, "<= 150% of MACs": 1.5, "<= 75% of MACs": 0.75}
+    assert found[4::2] == [("StitchNet", "stitched", word) for word in words]
+    assert [row[1:] for row in found[5::2]] == [("early exit", f"early exit, {word}") for word in words]
     assert comparison.unmet == ("<= 0% of MACs",)
     smallest = min(row["macs"] for row in comparison.rows[:2])
-    for row, limit in zip(comparison.rows[4:], (math.inf, 1.5, 0.75), strict=True):
-        assert row["macs"] <= limit * smallest
-        chosen = result.within(limit * smallest)
-        assert chosen is not None
-        assert (row["params"], row["macs"]) == (chosen.candidate.cost.params, chosen.candidate.cost.macs)
+    for row, share in zip(comparison.rows[4:], (share for share in words.values() for _ in range(2)), strict=True):
+        kept = [r.candidate for r in result.ranked if r.candidate.cost.macs <= share * smallest]
+        chosen = next(candidate for candidate in kept if candidate.kind == row["kind"])
+        assert (row["params"], row["macs"]) == (chosen.cost.params, chosen.cost.macs)
+        assert row["name"] == ("StitchNet" if row["kind"] == "stitched" else path(chosen)[0][0])
 
 
-def test_under_each_budget_stands_the_first_of_the_ranking_that_fits(pool: Pool) -> None:
+@pytest.mark.parametrize("kind", ["stitched", "early exit"])
+def test_under_each_budget_stands_the_first_of_the_ranking_that_fits(pool: Pool, kind: str) -> None:
     result = pool.search(
         [CALIBRATION],
         loader("selection"),
         ranking=lambda candidates, _: [{"macs": float(c.cost.macs)} for c in candidates],
     )
-    macs = [r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "stitched"]
+    macs = [r.candidate.cost.macs for r in result.ranked if r.candidate.kind == kind]
     smallest = min(part.cost.macs for part in pool.parts)
-    fractions = (1.2, 0.9, 0.7, 0.4)
+    fractions = (1.2, 0.9, 0.7, 0.4, 1e-6)
     chosen, unmet = finalists(result, fractions)
     expected = [max((m for m in macs if m <= share * smallest), default=0) for share in (math.inf, *fractions)]
-    assert [f.candidate.cost.macs for f in chosen[4:]] == [m for m in expected if m]
-    assert len(set(expected)) > 3
-    assert len(unmet) == expected.count(0)
+    assert [f.candidate.cost.macs for f in chosen if f.candidate.kind == kind] == [m for m in expected if m]
+    assert len(set(expected)) > 2
+    assert kind == "early exit" or len(unmet) == expected.count(0) > 0
 
 
 def test_rows_are_what_the_assembled_network_and_its_own_head_give(
@@ -97,8 +99,9 @@ def test_rows_are_what_the_assembled_network_and_its_own_head_give(
         assert row["balanced_accuracy"] == pytest.approx(sum(recalls) / 3, abs=0.03)
         cost = network_cost(network, SHAPE)
         assert (row["params"], row["macs"]) == (cost.params, cost.macs)
-        assert row["cka_product"] == (None if row["kind"] == "source" else finalist.candidate.cka_product)
-        assert row["labels"] == len(labels) + (60 if row["kind"] == "stitched" else 0)
+        without = row["kind"] in ("source", "early exit")
+        assert row["cka_product"] == (None if without else finalist.candidate.cka_product)
+        assert row["labels"] == len(labels) + (60 if row["budget"] else 0)
         assert row["seconds"] > 0
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         accuracies.append(row["accuracy"])
@@ -110,7 +113,7 @@ def test_seconds_of_a_stitchnet_hold_the_search_and_of_a_source_do_not(
     result: SearchResult, comparison: Comparison
 ) -> None:
     by_kind = {row["kind"]: row["seconds"] for row in comparison.rows}
-    assert by_kind["stitched"] > sum(result.seconds.values())
+    assert min(by_kind["stitched"], by_kind["early exit"]) > sum(result.seconds.values())
     assert by_kind["self-stitched"] > result.seconds["cut"] + result.seconds["calibrate"]
     chosen, _ = finalists(result, ())
     assert [f.search_seconds for f in chosen if f.candidate.kind == "source"] == [0, 0]
@@ -170,7 +173,7 @@ def test_test_labels_choose_nothing(pool: Pool, result: SearchResult, comparison
 
 
 def test_a_search_without_stitchnets_says_so(pool: Pool) -> None:
-    result = pool.search([CALIBRATION], loader("selection"), max_candidates=0)
+    result = pool.search([CALIBRATION], loader("selection"), max_candidates=0, exits=False)
     found = compare(pool, result, loader("train"), loader("test"), num_classes=3, num_resamples=9)
     assert found.unmet == ("any budget", "<= 75% of MACs", "<= 50% of MACs", "<= 33% of MACs")
     assert [row["kind"] for row in found.rows] == ["source"] * 2 + ["self-stitched"] * 2

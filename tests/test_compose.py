@@ -195,12 +195,17 @@ def test_the_result_says_plainly_whether_a_candidate_beat_the_best_source(pool: 
 
 
 @pytest.mark.parametrize("measure", ["params", "macs"])
-def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_is_refused(measure: str) -> None:
+@pytest.mark.parametrize(("exits", "kind"), [(True, "early exit"), (False, "stitched")])
+def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_is_refused(
+    measure: str, exits: bool, kind: str
+) -> None:
     pool = pool_of()
     strategy = DepthFirst(span=99, threshold=-9, edge_threshold=-9, max_fragments=3)
-    costs = CompositionCosts(pool.parts, bias=True, max_fragments=3)
-    least, words = costs.cheapest(measure)  # type: ignore[arg-type]
-    met = pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=Budget(**{f"max_{measure}": least}))
+    costs = CompositionCosts(pool.parts, bias=True, max_fragments=3, early_exits=exits)
+    least, words = costs.cheapest(measure)
+    enough, less = (Budget(**{f"max_{measure}": limit}) for limit in (least, least - 1))
+    met = pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=enough, exits=exits)
+    assert met.best.candidate.kind == kind
     assert getattr(met.best.candidate.cost, measure) == least
     assert met.rejected["over the budget"] > 0
     with (
@@ -208,7 +213,7 @@ def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_
         images_seen(pool.parts[1].source) as second,
         pytest.raises(BudgetError, match=rf"the cheapest composition has {least / 1e6:.12g} M \({words}\)"),
     ):
-        pool.search(never(), never(), strategy=strategy, budget=Budget(**{f"max_{measure}": least - 1}))
+        pool.search(never(), never(), strategy=strategy, budget=less, exits=exits)
     assert first == second == []
 
 
@@ -218,15 +223,7 @@ def test_a_budget_that_the_search_does_not_reach_names_the_cheapest_found(pool: 
     with pytest.raises(
         BudgetError, match=r"within the budget \(at most .* M MACs\); the cheapest it found has 0\.00 M"
     ):
-        pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=Budget(max_macs=least))
-
-
-def test_networks_within_a_limit_are_found_again(result: SearchResult) -> None:
-    stitched = [r for r in result.ranked if r.candidate.kind == "stitched"]
-    limit = sorted(r.candidate.cost.macs for r in stitched)[len(stitched) // 2]
-    assert result.within(limit) is next(r for r in stitched if r.candidate.cost.macs <= limit)
-    assert result.within(math.inf) is result.best_stitched
-    assert result.within(1) is None
+        pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=Budget(max_macs=least), exits=False)
 
 
 @pytest.mark.parametrize("strategy", [Beam(), DepthFirst(threshold=0, edge_threshold=0)])

@@ -112,7 +112,9 @@ def test_the_configuration_runs_and_writes_its_table(
     sources = {f"efficientnet_lite{size}" for size in range(3)}
     for kind in ("source", "self-stitched"):
         assert {row["name"] for row in rows if row["kind"] == kind} == sources
-    assert any(row["kind"] == "stitched" for row in rows)
+    assert {row["kind"] for row in rows} == {"source", "self-stitched", "stitched", "early exit"}
+    with (folder / "candidates.csv").open() as file:
+        assert len(list(csv.DictReader(file))) > len(rows)
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
     model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)

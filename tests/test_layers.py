@@ -35,7 +35,7 @@ GROUPS = (
     {"space"},
     {"search", "ranking", "paths", "results", "refinement"},
     # compose, report, hub, export
-    {"compose", "report"},
+    {"compose", "report", "candidate_table"},
     {"comparison"},
     # module, data
     {"_images"},
