@@ -50,7 +50,8 @@ class FragmentSearch(pl.Callback):
         rows_per_image: Most rows that are sampled of one image at one cut.
         ridge: Relative strength of the stitches' fit; 0 is the paper's.
         bias: Whether stitches have a bias; False is the paper's.
-        ranking: "auto", "loo_accuracy", "loo_log_loss", "agreement" or "cka_product", on the selection images.
+        ranking: How to rank on the selection images. By labels: "loo_soft_r2", "loo_r2", "loo_accuracy" or
+            "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
         compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print

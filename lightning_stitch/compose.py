@@ -139,7 +139,8 @@ class Pool:
             selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
             strategy: A generator of candidates; None: `Beam()`.
             budget: Limits that the chosen network and all StitchNets of the result keep; None: none.
-            ranking: Name of a ranking, "auto" (leave-one-out accuracy with labels, agreement without), or a function.
+            ranking: Name of a ranking (`ranking.RANKINGS`), "auto" ("loo_soft_r2" with labels, "consensus" without), or
+                a function.
             num_classes: Number of classes, where there are labels.
             ridge: Relative strength of the stitches' fit; 0 is the paper's.
             bias: Whether stitches have a bias; False is the paper's.

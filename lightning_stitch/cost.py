@@ -85,9 +85,9 @@ class Budget:
             Measured times vary, so that under this limit, and no other, a search need not repeat. None: no limit.
         max_activation_bytes: Most bytes of activations alive at once for one image, in eval mode and float32, as
             `network_cost` counts them; None: no limit.
-        min_score: Least value of the ranking's first score, such as a leave-one-out accuracy of 0.8. The network of the
-            fewest multiply-accumulates that reaches it is then the best, not the one of the highest score. None: no
-            limit.
+        min_score: Least leave-one-out accuracy on the selection images, where the ranking has one (all by labels have),
+            else least value of the ranking's first score. The network of the fewest multiply-accumulates that reaches
+            it is then the best, not the one of the highest score. None: no limit.
 
     Raises:
         BudgetError: If a limit is not positive, or the score not finite.

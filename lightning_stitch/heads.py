@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.regression import LooRidge, loo_ridge, ridge_weights
+from lightning_stitch.regression import LooRidge, loo_ridge, r2, ridge_weights
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""
@@ -50,12 +50,13 @@ class RidgeHead(nn.Module):
 class RidgeFit:
     """How a ridge head does on rows left out of its fit, one at a time.
 
-    Strength and temperature were chosen on the same rows, so accuracy and log-loss are a little optimistic.
+    Strength and temperature were chosen on the same rows, so all three figures are a little optimistic.
 
     Attributes:
         strength: The ridge strength of least leave-one-out squared error (`loo_ridge` has its scale).
         temperature: The factor on the regression's scores that makes logits of them.
         loo_accuracy: Share of rows, between 0 and 1, whose class has the highest score when they are left out.
+        loo_r2: Share of the one-hot targets' variance that the scores explain when left out; below 0: worse than means.
         loo_log_loss: Mean of -log(probability of a row's class) in nats, when it is left out.
         num_rows: Rows of the fit.
     """
@@ -63,6 +64,7 @@ class RidgeFit:
     strength: float
     temperature: float
     loo_accuracy: float
+    loo_r2: float
     loo_log_loss: float
     num_rows: int
 
@@ -143,6 +145,7 @@ def _chosen(
         strength=loo.strengths[best],
         temperature=temperature,
         loo_accuracy=(scores.argmax(1) == targets).double().mean().item(),
+        loo_r2=r2(scores, one_hot),
         loo_log_loss=F.cross_entropy(temperature * scores, targets).item(),
         num_rows=len(targets),
     )

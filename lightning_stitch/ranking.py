@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.functional import linear_cka
-from lightning_stitch.heads import loo_scores
+from lightning_stitch.functional import centre_rows, linear_cka
+from lightning_stitch.heads import DEFAULT_STRENGTHS, loo_scores
+from lightning_stitch.regression import loo_ridge, r2
+
+_REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +41,79 @@ Ranking = Callable[[Sequence[Candidate], SelectionData], Sequence[Mapping[str, f
 """Gives each candidate's scores by name; the first name decides, the others break ties; more is better."""
 
 
-def by_loo_accuracy(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Leave-one-out accuracy of a ridge head on the selection images, then its negative log-loss."""
-    scores = []
-    for features in selection.features:
-        fit = loo_scores(features, _labels(selection), num_classes=selection.num_classes or 0)
-        scores.append({"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss})
-    return scores
+def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Leave-one-out R2 of softened labels, then of the labels, then accuracy and negative log-loss.
 
-
-def by_loo_log_loss(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Negative leave-one-out log-loss of a ridge head on the selection images, then its accuracy."""
+    An image's softened label is the mean of its own and of what ridge heads on the sources' own features say of it when
+    they have not seen it. Few labels are noisy targets; what the sources make of all the others is less so (as in
+    knowledge distillation, Hinton et al. 2015), and unlike agreement it leaves out what the task has no use for. It
+    favours the sources a little, whose own words they are.
+    """
+    scores = _by_head("loo_r2", selection)
+    assert selection.targets is not None  # or there would be no scores
+    labels = F.one_hot(selection.targets.long(), selection.num_classes or 0).double()
+    own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
+    said = []
+    for name, features in own.items():
+        with _naming([name]):
+            said.append(_left_out(features, labels))
+    soft = (labels + torch.stack(said).mean(0)) / 2
     return [
-        {"neg_loo_log_loss": score["neg_loo_log_loss"], "loo_accuracy": score["loo_accuracy"]}
-        for score in by_loo_accuracy(candidates, selection)
+        {"loo_soft_r2": r2(_left_out(features, soft), soft), **score}
+        for features, score in zip(selection.features, scores, strict=True)
     ]
 
 
+def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Leave-one-out R2 of a ridge head's scores on the selection images, then its accuracy and negative log-loss.
+
+    Accuracy counts on which side of a boundary an image falls; this counts how far, and needs no temperature.
+    """
+    return _by_head("loo_r2", selection)
+
+
+def by_loo_accuracy(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Leave-one-out accuracy of a ridge head on the selection images, then its R2 and negative log-loss."""
+    return _by_head("loo_accuracy", selection)
+
+
+def by_loo_log_loss(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Negative leave-one-out log-loss of a ridge head on the selection images, then its R2 and accuracy."""
+    return _by_head("neg_loo_log_loss", selection)
+
+
 def by_agreement(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Debiased CKA between a candidate's final features and its last source's own, on the selection images."""
-    scores = []
-    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
-        try:
-            scores.append({"agreement": float(linear_cka(features, own))})
-        except CalibrationError as error:
-            name = candidate.recipe.fragments[-1].source
-            raise CalibrationError(
-                f"Agreement with the features of source {name!r} on the selection images: {error}"
-            ) from error
-    return scores
+    """Debiased CKA of a candidate's final features with its last source's own, on the selection images, then their R2.
+
+    An unmodified source agrees with itself: both are 1, and so it ranks first.
+    """
+    scores = zip(_ckas(candidates, selection), _own_r2s(candidates, selection), strict=True)
+    return [{"agreement": cka, "agreement_r2": explained} for cka, explained in scores]
+
+
+def by_agreement_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Leave-one-out R2 of the last source's own features, predicted from a candidate's; then their CKA.
+
+    By ridge regression: a head is a linear map of features, so this says how much of what heads could read from the
+    source's own features they can still read from the candidate's.
+    """
+    scores = zip(_own_r2s(candidates, selection), _ckas(candidates, selection), strict=True)
+    return [{"agreement_r2": explained, "agreement": cka} for explained, cka in scores]
+
+
+def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """Leave-one-out R2 of all sources' own features together, predicted from a candidate's; then the agreement's CKA.
+
+    Each source weighs the same. One reference for all candidates makes those comparable that end in different sources:
+    what several sources see in an image counts more than what one of them sees alone. Without labels nothing shows
+    that a candidate is better than every source, so none scores higher than the best of them.
+    """
+    own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
+    reference = _reference(own)
+    found = [_explained(features, reference, own) for features in selection.features]
+    best = max((score for score, c in zip(found, candidates, strict=True) if c.kind == "source"), default=math.inf)
+    scores = zip(found, _ckas(candidates, selection), strict=True)
+    return [{"consensus": min(score, best), "agreement": cka} for score, cka in scores]
 
 
 def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -71,32 +122,108 @@ def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) ->
 
 
 RANKINGS: dict[str, Ranking] = {
+    "loo_soft_r2": by_loo_soft_r2,
+    "loo_r2": by_loo_r2,
     "loo_accuracy": by_loo_accuracy,
     "loo_log_loss": by_loo_log_loss,
+    "consensus": by_consensus,
+    "agreement_r2": by_agreement_r2,
     "agreement": by_agreement,
     "cka_product": by_cka_product,
 }
 
 
-NEED_LABELS = ("loo_accuracy", "loo_log_loss")
-MISSING_LABELS = "This ranking needs labels for the selection images; use ranking='agreement' without."
+NEED_LABELS = ("loo_soft_r2", "loo_r2", "loo_accuracy", "loo_log_loss")
+MISSING_LABELS = "This ranking needs labels for the selection images; use ranking='consensus' without."
 
 
 def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
-    """The ranking of that name; "auto": leave-one-out accuracy with labels, agreement without.
+    """The ranking of that name; "auto": leave-one-out R2 of softened labels, or without labels the sources' consensus.
 
     Raises:
         StitchError: If the name is unknown.
     """
     if not isinstance(ranking, str):
         return ranking
-    name = ("loo_accuracy" if labelled else "agreement") if ranking == "auto" else ranking
+    name = ("loo_soft_r2" if labelled else "consensus") if ranking == "auto" else ranking
     if name not in RANKINGS:
         raise StitchError(f"Unknown ranking {ranking!r}; choose from {['auto', *RANKINGS]} or give a function.")
     return RANKINGS[name]
 
 
-def _labels(selection: SelectionData) -> Tensor:
+def _by_head(first: str, selection: SelectionData) -> list[dict[str, float]]:
     if selection.targets is None:
         raise CalibrationError(MISSING_LABELS)
-    return selection.targets
+    ranked = []
+    for features in selection.features:
+        fit = loo_scores(features, selection.targets, num_classes=selection.num_classes or 0)
+        scores = {"loo_r2": fit.loo_r2, "loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
+        ranked.append({first: scores.pop(first), **scores})
+    return ranked
+
+
+def _ckas(candidates: Sequence[Candidate], selection: SelectionData) -> list[float]:
+    """Each candidate's CKA with its last source's own features."""
+    found = []
+    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
+        with _naming([_last_source(candidate)]):
+            found.append(float(linear_cka(features, own)))
+    return found
+
+
+def _own_r2s(candidates: Sequence[Candidate], selection: SelectionData) -> list[float]:
+    """How much of its last source's own features each candidate explains."""
+    references: dict[str, Tensor] = {}
+    found = []
+    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
+        name = _last_source(candidate)
+        if name not in references:
+            references[name] = _reference({name: own})
+        # A source explains itself, without a regression.
+        found.append(1.0 if candidate.kind == "source" else _explained(features, references[name], [name]))
+    return found
+
+
+def _reference(own: Mapping[str, Tensor]) -> Tensor:
+    """Features of sources side by side, each of them centred and of the same total variance; leading directions only.
+
+    A rotation of the columns changes no sum of squares, so that few columns hold (nearly) all that thousands do.
+    """
+    centred = []
+    for name, features in own.items():
+        with _naming([name]):
+            x = centre_rows(features, estimator="biased").rows.double()
+        centred.append(x / torch.linalg.vector_norm(x))
+    joined = torch.cat(centred, dim=1)
+    if len(joined) > joined.shape[1]:
+        return joined @ torch.linalg.eigh(joined.T @ joined).eigenvectors[:, -_REFERENCE_DIRECTIONS:]
+    squares, directions = torch.linalg.eigh(joined @ joined.T)
+    return (directions * squares.clamp_min(0).sqrt())[:, -_REFERENCE_DIRECTIONS:]
+
+
+def _explained(features: Tensor, reference: Tensor, names: Iterable[str]) -> float:
+    """R2 of predicting a reference from features, each image left out in turn."""
+    with _naming(names):
+        return r2(_left_out(features, reference), reference)
+
+
+def _left_out(features: Tensor, target: Tensor) -> Tensor:
+    """Each image's target as ridge regression on the others predicts it, at the strength of least squared error."""
+    fit = loo_ridge(features, target, strengths=DEFAULT_STRENGTHS)
+    return fit.predictions[int((fit.predictions - target).square().sum((1, 2)).argmin())]
+
+
+@contextmanager
+def _naming(sources: Iterable[str]) -> Iterator[None]:
+    """Say with whose features a candidate's cannot be compared."""
+    try:
+        yield
+    except CalibrationError as error:
+        names = " and ".join(map(repr, sources))
+        raise CalibrationError(
+            f"Agreement with the features of source {names} on the selection images: {error}"
+        ) from error
+
+
+def _last_source(candidate: Candidate) -> str:
+    return candidate.recipe.fragments[-1].source

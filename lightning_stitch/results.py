@@ -36,9 +36,20 @@ class Ranked:
         """The first score, which decides the place."""
         return next(iter(self.scores.values()))
 
+    @property
+    def judged_by(self) -> str:
+        """The score that a budget's least score limits: leave-one-out accuracy where there is one, else the first."""
+        return "loo_accuracy" if "loo_accuracy" in self.scores else next(iter(self.scores))
+
     def reaches(self, min_score: float | None) -> bool:
-        """Whether the first score is at least so much."""
-        return min_score is None or self.score >= min_score
+        """Whether the score that it is judged by is at least so much."""
+        return min_score is None or self.scores[self.judged_by] >= min_score
+
+    @property
+    def in_figures(self) -> str:
+        """The value of its first score, and what it is judged by if that is another."""
+        name, other = next(iter(self.scores)), self.judged_by
+        return f"{self.score:.4f}" + ("" if other == name else f" ({other} {self.scores[other]:.4f})")
 
     def __str__(self) -> str:
         latency = "" if self.latency_ms is None else f", {self.latency_ms:.4g} ms for one image"
@@ -112,29 +123,29 @@ class SearchResult:
 
     def summary(self) -> str:
         """Whether the search was worth it, in one sentence, by the selection images alone."""
-        name, value = next(iter(self.best.scores.items()))
         source = self.best_source.candidate.recipe.fragments[0].source
-        reference = self.best_source.scores[name]
+        own = f"{source}, {self.best_source.candidate.cost}"
+        name, found, reference = next(iter(self.best.scores)), self.best.in_figures, self.best_source.in_figures
         if self.min_score is not None:
+            found = found if name == self.best.judged_by else f"{name} {found}"
             return (
-                f"The candidate with the fewest MACs whose {name} is at least {self.min_score:g} ({self.best}) has "
-                f"{value:.4f} on the selection images, the best source ({source}, {self.best_source.candidate.cost}) "
-                f"{reference:.4f}."
+                f"The candidate with the fewest MACs whose {self.best.judged_by} is at least {self.min_score:g} "
+                f"({self.best}) has {found} on the selection images, the best source ({own}) {reference}."
             )
         if self.beat_best_source:
             return (
-                f"The best candidate ({self.best}) has {name} {value:.4f} on the selection images, the best source "
-                f"({source}, {self.best_source.candidate.cost}) {reference:.4f}."
+                f"The best candidate ({self.best}) has {name} {found} on the selection images, the best source ({own}) "
+                f"{reference}."
             )
         if self.best is self.best_source:
             return (
-                f"No candidate beat the best source on the selection images: {source} has {name} {reference:.4f}; "
+                f"No candidate beat the best source on the selection images: {source} has {name} {reference}; "
                 f"it is returned as it is."
             )
         return (
             f"No candidate within the budget beat the best source on the selection images: {source} "
-            f"({self.best_source.candidate.cost}) has {name} {reference:.4f} but is over the budget; the best within "
-            f"it ({self.best}) has {value:.4f}."
+            f"({self.best_source.candidate.cost}) has {name} {reference} but is over the budget; the best within "
+            f"it ({self.best}) has {found}."
         )
 
 
@@ -168,10 +179,12 @@ def choose(
             f"{cheapest.candidate.cost}. Raise the budget, or widen the search."
         )
     if not reaching:
-        name, value = next(iter(allowed[0].scores.items()))
+        name = allowed[0].judged_by
+        value = max(r.scores[name] for r in allowed)
         raise BudgetError(
             f"The search found no network within the budget ({budget}): the highest {name} is {value:.4f} "
-            f"({allowed[0]}). Lower min_score, raise the other limits, or widen the search."
+            f"({next(r for r in allowed if r.scores[name] == value)}). Lower min_score, raise the other limits, or "
+            f"widen the search."
         )
     if not fitting:
         fastest = min(reaching, key=lambda r: r.latency_ms or 0.0)

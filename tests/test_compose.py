@@ -18,9 +18,7 @@ from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
-from lightning_stitch.functional import linear_cka
-from lightning_stitch.heads import loo_scores
-from lightning_stitch.ranking import SelectionData
+from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.segments import CalibrationSettings
@@ -77,35 +75,31 @@ def test_the_result_is_in_the_order_of_its_scores(pool: Pool, result: SearchResu
     assert set(result.seconds) == {"cut", "calibrate", "search", "rank"}
 
 
-@pytest.mark.parametrize("ranking", ["auto", "loo_accuracy", "loo_log_loss", "agreement", "cka_product"])
+@pytest.mark.parametrize("ranking", ["auto", *RANKINGS])
 def test_scores_are_those_of_the_assembled_networks(pool: Pool, ranking: str) -> None:
     result = pool.search([CALIBRATION], SELECTION, ranking=ranking, max_candidates=4)
-    own = {}
-    for ranked in sorted(result.ranked, key=lambda r: r.candidate.kind != "source"):
-        network = pool.assemble(ranked.candidate)
-        with torch.no_grad():
-            features = network(IMAGES)
-        last = ranked.candidate.recipe.fragments[-1].source
-        own.setdefault(last, features)
-        head = loo_scores(features, LABELS, num_classes=3)
-        expected = {
-            "loo_accuracy": head.loo_accuracy,
-            "neg_loo_log_loss": -head.loo_log_loss,
-            "agreement": float(linear_cka(features, own[last])),
-            "cka_product": math.prod(s.cka or 0 for s in ranked.candidate.recipe.stitches if s),
-        }
-        assert ranked.scores == pytest.approx({name: expected[name] for name in ranked.scores}, abs=1e-3)
-        assert ranked.features == features.shape[1]
+    candidates = [ranked.candidate for ranked in result.ranked]
+    networks = [pool.assemble(candidate) for candidate in candidates]
+    with torch.no_grad():
+        features = [network(IMAGES) for network in networks]
+    last = [candidate.recipe.fragments[-1].source for candidate in candidates]
+    own = {name: x for name, x, c in zip(last, features, candidates, strict=True) if c.kind == "source"}
+    selection = SelectionData(features, LABELS, [own[name] for name in last], 3)
+    expected = find_ranking(ranking, labelled=True)(candidates, selection)
+    for ranked, network, x, scores in zip(result.ranked, networks, features, expected, strict=True):
+        assert ranked.scores == pytest.approx(scores, abs=1e-3)
+        assert ranked.features == x.shape[1]
         assert network.recipe.scores.items() >= ranked.scores.items()
         assert network_cost(network, SHAPE) == ranked.candidate.cost
-    decisive = {"auto": "loo_accuracy", "loo_log_loss": "neg_loo_log_loss"}.get(ranking, ranking)
+    decisive = {"auto": "loo_soft_r2", "loo_log_loss": "neg_loo_log_loss"}.get(ranking, ranking)
     assert next(iter(result.best.scores)) == decisive
-    assert decisive in pool.assemble(result.best.candidate).describe()
+    assert decisive in networks[candidates.index(result.best.candidate)].describe()
 
 
-def test_without_labels_agreement_decides(pool: Pool) -> None:
+def test_without_labels_the_consensus_of_the_sources_decides(pool: Pool) -> None:
     result = pool.search([CALIBRATION], [IMAGES], max_candidates=2)
-    assert list(result.best.scores) == ["agreement"]
+    assert list(result.best.scores) == ["consensus", "agreement"]
+    assert result.best is result.best_source
     assert result.num_selection_labels == 0
     with pytest.raises(CalibrationError, match="needs labels for the selection images"):
         pool.search(unread(), [IMAGES], ranking="loo_accuracy", max_candidates=2)
@@ -368,7 +362,7 @@ def test_selection_images_that_cannot_be_used_are_refused(pool: Pool) -> None:
 
 
 def test_an_unknown_ranking_is_refused_before_any_image_is_read(pool: Pool) -> None:
-    with pytest.raises(StitchError, match=r"Unknown ranking 'best'; choose from \['auto', 'loo_accuracy'"):
+    with pytest.raises(StitchError, match=r"Unknown ranking 'best'; choose from \['auto', 'loo_soft_r2'"):
         pool.search(never(), never(), ranking="best")
 
 

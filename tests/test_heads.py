@@ -58,6 +58,9 @@ def test_scores_are_those_of_refits_without_each_row(n: int, d: int) -> None:
     scores = refitted_scores(features, targets, 4, penalty_of(features, fit.strength))
     assert fit.num_rows == n
     assert fit.loo_accuracy == pytest.approx(float((scores.argmax(1) == targets).double().mean()))
+    one_hot = F.one_hot(targets, 4).double()
+    errors = (scores - one_hot).square().sum() / (one_hot - one_hot.mean(0)).square().sum()
+    assert fit.loo_r2 == pytest.approx(1 - float(errors))
     assert fit.loo_log_loss == pytest.approx(float(F.cross_entropy(fit.temperature * scores, targets)), abs=1e-6)
 
 

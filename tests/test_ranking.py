@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import digits, images_seen, noise, plain, space_of
-from sklearn.linear_model import Ridge
+from scipy.stats import spearmanr
+from sklearn.decomposition import PCA
+from sklearn.metrics import r2_score
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.cost import Cost
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.heads import DEFAULT_STRENGTHS
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
-from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
+from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.segments import CalibrationSettings
@@ -25,11 +27,11 @@ from lightning_stitch.space import SearchSpace
 LABELS = torch.tensor([0, 1, 2] * 10)
 
 
-def candidate(source: str = "a", product: float = 1.0) -> Candidate:
+def candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitched") -> Candidate:
     preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
     ref = SourceRef(source, source, "timm", source, "sha256:0", preprocessing)
     recipe = Recipe((ref,), (FragmentRef(source, None, None),), scores={"cka_product": product})
-    return Candidate(recipe, "stitched", (), Cost(1, 1))
+    return Candidate(recipe, kind, (), Cost(1, 1))
 
 
 def features(signal: float, seed: int, channels: int = 6) -> Tensor:
@@ -43,51 +45,151 @@ FEATURES = [features(signal, seed) for seed, signal in enumerate((0.3, 2.0, 0.0,
 SELECTION = SelectionData(FEATURES, LABELS, [FEATURES[1]] * 5, 3)
 
 
-def left_out_predictions(x: np.ndarray, labels: np.ndarray, strength: float) -> np.ndarray:
-    """Ridge regression on one-hot targets, fitted again without each row."""
-    one_hot = np.eye(3)[labels]
-    centred = x - x.mean(0)
-    alpha = strength * (centred**2).sum() / min(len(x) - 1, x.shape[1])
-    rows = np.arange(len(x))
-    fits = [Ridge(alpha=alpha).fit(x[rows != i], one_hot[rows != i]) for i in rows]
-    return np.stack([fit.predict(x[i : i + 1])[0] for i, fit in enumerate(fits)])
+def left_out_predictions(x: Tensor, y: np.ndarray) -> np.ndarray:
+    """Ridge regression fitted again without each row, at the strength of least squared error."""
+    values = x.double().numpy()
+    scale = ((values - values.mean(0)) ** 2).sum() / min(len(values) - 1, values.shape[1])
+    found = []
+    for strength in DEFAULT_STRENGTHS:
+        rows = []
+        for i in range(len(values)):
+            others, targets = np.delete(values, i, 0), np.delete(y, i, 0)
+            centred = others - others.mean(0)
+            penalised = centred.T @ centred + strength * scale * np.eye(values.shape[1])
+            weights = np.linalg.solve(penalised, centred.T @ targets)
+            rows.append(targets.mean(0) + (values[i] - others.mean(0)) @ weights)
+        found.append(np.stack(rows))
+    return min(found, key=lambda predictions: ((predictions - y) ** 2).sum())
 
 
-def brute_force_accuracy(x: Tensor) -> float:
-    labels = LABELS.numpy()
-    predictions = [left_out_predictions(x.double().numpy(), labels, s) for s in DEFAULT_STRENGTHS]
-    best = min(predictions, key=lambda p: float(((p - np.eye(3)[labels]) ** 2).sum()))
-    return float((best.argmax(1) == labels).mean())
+def left_out_r2(x: Tensor, y: np.ndarray) -> float:
+    return r2_score(y, left_out_predictions(x, y), multioutput="variance_weighted")
 
 
-def test_leave_one_out_accuracy_is_that_of_fitting_again_without_each_image() -> None:
+ONE_HOT = np.eye(3)[LABELS.numpy()]
+
+
+def test_leave_one_out_scores_are_those_of_fitting_again_without_each_image() -> None:
     scores = RANKINGS["loo_accuracy"]([candidate()] * 5, SELECTION)
-    assert [list(score) for score in scores] == [["loo_accuracy", "neg_loo_log_loss"]] * 5
+    predictions = [left_out_predictions(x, ONE_HOT) for x in FEATURES]
     found = [score["loo_accuracy"] for score in scores]
-    assert found == pytest.approx([brute_force_accuracy(x) for x in FEATURES])
-    assert np.argmax(found) == 1
-    assert np.argmin(found) == 2
-
-
-def test_leave_one_out_log_loss_orders_by_probability_and_prefers_the_more_separable() -> None:
-    scores = RANKINGS["loo_log_loss"]([candidate()] * 5, SELECTION)
-    assert [list(score) for score in scores] == [["neg_loo_log_loss", "loo_accuracy"]] * 5
-    assert scores == [
-        {"neg_loo_log_loss": s["neg_loo_log_loss"], "loo_accuracy": s["loo_accuracy"]}
-        for s in RANKINGS["loo_accuracy"]([candidate()] * 5, SELECTION)
-    ]
-    order = sorted(range(5), key=lambda i: -scores[i]["neg_loo_log_loss"])
-    assert order[0] == 1
-    assert all(score["neg_loo_log_loss"] < 0 for score in scores)
-    # No worse than guessing by much, where nothing can be learnt.
+    assert found == pytest.approx([float((p.argmax(1) == LABELS.numpy()).mean()) for p in predictions])
+    assert [score["loo_r2"] for score in scores] == pytest.approx([left_out_r2(x, ONE_HOT) for x in FEATURES])
+    for name in ("loo_accuracy", "loo_r2", "neg_loo_log_loss"):
+        order = sorted(range(5), key=lambda i: scores[i][name])
+        assert (order[0], order[-1]) == (2, 1), name
+    # Where nothing can be learnt, no worse than guessing by much.
     assert scores[2]["neg_loo_log_loss"] == pytest.approx(-np.log(3), abs=0.1)
+    assert scores[2]["loo_r2"] == pytest.approx(0, abs=0.1)
+
+
+def test_softened_labels_are_half_what_the_sources_say_of_an_image_they_have_not_seen() -> None:
+    a, b = FEATURES[1], FEATURES[3]
+    said = [left_out_predictions(own, ONE_HOT) for own in (a, b)]
+    soft = ONE_HOT / 2 + (said[0] + said[1]) / 4
+    scores = RANKINGS["loo_soft_r2"](
+        [candidate(source) for source in "aaabb"], replace(SELECTION, own_features=[a, a, a, b, b])
+    )
+    assert [score["loo_soft_r2"] for score in scores] == pytest.approx([left_out_r2(x, soft) for x in FEATURES])
+    assert all(score["loo_soft_r2"] > score["loo_r2"] for score in scores[1::2])
+
+
+def test_softened_labels_rank_better_than_few_labels_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    seen = torch.randn(40, 12, generator=generator) + labels[:, None] * 0.7
+    strengths = torch.linspace(0.2, 3, 40)
+    worse = [seen + torch.randn(40, 12, generator=generator) / strength for strength in strengths]
+    selection = SelectionData([seen, *worse], labels, [seen] * 41, 2)
+    candidates = [candidate(kind="source"), *[candidate()] * 40]
+
+    def spearman_of(ranking: str) -> float:
+        scores = [next(iter(score.values())) for score in RANKINGS[ranking](candidates, selection)]
+        return float(spearmanr(scores[1:], strengths)[0])
+
+    assert spearman_of("loo_soft_r2") > spearman_of("loo_r2") + 0.05
+
+
+@pytest.mark.parametrize(
+    ("ranking", "names"),
+    [
+        ("loo_soft_r2", ["loo_soft_r2", "loo_r2", "loo_accuracy", "neg_loo_log_loss"]),
+        ("loo_r2", ["loo_r2", "loo_accuracy", "neg_loo_log_loss"]),
+        ("loo_accuracy", ["loo_accuracy", "loo_r2", "neg_loo_log_loss"]),
+        ("loo_log_loss", ["neg_loo_log_loss", "loo_r2", "loo_accuracy"]),
+        ("consensus", ["consensus", "agreement"]),
+        ("agreement_r2", ["agreement_r2", "agreement"]),
+        ("agreement", ["agreement", "agreement_r2"]),
+    ],
+)
+def test_a_rankings_own_score_comes_first_and_the_others_break_ties(ranking: str, names: list[str]) -> None:
+    scores = RANKINGS[ranking]([candidate()] * 5, SELECTION)
+    assert [list(score) for score in scores] == [names] * 5
+    same = RANKINGS["loo_r2" if "loo" in ranking else "agreement"]([candidate()] * 5, SELECTION)
+    assert all(one[name] == other[name] for one, other in zip(scores, same, strict=True) for name in one.keys() & other)
+
+
+UNLABELLED = replace(SELECTION, targets=None, num_classes=None)
 
 
 def test_agreement_is_the_debiased_cka_with_the_last_sources_own_features() -> None:
-    scores = RANKINGS["agreement"]([candidate()] * 5, replace(SELECTION, targets=None, num_classes=None))
+    scores = RANKINGS["agreement"]([candidate()] * 5, UNLABELLED)
     expected = [float(linear_cka(x, FEATURES[1])) for x in FEATURES]
     assert [score["agreement"] for score in scores] == pytest.approx(expected)
     assert scores[1]["agreement"] == pytest.approx(1)
+
+
+def test_agreement_r2_is_how_well_left_out_images_own_features_are_predicted() -> None:
+    selection = replace(UNLABELLED, own_features=[100 * FEATURES[1] + 7, *[FEATURES[1]] * 2, *[FEATURES[3]] * 2])
+    scores = RANKINGS["agreement_r2"]([*[candidate("a")] * 3, *[candidate("b")] * 2], selection)
+    expected = [left_out_r2(x, FEATURES[own].numpy()) for x, own in zip(FEATURES, (1, 1, 1, 3, 3), strict=True)]
+    assert [score["agreement_r2"] for score in scores] == pytest.approx(expected, abs=1e-6)
+    assert scores[1]["agreement_r2"] == pytest.approx(1, abs=1e-3)
+    assert scores[3]["agreement_r2"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("ranking", ["agreement_r2", "agreement"])
+def test_an_unmodified_source_agrees_with_itself_fully_and_nothing_else_does(ranking: str) -> None:
+    scores = RANKINGS[ranking](
+        [candidate(kind="source"), candidate()], SelectionData([FEATURES[1]] * 2, None, [FEATURES[1]] * 2, None)
+    )
+    assert scores[0]["agreement_r2"] == 1 > scores[1]["agreement_r2"] > 0.99
+
+
+def unit(x: Tensor) -> np.ndarray:
+    centred = x.double() - x.double().mean(0)
+    return (centred / centred.norm()).numpy()
+
+
+def test_consensus_is_how_well_all_sources_own_features_are_predicted_each_weighing_the_same() -> None:
+    a, b = FEATURES[1], features(2.0, 9, channels=11)
+    selection = replace(UNLABELLED, own_features=[a, a, b, b, b])
+    candidates = [candidate(source) for source in "aabbb"]
+    found = [score["consensus"] for score in RANKINGS["consensus"](candidates, selection)]
+    everything = np.concatenate([unit(a), unit(b)], axis=1)
+    assert found == pytest.approx([left_out_r2(x, everything) for x in FEATURES], abs=1e-6)
+    scaled = replace(selection, own_features=[a, a, *[1000 * b + 5] * 3])
+    assert [s["consensus"] for s in RANKINGS["consensus"](candidates, scaled)] == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_wide_features_count_by_their_64_leading_directions(width: int) -> None:
+    wide = noise(90, width, seed=1) @ (noise(width, width, seed=2) - 0.5)
+    narrow = wide[:, :5]
+    (score,) = RANKINGS["consensus"]([candidate()], SelectionData([narrow], None, [wide], None))
+    assert score["consensus"] == pytest.approx(left_out_r2(narrow, PCA(64).fit_transform(unit(wide))), abs=1e-6)
+
+
+def test_without_labels_no_candidate_scores_higher_than_the_best_source() -> None:
+    a, b = features(1.0, 5), features(1.0, 6)
+    both = torch.cat([a, b], dim=1)
+    candidates = [candidate("a", kind="source"), candidate("b", kind="source"), candidate("b")]
+    selection = SelectionData([a, b, both], None, [a, b, b], None)
+    scores = RANKINGS["consensus"](candidates, selection)
+    alone = RANKINGS["consensus"]([candidate("b"), candidate("a")], SelectionData([both, a], None, [b, a], None))
+    assert alone[0]["consensus"] > alone[1]["consensus"] + 0.1
+    assert scores[2]["consensus"] == max(scores[0]["consensus"], scores[1]["consensus"])
+    assert scores[2]["agreement"] < scores[0]["agreement"] == pytest.approx(1)
 
 
 def test_the_product_of_ckas_is_the_candidates_own() -> None:
@@ -96,9 +198,9 @@ def test_the_product_of_ckas_is_the_candidates_own() -> None:
     assert found == [{"cka_product": p} for p in products]
 
 
-@pytest.mark.parametrize("ranking", ["loo_accuracy", "loo_log_loss"])
+@pytest.mark.parametrize("ranking", NEED_LABELS)
 def test_rankings_by_labels_need_labels(ranking: str) -> None:
-    with pytest.raises(CalibrationError, match="needs labels for the selection images; use ranking='agreement'"):
+    with pytest.raises(CalibrationError, match="needs labels for the selection images; use ranking='consensus'"):
         RANKINGS[ranking]([candidate()] * 5, replace(SELECTION, targets=None))
 
 
@@ -108,9 +210,18 @@ def test_agreement_says_whose_features_it_cannot_compare() -> None:
         RANKINGS["agreement"]([candidate("resnet")], selection)
 
 
+@pytest.mark.parametrize("ranking", ["consensus", "agreement_r2"])
+@pytest.mark.parametrize(("value", "problem"), [(0.1, "x is constant"), (torch.nan, "x has NaN or infinite values")])
+def test_a_source_whose_own_features_say_nothing_is_named(ranking: str, value: float, problem: str) -> None:
+    own = [FEATURES[0], torch.full((30, 6), value)]
+    selection = replace(UNLABELLED, features=FEATURES[:2], own_features=own)
+    with pytest.raises(CalibrationError, match=f"features of source 'vit' on the selection images: {problem}"):
+        RANKINGS[ranking]([candidate("resnet"), candidate("vit")], selection)
+
+
 def test_rankings_are_found_by_name() -> None:
-    assert find_ranking("auto", labelled=True) is RANKINGS["loo_accuracy"]
-    assert find_ranking("auto", labelled=False) is RANKINGS["agreement"]
+    assert find_ranking("auto", labelled=True) is RANKINGS["loo_soft_r2"]
+    assert find_ranking("auto", labelled=False) is RANKINGS["consensus"]
     for name, ranking in RANKINGS.items():
         assert find_ranking(name, labelled=False) is ranking
 
@@ -118,7 +229,9 @@ def test_rankings_are_found_by_name() -> None:
         return []
 
     assert find_ranking(mine, labelled=True) is mine
-    with pytest.raises(StitchError, match=r"Unknown ranking 'accuracy'; choose from \['auto', 'loo_accuracy', .*'cka"):
+    with pytest.raises(
+        StitchError, match=r"Unknown ranking 'accuracy'; choose from \['auto', 'loo_soft_r2', .*'cka_prod"
+    ):
         find_ranking("accuracy", labelled=True)
 
 
