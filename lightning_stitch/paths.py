@@ -52,7 +52,8 @@ def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
 
     Args:
         space: The sources, calibrated.
-        fragments: The first begins at the image, the last ends where networks end in its source (None).
+        fragments: The first begins at the image, the last ends where networks end in its source (None, or that cut's
+            name as in the recipe of a candidate).
 
     Raises:
         StitchError: If the fragments make no path: an unknown source or cut (the nearest names are offered), a
@@ -60,7 +61,7 @@ def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
         CalibrationError: If an activation at a stitch does not vary.
     """
     steps = [_step(space, fragment) for fragment in fragments]
-    if not fragments or fragments[0].start is not None or fragments[-1].end is not None:
+    if not fragments or fragments[0].start is not None or steps[-1][2] is not None:
         raise StitchError("The first fragment of a network begins at the image, and the last runs to its end (None).")
     state = space.starts()[steps[0][0]]
     for (sender, _, cut), (receiver, entry, _) in pairwise(steps):
@@ -90,7 +91,8 @@ def _step(space: SearchSpace, fragment: FragmentRef) -> tuple[int, int | None, i
         raise StitchError(f"No source is named {fragment.source!r}. Nearest: {', '.join(near)}.")
     index = names.index(fragment.source)
     parts = space.sources[index].parts
-    start, end = (None if name is None else _cut(parts, name) for name in (fragment.start, fragment.end))
+    start = None if fragment.start is None else _cut(parts, fragment.start)
+    end = None if fragment.end in (None, parts.end) else _cut(parts, str(fragment.end))
     if start is not None and end is not None and end <= start:
         raise StitchError(f"A fragment goes forward, but {fragment.end!r} does not lie behind {fragment.start!r}.")
     return index, start, end

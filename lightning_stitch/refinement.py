@@ -110,20 +110,33 @@ def refined(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> C
     if not held_out or not fitted:
         return candidate
     wanted = sources[last.source].features[-num_held_out:]
-    change = CHANGES[name]
 
     def held_out_r2(network: Candidate) -> float:
         return r2(torch.cat([x.float() for x in run_on(network, sources, held_out)]), wanted)
 
     try:
         before = held_out_r2(candidate)
-        after = held_out_r2(_with_numbers(candidate, change(candidate, sources, fitted), name))
+        after = held_out_r2(_with_numbers(candidate, CHANGES[name](candidate, sources, fitted), name))
     except CalibrationError:
         # The features do not vary over the held-out images, or are not finite: there is nothing to go by.
         return candidate
     if not after > before:
         return candidate
-    return _with_numbers(candidate, change(candidate, sources, [*fitted, *held_out]), name)
+    return changed(candidate, sources, name)
+
+
+@torch.inference_mode()
+def changed(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Candidate:
+    """The candidate with one change made on all calibration images, whether it helps or not.
+
+    Args:
+        candidate: The network, of more than one step.
+        sources: The sources with their activations of the calibration images.
+        name: Which change, of `CHANGES`.
+    """
+    first = candidate.steps[0]
+    portions = list(sources[first.source].activations[first.last - 1])
+    return _with_numbers(candidate, CHANGES[name](candidate, sources, portions), name)
 
 
 @torch.no_grad()

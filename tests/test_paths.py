@@ -183,6 +183,19 @@ def small_pool() -> Pool:
     return pool
 
 
+def test_the_fragments_of_a_candidates_recipe_make_the_same_network_again() -> None:
+    pool = pool_of(donor("test_resnet"), donor("test_efficientnet"), images=noise(12, 3, SIZE, SIZE), rows_per_image=16)
+    names = [part.name for part in pool.parts]
+    leave, enter = (part.cuts[1].name for part in pool.parts)
+    one = pool.stitch([(names[0], None, leave), (names[1], enter, None)])
+    other = pool.stitch(one.recipe.fragments)
+    assert one.recipe.fragments[-1].end is not None
+    assert other.recipe == one.recipe
+    images = noise(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(pool.assemble(one)(images), pool.assemble(other)(images))
+
+
 def test_fragments_may_come_back_to_a_source_and_use_it_again() -> None:
     refs = [("a", None, "0"), ("b", "0", "1"), ("a", "0", "1"), ("a", "0", "2")]
     candidate = small_pool().stitch([FragmentRef("a", None, "0"), *refs[1:3], ("a", "0", None)])  # type: ignore[list-item]
