@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BudgetError,
         CalibrationError,
         CutError,
+        JournalError,
         RecipeError,
         SourceError,
         StitchError,
@@ -40,7 +41,15 @@ _HOMES = {
     "compose": ["Pool"],
     "cost": ["Budget", "Cost", "network_cost"],
     "data": ["CalibrationDataModule"],
-    "errors": ["BudgetError", "CalibrationError", "CutError", "RecipeError", "SourceError", "StitchError"],
+    "errors": [
+        "BudgetError",
+        "CalibrationError",
+        "CutError",
+        "JournalError",
+        "RecipeError",
+        "SourceError",
+        "StitchError",
+    ],
     "functional": ["linear_cka"],
     "graph": ["Cut", "CutGraph"],
     "heads": ["RidgeHead", "fit_ridge_head"],
@@ -91,6 +100,7 @@ __all__ = [
     "CalibrationError",
     "BudgetError",
     "RecipeError",
+    "JournalError",
 ]
 
 

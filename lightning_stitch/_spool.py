@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,40 @@ class Carried:
     def whole(self) -> Tensor:
         """All images in one tensor."""
         return torch.cat(list(self))
+
+
+class Deferred(Sequence[Portion]):
+    """The portions of an activation that is made from the one before it, when they are first asked for.
+
+    Args:
+        before: The one before, which may be deferred itself.
+        make: Makes the activation from it.
+    """
+
+    def __init__(self, before: Carried, make: Callable[[Carried], Carried]) -> None:
+        self._before: Carried | None = before
+        self._make = make
+        self._portions: Sequence[Portion] = ()
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made()[index]
+
+    def _made(self) -> Sequence[Portion]:
+        # From the first to the last instead of each asking the one before: there may be more than Python can nest.
+        pending: list[Deferred] = []
+        last: Sequence[Portion] = self
+        while isinstance(last, Deferred) and last._before is not None:
+            pending.append(last)
+            last = last._before.portions
+        for deferred in reversed(pending):
+            assert deferred._before is not None
+            deferred._portions = deferred._make(deferred._before).portions
+            # What it was made from is let go.
+            deferred._before = None
+        return self._portions
 
 
 def carry(portions: Iterable[Tensor], spool: Spool) -> Carried:

@@ -42,6 +42,11 @@ class CutStatistics:
     prefix: Tensor | None
     prefix_rows: Tensor | None = None
 
+    @property
+    def all_rows(self) -> Tensor:
+        """The rows and the prefix tokens in one, image by image."""
+        return self.rows if self.prefix_rows is None else _joined(self.rows, self.prefix_rows)
+
 
 @dataclass(slots=True)
 class Calibrated:
@@ -52,12 +57,14 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
+        stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
 
     parts: Segmented
     statistics: list[CutStatistics]
     activations: list[Carried]
     features: Tensor = field(repr=False)
+    stored: bool = False
 
     @property
     def name(self) -> str:
@@ -65,8 +72,9 @@ class Calibrated:
         return self.parts.name
 
     def release(self) -> None:
-        """Let go of the carried activations; rows and features stay."""
-        self.activations.clear()
+        """Let go of the carried activations, unless they are stored; rows and features stay."""
+        if not self.stored:
+            self.activations.clear()
 
 
 @lru_cache(maxsize=4096)
@@ -128,6 +136,31 @@ def rows_on_grids(
             rows.append(sampled_rows(x, grid, settings, first_image=first))
         first += len(x)
     return {grid: torch.cat(rows) for grid, rows in found.items()}
+
+
+def rows_to_fit(
+    activation: Iterable[Tensor], *, sender: Cut, grid: Grid, prefix_tokens: int, settings: CalibrationSettings
+) -> Tensor:
+    """The rows of an activation that a stitch is fitted on.
+
+    Args:
+        activation: The sender's tensors, portion by portion; finite.
+        sender: The sender's cut.
+        grid: The receiver's grid.
+        prefix_tokens: How many prefix tokens go through the stitch, too, each a row of its image.
+        settings: Rows for each image and seed.
+    """
+    found = rows_on_grids(activation, sender, [grid], settings)
+    assert found is not None
+    if not prefix_tokens:
+        return found[grid]
+    return _joined(found[grid], torch.cat([portion[:, :prefix_tokens] for portion in activation]))
+
+
+def _joined(rows: Tensor, prefix: Tensor) -> Tensor:
+    """Rows and prefix tokens (images x tokens x channels) in one, image by image."""
+    by_image = rows.view(len(prefix), -1, rows.shape[1])
+    return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)
 
 
 def _grown_at(x: Tensor, grid: tuple[int, int], chosen: Tensor) -> Tensor:

@@ -61,6 +61,14 @@ class FragmentSearch(pl.Callback):
         seed: Of the sampled positions.
         keep_activations: Where activations of the calibration images wait while the search lasts: on "disk" (an unnamed
             temporary file; TMPDIR says where), or in "memory".
+        time_limit: Seconds of the search after which it composes no more; ranking what there is comes on top. On every
+            rank alike.
+        journal: A directory where the search remembers what it found and its calibration, so that a run that was
+            stopped by whatever means, a killed process too, goes on where it was when it is started again. Of several
+            ranks each has a directory of its own in it. A fast_dev_run leaves it alone.
+
+    Ctrl-C while it composes ends the composing, not the run: the best network by then is installed, the summary says
+    so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
 
     Attributes:
         pool: The sources, cut, that the search composed from; None before it ran.
@@ -85,6 +93,8 @@ class FragmentSearch(pl.Callback):
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
         seed: int = 0,
         keep_activations: Keeping = "disk",
+        time_limit: float | None = None,
+        journal: str | Path | None = None,
     ) -> None:
         self.sources = list(sources)
         self.strategy = strategy
@@ -102,6 +112,8 @@ class FragmentSearch(pl.Callback):
         self.seed = seed
         self.keep_activations = keep_activations
         self.pool: Pool | None = None
+        self.time_limit = time_limit
+        self.journal = journal
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
@@ -221,6 +233,8 @@ class FragmentSearch(pl.Callback):
             bias=self.bias,
             max_candidates=2 if tiny else self.max_candidates,
             exits=self.exits,
+            time_limit=self.time_limit,
+            journal=None if tiny else self._journal(trainer),
             progress=progress,
         )
         self._install(trainer, module, data, self.result.best.candidate, progress)
@@ -254,6 +268,12 @@ class FragmentSearch(pl.Callback):
             network = self.pool.assemble(candidate)
         module.install(network.to(module.device), head.to(module.device))
         self._agree(trainer, module)
+
+    def _journal(self, trainer: pl.Trainer) -> Path | None:
+        if self.journal is None:
+            return None
+        ranks = trainer.world_size
+        return Path(self.journal) / f"rank_{trainer.global_rank}" if ranks > 1 else Path(self.journal)
 
     def _agree(self, trainer: pl.Trainer, module: StitchedClassifier) -> None:
         """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""

@@ -7,40 +7,43 @@ on the selection images, choose. Nothing here sees a test image.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, compress, islice
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_stitch._spool import Carried, Spool
+from lightning_stitch._identity import search_identity
+from lightning_stitch._spool import Spool
 from lightning_stitch.activations import Calibrated, calibrate
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.batches import Batch, labelled, put_down, read_again
+from lightning_stitch.calibration_files import calibrate_once, load_calibration, save_calibration, saved_settings
+from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
 from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.network import StitchedNetwork, assemble
-from lightning_stitch.paths import early_exits, follow, references
-from lightning_stitch.prefix_tree import Outcome, PrefixTree
-from lightning_stitch.progress import Progress, Silent, num_images
-from lightning_stitch.ranking import (
-    MISSING_LABELS,
-    NEED_LABELS,
-    Ranking,
-    SelectionData,
-    find_ranking,
-)
+from lightning_stitch.paths import early_exits, follow, self_stitched, unmodified
+from lightning_stitch.prefix_tree import Outcome
+from lightning_stitch.progress import Progress, Silent, counted, num_images
+from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.refinement import FITS, check_refinements, refined
-from lightning_stitch.results import Ranked, SearchResult, choose
+from lightning_stitch.refinement import FITS, check_refinements
+from lightning_stitch.remembered import milliseconds, outcomes, refined_once
+from lightning_stitch.results import Ranked, SearchResult, choose, rank
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import CalibrationSettings, segment
+from lightning_stitch.segments import CalibrationSettings, check_same_outputs, segment
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stopping import TimeLimit, until_stopped
 
 
 class Pool:
@@ -81,17 +84,19 @@ class Pool:
         with self._timed("cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
-        self._check_outputs()
+        if self.settings.until == "output":
+            check_same_outputs(self.parts)
         for part in self.parts:
             part.source.module.to(self.device)
             part.preprocess.to(self.device)
             for piece in part.pieces:
                 piece.to(self.device)
         self.calibrated: list[Calibrated] = []
+        self._images_hash = ""
         self._latencies: list[list[float]] | None = None
 
-    def calibrate(self, images: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress | None = None) -> None:
-        """Run each source once over the calibration images.
+    def calibrate(self, images: Iterable[Batch], *, progress: Progress | None = None) -> None:
+        """Run each source once over the calibration images, unless the pool was opened with what they gave.
 
         Args:
             images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once. Labels beside them are
@@ -101,25 +106,62 @@ class Pool:
         Raises:
             CalibrationError: If there are too few images, or an image or activation is not finite.
         """
-        progress = progress or Silent()
         with self._timed("calibrate"):
-            count, kept, spool = 0, [], Spool(self.settings.keep_activations)
-            for batch in map(_images_of, images):
-                _check_images(batch, self.image_shape)
-                kept.append(spool.put(batch.to(self.device, torch.float32)))
-                count += len(batch)
-            if count < 4:
-                raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
-            progress.start("calibrating", len(self.parts))
-            self.calibrated = []
-            for part in self.parts:
-                self.calibrated.append(calibrate(part, Carried(kept), self.settings))
-                progress.advance(1)
+            self._calibrate(images, NoJournal(), progress or Silent())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
+
+        Files of tensors (safetensors) and calibration.json; nothing is pickled. They hold every cut's sampled rows and
+        its activation of all images; the sources themselves are not saved. A calibration that is there already is
+        replaced when the new one is complete, so that it is usable at any moment.
+
+        Args:
+            directory: Where to; made if it is not there.
+
+        Raises:
+            CalibrationError: If the pool has not been calibrated, or the directory cannot be written to.
+        """
+        self._check_calibrated()
+        save_calibration(Path(directory), self.calibrated, self.settings, self._images_hash)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        sources: Sequence[Source],
+        *,
+        settings: CalibrationSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Pool:
+        """A pool with the calibration that `save` wrote; `search(None, ...)` and `stitch` need no more images.
+
+        Activations stay in the files and are read a few images at a time, so keep the directory while the pool is used.
+
+        Args:
+            directory: Where it was saved.
+            sources: The same sources, in any order.
+            settings: None: those that it was made with. Others are refused unless they differ only in
+                `keep_activations`.
+            device: Where to run.
+
+        Raises:
+            CalibrationError: If it was made from other sources or with other settings (what differs is named), there is
+                none, a file is cut short or damaged, or a newer version wrote it.
+
+        Example:
+            >>> pool.save("cells_pool")  # doctest: +SKIP
+            >>> result = Pool.open("cells_pool", sources).search(None, selection)  # doctest: +SKIP
+        """
+        image_shape, saved = saved_settings(Path(directory))
+        pool = cls(sources, image_shape, settings=settings or saved, device=device)
+        pool.calibrated, pool._images_hash = load_calibration(Path(directory), pool.parts, pool.settings, pool.device)
+        return pool
 
     def search(
         self,
-        calibration: Iterable[Tensor | Sequence[Tensor]],
-        selection: Iterable[Tensor | Sequence[Tensor]],
+        calibration: Iterable[Batch] | None,
+        selection: Iterable[Batch],
         *,
         strategy: Strategy | None = None,
         budget: Budget | None = None,
@@ -130,12 +172,18 @@ class Pool:
         max_candidates: int = 64,
         exits: bool = True,
         refinements: Sequence[str] = (),
+        time_limit: float | None = None,
+        journal: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
         """Compose networks and rank them; the sources as they are, self-stitched and ended early are among them.
 
+        Ctrl-C while it composes ends the composing: what there is by then is ranked and returned. Ctrl-C at any other
+        time ends the search.
+
         Args:
-            calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at.
+            calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at. None:
+                what the pool holds, from `Pool.open` or `calibrate`.
             selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
             strategy: A generator of candidates; None: `Beam()`.
             budget: Limits that the chosen network and all StitchNets of the result keep; None: none.
@@ -151,6 +199,14 @@ class Pool:
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
                 other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitches.fit_rows`), and after
                 it is composed its "batch_norm" statistics (`lightning_stitch.refinement`).
+            time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
+                looked at with every cut and stitch.
+            journal: A directory where the search remembers what it found, so that the same search can be called again
+                after it was stopped by whatever means, a killed process too, and goes on where it was, to the same
+                result; no source and no fragment runs again for what is remembered. It holds the calibration as well.
+                The same search has the same sources, settings, strategy, budget, ridge, bias, fits, images in the same
+                order and selection batches; `max_candidates`, `time_limit` and the ranking may be others. None: nothing
+                is remembered.
             progress: Where to show progress.
 
         Raises:
@@ -158,68 +214,86 @@ class Pool:
                 be known, it comes before any source runs; for a latency before any image is read.
             StitchError: If the ranking is unknown; likewise.
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
+            JournalError: If the journal is another search's, in use, or cannot be written; likewise but for images.
         """
+        limit = TimeLimit(time_limit)
         strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
         exits = exits and self.settings.until == "features" and ranking != "cka_product"
         find_ranking(ranking, labelled=True)
         check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
-            selection = _labelled(selection)
+            selection = labelled(selection)
+        if calibration is None:
+            self._check_calibrated()
         self.seconds = {"cut": self._cutting_seconds}
         with self._timed("cut"):
             most = getattr(strategy, "max_fragments", 16)
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
+        kept: Answers = NoJournal() if journal is None else Journal(journal)
+        fits = [name for name in refinements if name in FITS]
+        kept.agree(
+            search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias, fits=fits)
+        )
         if budget.max_latency_ms is not None:
             with self._timed("measure"):
-                if self._latencies is None:
-                    self._latencies = piece_latencies(self.parts, self.device)
-                costs.time(self._latencies)
+                costs.time(answered(kept, ["latencies of the pieces"], lambda: Answer(self._measured_pieces())).value)
                 costs.check(budget)
         budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
-        self.calibrate(calibration, progress=progress)
+        if calibration is None:
+            kept.agree({"calibration images": self._images_hash})
+        else:
+            with self._timed("calibrate"):
+                self._calibrate(calibration, kept, progress)
         space = SearchSpace(
             self.calibrated,
             self.settings,
             costs=costs,
             budget=budget,
             ridge=ridge,
-            fits=[name for name in refinements if name in FITS],
+            fits=fits,
+            journal=kept,
+            time_limit=limit,
         )
         with self._timed("search"):
-            candidates = references(space) + (early_exits(space) if exits else [])
+            candidates, ends = unmodified(space), early_exits(space) if exits else []
             progress.start("composing", max_candidates)
-            for candidate in islice(strategy(space), max_candidates):
-                candidates.append(candidate)
-                progress.advance(1)
-        changes = [name for name in refinements if name not in FITS]
-        if changes:
-            progress.start("refining", len(candidates))
+            proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
+            stopped = until_stopped(proposed, candidates)
+            # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
+            candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
+        if changes := [name for name in refinements if name not in FITS]:
             with self._timed("refine"):
-                for index in range(len(candidates)):
-                    for name in changes:
-                        candidates[index] = refined(candidates[index], self.calibrated, name)
-                    progress.advance(1)
-        for source in self.calibrated:
-            source.release()
+                progress.start("refining", len(candidates))
+                each = (refined_once(kept, candidate, self.calibrated, changes) for candidate in candidates)
+                candidates = list(counted(each, progress))
+        if calibration is not None:
+            for source in self.calibrated:
+                source.release()
         with self._timed("rank"):
-            ranked, num_labels = self._rank(
-                candidates, selection, ranking, num_classes, space.rejected, progress, num_selected
+            progress.start("ranking", num_selected)
+            outcomes, labels = self._outcomes(candidates, selection, progress, kept)
+            ranked = rank(
+                candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
             )
         if budget.max_latency_ms is not None:
             with self._timed("measure"):
-                ranked = self._measured(ranked, budget, progress)
-        return choose(ranked, budget, rejected=space.rejected, seconds=self.seconds, num_selection_labels=num_labels)
+                ranked = self._measured(ranked, budget, progress, kept)
+        return choose(
+            ranked,
+            budget,
+            rejected=space.rejected,
+            seconds=self.seconds,
+            num_selection_labels=0 if labels is None else len(labels),
+            stopped=stopped,
+        )
 
     def outcomes(
-        self, candidates: Sequence[Candidate], batches: Iterable[Tensor | Sequence[Tensor]], *, progress: Progress
+        self, candidates: Sequence[Candidate], batches: Iterable[Batch], *, progress: Progress
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
-        labels: list[Tensor] = []
-        tree = PrefixTree(candidates, self.parts)
-        found = tree.run(self._images(batches, labels), on_batch=progress.advance)
-        return found, torch.cat(labels) if labels else None
+        return self._outcomes(candidates, batches, progress, NoJournal())
 
     def stitch(
         self,
@@ -244,8 +318,7 @@ class Pool:
             >>> pool.calibrate(loader)  # doctest: +SKIP
             >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
         """
-        if not any(source.activations for source in self.calibrated):
-            raise CalibrationError("Calibrate the pool first: pool.calibrate(images). A search lets go of its images.")
+        self._check_calibrated()
         costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
         space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
         return follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
@@ -262,106 +335,65 @@ class Pool:
         stitches = [step.stitch for step in candidate.steps[1:]]
         return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
 
-    def _images(self, batches: Iterable[Tensor | Sequence[Tensor]], labels: list[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            images = _images_of(batch)
-            if not isinstance(batch, Tensor) and len(batch) > 1:
-                labels.append(torch.as_tensor(batch[1]).cpu())
-            _check_images(images, self.image_shape)
-            yield images.to(self.device, torch.float32)
+    def _calibrate(self, images: Iterable[Batch], journal: Answers, progress: Progress) -> None:
+        """Read the images and run each source over them, unless the journal has what that gives."""
+        spool = Spool(self.settings.keep_activations)
+        read, count, images_hash = put_down(images, self.image_shape, spool, self.device)
+        journal.agree({"calibration images": images_hash})
+        if images_hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
+            return
+        progress.start("calibrating", len(self.parts))
 
-    def _rank(
-        self,
-        candidates: list[Candidate],
-        selection: Iterable[Tensor | Sequence[Tensor]],
-        ranking: str | Ranking,
-        num_classes: int | None,
-        rejected: Counter[str],
-        progress: Progress,
-        num_selected: int | None,
-    ) -> tuple[list[Ranked], int]:
-        progress.start("ranking", num_selected)
-        outcomes, labels = self.outcomes(candidates, selection, progress=progress)
-        own = {c.recipe.fragments[-1].source: outcomes[i].features for i, c in enumerate(candidates[: len(self.parts)])}
-        usable = [c.kind == "source" or _is_usable(outcomes[i].features) for i, c in enumerate(candidates)]
-        if not all(usable):
-            rejected["features not finite or constant on the selection images"] = usable.count(False)
-        candidates, outcomes = list(compress(candidates, usable)), list(compress(outcomes, usable))
-        data = SelectionData(
-            features=[outcome.features for outcome in outcomes],
-            targets=labels,
-            own_features=[own[c.recipe.fragments[-1].source] for c in candidates],
-            num_classes=num_classes if num_classes is not None or labels is None else int(labels.max()) + 1,
-        )
-        scores = find_ranking(ranking, labelled=labels is not None)(candidates, data)
-        ranked = [
-            _ranked(candidate, {name: float(value) for name, value in score.items()}, outcome)
-            for candidate, score, outcome in zip(candidates, scores, outcomes, strict=True)
-        ]
-        # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
-        ranked.sort(key=lambda r: tuple(-value for value in r.scores.values()))
-        return ranked, 0 if labels is None else len(labels)
+        def run() -> list[Calibrated]:
+            found = []
+            for part in self.parts:
+                found.append(calibrate(part, read, self.settings))
+                progress.advance(1)
+            return found
 
-    def _measured(self, ranked: list[Ranked], budget: Budget, progress: Progress) -> list[Ranked]:
+        if isinstance(journal, Journal):
+            self.calibrated = calibrate_once(
+                journal.calibration, self.parts, self.settings, self.device, (count, images_hash), run
+            )
+        else:
+            self.calibrated = run()
+        self._images_hash = images_hash
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated or any(len(s.activations) < len(s.statistics) for s in self.calibrated):
+            raise CalibrationError(
+                "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
+            )
+
+    def _measured_pieces(self) -> list[list[float]]:
+        if self._latencies is None:
+            self._latencies = piece_latencies(self.parts, self.device)
+        return self._latencies
+
+    def _latency(self, candidate: Candidate) -> float:
+        return network_latency(self.assemble(candidate), self.image_shape, self.device)
+
+    def _outcomes(
+        self, candidates: Sequence[Candidate], batches: Iterable[Batch], progress: Progress, journal: Answers
+    ) -> tuple[list[Outcome], Tensor | None]:
+        labels: list[Tensor] = []
+        images = read_again(batches, self.image_shape, self.device, labels)
+        found = outcomes(candidates, self.parts, images, journal=journal, on_batch=progress.advance)
+        return found, torch.cat(labels) if labels else None
+
+    def _measured(self, ranked: list[Ranked], budget: Budget, progress: Progress, journal: Answers) -> list[Ranked]:
         """The same, with the latencies of those that keep all other limits, each assembled and run."""
         progress.start("measuring", len(ranked))
         found = []
         for r in ranked:
             if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
-                latency = network_latency(self.assemble(r.candidate), self.image_shape, self.device)
-                scores = {**r.candidate.recipe.scores, "latency_ms": latency}
-                recipe = dataclasses.replace(r.candidate.recipe, scores=scores)
-                candidate = dataclasses.replace(r.candidate, recipe=recipe)
-                r = dataclasses.replace(r, candidate=candidate, latency_ms=latency)
+                r = r.measured(milliseconds(journal, r.candidate, partial(self._latency, r.candidate)))
             found.append(r)
             progress.advance(1)
         return found
-
-    def _check_outputs(self) -> None:
-        if self.settings.until != "output":
-            return
-        widths = {part.name: part.graph.output_features() for part in self.parts}
-        if len(set(widths.values())) > 1:
-            raise StitchError(
-                f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
-                f"Leave the odd ones out, or end at the features and fit a head."
-            )
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-
-def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) -> Ranked:
-    recipe = dataclasses.replace(candidate.recipe, scores={**scores, **candidate.recipe.scores})
-    return Ranked(dataclasses.replace(candidate, recipe=recipe), scores, outcome.features.shape[1], outcome.seconds)
-
-
-def _is_usable(features: Tensor) -> bool:
-    """Whether a ranking can tell the images apart by these features."""
-    return bool(torch.isfinite(features).all()) and bool((features != features[0]).any())
-
-
-def _labelled(batches: Iterable[Tensor | Sequence[Tensor]]) -> Iterator[Tensor | Sequence[Tensor]]:
-    """The same batches, once the first is seen to have labels."""
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if isinstance(first, Tensor) or (first is not None and len(first) < 2):
-        raise CalibrationError(MISSING_LABELS)
-    return chain([] if first is None else [first], iterator)
-
-
-def _images_of(batch: Tensor | Sequence[Tensor]) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def _check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    if tuple(images.shape[1:]) != image_shape:
-        raise CalibrationError(
-            f"Images must come in batches of (batch, {', '.join(map(str, image_shape))}), channels first; found "
-            f"{tuple(images.shape)}."
-        )
-    if not images.is_floating_point() or not torch.isfinite(images).all():
-        raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")

@@ -23,3 +23,7 @@ class BudgetError(StitchError):
 
 class RecipeError(StitchError):
     """A recipe is malformed, of another schema, or does not fit the weights or the builder at hand."""
+
+
+class JournalError(StitchError):
+    """A search's journal is another search's, cannot be read, or cannot be written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from lightning_stitch.candidates import Candidate
@@ -16,7 +16,16 @@ from lightning_stitch.stitches import is_bridgeable
 
 def references(space: SearchSpace) -> list[Candidate]:
     """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
-    found = [space.complete(state, kind="source") for state in space.starts()]
+    return [*unmodified(space), *self_stitched(space)]
+
+
+def unmodified(space: SearchSpace) -> list[Candidate]:
+    """Every source as it is."""
+    return [space.complete(state, kind="source") for state in space.starts()]
+
+
+def self_stitched(space: SearchSpace) -> Iterator[Candidate]:
+    """Every source stitched to itself at each of its cuts that varies, one after the other."""
     for index, source in enumerate(space.sources):
         state = space.starts()[index]
         for cut in range(len(source.parts.cuts)):
@@ -24,8 +33,7 @@ def references(space: SearchSpace) -> list[Candidate]:
             edge = space.edge(state, cut, activation, index, cut)
             if edge is not None:
                 state = space.enter(edge, activation)
-        found.append(space.complete(state, kind="self-stitched"))
-    return found
+        yield space.complete(state, kind="self-stitched")
 
 
 def early_exits(space: SearchSpace) -> list[Candidate]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+_Step = TypeVar("_Step")
 
 
 class Progress(Protocol):
@@ -28,6 +30,13 @@ def num_images(batches: Iterable[Any]) -> int | None:
     except (AttributeError, TypeError):
         # No loader, or one of a stream.
         return None
+
+
+def counted(steps: Iterable[_Step], progress: Progress) -> Iterator[_Step]:
+    """The same, each told to a progress when it is done with."""
+    for step in steps:
+        yield step
+        progress.advance(1)
 
 
 class Silent:

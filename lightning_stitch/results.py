@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError
+from lightning_stitch.prefix_tree import Outcome
+from lightning_stitch.ranking import Ranking, SelectionData, find_ranking
+from lightning_stitch.stopping import Stopped
+
+_IN_WORDS: dict[Stopped, str] = {
+    "time limit": "The time limit ended the search early.",
+    "interrupted": "The search was interrupted.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,13 @@ class Ranked:
     def score(self) -> float:
         """The first score, which decides the place."""
         return next(iter(self.scores.values()))
+
+    def measured(self, latency_ms: float) -> Ranked:
+        """The same with its latency, which goes into the recipe's scores, too."""
+        recipe = self.candidate.recipe
+        recipe = dataclasses.replace(recipe, scores={**recipe.scores, "latency_ms": latency_ms})
+        candidate = dataclasses.replace(self.candidate, recipe=recipe)
+        return dataclasses.replace(self, candidate=candidate, latency_ms=latency_ms)
 
     @property
     def judged_by(self) -> str:
@@ -72,6 +91,7 @@ class SearchResult:
         seconds: Wall time of each stage.
         num_selection_labels: Labels that the ranking used.
         min_score: The least score that the budget asked for; None: none.
+        stopped: What ended the composing before the strategy did: "time limit" or "interrupted"; None: nothing.
     """
 
     ranked: tuple[Ranked, ...]
@@ -83,6 +103,7 @@ class SearchResult:
     seconds: dict[str, float]
     num_selection_labels: int
     min_score: float | None = None
+    stopped: Stopped | None = None
 
     def within(self, budget: Budget, *, kind: Kind | None = None) -> Ranked | None:
         """The best of the candidates that keeps a budget, without searching again; None where there is none.
@@ -122,7 +143,10 @@ class SearchResult:
         return self.ranked.index(self.best) < self.ranked.index(self.best_source)
 
     def summary(self) -> str:
-        """Whether the search was worth it, in one sentence, by the selection images alone."""
+        """Whether the search was worth it, by the selection images alone, and what stopped it if something did."""
+        return self._verdict() + ("" if self.stopped is None else f" {_IN_WORDS[self.stopped]}")
+
+    def _verdict(self) -> str:
         source = self.best_source.candidate.recipe.fragments[0].source
         own = f"{source}, {self.best_source.candidate.cost}"
         name, found, reference = next(iter(self.best.scores)), self.best.in_figures, self.best_source.in_figures
@@ -149,6 +173,45 @@ class SearchResult:
         )
 
 
+def rank(
+    candidates: Sequence[Candidate],
+    outcomes: Sequence[Outcome],
+    labels: Tensor | None,
+    *,
+    ranking: str | Ranking,
+    num_classes: int | None,
+    rejected: Counter[str],
+) -> list[Ranked]:
+    """Candidates by what they gave on the selection images, best first.
+
+    Args:
+        candidates: The candidates, every source as it is among them.
+        outcomes: What each gave.
+        labels: The labels of the selection images; None: there are none.
+        ranking: Name of a ranking, or a function.
+        num_classes: Number of classes; None: as many as the labels say.
+        rejected: Where those are counted whose features tell no images apart; they are left out.
+    """
+    pairs = list(zip(candidates, outcomes, strict=True))
+    own = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
+    usable = [(c, outcome) for c, outcome in pairs if c.kind == "source" or _is_usable(outcome.features)]
+    if len(usable) < len(pairs):
+        rejected["features not finite or constant on the selection images"] = len(pairs) - len(usable)
+    selection = SelectionData(
+        features=[outcome.features for _, outcome in usable],
+        targets=labels,
+        own_features=[own[c.recipe.fragments[-1].source] for c, _ in usable],
+        num_classes=num_classes if num_classes is not None or labels is None else int(labels.max()) + 1,
+    )
+    scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
+    ranked = [
+        _ranked(candidate, {name: float(value) for name, value in score.items()}, outcome)
+        for (candidate, outcome), score in zip(usable, scores, strict=True)
+    ]
+    # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
+    return sorted(ranked, key=lambda r: tuple(-value for value in r.scores.values()))
+
+
 def choose(
     ranked: Sequence[Ranked],
     budget: Budget,
@@ -156,6 +219,7 @@ def choose(
     rejected: Mapping[str, int],
     seconds: Mapping[str, float],
     num_selection_labels: int,
+    stopped: Stopped | None = None,
 ) -> SearchResult:
     """The result of a search: what keeps the budget, and the best of it.
 
@@ -165,6 +229,7 @@ def choose(
         rejected: How many compositions were turned down before, by reason.
         seconds: Wall time of each stage.
         num_selection_labels: Labels that the ranking used.
+        stopped: What ended the composing before the strategy did.
 
     Raises:
         BudgetError: If none keeps the budget; names the one that comes nearest, and its cost.
@@ -172,11 +237,12 @@ def choose(
     allowed = [r for r in ranked if budget.allows(r.candidate.cost)]
     reaching = [r for r in allowed if r.reaches(budget.min_score)]
     fitting = [r for r in reaching if _is_fast_enough(r, budget)]
+    early = "" if stopped is None else f" {_IN_WORDS[stopped]}"
     if not allowed:
         cheapest = min(ranked, key=lambda r: r.candidate.cost.macs)
         raise BudgetError(
             f"The search found no network within the budget ({budget}); the cheapest it found has "
-            f"{cheapest.candidate.cost}. Raise the budget, or widen the search."
+            f"{cheapest.candidate.cost}. Raise the budget, or widen the search.{early}"
         )
     if not reaching:
         name = allowed[0].judged_by
@@ -184,13 +250,13 @@ def choose(
         raise BudgetError(
             f"The search found no network within the budget ({budget}): the highest {name} is {value:.4f} "
             f"({next(r for r in allowed if r.scores[name] == value)}). Lower min_score, raise the other limits, or "
-            f"widen the search."
+            f"widen the search.{early}"
         )
     if not fitting:
         fastest = min(reaching, key=lambda r: r.latency_ms or 0.0)
         raise BudgetError(
             f"The search found no network within the budget ({budget}): of {len(reaching)} that were measured, the "
-            f"fastest is over it ({fastest}). Raise max_latency_ms, or widen the search."
+            f"fastest is over it ({fastest}). Raise max_latency_ms, or widen the search.{early}"
         )
     reasons = Counter(rejected)
     references = ("source", "self-stitched")
@@ -216,6 +282,7 @@ def choose(
         seconds=dict(seconds),
         num_selection_labels=num_selection_labels,
         min_score=budget.min_score,
+        stopped=stopped,
     )
 
 
@@ -230,3 +297,13 @@ def _keeps(r: Ranked, budget: Budget) -> bool:
 def _is_fast_enough(ranked: Ranked, budget: Budget) -> bool:
     limit = budget.max_latency_ms
     return limit is None or (ranked.latency_ms is not None and ranked.latency_ms <= limit)
+
+
+def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) -> Ranked:
+    recipe = dataclasses.replace(candidate.recipe, scores={**scores, **candidate.recipe.scores})
+    return Ranked(dataclasses.replace(candidate, recipe=recipe), scores, outcome.features.shape[1], outcome.seconds)
+
+
+def _is_usable(features: Tensor) -> bool:
+    """Whether a ranking can tell the images apart by these features."""
+    return bool(torch.isfinite(features).all()) and bool((features != features[0]).any())

@@ -172,6 +172,20 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     )
 
 
+def check_same_outputs(parts: Sequence[Segmented]) -> None:
+    """Refuse sources whose outputs differ in width.
+
+    Raises:
+        StitchError: Naming the widths.
+    """
+    widths = {part.name: part.graph.output_features() for part in parts}
+    if len(set(widths.values())) > 1:
+        raise StitchError(
+            f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
+            f"Leave the odd ones out, or end at the features and fit a head."
+        )
+
+
 def _mend(source: Source, size: tuple[int, int, int]) -> str:
     """What a source that does not take images of a size may need."""
     native = source.preprocessing.input_size

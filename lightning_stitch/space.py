@@ -9,22 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_stitch._spool import Carried, Spool, carry
-from lightning_stitch.activations import Calibrated, Grid, rows_on_grids
+from lightning_stitch._spool import Carried, Deferred, Spool, carry
+from lightning_stitch.activations import Calibrated, Grid, rows_to_fit
 from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.graph import Cut
-from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.journal import Answer, Answers, NoJournal, answered
+from lightning_stitch.recipe import Fit, FragmentRef, Recipe
+from lightning_stitch.regression import AffineMap
 from lightning_stitch.scoring import Scorer
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
 from lightning_stitch.stitches import GlobalAverage, Stitch, fit_rows, fitted_stitch, is_bridgeable
+from lightning_stitch.stopping import NO_LIMIT, TimeLimit
 
 
 class SearchSpace:
@@ -40,6 +43,8 @@ class SearchSpace:
             those nearest by CKA on few rows are (`lightning_stitch.shortlist`).
         fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
             "row_weights".
+        journal: What remembers CKAs and fitted stitches, and is asked for them first.
+        time_limit: When it is over, `walk`, `edges`, `edge` and `enter` raise TimeIsOver.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class SearchSpace:
         ridge: float = 1e-3,
         shortlist: int = 128,
         fits: Sequence[str] = (),
+        journal: Answers | None = None,
+        time_limit: TimeLimit = NO_LIMIT,
     ) -> None:
         self.sources = list(sources)
         self.settings = settings
@@ -59,6 +66,8 @@ class SearchSpace:
         self.costs = costs
         self.ridge = ridge
         self.fits = tuple(fits)
+        self.journal = journal or NoJournal()
+        self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
         self._scorer = Scorer(self.sources, costs.receivers, settings, shortlist=shortlist)
@@ -82,15 +91,22 @@ class SearchSpace:
     def walk(self, state: State) -> Iterator[tuple[int, Carried]]:
         """Run a state on through its source, cut by cut; gives each cut's index and activation.
 
-        From the image nothing is run: the calibration pass kept these activations.
+        From the image nothing is run: the calibration pass kept these activations. Elsewhere a piece runs when what it
+        gives is first looked at, so that none runs for what a journal answers.
         """
         source = self.sources[state.source]
         if state.activation is None:
             yield from enumerate(source.activations)
             return
         spool, x = Spool(self.settings.keep_activations), state.activation
+
+        def piece(index: int, before: Carried) -> Carried:
+            self.time_limit.check()
+            return carry(self._run(source.parts, index, before, state.stitch if index == state.entry else None), spool)
+
         for index in range(state.entry, len(source.parts.cuts)):
-            x = carry(self._run(source.parts, index, x, state.stitch if index == state.entry else None), spool)
+            self.time_limit.check()
+            x = Carried(Deferred(x, partial(piece, index)))
             yield index, x
 
     def edges(
@@ -151,27 +167,31 @@ class SearchSpace:
 
     def enter(self, edge: Edge, activation: Carried) -> State:
         """Fit the stitch of an edge on the calibration rows."""
+        self.time_limit.check()
         sender = self.sources[edge.state.source].parts.cuts[edge.cut]
         receiver = self.sources[edge.source].statistics[edge.receiver]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = placed.spec
-        with torch.inference_mode():
+        open_loop = edge.state.activation is not None and "open_loop" in self.fits
+
+        def fitted() -> tuple[AffineMap, float | None, Fit]:
             own = self.sources[edge.state.source].activations[edge.cut]
-            wanted = receiver.rows
-            if spec.carries_prefix and receiver.prefix_rows is not None:
-                wanted = self._joined(wanted, receiver.prefix_rows)
-            is_stitched = edge.state.activation is not None
-            affine, held_out, fit = fit_rows(
-                self._rows_for(activation, sender, receiver.cut, spec),
-                wanted,
+            prefix_tokens = spec.in_prefix_tokens if spec.carries_prefix else 0
+            rows_of = partial(
+                rows_to_fit, sender=sender, grid=receiver.cut.grid, prefix_tokens=prefix_tokens, settings=self.settings
+            )
+            return fit_rows(
+                rows_of(activation),
+                receiver.all_rows if prefix_tokens else receiver.rows,
                 num_images=self.num_images,
                 ridge=self.ridge,
                 bias=self.costs.bias,
-                open_loop=self._rows_for(own, sender, receiver.cut, spec)
-                if is_stitched and "open_loop" in self.fits
-                else None,
+                open_loop=rows_of(own) if open_loop else None,
                 weighted="row_weights" in self.fits,
             )
+
+        with torch.inference_mode():
+            affine, held_out, fit = self._fit(edge, fitted)
             spec = dataclasses.replace(
                 spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition, fit=fit
             )
@@ -253,6 +273,36 @@ class SearchSpace:
             entered = portion if stitch is None else stitch(portion)
             yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
 
+    def _question(self, kind: str, state: State, cut: int, receivers: Iterable[int]) -> list[object]:
+        """What a journal is asked: of which running network, at which cut, about which receivers, all by name."""
+        fragments = [(step.source, step.first, step.last) for step in state.steps]
+        parts = [self.sources[source].parts for source in range(len(self.sources))]
+        path = [
+            (parts[source].name, *(None if at == 0 else parts[source].cuts[at - 1].name for at in ends))
+            for source, *ends in [*fragments, (state.source, state.entry, cut + 1)]
+        ]
+        found = [(parts[s].name, parts[s].cuts[r].name) for s, r in (self._receivers[flat] for flat in receivers)]
+        return [kind, path, found]
+
+    def _fit(
+        self, edge: Edge, fit: Callable[[], tuple[AffineMap, float | None, Fit]]
+    ) -> tuple[AffineMap, float | None, Fit]:
+        """The fit of an edge's stitch, from the journal where it has it, in the precision of a stitch."""
+
+        def found() -> Answer:
+            affine, held_out, kind = fit()
+            tensors = {"weight": affine.weight.float()}
+            if affine.bias is not None:
+                tensors["bias"] = affine.bias.float()
+            return Answer([held_out, kind, affine.rank, affine.condition, affine.ridge], tensors)
+
+        flat = self.costs.index[edge.source, edge.receiver]
+        answer = answered(self.journal, self._question("stitch", edge.state, edge.cut, [flat]), found)
+        held_out, kind, *numbers = answer.value
+        device = self.sources[edge.source].statistics[edge.receiver].rows.device
+        tensors = {name: x.to(device) for name, x in answer.tensors.items()}
+        return AffineMap(tensors["weight"], tensors.get("bias"), *numbers), held_out, kind
+
     def _similarities(
         self,
         state: State,
@@ -260,6 +310,34 @@ class SearchSpace:
         activation: Carried,
         admissible: dict[Grid, list[int]],
         size_class: Callable[[int], int] | None = None,
+    ) -> list[tuple[int, float]]:
+        """The receivers that can be scored and their CKAs, from the journal where it has them."""
+        self.time_limit.check()
+        if not admissible:
+            return []
+        if isinstance(self.journal, NoJournal):
+            return self._scored(state, cut, activation, admissible, size_class)
+
+        def found() -> Answer:
+            before = Counter(self.rejected)
+            scored = self._scored(state, cut, activation, admissible, size_class)
+            # Here they are counted below, as they are when the journal answers.
+            rejected = self.rejected - before
+            self.rejected -= rejected
+            return Answer([scored, rejected])
+
+        question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
+        scored, rejected = answered(self.journal, question, found).value
+        self.rejected.update(rejected)
+        return [(flat, cka) for flat, cka in scored]
+
+    def _scored(
+        self,
+        state: State,
+        cut: int,
+        activation: Carried,
+        admissible: dict[Grid, list[int]],
+        size_class: Callable[[int], int] | None,
     ) -> list[tuple[int, float]]:
         sender = self.sources[state.source]
         spent = state.cost.macs + self.costs.run(state.source, state.entry, cut + 1).macs
@@ -277,20 +355,6 @@ class SearchSpace:
             size_class=None if size_class is None else class_of,
             rejected=self.rejected,
         )
-
-    def _rows_for(self, activation: Carried, sender: Cut, receiver: Cut, spec: StitchSpec) -> Tensor:
-        """The rows of an activation that a stitch is fitted on: on the receiver's grid, carried prefix tokens too."""
-        found = rows_on_grids(activation, sender, [receiver.grid], self.settings)
-        assert found is not None  # or it would have no edges
-        rows = found[receiver.grid]
-        if not spec.carries_prefix:
-            return rows
-        return self._joined(rows, torch.cat([portion[:, : spec.in_prefix_tokens] for portion in activation]))
-
-    def _joined(self, rows: Tensor, prefix: Tensor) -> Tensor:
-        """Rows and prefix tokens (images x tokens x channels) in one, image by image."""
-        by_image = rows.view(self.num_images, -1, rows.shape[1])
-        return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)
 
     @cached_property
     def _ahead(self) -> list[Cost]:

@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
 from lightning_stitch.candidates import Candidate
+from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.recipe import Placement, Preprocessing, StitchSpec
+from lightning_stitch.results import SearchResult
 from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source, load_source
 from lightning_stitch.space import SearchSpace
@@ -199,6 +201,25 @@ def images_seen(source: Source) -> Iterator[list[int]]:
     hook = first.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     yield seen
     hook.remove()
+
+
+@contextmanager
+def pieces_run(pool: Pool) -> Iterator[list[str]]:
+    """The source of each piece that a pool runs, whatever for."""
+    ran: list[str] = []
+    hooks = [
+        piece.register_forward_pre_hook(lambda module, inputs, name=part.name: ran.append(name))
+        for part in pool.parts
+        for piece in part.pieces
+    ]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+def records(result: SearchResult) -> list[tuple[object, ...]]:
+    """All that a search found, in its order, but for the time that it took."""
+    return [(r.candidate.kind, r.candidate.recipe.to_dict(), r.scores, r.latency_ms) for r in result.ranked]
 
 
 class Recorder:

@@ -16,7 +16,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe"},
-    {"_rows", "progress", "_lightning", "_spool", "_copying"},
+    {"_rows", "progress", "stopping", "_lightning", "_spool", "_copying", "_tensor_files"},
     {"functional", "regression", "layerwise"},
     {"shortlist"},
     # similarity, sources, graph, activations, stitches, healing, cost
@@ -28,12 +28,15 @@ GROUPS = (
     {"sources", "stitches"},
     {"folding"},
     {"segments"},
-    {"activations", "compositions", "latency"},
+    {"activations", "compositions", "latency", "_identity"},
+    {"calibration_files", "journal"},
     # network, heads, search
     {"candidates", "heads", "network"},
     {"scoring", "prefix_tree"},
     {"space"},
-    {"search", "ranking", "paths", "results", "refinement"},
+    {"search", "ranking", "paths", "refinement"},
+    {"remembered"},
+    {"results", "batches"},
     # compose, report, hub, export
     {"compose", "report", "candidate_table"},
     {"comparison"},

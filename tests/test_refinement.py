@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import digits, live, noise, normal, path, shake, space_of
+from helpers import digits, live, noise, normal, path, pieces_run, records, shake, space_of
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from lightning_stitch._copying import with_tensors
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.compose import Pool
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
@@ -292,3 +293,27 @@ def test_the_search_takes_the_open_loop_behind_another_stitch_only() -> None:
             assert ours.r2 is not None
             assert theirs.r2 is not None
             assert ours.r2 >= theirs.r2 - 1e-9
+
+
+@pytest.mark.parametrize("names", [("batch_norm",), ("open_loop", "row_weights", "batch_norm")])
+def test_a_journal_remembers_what_was_changed_and_other_fits_are_another_search(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    def searched(*refinements: str, journal: Path | None = None) -> tuple[list[object], list[str]]:
+        pool = Pool([normed("a", 0), normed("b", 1)], (3, 8, 8), settings=SETTINGS)
+        with pieces_run(pool) as ran:
+            result = pool.search([IMAGES], [IMAGES.flip(3)], refinements=refinements, journal=journal)
+        return list(records(result)), ran
+
+    expected, _ = searched(*names)
+    first, ran = searched(*names, journal=tmp_path)
+    again, nothing = searched(*names, journal=tmp_path)
+    assert first == again == expected
+    assert ran
+    assert nothing == []
+    if "open_loop" in names:
+        with pytest.raises(JournalError, match="fits"):
+            searched("batch_norm", journal=tmp_path)
+    else:
+        # What comes after composing may be left out, or tried too: it is asked for beside the rest.
+        assert searched(journal=tmp_path)[0] == searched()[0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +12,7 @@ from helpers import digits, noise, plain
 from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool
-from lightning_stitch._spool import Spool, carry
+from lightning_stitch._spool import Carried, Deferred, Spool, carry
 from lightning_stitch.errors import CalibrationError, StitchError
 
 
@@ -36,6 +37,26 @@ def test_an_activation_comes_back_in_its_portions(keeping: str) -> None:
     carried = carry(x.split(3), Spool(keeping))  # type: ignore[arg-type]
     assert [len(portion) for portion in carried] == [3, 3, 1]
     assert torch.equal(carried.whole(), x)
+
+
+def test_a_deferred_activation_is_made_from_those_before_it_when_it_is_first_looked_at() -> None:
+    made = []
+
+    def one_more(number: int, before: Carried) -> Carried:
+        made.append(number)
+        return carry([portion + 1 for portion in before], Spool("memory"))
+
+    chain = [carry(torch.zeros(3, 2).split(2), Spool("memory"))]
+    # More of them than Python nests calls.
+    for number in range(3000):
+        chain.append(Carried(Deferred(chain[-1], partial(one_more, number))))
+    assert made == []
+    assert torch.equal(chain[1500].whole(), torch.full((3, 2), 1500.0))
+    assert made == list(range(1500))
+    assert [len(portion) for portion in chain[3000]] == [2, 1]
+    for number in (3000, 1499, 2):
+        assert torch.equal(chain[number].whole(), torch.full((3, 2), float(number)))
+    assert made == list(range(3000))
 
 
 def test_the_file_has_no_name_and_is_closed_when_nothing_refers_to_it(

@@ -38,6 +38,7 @@ def main() -> None:
         "--image-size", type=int, default=128, help="128 as in solar_cells.yaml, 224 as in the full one"
     )
     parser.add_argument("--solar-cells", type=Path, default=Path("solar_cells"), help="what the example prepared")
+    parser.add_argument("--journal", type=Path, help="keep a journal there; run twice to see what going on costs")
     options = parser.parse_args()
 
     data = CalibrationDataModule(
@@ -51,7 +52,12 @@ def main() -> None:
     sources = load_sources([f"local-dir:{options.solar_cells}/efficientnet_lite{k}" for k in range(3)])
     begun = time.perf_counter()
     pool = Pool(sources, data.image_shape)
-    result = pool.search(data.calibration_dataloader(), data.selection_dataloader(), num_classes=data.num_classes)
+    result = pool.search(
+        data.calibration_dataloader(),
+        data.selection_dataloader(),
+        num_classes=data.num_classes,
+        journal=options.journal,
+    )
     total = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
 
@@ -61,6 +67,9 @@ def main() -> None:
     print(f"bare pass of the sources over {len(images)} images: {bare:.2f} s")
     for stage, seconds in [*result.seconds.items(), ("all", total)]:
         print(f"{stage:<10} {seconds:7.2f} s {seconds / bare:7.1f} x")
+    if options.journal is not None:
+        sizes = [file.stat().st_size for file in options.journal.rglob("*") if file.is_file()]
+        print(f"journal: {len(sizes)} files, {sum(sizes) / 1e6:.0f} MB")
     searched = total - result.seconds["rank"]
     print(f"cutting, statistics and search together {searched:.1f} s; peak memory of the process {peak:.2f} GB")
 

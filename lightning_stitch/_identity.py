@@ -1,0 +1,115 @@
+"""What a calibration or a search depends on, as plain JSON values, and where two of them differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lightning_stitch
+from lightning_stitch._tensor_files import raw_bytes
+from lightning_stitch.cost import Budget
+from lightning_stitch.segments import CalibrationSettings, Segmented
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {"lightning_stitch": lightning_stitch.__version__, "torch": str(torch.__version__)}
+
+
+def source_identity(parts: Segmented) -> dict[str, Any]:
+    """What a source's activations depend on: its weights, what is built with them, and where it is cut."""
+    ref = parts.source.ref
+    identity = {
+        "weights": ref.weight_hash,
+        "builder": ref.builder,
+        "architecture": ref.architecture,
+        "arguments": ref.arguments,
+        "preprocessing": dataclasses.asdict(ref.preprocessing),
+        "cuts": {c.name: [index, c.format, c.shape, c.num_prefix_tokens] for index, c in enumerate(parts.cuts)},
+        "end": parts.end,
+    }
+    return dict(plain(identity))
+
+
+def settings_identity(settings: CalibrationSettings) -> dict[str, Any]:
+    """The settings that change numbers; where activations are kept does not."""
+    found = dataclasses.asdict(settings)
+    del found["keep_activations"]
+    return dict(plain(found))
+
+
+def search_identity(
+    parts: Sequence[Segmented],
+    settings: CalibrationSettings,
+    strategy: object,
+    budget: Budget,
+    device: torch.device,
+    *,
+    ridge: float,
+    bias: bool,
+    fits: Sequence[str],
+) -> dict[str, Any]:
+    """All that decides what a search finds, but for the images.
+
+    A strategy of this package is known by its arguments, a user's own by its name, as it may not say more.
+    """
+    ours = type(strategy).__module__.startswith(f"{lightning_stitch.__name__}.")
+    name = getattr(strategy, "__qualname__", type(strategy).__qualname__)
+    return {
+        "versions": versions(),
+        "device": device.type,
+        "image_shape": parts[0].image_shape,
+        "settings": settings_identity(settings),
+        "order": [part.name for part in parts],
+        "sources": {part.name: source_identity(part) for part in parts},
+        "strategy": repr(strategy) if ours else name,
+        "budget": dataclasses.asdict(budget),
+        "ridge": ridge,
+        "bias": bias,
+        "fits": sorted(fits),
+    }
+
+
+def tensors_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors in a row, wherever one ends and the next begins, so that batches do not matter."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(raw_bytes(x))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def key_of(*parts: Any) -> str:
+    """A short name for some plain values, the same in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[str]:
+    """Where two plain values differ, in words, by the dotted names of their entries."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        found = []
+        for key in dict.fromkeys([*there, *here]):
+            found += differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if there == here else [f"{path}: {_shown(there)} there, {_shown(here)} here"]
+
+
+def in_words(found: Sequence[str], most: int = 5) -> str:
+    """The first few differences."""
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(found[:most]) + more
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,142 @@
+"""What running candidates gives, from a search's journal as far as it goes: features of images, milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_stitch._identity import key_of, tensors_hash
+from lightning_stitch.activations import Calibrated
+from lightning_stitch.candidates import Candidate
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.journal import Answer, Answers, NoJournal, answered
+from lightning_stitch.prefix_tree import Outcome, PrefixTree
+from lightning_stitch.refinement import refined
+from lightning_stitch.segments import Segmented
+
+
+def candidate_keys(candidates: Iterable[Candidate]) -> list[str]:
+    """A key for each candidate that says what it computes: its fragments, and all numbers that are not its sources'."""
+    hashes: dict[int, str] = {}
+
+    def numbers(stitch: torch.nn.Module | None) -> str | None:
+        if stitch is None:
+            return None
+        if id(stitch) not in hashes:
+            hashes[id(stitch)] = tensors_hash(stitch.state_dict().values())
+        return hashes[id(stitch)]
+
+    return [
+        key_of(
+            [(f.source, f.start, f.end) for f in candidate.recipe.fragments],
+            [numbers(step.stitch) for step in candidate.steps],
+            [
+                [*sorted(step.tensors), tensors_hash(step.tensors[name] for name in sorted(step.tensors))]
+                for step in candidate.steps
+            ],
+            candidate.pool is not None,
+        )
+        for candidate in candidates
+    ]
+
+
+def outcomes(
+    candidates: Sequence[Candidate],
+    parts: Sequence[Segmented],
+    images: Iterable[Tensor],
+    *,
+    journal: Answers,
+    on_batch: Callable[[int], None],
+) -> list[Outcome]:
+    """As `PrefixTree.run`, but what the journal has of a batch is taken from there, and what it has not recorded.
+
+    Args:
+        candidates: The candidates.
+        parts: The sources that their steps refer to.
+        images: Batches (batch, channels, height, width) in [0, 1].
+        journal: What remembers them.
+        on_batch: Called with the number of images after each batch.
+
+    Raises:
+        JournalError: If the journal was begun with other images, or in other batches.
+        CalibrationError: If there are no images.
+    """
+    if isinstance(journal, NoJournal):
+        return PrefixTree(candidates, parts).run(images, on_batch=on_batch)
+    keys = candidate_keys(candidates)
+    features: list[list[Tensor]] = [[] for _ in candidates]
+    seconds = [0.0] * len(candidates)
+    count = 0
+    for number, batch in enumerate(images):
+        content = tensors_hash([batch])
+        journal.agree({f"selection images, batch {number}": [list(batch.shape), content]})
+        question = ["features", number, content]
+        known: dict[str, tuple[Tensor, float]] = {}
+        for answer in journal.find(question):
+            known |= {key: (answer.tensors[key], own) for key, own in answer.value.items()}
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        if missing:
+            found = PrefixTree([candidates[index] for index in missing], parts).run([batch])
+            ran = {
+                keys[index]: (outcome.features, outcome.seconds) for index, outcome in zip(missing, found, strict=True)
+            }
+            value = {key: own for key, (_, own) in ran.items()}
+            journal.record(question, Answer(value, {key: x for key, (x, _) in ran.items()}))
+            known |= ran
+        for index, key in enumerate(keys):
+            features[index].append(known[key][0])
+            seconds[index] += known[key][1]
+        count += len(batch)
+        on_batch(len(batch))
+    if not count:
+        raise CalibrationError("There are no images to run the candidates on.")
+    return [Outcome(torch.cat(batches), own) for batches, own in zip(features, seconds, strict=True)]
+
+
+def milliseconds(journal: Answers, candidate: Candidate, measure: Callable[[], float]) -> float:
+    """A candidate's measured latency.
+
+    Args:
+        journal: What remembers it.
+        candidate: The candidate.
+        measure: Measures it.
+    """
+    question = ["latency", *candidate_keys([candidate])]
+    return float(answered(journal, question, lambda: Answer(measure())).value)
+
+
+def refined_once(
+    journal: Answers, candidate: Candidate, sources: Sequence[Calibrated], names: Sequence[str]
+) -> Candidate:
+    """As `refined`, one name after the other, but what the journal has is taken from there.
+
+    Args:
+        journal: What remembers it.
+        candidate: The network.
+        sources: The sources with their activations of the calibration images.
+        names: Which changes.
+    """
+    for name in names:
+        question = ["refined", name, *candidate_keys([candidate])]
+        found = answered(journal, question, partial(_refined, candidate, sources, name))
+        if found.value is not None:
+            steps = []
+            for index, step in enumerate(candidate.steps):
+                own = {key: found.tensors[f"{index} {key}"] for key in found.value[index]}
+                steps.append(dataclasses.replace(step, tensors=own))
+            recipe = dataclasses.replace(candidate.recipe, refinements=(*candidate.recipe.refinements, name))
+            candidate = dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
+    return candidate
+
+
+def _refined(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Answer:
+    """The numbers of each step, by name; None: the change was not kept."""
+    found = refined(candidate, sources, name)
+    if found is candidate:
+        return Answer(None)
+    tensors = {f"{index} {key}": x for index, step in enumerate(found.steps) for key, x in step.tensors.items()}
+    return Answer([list(step.tensors) for step in found.steps], tensors)
