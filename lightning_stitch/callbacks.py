@@ -54,6 +54,8 @@ class FragmentSearch(pl.Callback):
             "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
+        refinements: What to try on each network, kept where held-out calibration images are explained better
+            (`Pool.search`): "open_loop", "row_weights", "batch_norm".
         compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print
             the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
@@ -89,6 +91,7 @@ class FragmentSearch(pl.Callback):
         ranking: str = "auto",
         max_candidates: int = 64,
         exits: bool = True,
+        refinements: Sequence[str] = (),
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
         seed: int = 0,
@@ -107,6 +110,7 @@ class FragmentSearch(pl.Callback):
         self.ranking = ranking
         self.max_candidates = max_candidates
         self.exits = exits
+        self.refinements = tuple(refinements)
         self.compare = compare
         self.fractions = tuple(fractions)
         self.seed = seed
@@ -233,6 +237,7 @@ class FragmentSearch(pl.Callback):
             bias=self.bias,
             max_candidates=2 if tiny else self.max_candidates,
             exits=self.exits,
+            refinements=self.refinements,
             time_limit=self.time_limit,
             journal=None if tiny else self._journal(trainer),
             progress=progress,
@@ -317,6 +322,7 @@ class FragmentSearch(pl.Callback):
                 "estimator": self.estimator,
                 "ranking": self.ranking,
                 "exits": self.exits,
+                "refinements": list(self.refinements),
                 "recipe": best.candidate.recipe.to_dict(),
                 "seconds": self.result.seconds,
                 "rejected": self.result.rejected,
