@@ -15,8 +15,10 @@ from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.refinement import refined
 from lightning_stitch.segments import Segmented
+from lightning_stitch.stitches import Stitch
 
 
 def candidate_keys(candidates: Iterable[Candidate]) -> list[str]:
@@ -124,19 +126,36 @@ def refined_once(
         question = ["refined", name, *candidate_keys([candidate])]
         found = answered(journal, question, partial(_refined, candidate, sources, name))
         if found.value is not None:
-            steps = []
-            for index, step in enumerate(candidate.steps):
-                own = {key: found.tensors[f"{index} {key}"] for key in found.value[index]}
-                steps.append(dataclasses.replace(step, tensors=own))
-            recipe = dataclasses.replace(candidate.recipe, refinements=(*candidate.recipe.refinements, name))
-            candidate = dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
+            candidate = _rebuilt(candidate, found)
     return candidate
 
 
+def _rebuilt(candidate: Candidate, answer: Answer) -> Candidate:
+    """What a refinement made of a candidate, as `_refined` noted it."""
+    recipe = Recipe.from_dict(answer.value["recipe"])
+    steps = []
+    for index, (step, spec) in enumerate(zip(candidate.steps, (None, *recipe.stitches), strict=True)):
+        own = {name: answer.tensors[f"{index} {name}"] for name in answer.value["tensors"][index]}
+        stitch = step.stitch
+        if names := answer.value["stitches"][index]:
+            assert spec is not None
+            stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
+            stitch.load_state_dict({name: answer.tensors[f"stitch {index} {name}"] for name in names})
+            stitch.to(next(iter(step.stitch.state_dict().values())).device if step.stitch is not None else "cpu")
+        steps.append(dataclasses.replace(step, spec=spec, stitch=stitch, tensors=own))
+    return dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
+
+
 def _refined(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Answer:
-    """The numbers of each step, by name; None: the change was not kept."""
+    """The new recipe, and the numbers of each step and of each stitch that is another, by name; None: not kept."""
     found = refined(candidate, sources, name)
     if found is candidate:
         return Answer(None)
     tensors = {f"{index} {key}": x for index, step in enumerate(found.steps) for key, x in step.tensors.items()}
-    return Answer([list(step.tensors) for step in found.steps], tensors)
+    stitches: list[list[str]] = []
+    for index, (before, step) in enumerate(zip(candidate.steps, found.steps, strict=True)):
+        state = {} if step.stitch is None or step.stitch is before.stitch else step.stitch.state_dict()
+        stitches.append(list(state))
+        tensors |= {f"stitch {index} {key}": x for key, x in state.items()}
+    value = {"recipe": found.recipe.to_dict(), "tensors": [list(s.tensors) for s in found.steps], "stitches": stitches}
+    return Answer(value, tensors)
