@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
     from lightning_stitch.segments import CalibrationSettings
+    from lightning_stitch.shrinking import shrink
     from lightning_stitch.similarity import LinearCKA
     from lightning_stitch.sources import Source, load_source, load_sources
 
@@ -59,6 +60,7 @@ _HOMES = {
     "results": ["SearchResult"],
     "search": ["Beam", "DepthFirst"],
     "segments": ["CalibrationSettings"],
+    "shrinking": ["shrink"],
     "similarity": ["LinearCKA"],
     "sources": ["Source", "load_source", "load_sources"],
 }
@@ -74,6 +76,7 @@ __all__ = [
     "DepthFirst",
     # composing without one
     "Pool",
+    "shrink",
     "SearchResult",
     "CalibrationSettings",
     "StitchedNetwork",

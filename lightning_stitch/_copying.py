@@ -37,8 +37,8 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
         tensors: By name ("blocks.2.bn1.running_mean"); names that the fragment does not have are left out.
     """
     called = {str(node.target) for node in fragment.graph.nodes if node.op == "call_module"}
-    owners = {name: name.rpartition(".")[0] for name in tensors}
-    changed = {name: owner for name, owner in owners.items() if owner in called}
+    owners = {name: _caller(name, called) for name in tensors}
+    changed = {name: owner for name, owner in owners.items() if owner is not None}
     if not changed:
         return fragment
     graph = fx.Graph()
@@ -46,9 +46,18 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
     variant = fx.GraphModule(fragment, graph, class_name="Fragment")
     for owner in dict.fromkeys(changed.values()):
         variant.add_submodule(owner, copied(fragment.get_submodule(owner)))
-    for name, owner in changed.items():
-        _set_tensor(variant.get_submodule(owner), name.rpartition(".")[2], tensors[name])
+    for name in changed:
+        layer, _, last = name.rpartition(".")
+        _set_tensor(variant.get_submodule(layer), last, tensors[name])
     return variant.train(fragment.training)
+
+
+def _caller(name: str, called: set[str]) -> str | None:
+    """The layer that a fragment calls and that a tensor is part of, perhaps of a layer inside of it."""
+    owner = name.rpartition(".")[0]
+    while owner and owner not in called:
+        owner = owner.rpartition(".")[0]
+    return owner or None
 
 
 def _set_tensor(layer: nn.Module, name: str, x: Tensor) -> None:

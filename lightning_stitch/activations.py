@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_stitch import held_out
 from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import CentredRows, centre_rows
@@ -57,6 +58,7 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
+        num_held_out: How many of the images, the last ones, judge fits and refinements (`lightning_stitch.held_out`).
         stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
 
@@ -64,6 +66,7 @@ class Calibrated:
     statistics: list[CutStatistics]
     activations: list[Carried]
     features: Tensor = field(repr=False)
+    num_held_out: int
     stored: bool = False
 
     @property
@@ -140,21 +143,23 @@ def rows_on_grids(
 
 def rows_to_fit(
     activation: Iterable[Tensor], *, sender: Cut, grid: Grid, prefix_tokens: int, settings: CalibrationSettings
-) -> Tensor:
-    """The rows of an activation that a stitch is fitted on.
+) -> Tensor | None:
+    """The rows of an activation that a stitch is fitted on; None where it is not finite.
 
     Args:
-        activation: The sender's tensors, portion by portion; finite.
+        activation: The sender's tensors, portion by portion.
         sender: The sender's cut.
         grid: The receiver's grid.
         prefix_tokens: How many prefix tokens go through the stitch, too, each a row of its image.
         settings: Rows for each image and seed.
     """
-    found = rows_on_grids(activation, sender, [grid], settings)
-    assert found is not None
+    portions = list(activation) if prefix_tokens else activation
+    found = rows_on_grids(portions, sender, [grid], settings)
+    if found is None:
+        return None
     if not prefix_tokens:
         return found[grid]
-    return _joined(found[grid], torch.cat([portion[:, :prefix_tokens] for portion in activation]))
+    return _joined(found[grid], torch.cat([portion[:, :prefix_tokens] for portion in portions]))
 
 
 def _joined(rows: Tensor, prefix: Tensor) -> Tensor:
@@ -202,13 +207,16 @@ def is_finite(x: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def calibrate(parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings) -> Calibrated:
+def calibrate(
+    parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings, *, num_held_out: int | None = None
+) -> Calibrated:
     """Run a source once over the calibration images.
 
     Args:
         parts: The source taken apart, on the device to run on.
         images: Batches (batch, channels, height, width) in [0, 1].
         settings: What to keep, and where.
+        num_held_out: How many of the images, the last ones, judge fits and refinements; None: a quarter.
 
     Raises:
         CalibrationError: If there are too few images, or an activation is not finite.
@@ -225,7 +233,9 @@ def calibrate(parts: Segmented, images: Iterable[Tensor], settings: CalibrationS
     if not features:
         raise CalibrationError("There are no calibration images.")
     found = [keeper.statistics(f"cut {keeper.cut.name!r} of source {parts.name!r}") for keeper in keepers]
-    return Calibrated(parts, found, [Carried(keeper.portions) for keeper in keepers], torch.cat(features))
+    joined = torch.cat(features)
+    num_held_out = held_out.num_held_out(len(joined)) if num_held_out is None else num_held_out
+    return Calibrated(parts, found, [Carried(keeper.portions) for keeper in keepers], joined, num_held_out)
 
 
 class _Keeper:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_stitch._identity import tensors_hash
+from lightning_stitch._identity import key_of, tensors_hash
 from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.held_out import held_out_groups, num_held_out
 from lightning_stitch.ranking import MISSING_LABELS
 
 Batch = Tensor | Sequence[Tensor]
@@ -58,9 +60,30 @@ def read_again(
         yield images.to(device, torch.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class CalibrationImages:
+    """Calibration images, put down.
+
+    Attributes:
+        images: They in float32, those that are held out last.
+        count: Their number.
+        num_held_out: How many of them are held out (`lightning_stitch.held_out`).
+        hash: Of them as they came, whatever batches they came in, and of which are held out.
+    """
+
+    images: Carried
+    count: int
+    num_held_out: int
+    hash: str
+
+
 def put_down(
-    batches: Iterable[Batch], image_shape: tuple[int, int, int], spool: Spool, device: torch.device
-) -> tuple[Carried, int, str]:
+    batches: Iterable[Batch],
+    image_shape: tuple[int, int, int],
+    spool: Spool,
+    device: torch.device,
+    groups: Sequence[Hashable] | None = None,
+) -> CalibrationImages:
     """Read calibration images once.
 
     Args:
@@ -68,27 +91,40 @@ def put_down(
         image_shape: Their (channels, height, width).
         spool: Where to put them down.
         device: Where to take them up again.
-
-    Returns:
-        The images in float32, their number, and their hash, whatever batches they came in.
+        groups: The label of each image's group, which is held out as a whole or not at all; None: each is by itself.
 
     Raises:
-        CalibrationError: If they are fewer than 4, or one cannot be used.
+        CalibrationError: If they are fewer than 4, or one cannot be used, there are not as many labels as images, or
+            there is but one group.
     """
-    kept: list[Portion] = []
+    held_out = None if groups is None else held_out_groups(groups)
+    fitted: list[Portion] = []
+    judging: list[Portion] = []
     counts: list[int] = []
 
     def read() -> Iterator[Tensor]:
         for images in map(images_of, batches):
             check_images(images, image_shape)
-            kept.append(spool.put(images.to(device, torch.float32)))
+            begun = sum(counts)
+            own = [] if held_out is None else held_out[begun : begun + len(images)]
+            chosen = torch.tensor(own + [False] * (len(images) - len(own)), device=images.device)
+            for portions, part in ((fitted, images[~chosen]), (judging, images[chosen])):
+                if len(part):
+                    portions.append(spool.put(part.to(device, torch.float32)))
             counts.append(len(images))
             yield images.to(torch.float32)
 
-    images_hash = tensors_hash(read())
-    if sum(counts) < 4:
-        raise CalibrationError(f"Calibration needs at least 4 images; found {sum(counts)}.")
-    return Carried(kept), sum(counts), images_hash
+    images_hash, count = tensors_hash(read()), sum(counts)
+    if count < 4:
+        raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
+    if held_out is None:
+        return CalibrationImages(Carried(fitted), count, num_held_out(count), images_hash)
+    if len(held_out) != count:
+        raise CalibrationError(
+            f"groups= needs one label for each calibration image; found {len(held_out)} for {count}."
+        )
+    images_hash = f"{images_hash}, held out {key_of(held_out)}"
+    return CalibrationImages(Carried([*fitted, *judging]), count, sum(held_out), images_hash)
 
 
 def labelled(batches: Iterable[Batch]) -> Iterable[Batch]:

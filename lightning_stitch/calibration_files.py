@@ -65,6 +65,7 @@ def _save(directory: Path, calibrated: Sequence[Calibrated], settings: Calibrati
         "image_shape": calibrated[0].parts.image_shape,
         "num_images": len(calibrated[0].features),
         "images": images_hash,
+        "num_held_out": calibrated[0].num_held_out,
         "settings": settings_identity(settings),
         "sources": sources,
     }
@@ -96,7 +97,7 @@ def read_description(directory: Path) -> dict[str, Any]:
             f"{path} has schema {schema!r}; this version of lightning_stitch reads schema {SCHEMA_VERSION}. Upgrade "
             f"lightning_stitch if it is newer, else calibrate and save again."
         )
-    needed = {"image_shape": list, "images": str, "settings": dict, "sources": dict}
+    needed = {"image_shape": list, "images": str, "num_held_out": int, "settings": dict, "sources": dict}
     if wrong := [name for name, kind in needed.items() if not isinstance(description.get(name), kind)]:
         raise CalibrationError(f"{path} has no {', '.join(wrong)} that can be used. Calibrate and save again.")
     return dict(description)
@@ -159,7 +160,7 @@ def load_calibration(
         path = directory / _file_name(list(saved).index(part.name), checksum)
         try:
             tensors = TensorFile(path, checksum)
-            calibrated.append(_calibrated(part, tensors, settings, device))
+            calibrated.append(_calibrated(part, tensors, settings, device, description["num_held_out"]))
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(
                 f"{path}, the saved calibration of source {part.name!r}, cannot be used: {error}. Calibrate and save "
@@ -231,7 +232,7 @@ def _tensors(source: Calibrated) -> dict[str, Callable[[], Tensor]]:
 
 
 def _calibrated(
-    part: Segmented, tensors: TensorFile, settings: CalibrationSettings, device: torch.device
+    part: Segmented, tensors: TensorFile, settings: CalibrationSettings, device: torch.device, num_held_out: int
 ) -> Calibrated:
     statistics, activations = [], []
     for index, cut in enumerate(part.cuts):
@@ -242,7 +243,7 @@ def _calibrated(
         statistics.append(CutStatistics(cut, rows, centred, None if prefix is None else prefix.mean(0), prefix))
         portions = [portion for portion in tensors.names if portion.startswith(f"activation.{index}.")]
         activations.append(Carried([partial(_taken_up, tensors, portion, device) for portion in portions]))
-    return Calibrated(part, statistics, activations, tensors.read("features").to(device), stored=True)
+    return Calibrated(part, statistics, activations, tensors.read("features").to(device), num_held_out, stored=True)
 
 
 def _taken_up(tensors: TensorFile, name: str, device: torch.device) -> Tensor:

@@ -54,8 +54,10 @@ class FragmentSearch(pl.Callback):
             "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
-        refinements: What to try on each network, kept where held-out calibration images are explained better
-            (`Pool.search`): "open_loop", "row_weights", "batch_norm".
+        refinements: What to try on each network, and keep where it explains more on held-out calibration images: other
+            fits of its stitches ("open_loop", "row_weights"), its "batch_norm" statistics, and "healing" of the layers
+            behind its stitches (`Pool.search`).
+        max_healed: Most StitchNets that are healed.
         compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print
             the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
@@ -92,6 +94,7 @@ class FragmentSearch(pl.Callback):
         max_candidates: int = 64,
         exits: bool = True,
         refinements: Sequence[str] = (),
+        max_healed: int = 16,
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
         seed: int = 0,
@@ -111,6 +114,7 @@ class FragmentSearch(pl.Callback):
         self.max_candidates = max_candidates
         self.exits = exits
         self.refinements = tuple(refinements)
+        self.max_healed = max_healed
         self.compare = compare
         self.fractions = tuple(fractions)
         self.seed = seed
@@ -240,6 +244,7 @@ class FragmentSearch(pl.Callback):
             refinements=self.refinements,
             time_limit=self.time_limit,
             journal=None if tiny else self._journal(trainer),
+            max_healed=2 if tiny else self.max_healed,
             progress=progress,
         )
         self._install(trainer, module, data, self.result.best.candidate, progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -36,9 +36,9 @@ from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress, Silent, counted, num_images
 from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.refinement import FITS, check_refinements
-from lightning_stitch.remembered import milliseconds, outcomes, refined_once
-from lightning_stitch.results import Ranked, SearchResult, choose, rank
+from lightning_stitch.refinement import FITS, Refiner, check_refinements, refine
+from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
+from lightning_stitch.results import SearchResult, choose, measured, rank
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings, check_same_outputs, segment
 from lightning_stitch.sources import Source
@@ -74,10 +74,9 @@ class Pool:
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
-        if isinstance(self.settings.granularity, Mapping):
-            strangers = sorted(set(self.settings.granularity) - set(names))
-            if strangers:
-                raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
+        named = self.settings.granularity
+        if isinstance(named, Mapping) and (strangers := sorted(set(named) - set(names))):
+            raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
         self.device = torch.device(device)
         self.image_shape = image_shape
         self.seconds: dict[str, float] = {}
@@ -95,19 +94,25 @@ class Pool:
         self._images_hash = ""
         self._latencies: list[list[float]] | None = None
 
-    def calibrate(self, images: Iterable[Batch], *, progress: Progress | None = None) -> None:
+    def calibrate(
+        self, images: Iterable[Batch], *, groups: Sequence[Hashable] | None = None, progress: Progress | None = None
+    ) -> None:
         """Run each source once over the calibration images, unless the pool was opened with what they gave.
 
         Args:
             images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once. Labels beside them are
                 not looked at.
+            groups: For each image the label of what it shows (a photograph, patient or module), of which others may
+                be in other images: the images that judge fits and refinements are then whole groups. None: they are
+                the last quarter.
             progress: Where to show progress.
 
         Raises:
-            CalibrationError: If there are too few images, or an image or activation is not finite.
+            CalibrationError: If there are too few images, or an image or activation is not finite; likewise if there
+                are not as many labels as images, or there is but one group.
         """
         with self._timed("calibrate"):
-            self._calibrate(images, NoJournal(), progress or Silent())
+            self._calibrate(images, NoJournal(), progress or Silent(), groups)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
@@ -174,6 +179,8 @@ class Pool:
         refinements: Sequence[str] = (),
         time_limit: float | None = None,
         journal: str | os.PathLike[str] | None = None,
+        max_healed: int = 16,
+        groups: Sequence[Hashable] | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
         """Compose networks and rank them; the sources as they are, self-stitched and ended early are among them.
@@ -198,15 +205,15 @@ class Pool:
                 them the highest score, as they have no stitch.
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
                 other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitches.fit_rows`), and after
-                it is composed its "batch_norm" statistics (`lightning_stitch.refinement`).
+                it is composed its "batch_norm" statistics and "healing" (`lightning_stitch.refinement`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.
-            journal: A directory where the search remembers what it found, so that the same search can be called again
-                after it was stopped by whatever means, a killed process too, and goes on where it was, to the same
-                result; no source and no fragment runs again for what is remembered. It holds the calibration as well.
-                The same search has the same sources, settings, strategy, budget, ridge, bias, fits, images in the same
-                order and selection batches; `max_candidates`, `time_limit` and the ranking may be others. None: nothing
-                is remembered.
+            journal: A directory where the search remembers what it found, its calibration too, so that the same search
+                can be called again after it was stopped by whatever means, a killed process too, and goes on where it
+                was, to the same result. The same search has the same arguments and images; but `max_candidates`,
+                `time_limit`, the ranking, and refinements after composing may be others. None: nothing is remembered.
+            max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
+            groups: What each calibration image shows (`calibrate`); None: each shows something else.
             progress: Where to show progress.
 
         Raises:
@@ -238,14 +245,17 @@ class Pool:
         )
         if budget.max_latency_ms is not None:
             with self._timed("measure"):
-                costs.time(answered(kept, ["latencies of the pieces"], lambda: Answer(self._measured_pieces())).value)
+                pieces = partial(piece_latencies, self.parts, self.device)
+                answer = answered(kept, ["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
+                self._latencies = answer.value
+                costs.time(answer.value)
                 costs.check(budget)
         budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
         if calibration is None:
             kept.agree({"calibration images": self._images_hash})
         else:
             with self._timed("calibrate"):
-                self._calibrate(calibration, kept, progress)
+                self._calibrate(calibration, kept, progress, groups)
         space = SearchSpace(
             self.calibrated,
             self.settings,
@@ -263,11 +273,10 @@ class Pool:
             stopped = until_stopped(proposed, candidates)
             # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
             candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
-        if changes := [name for name in refinements if name not in FITS]:
+        if set(refinements) - set(FITS):
             with self._timed("refine"):
-                progress.start("refining", len(candidates))
-                each = (refined_once(kept, candidate, self.calibrated, changes) for candidate in candidates)
-                candidates = list(counted(each, progress))
+                refiner = RememberingRefiner(kept, self.calibrated, settings=self.settings, ridge=ridge)
+                candidates = refine(candidates, refiner, refinements, max_healed=max_healed, progress=progress)
         if calibration is not None:
             for source in self.calibrated:
                 source.release()
@@ -279,7 +288,7 @@ class Pool:
             )
         if budget.max_latency_ms is not None:
             with self._timed("measure"):
-                ranked = self._measured(ranked, budget, progress, kept)
+                ranked = measured(ranked, budget, lambda c: milliseconds(kept, c, partial(self._latency, c)), progress)
         return choose(
             ranked,
             budget,
@@ -301,6 +310,7 @@ class Pool:
         *,
         ridge: float = 1e-3,
         bias: bool = True,
+        refinements: Sequence[str] = (),
     ) -> Candidate:
         """Compose a network from fragments that you name, on the images that `calibrate` got; for `assemble`.
 
@@ -309,6 +319,8 @@ class Pool:
                 ends are cuts that the pool offers.
             ridge: Relative strength of the stitches' fit.
             bias: Whether stitches have a bias.
+            refinements: What to try on the network, in this order, and keep where it explains more on held-out images:
+                "batch_norm", "healing".
 
         Raises:
             StitchError: If the fragments make no path; the nearest names of cuts and sources are offered.
@@ -318,10 +330,14 @@ class Pool:
             >>> pool.calibrate(loader)  # doctest: +SKIP
             >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
         """
+        check_refinements(refinements)
         self._check_calibrated()
         costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
-        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
-        return follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
+        fits = [name for name in refinements if name in FITS]
+        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge, fits=fits)
+        found = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
+        refiner = Refiner(self.calibrated, settings=self.settings, ridge=ridge)
+        return refine([found], refiner, refinements)[0]
 
     def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done.
@@ -335,40 +351,36 @@ class Pool:
         stitches = [step.stitch for step in candidate.steps[1:]]
         return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
 
-    def _calibrate(self, images: Iterable[Batch], journal: Answers, progress: Progress) -> None:
+    def _calibrate(
+        self, images: Iterable[Batch], journal: Answers, progress: Progress, groups: Sequence[Hashable] | None
+    ) -> None:
         """Read the images and run each source over them, unless the journal has what that gives."""
-        spool = Spool(self.settings.keep_activations)
-        read, count, images_hash = put_down(images, self.image_shape, spool, self.device)
-        journal.agree({"calibration images": images_hash})
-        if images_hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
+        read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
+        journal.agree({"calibration images": read.hash})
+        if read.hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
             return
         progress.start("calibrating", len(self.parts))
 
         def run() -> list[Calibrated]:
             found = []
             for part in self.parts:
-                found.append(calibrate(part, read, self.settings))
+                found.append(calibrate(part, read.images, self.settings, num_held_out=read.num_held_out))
                 progress.advance(1)
             return found
 
         if isinstance(journal, Journal):
             self.calibrated = calibrate_once(
-                journal.calibration, self.parts, self.settings, self.device, (count, images_hash), run
+                journal.calibration, self.parts, self.settings, self.device, (read.count, read.hash), run
             )
         else:
             self.calibrated = run()
-        self._images_hash = images_hash
+        self._images_hash = read.hash
 
     def _check_calibrated(self) -> None:
         if not self.calibrated or any(len(s.activations) < len(s.statistics) for s in self.calibrated):
             raise CalibrationError(
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
-
-    def _measured_pieces(self) -> list[list[float]]:
-        if self._latencies is None:
-            self._latencies = piece_latencies(self.parts, self.device)
-        return self._latencies
 
     def _latency(self, candidate: Candidate) -> float:
         return network_latency(self.assemble(candidate), self.image_shape, self.device)
@@ -380,17 +392,6 @@ class Pool:
         images = read_again(batches, self.image_shape, self.device, labels)
         found = outcomes(candidates, self.parts, images, journal=journal, on_batch=progress.advance)
         return found, torch.cat(labels) if labels else None
-
-    def _measured(self, ranked: list[Ranked], budget: Budget, progress: Progress, journal: Answers) -> list[Ranked]:
-        """The same, with the latencies of those that keep all other limits, each assembled and run."""
-        progress.start("measuring", len(ranked))
-        found = []
-        for r in ranked:
-            if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
-                r = r.measured(milliseconds(journal, r.candidate, partial(self._latency, r.candidate)))
-            found.append(r)
-            progress.advance(1)
-        return found
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

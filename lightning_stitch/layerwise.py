@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 Visitor = Callable[[str, nn.Module, Sequence[Tensor]], None]
 
 
-def run_layerwise(fragment: fx.GraphModule, portions: Sequence[Tensor], visit: Visitor) -> list[Tensor]:
+def run_layerwise(
+    fragment: fx.GraphModule, portions: Sequence[Tensor], visit: Visitor, *, seen: Visitor | None = None
+) -> list[Tensor]:
     """What a fragment gives for each portion; no gradients, no inference mode of its own.
 
     Args:
@@ -21,6 +23,7 @@ def run_layerwise(fragment: fx.GraphModule, portions: Sequence[Tensor], visit: V
         portions: Its inputs, a few images each.
         visit: Called with the name, the layer and its inputs, one for each portion, before the layer runs; may change
             the layer's tensors.
+        seen: Called with the name, the layer and what it gave, likewise, after it ran.
     """
     runs = [fx.Interpreter(fragment) for _ in portions]
     for run, x in zip(runs, portions, strict=True):
@@ -37,4 +40,6 @@ def run_layerwise(fragment: fx.GraphModule, portions: Sequence[Tensor], visit: V
             given.append(run.env[node])
             for dead in run.user_to_last_uses.get(node, ()):
                 del run.env[dead]
+        if seen is not None and node.op == "call_module":
+            seen(str(node.target), fragment.get_submodule(str(node.target)), given)
     return given

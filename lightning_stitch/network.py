@@ -141,6 +141,9 @@ class StitchedNetwork(nn.Module):
         lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
         if recipe.refinements:
             lines.append(f"  refined: {', '.join(recipe.refinements)}")
+        for reason in dict.fromkeys(recipe.unhealed.values()):
+            layers = [layer for layer, why in recipe.unhealed.items() if why == reason]
+            lines.append(f"  not healed ({reason}): {', '.join(layers)}")
         shown = ("params", "macs", "activation_bytes")
         other = {name: value for name, value in recipe.scores.items() if name not in shown}
         if other:

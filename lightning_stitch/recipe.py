@@ -146,7 +146,8 @@ class Recipe:
             trained for all of them; only layers that take a stitch in become a fragment's own.
         pooled: Whether the last fragment ends at a map or at tokens that are averaged over their positions: a network
             that ends early.
-        refinements: What was changed in its fragments after it was composed ("batch_norm"), in that order.
+        refinements: What was changed in its fragments after it was composed ("batch_norm", "healing"), in that order.
+        unhealed: Where it was healed, the layers behind stitches ("source: layer") that stayed as they are, and why.
         schema: Version of this format.
 
     Raises:
@@ -161,6 +162,7 @@ class Recipe:
     share_weights: bool = False
     pooled: bool = False
     refinements: tuple[str, ...] = ()
+    unhealed: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -2,31 +2,28 @@
 
 After composing and before ranking, each network is measured on calibration images that were held out of the change:
 R2 of its final features against those that its last source, unmodified, gives of the same images. Where the change does
-not raise it the network stays as it was; where it does, the change is made anew on all calibration images.
+not raise it the network stays as it was. Healing (`lightning_stitch.healing`) is kept as it was measured; statistics of
+BatchNorm are, where they help, estimated anew on all calibration images.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_stitch._copying import with_tensors
-from lightning_stitch._spool import Carried
 from lightning_stitch.activations import Calibrated
-from lightning_stitch.candidates import Candidate, Step
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.healing import heal
 from lightning_stitch.layerwise import run_layerwise
-from lightning_stitch.regression import r2
-from lightning_stitch.segments import chunks
+from lightning_stitch.progress import Progress, Silent
+from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.trials import Numbers, divided, entered, held_out_images, held_out_r2, with_numbers
 
-Numbers = Mapping[str, Tensor]
 Moments = tuple[Tensor, Tensor]
-Change = Callable[[Candidate, Sequence[Calibrated], Sequence[Tensor]], list[Numbers]]
-"""Gives each step's new numbers, by name, from the activation that leaves the first step, in portions."""
 
 
 @torch.no_grad()
@@ -46,12 +43,12 @@ def batch_norm_statistics(
     for step in candidate.steps[1:]:
         numbers: dict[str, Tensor] = {}
         source = sources[step.source]
-        portions = [_entered(x, step) for x in portions]
-        owns, _ = _divided(source.activations[step.first - 1], len(source.features) - num_images)
+        portions = entered(portions, step, source)
+        owns, _ = divided(source.activations[step.first - 1], len(source.features) - num_images)
         for index in range(step.first, step.last):
             piece = source.parts.pieces[index]
             buffers = _batch_norms(piece)
-            variant = with_tensors(piece, buffers)
+            variant = with_tensors(piece, {**step.tensors, **buffers})
             seen: dict[str, Moments] = {}
 
             def note(name: str, layer: nn.Module, inputs: Sequence[Tensor], seen: dict[str, Moments] = seen) -> None:
@@ -75,9 +72,31 @@ def batch_norm_statistics(
     return found
 
 
-CHANGES: dict[str, Change] = {"batch_norm": batch_norm_statistics}
+def batch_norm(
+    candidate: Candidate, sources: Sequence[Calibrated], settings: CalibrationSettings, ridge: float
+) -> Candidate:
+    """The candidate with `batch_norm_statistics`, where they help when estimated without the held-out images."""
+    fitted, held_out = held_out_images(candidate, sources)
+    tried = with_numbers(candidate, batch_norm_statistics(candidate, sources, fitted), "batch_norm")
+    if not held_out_r2(tried, sources, held_out) > held_out_r2(candidate, sources, held_out):
+        return candidate
+    return with_statistics(candidate, sources)
 
 
+def healing(
+    candidate: Candidate, sources: Sequence[Calibrated], settings: CalibrationSettings, ridge: float
+) -> Candidate:
+    """The candidate healed, where that helps; compared with its stitches fitted without the held-out images, too."""
+    _, held_out = held_out_images(candidate, sources)
+    fair = heal(candidate, sources, settings, ridge=ridge, only_stitches=True)
+    before = held_out_r2(fair, sources, held_out)
+    healed = heal(candidate, sources, settings, ridge=ridge)
+    return healed if held_out_r2(healed, sources, held_out) > before else candidate
+
+
+Refinement = Callable[[Candidate, Sequence[Calibrated], CalibrationSettings, float], Candidate]
+REFINEMENTS: dict[str, Refinement] = {"batch_norm": batch_norm, "healing": healing}
+SIZE_CLASSES = (1.0, 0.75, 0.5, 1 / 3)
 FITS = ("open_loop", "row_weights")
 
 
@@ -87,94 +106,130 @@ def check_refinements(names: Sequence[str]) -> None:
     Raises:
         StitchError: Naming those that there are.
     """
-    known = {*CHANGES, *FITS}
+    known = {*REFINEMENTS, *FITS}
     unknown = sorted(set(names) - known)
     if unknown:
         raise StitchError(f"Unknown refinements {unknown}; choose from {sorted(known)}.")
 
 
 @torch.inference_mode()
-def refined(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Candidate:
+def refined(
+    candidate: Candidate,
+    sources: Sequence[Calibrated],
+    name: str,
+    *,
+    settings: CalibrationSettings | None = None,
+    ridge: float = 1e-3,
+) -> Candidate:
     """The candidate with one change made, or as it is where that does not raise the held-out R2.
 
     Args:
         candidate: The network; one of a single step, or that ends early, stays as it is.
         sources: The sources with their activations of the calibration images.
-        name: Which change, of `CHANGES`.
+        name: Which change, of `REFINEMENTS`.
+        settings: How rows are sampled; the sources'.
+        ridge: Strength of the stitches' fit, where they are fitted anew.
     """
     if len(candidate.steps) == 1 or candidate.pool is not None:
         return candidate
-    first, last = candidate.steps[0], candidate.steps[-1]
-    num_held_out = len(sources[last.source].features) // 4
-    fitted, held_out = _divided(sources[first.source].activations[first.last - 1], num_held_out)
+    fitted, held_out = held_out_images(candidate, sources)
     if not held_out or not fitted:
         return candidate
-    wanted = sources[last.source].features[-num_held_out:]
-
-    def held_out_r2(network: Candidate) -> float:
-        return r2(torch.cat([x.float() for x in run_on(network, sources, held_out)]), wanted)
-
     try:
-        before = held_out_r2(candidate)
-        after = held_out_r2(_with_numbers(candidate, CHANGES[name](candidate, sources, fitted), name))
+        return REFINEMENTS[name](candidate, sources, settings or CalibrationSettings(), ridge)
     except CalibrationError:
         # The features do not vary over the held-out images, or are not finite: there is nothing to go by.
         return candidate
-    if not after > before:
-        return candidate
-    return changed(candidate, sources, name)
 
 
 @torch.inference_mode()
-def changed(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Candidate:
-    """The candidate with one change made on all calibration images, whether it helps or not.
+def with_statistics(candidate: Candidate, sources: Sequence[Calibrated]) -> Candidate:
+    """The candidate with `batch_norm_statistics` of all calibration images, whether they help or not."""
+    fitted, held_out = held_out_images(candidate, sources)
+    return with_numbers(candidate, batch_norm_statistics(candidate, sources, [*fitted, *held_out]), "batch_norm")
+
+
+class Refiner:
+    """Tries changes on networks.
 
     Args:
-        candidate: The network, of more than one step.
         sources: The sources with their activations of the calibration images.
-        name: Which change, of `CHANGES`.
+        settings: How rows are sampled; the sources'.
+        ridge: Strength of the stitches' fit, where they are fitted anew.
     """
-    first = candidate.steps[0]
-    portions = list(sources[first.source].activations[first.last - 1])
-    return _with_numbers(candidate, CHANGES[name](candidate, sources, portions), name)
+
+    def __init__(self, sources: Sequence[Calibrated], *, settings: CalibrationSettings, ridge: float) -> None:
+        self.sources = sources
+        self.settings = settings
+        self.ridge = ridge
+
+    def refined(self, candidate: Candidate, name: str) -> Candidate:
+        """As the function of that name."""
+        return refined(candidate, self.sources, name, settings=self.settings, ridge=self.ridge)
+
+    @torch.inference_mode()
+    def explained(self, candidate: Candidate) -> float | None:
+        """Held-out R2 of a candidate whose stitches have not seen those images; None where that cannot be had."""
+        try:
+            fair = heal(candidate, self.sources, self.settings, ridge=self.ridge, only_stitches=True)
+            return held_out_r2(fair, self.sources, held_out_images(candidate, self.sources)[1])
+        except CalibrationError:
+            return None
 
 
-@torch.no_grad()
-def run_on(candidate: Candidate, sources: Sequence[Calibrated], portions: Sequence[Tensor]) -> list[Tensor]:
-    """What a candidate gives, from the activation that leaves its first step, in portions."""
-    for step in candidate.steps[1:]:
-        parts = sources[step.source].parts
-        pieces = [with_tensors(piece, step.tensors) for piece in parts.pieces[step.first : step.last]]
-        portions = list(chain.from_iterable(chunks(_entered(x, step), parts.images_at_once) for x in portions))
-        for piece in pieces:
-            portions = [piece(x) for x in portions]
-    return list(portions)
+def refine(
+    candidates: Sequence[Candidate],
+    refiner: Refiner,
+    names: Sequence[str],
+    *,
+    max_healed: int = 16,
+    progress: Progress | None = None,
+) -> list[Candidate]:
+    """Candidates with every change made that raises their held-out R2, in the order of the names.
+
+    Args:
+        candidates: The networks.
+        refiner: Tries the changes.
+        names: Which changes, of `REFINEMENTS`; other names are passed over.
+        max_healed: Most networks that are healed (`finalists`).
+        progress: Where to show progress.
+    """
+    found, progress = list(candidates), progress or Silent()
+    for name in names:
+        if name not in REFINEMENTS:
+            continue
+        chosen = finalists(found, refiner, max_healed) if name == "healing" else range(len(found))
+        progress.start("healing" if name == "healing" else "refining", len(chosen))
+        for index in chosen:
+            found[index] = refiner.refined(found[index], name)
+            progress.advance(1)
+    return found
 
 
-def _with_numbers(candidate: Candidate, numbers: Sequence[Numbers], name: str) -> Candidate:
-    steps = tuple(
-        dataclasses.replace(step, tensors={**step.tensors, **own})
-        for step, own in zip(candidate.steps, numbers, strict=True)
-    )
-    recipe = dataclasses.replace(candidate.recipe, refinements=(*candidate.recipe.refinements, name))
-    return dataclasses.replace(candidate, steps=steps, recipe=recipe)
+def finalists(candidates: Sequence[Candidate], refiner: Refiner, count: int) -> list[int]:
+    """Which StitchNets are worth healing, by their place: of each size class in turn the one of highest held-out R2.
 
+    A size class is a range of MACs relative to the cheapest source, between the shares `SIZE_CLASSES`. Healing raises
+    skips more than it reorders them, but a skip explains less than any network of the sources' own size, so that
+    without classes none would be healed.
 
-def _entered(x: Tensor, step: Step) -> Tensor:
-    return x if step.stitch is None else step.stitch(x)
-
-
-def _divided(activation: Carried, num_held_out: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The portions of the images that a change may see, and of the last ones, which it may not."""
-    portions = list(activation)
-    first_held_out = sum(map(len, portions)) - num_held_out
-    fitted, held_out, begun = [], [], 0
-    for x in portions:
-        before, behind = x.tensor_split([max(0, min(first_held_out - begun, len(x)))])
-        fitted += [before] if len(before) else []
-        held_out += [behind] if len(behind) else []
-        begun += len(x)
-    return fitted, held_out
+    Args:
+        candidates: The networks; only StitchNets count.
+        refiner: Judges them as they are.
+        count: Most that are chosen.
+    """
+    stitched = [index for index, candidate in enumerate(candidates) if candidate.kind == "stitched"]
+    if len(stitched) <= count:
+        return stitched
+    cheapest = min(source.parts.cost.macs for source in refiner.sources)
+    classes: dict[int, list[tuple[float, int]]] = {}
+    for index in stitched:
+        explained = refiner.explained(candidates[index])
+        if explained is not None:
+            size = sum(candidates[index].cost.macs <= share * cheapest for share in SIZE_CLASSES)
+            classes.setdefault(size, []).append((-explained, index))
+    ranked = sorted((place, size, index) for size, c in classes.items() for place, (_, index) in enumerate(sorted(c)))
+    return sorted(index for *_, index in ranked[:count])
 
 
 def _batch_norms(piece: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from lightning_stitch.errors import CalibrationError
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.refinement import refined
-from lightning_stitch.segments import Segmented
+from lightning_stitch.refinement import Refiner
+from lightning_stitch.segments import CalibrationSettings, Segmented
 from lightning_stitch.stitches import Stitch
 
 
@@ -111,27 +110,40 @@ def milliseconds(journal: Answers, candidate: Candidate, measure: Callable[[], f
     return float(answered(journal, question, lambda: Answer(measure())).value)
 
 
-def refined_once(
-    journal: Answers, candidate: Candidate, sources: Sequence[Calibrated], names: Sequence[str]
-) -> Candidate:
-    """As `refined`, one name after the other, but what the journal has is taken from there.
+class RememberingRefiner(Refiner):
+    """As a refiner, but what the journal has is taken from there.
 
     Args:
         journal: What remembers it.
-        candidate: The network.
         sources: The sources with their activations of the calibration images.
-        names: Which changes.
+        settings: How rows are sampled.
+        ridge: Strength of the stitches' fit.
     """
-    for name in names:
+
+    def __init__(
+        self, journal: Answers, sources: Sequence[Calibrated], *, settings: CalibrationSettings, ridge: float
+    ) -> None:
+        super().__init__(sources, settings=settings, ridge=ridge)
+        self.journal = journal
+
+    def refined(self, candidate: Candidate, name: str) -> Candidate:
+        """The candidate with one change made, or as it is."""
+        if isinstance(self.journal, NoJournal):
+            return super().refined(candidate, name)
         question = ["refined", name, *candidate_keys([candidate])]
-        found = answered(journal, question, partial(_refined, candidate, sources, name))
-        if found.value is not None:
-            candidate = _rebuilt(candidate, found)
-    return candidate
+        refine = super().refined
+        found = answered(self.journal, question, lambda: _difference(candidate, refine(candidate, name)))
+        return candidate if found.value is None else _rebuilt(candidate, found)
+
+    def explained(self, candidate: Candidate) -> float | None:
+        """Held-out R2 of a candidate as it is."""
+        question, explain = ["explained", *candidate_keys([candidate])], super().explained
+        found: float | None = answered(self.journal, question, lambda: Answer(explain(candidate))).value
+        return found
 
 
 def _rebuilt(candidate: Candidate, answer: Answer) -> Candidate:
-    """What a refinement made of a candidate, as `_refined` noted it."""
+    """What a refinement made of a candidate, as `_difference` noted it."""
     recipe = Recipe.from_dict(answer.value["recipe"])
     steps = []
     for index, (step, spec) in enumerate(zip(candidate.steps, (None, *recipe.stitches), strict=True)):
@@ -146,9 +158,8 @@ def _rebuilt(candidate: Candidate, answer: Answer) -> Candidate:
     return dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
 
 
-def _refined(candidate: Candidate, sources: Sequence[Calibrated], name: str) -> Answer:
+def _difference(candidate: Candidate, found: Candidate) -> Answer:
     """The new recipe, and the numbers of each step and of each stitch that is another, by name; None: not kept."""
-    found = refined(candidate, sources, name)
     if found is candidate:
         return Answer(None)
     tensors = {f"{index} {key}": x for index, step in enumerate(found.steps) for key, x in step.tensors.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.prefix_tree import Outcome
+from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import Ranking, SelectionData, find_ranking
 from lightning_stitch.stopping import Stopped
 
@@ -210,6 +211,26 @@ def rank(
     ]
     # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
     return sorted(ranked, key=lambda r: tuple(-value for value in r.scores.values()))
+
+
+def measured(
+    ranked: Sequence[Ranked], budget: Budget, latency_ms: Callable[[Candidate], float], progress: Progress
+) -> list[Ranked]:
+    """The same, with the latencies of those that keep all other limits of a budget.
+
+    Args:
+        ranked: All candidates.
+        budget: The limits.
+        latency_ms: Measures a candidate.
+        progress: Where to show progress.
+    """
+    progress.start("measuring", len(ranked))
+    found = []
+    for r in ranked:
+        keeps = budget.allows(r.candidate.cost) and r.reaches(budget.min_score)
+        found.append(r.measured(latency_ms(r.candidate)) if keeps else r)
+        progress.advance(1)
+    return found
 
 
 def choose(

@@ -120,6 +120,8 @@ class Beam:
         threshold: Least product of CKAs.
         max_upsampling: Most by which a stitch may multiply the number of positions: what a coarse map lacks, no finer
             receiver gets back, and none of these would be among the best.
+        deep: Stitches followed besides, in each size class and level, of those alone that leave at least half of the
+            network's MACs behind them. CKA rates early skips low, but there healing has much to work with.
     """
 
     width: int = 4
@@ -127,10 +129,13 @@ class Beam:
     fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 1 / 3)
     threshold: float = 0.0
     max_upsampling: float = 2.0
+    deep: int = 0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_positive(width=self.width)
+        if self.deep < 0:
+            raise StitchError(f"deep must be at least 0; found {self.deep}.")
         if not self.max_upsampling >= 1:
             raise StitchError(f"max_upsampling must be at least 1; found {self.max_upsampling}.")
         _check_fragments(self.max_fragments)
@@ -140,7 +145,7 @@ class Beam:
         cheapest = space.cheapest_source.macs
         states = space.starts()
         for level in range(1, self.max_fragments):
-            kept = _Kept(self.width)
+            kept, deep = _Kept(self.width), _Kept(self.deep)
             for state in states:
                 for cut, activation in space.walk(state):
                     found = space.edges(
@@ -155,11 +160,16 @@ class Beam:
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:
-                            kept.offer(self._size_class(edge.total.macs, cheapest) if fits else -1, edge, activation)
+                            size = self._size_class(edge.total.macs, cheapest) if fits else -1
+                            kept.offer(size, edge, activation)
+                            if self.deep and fits and edge.total.macs - edge.cost.macs >= edge.total.macs / 2:
+                                deep.offer(size, edge, activation)
                         else:
                             space.rejected["over the budget"] += 1
             states = []
-            for edge, activation in kept.best():
+            best = kept.best()
+            chosen = {id(edge) for edge, _ in best}
+            for edge, activation in [*best, *(entry for entry in deep.best() if id(entry[0]) not in chosen)]:
                 state = space.enter(edge, activation)
                 states.append(state)
                 if space.budget.allows(edge.total):

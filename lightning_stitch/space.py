@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_stitch._spool import Carried, Deferred, Spool, carry
-from lightning_stitch.activations import Calibrated, Grid, rows_to_fit
+from lightning_stitch.activations import Calibrated, Grid
 from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
-from lightning_stitch.recipe import Fit, FragmentRef, Recipe
-from lightning_stitch.regression import AffineMap
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.scoring import Scorer
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
-from lightning_stitch.stitches import GlobalAverage, Stitch, fit_rows, fitted_stitch, is_bridgeable
+from lightning_stitch.stitches import GlobalAverage, Stitch, is_bridgeable
 from lightning_stitch.stopping import NO_LIMIT, TimeLimit
 
 
@@ -171,38 +171,34 @@ class SearchSpace:
         sender = self.sources[edge.state.source].parts.cuts[edge.cut]
         receiver = self.sources[edge.source].statistics[edge.receiver]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
-        spec = placed.spec
+        spec = dataclasses.replace(placed.spec, cka=edge.cka)
         open_loop = edge.state.activation is not None and "open_loop" in self.fits
 
-        def fitted() -> tuple[AffineMap, float | None, Fit]:
-            own = self.sources[edge.state.source].activations[edge.cut]
-            prefix_tokens = spec.in_prefix_tokens if spec.carries_prefix else 0
-            rows_of = partial(
-                rows_to_fit, sender=sender, grid=receiver.cut.grid, prefix_tokens=prefix_tokens, settings=self.settings
-            )
-            return fit_rows(
-                rows_of(activation),
-                receiver.all_rows if prefix_tokens else receiver.rows,
+        def fitted() -> Stitch:
+            stitch = fit_stitch(
+                spec,
+                activation,
+                sender,
+                receiver,
+                self.settings,
                 num_images=self.num_images,
+                num_held_out=self.sources[edge.source].num_held_out,
                 ridge=self.ridge,
-                bias=self.costs.bias,
-                open_loop=rows_of(own) if open_loop else None,
+                open_loop=self.sources[edge.state.source].activations[edge.cut] if open_loop else None,
                 weighted="row_weights" in self.fits,
             )
+            assert stitch is not None  # or it would have no edges
+            return stitch
 
         with torch.inference_mode():
-            affine, held_out, fit = self._fit(edge, fitted)
-            spec = dataclasses.replace(
-                spec, cka=edge.cka, r2=held_out, rank=affine.rank, condition=affine.condition, fit=fit
-            )
-            stitch = fitted_stitch(spec, affine, prefix=receiver.prefix)
+            stitch = self._fitted(edge, spec, fitted)
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
             steps=(*edge.state.steps, step),
             source=edge.source,
             entry=edge.receiver + 1,
             stitch=stitch,
-            spec=spec,
+            spec=dataclasses.replace(stitch.spec, placement=spec.placement),
             entry_bytes=placed.entry,
             activation=activation,
             product=edge.product,
@@ -284,24 +280,19 @@ class SearchSpace:
         found = [(parts[s].name, parts[s].cuts[r].name) for s, r in (self._receivers[flat] for flat in receivers)]
         return [kind, path, found]
 
-    def _fit(
-        self, edge: Edge, fit: Callable[[], tuple[AffineMap, float | None, Fit]]
-    ) -> tuple[AffineMap, float | None, Fit]:
-        """The fit of an edge's stitch, from the journal where it has it, in the precision of a stitch."""
+    def _fitted(self, edge: Edge, spec: StitchSpec, fit: Callable[[], Stitch]) -> Stitch:
+        """The fitted stitch of an edge, from the journal where it has it."""
 
         def found() -> Answer:
-            affine, held_out, kind = fit()
-            tensors = {"weight": affine.weight.float()}
-            if affine.bias is not None:
-                tensors["bias"] = affine.bias.float()
-            return Answer([held_out, kind, affine.rank, affine.condition, affine.ridge], tensors)
+            stitch = fit()
+            fields = {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition", "fit")}
+            return Answer(fields, stitch.state_dict())
 
         flat = self.costs.index[edge.source, edge.receiver]
         answer = answered(self.journal, self._question("stitch", edge.state, edge.cut, [flat]), found)
-        held_out, kind, *numbers = answer.value
-        device = self.sources[edge.source].statistics[edge.receiver].rows.device
-        tensors = {name: x.to(device) for name, x in answer.tensors.items()}
-        return AffineMap(tensors["weight"], tensors.get("bias"), *numbers), held_out, kind
+        stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
+        stitch.load_state_dict(dict(answer.tensors))
+        return stitch.to(self.sources[edge.source].statistics[edge.receiver].rows.device)
 
     def _similarities(
         self,

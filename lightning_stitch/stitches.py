@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_stitch import held_out
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.graph import Cut
 from lightning_stitch.recipe import Fit, Format, Placement, StitchSpec
@@ -206,10 +207,12 @@ def fit_rows(
     num_images: int,
     ridge: float,
     bias: bool,
+    num_held_out: int | None = None,
     open_loop: Tensor | None = None,
     weighted: bool = False,
+    refit: bool = True,
 ) -> tuple[AffineMap, float | None, Fit]:
-    """The map fitted on all rows, its R2 on a quarter of the images when fitted on the others, and which fit it is.
+    """The map fitted on all rows, its R2 on held-out images when fitted on the others, and which fit it is.
 
     That is least squares over the rows that the running network sends ("closed_loop"), unless another fit explains more
     of what it sends on the held-out images.
@@ -220,9 +223,11 @@ def fit_rows(
         num_images: Number of images.
         ridge: Strength of the fit, relative to the mean variance of the sender's channels.
         bias: Whether the map has a bias.
+        num_held_out: How many of the images, the last ones, are held out; None: a quarter.
         open_loop: The same rows as the sender's source sends them where nothing is stitched before; None: no such fit.
         weighted: Whether to try weights, too: rows far from the receiver's mean count less, inversely to their squared
             distance plus the mean squared distance.
+        refit: Whether the map is fitted on the held-out images, too, in the end.
     """
     fits: dict[Fit, tuple[Tensor, Tensor | None]] = {"closed_loop": (x, None)}
     if open_loop is not None:
@@ -230,21 +235,24 @@ def fit_rows(
     if weighted:
         far = (y.double() - y.double().mean(0)).square().sum(1)
         fits["row_weights"] = (x, far.mean() / (far + far.mean()).clamp(min=1e-300))
-    split = (num_images - num_images // 4) * (len(x) // num_images)
+    num_held_out = held_out.num_held_out(num_images) if num_held_out is None else num_held_out
+    split = (num_images - num_held_out) * (len(x) // num_images)
     best: Fit = "closed_loop"
-    held_out: dict[Fit, float] = {}
+    explained: dict[Fit, float] = {}
     if split not in (0, len(x)):
         for name, (rows, weights) in fits.items():
             part = None if weights is None else weights[:split]
             predict = _fitted(rows[:split], y[:split], part, ridge=ridge, bias=bias)
             try:
-                held_out[name] = r2(predict(x[split:].double()), y[split:])
+                explained[name] = r2(predict(x[split:].double()), y[split:])
             except CalibrationError:
                 # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
                 break
-        best = max(held_out, key=held_out.__getitem__, default=best)
+        best = max(explained, key=explained.__getitem__, default=best)
     rows, weights = fits[best]
-    return _weighted_fit(rows, y, weights, ridge=ridge, bias=bias), held_out.get(best), best
+    if not refit:
+        rows, y, weights = rows[:split], y[:split], None if weights is None else weights[:split]
+    return _weighted_fit(rows, y, weights, ridge=ridge, bias=bias), explained.get(best), best
 
 
 def _weighted_fit(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> AffineMap:

@@ -70,6 +70,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def distance(x: Tensor, y: Tensor) -> float:
+    """Relative to the second."""
+    return float((x - y).detach().norm() / y.detach().norm())
+
+
 def related(n: int, cx: int, cy: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Two activations that share part of what they say."""
     common = normal(n, 3, seed=seed)

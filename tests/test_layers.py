@@ -15,7 +15,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 # A module imports only from lines above its own.
 GROUPS = (
     {"errors"},
-    {"recipe"},
+    {"recipe", "held_out"},
     {"_rows", "progress", "stopping", "_lightning", "_spool", "_copying", "_tensor_files"},
     {"functional", "regression", "layerwise"},
     {"shortlist"},
@@ -29,17 +29,17 @@ GROUPS = (
     {"folding"},
     {"segments"},
     {"activations", "compositions", "latency", "_identity"},
-    {"calibration_files", "journal"},
+    {"calibration_files", "journal", "fitting", "layer_healing"},
     # network, heads, search
     {"candidates", "heads", "network"},
-    {"scoring", "prefix_tree"},
-    {"space"},
+    {"scoring", "prefix_tree", "trials"},
+    {"space", "healing"},
     {"search", "ranking", "paths", "refinement"},
     {"remembered"},
     {"results", "batches"},
     # compose, report, hub, export
     {"compose", "report", "candidate_table"},
-    {"comparison"},
+    {"comparison", "shrinking"},
     # module, data
     {"_images"},
     {"_labels"},

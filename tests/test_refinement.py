@@ -19,13 +19,14 @@ from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
-from lightning_stitch.refinement import batch_norm_statistics, refined, run_on
+from lightning_stitch.refinement import batch_norm_statistics, refined
 from lightning_stitch.regression import r2, ridge_least_squares
 from lightning_stitch.search import Beam
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import fit_rows
+from lightning_stitch.trials import run_on
 
 IMAGES = 0.7 * digits(16, 8)[0] + 0.3 * noise(16, 3, 8, 8)
 SETTINGS = CalibrationSettings(rows_per_image=256, until="output")
@@ -162,6 +163,18 @@ def test_statistics_are_matched_to_those_of_the_source_on_the_same_images() -> N
         assert torch.allclose(ours.std((0, 2, 3)), theirs.std((0, 2, 3)), atol=1e-4)
 
 
+def test_statistics_behind_other_changes_are_those_of_the_network_as_it_is_changed() -> None:
+    candidate = stitched(("a", None, "0"), ("b", "0", None))
+    name = next(n for n, _ in space().sources[1].parts.pieces[1].named_parameters() if n.endswith("0.weight"))
+    weight = space().sources[1].parts.pieces[1].get_parameter(name)
+    steps = (candidate.steps[0], dataclasses.replace(candidate.steps[1], tensors={name: 3 * weight.detach()}))
+    changed = dataclasses.replace(candidate, steps=steps)
+    plain, tripled = (batch_norm_statistics(c, space().sources, entering(c, space())) for c in (candidate, changed))
+    variances = [n for n in plain[1] if n.endswith("running_var")]
+    assert torch.allclose(tripled[1][variances[0]], 9 * plain[1][variances[0]], rtol=1e-3)
+    assert torch.allclose(tripled[1][variances[1]], plain[1][variances[1]], rtol=1e-3)
+
+
 # -- kept only where it helps ----------------------------------------------------------------------------------------
 
 
@@ -222,7 +235,9 @@ def test_a_pool_refines_what_it_found_before_it_ranks() -> None:
 
 def test_an_unknown_refinement_is_refused_before_anything_runs() -> None:
     pool = Pool([normed("a", 0)], (3, 8, 8), settings=SETTINGS)
-    with pytest.raises(StitchError, match=r"Unknown refinements \['bn'\]; choose from \['batch_norm', 'open_loop', 'r"):
+    with pytest.raises(
+        StitchError, match=r"Unknown refinements \['bn'\]; choose from \['batch_norm', 'healing', 'open_loop', 'r"
+    ):
         pool.search([IMAGES], [IMAGES], refinements=("bn",))
     assert not pool.calibrated
 

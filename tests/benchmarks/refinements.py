@@ -27,7 +27,7 @@ from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.paths import follow
 from lightning_stitch.progress import Silent
-from lightning_stitch.refinement import changed, refined
+from lightning_stitch.refinement import refined, with_statistics
 from lightning_stitch.regression import r2
 from lightning_stitch.space import SearchSpace
 
@@ -51,8 +51,12 @@ def measure(task: Task) -> list[Figures]:
     for way in WAYS:
         if way.startswith("batch_norm"):
             begun = time.perf_counter()
-            change = changed if way.endswith("forced") else refined
-            found = [change(candidate, pool.calibrated, "batch_norm") for candidate in plain]
+            found = [
+                with_statistics(candidate, pool.calibrated)
+                if way.endswith("forced")
+                else refined(candidate, pool.calibrated, "batch_norm")
+                for candidate in plain
+            ]
             seconds = time.perf_counter() - begun
             kept = [candidate is not before for candidate, before in zip(found, plain, strict=True)]
         else:

@@ -1,0 +1,254 @@
+"""Healing of one layer: which layers can be solved, the rows that they are fed, and the solution.
+
+`lightning_stitch.healing` says what is solved and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from lightning_stitch.activations import positions
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+MAX_INPUTS = 2304
+MAX_ROWS = 4096
+ROWS_PER_INPUT = 20
+
+Healable = nn.Linear | nn.Conv2d
+
+
+# -- which layers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of a piece that have matrices of weights.
+
+    Attributes:
+        healable: Those that healing can solve, by name.
+        others: Those that it cannot, with the reason.
+    """
+
+    healable: dict[str, Healable]
+    others: dict[str, str]
+
+
+def layers_of(piece: fx.GraphModule) -> Layers:
+    """What healing can and cannot solve in a piece, layers inside of one that runs as a whole (attention) included."""
+    called = [node for node in piece.graph.nodes if node.op == "call_module"]
+    times = Counter(str(node.target) for node in called)
+    found, others = {}, {}
+    for node in called:
+        whole = piece.get_submodule(str(node.target))
+        has_more_inputs = len(node.all_input_nodes) > 1 or not node.args or not isinstance(node.args[0], fx.Node)
+        for name, layer in _inner(str(node.target), whole):
+            reason = _objection(layer)
+            if times[str(node.target)] > 1:
+                reason = f"called {times[str(node.target)]} times"
+            elif layer is not whole and (has_more_inputs or whole._forward_hooks or whole._forward_pre_hooks):
+                reason = f"inside of a {type(whole).__name__} of several inputs or with hooks"
+            if reason is None:
+                assert isinstance(layer, nn.Linear | nn.Conv2d)
+                found[name] = layer
+            elif any(weight.ndim > 1 for weight in layer.parameters(recurse=False)):
+                others[name] = reason
+    for node in piece.graph.nodes:
+        if node.op == "get_attr":
+            weight = _attribute(piece, str(node.target))
+            if isinstance(weight, nn.Parameter) and weight.squeeze().ndim > 1:
+                others[str(node.target)] = "no layer"
+    return Layers(found, others)
+
+
+def _inner(name: str, whole: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for inner, layer in whole.named_modules():
+        yield (f"{name}.{inner}" if inner else name), layer
+
+
+def _objection(layer: nn.Module) -> str | None:
+    # Subclasses pad or standardise on the fly, and hooks change what goes through, so only known classes are solved.
+    if type(layer) not in (nn.Linear, nn.Conv2d, Conv2dSame):
+        return f"a {type(layer).__name__}"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has hooks"
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return "is not padded with zeros"
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    inputs = weight_of(layer).shape[2]
+    return f"{inputs} inputs, more than {MAX_INPUTS}" if inputs > MAX_INPUTS else None
+
+
+def _attribute(piece: fx.GraphModule, name: str) -> object:
+    owner, _, last = name.rpartition(".")
+    return getattr(piece.get_submodule(owner), last, None)
+
+
+def norm_behind(piece: fx.GraphModule, name: str) -> str | None:
+    """The BatchNorm that alone reads what a layer gives."""
+    called = [node for node in piece.graph.nodes if node.op == "call_module"]
+    readers = [reader for node in called if node.target == name for reader in node.users]
+    if len(readers) != 1 or readers[0] not in called:
+        return None
+    target = str(readers[0].target)
+    norm = piece.get_submodule(target)
+    known = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    return target if known and sum(str(node.target) == target for node in called) == 1 else None
+
+
+def weight_of(layer: Healable) -> Tensor:
+    """A layer's weight as groups x outputs x inputs."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, -1)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which positions of each image are looked at.
+
+    Attributes:
+        num_images: Number of calibration images.
+        seed: Of the sampled positions.
+    """
+
+    num_images: int
+    seed: int
+
+    def at(self, layer: Healable, grid: tuple[int, int], images: range) -> Tensor | None:
+        """Positions of a layer's output that are sampled of these images (images x rows); None: all of them.
+
+        As many as the layer's inputs need, all images together at most `MAX_ROWS`, but at least one of each.
+        """
+        rows = min(MAX_ROWS, ROWS_PER_INPUT * weight_of(layer).shape[2])
+        return positions(grid, images, max(1, math.ceil(rows / self.num_images)), self.seed)
+
+    def rows(self, layer: Healable, x: Tensor, *, first_image: int) -> Tensor:
+        """What a layer is fed at the sampled positions, images x rows x groups x inputs of a group.
+
+        Args:
+            layer: A linear layer or a convolution, of which a row is the patch that it sees.
+            x: What it is fed, for a few images.
+            first_image: Which of the calibration images the first of these is.
+        """
+        images = range(first_image, first_image + len(x))
+        if isinstance(layer, nn.Linear):
+            tokens = x.reshape(len(x), -1, x.shape[-1])
+            chosen = self.at(layer, (1, tokens.shape[1]), images)
+            if chosen is not None:
+                tokens = tokens.gather(1, chosen.to(x.device)[:, :, None].expand(-1, -1, tokens.shape[2]))
+            return tokens[:, :, None]
+        x = _padded(layer, x)
+        kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+        height, width = (
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(x.shape[-2:], kernel, stride, dilation, strict=True)
+        )
+        chosen = self.at(layer, (height, width), images)
+        if chosen is None:
+            chosen = torch.arange(height * width).expand(len(x), -1)
+        chosen = chosen.to(x.device)
+        offsets = [d * torch.arange(k, device=x.device) for k, d in zip(kernel, dilation, strict=True)]
+        down = (chosen // width * stride[0])[:, :, None, None] + offsets[0][:, None]
+        across = (chosen % width * stride[1])[:, :, None, None] + offsets[1]
+        flat = (down * x.shape[-1] + across).flatten(1)
+        patches = x.flatten(2).gather(2, flat[:, None].expand(-1, x.shape[1], -1))
+        patches = patches.view(len(x), layer.groups, -1, chosen.shape[1], kernel[0] * kernel[1])
+        return patches.permute(0, 3, 1, 2, 4).flatten(3)
+
+    def outputs(self, layer: Healable, y: Tensor, *, first_image: int) -> Tensor:
+        """What a layer gives there, images x rows x groups x outputs of a group."""
+        images, groups = range(first_image, first_image + len(y)), weight_of(layer).shape[0]
+        grid = (1, y[0, ..., 0].numel()) if isinstance(layer, nn.Linear) else (y.shape[2], y.shape[3])
+        flat = y.reshape(len(y), -1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
+        chosen = self.at(layer, grid, images)
+        if chosen is not None:
+            flat = flat.gather(1, chosen.to(y.device)[:, :, None].expand(-1, -1, flat.shape[2]))
+        # A copy, or the whole activation would wait in memory with it.
+        return flat.reshape(*flat.shape[:2], groups, -1).clone()
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    if isinstance(layer, Conv2dSame):
+        return pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
+    sides = layer._reversed_padding_repeated_twice
+    return functional.pad(x, sides) if any(sides) else x
+
+
+# -- solving ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The change of one layer.
+
+    Attributes:
+        strength: What was chosen; None: the layer stays as it is.
+        weight: Its new weight, of the layer's own shape.
+        shift: What its output is moved by, channel by channel, where there is a bias to take it.
+    """
+
+    strength: float | None
+    weight: Tensor | None = field(default=None, repr=False)
+    shift: Tensor | None = field(default=None, repr=False)
+
+
+def solve_layer(
+    layer: Healable, x: Tensor, y: Tensor, *, num_fitted: int, has_bias: bool, strengths: Sequence[float] = STRENGTHS
+) -> Solved:
+    """The change that explains what the layer should give best on rows held out of the fit.
+
+    Args:
+        layer: The layer as it is.
+        x: Rows of what it is fed (rows x groups x inputs).
+        y: What it should make of them (rows x groups x outputs).
+        num_fitted: How many of the rows, from the first on, are fitted; the others are held out.
+        has_bias: Whether a change of the mean has a place.
+        strengths: What to choose from.
+    """
+    x, y = x.transpose(0, 1), y.transpose(0, 1)
+    weight = weight_of(layer).to(x.dtype)
+    wrong = y - x @ weight.mT
+    if layer.bias is not None:
+        wrong -= layer.bias.detach().view(len(weight), 1, -1).to(x.dtype)
+    fitted, target, unseen = x[:, :num_fitted], wrong[:, :num_fitted], wrong[:, num_fitted:]
+    before = least = float(unseen.square().sum(dtype=torch.float64))
+    if not before > 0:
+        return Solved(None)
+    mean_x, mean_d = fitted.mean(1, keepdim=True), target.mean(1, keepdim=True)
+    if not has_bias:
+        mean_x, mean_d = torch.zeros_like(mean_x), torch.zeros_like(mean_d)
+    fitted, held_out, unseen = fitted - mean_x, x[:, num_fitted:] - mean_x, unseen - mean_d
+    wide = fitted.shape[1] < fitted.shape[2]
+    gram = (fitted @ fitted.mT if wide else fitted.mT @ fitted).double()
+    scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] / fitted.shape[2]
+    right = (target - mean_d if wide else fitted.mT @ (target - mean_d)).double()
+    # Prediction of the held-out rows from the solution, so that only the change that is taken is ever multiplied out.
+    seen = held_out @ fitted.mT if wide else held_out
+    best: tuple[float, Tensor] | None = None
+    for strength in sorted(strengths, reverse=True):
+        system = gram.clone()
+        # A group that is fed nothing but one value has nothing to change by.
+        system.diagonal(dim1=-2, dim2=-1).add_((strength * scale[:, :, 0]).clamp(min=1e-30))
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system)).to(x.dtype)
+        left = float((unseen - seen @ solution).square().sum(dtype=torch.float64))
+        if left < least:
+            least, best = left, (strength, solution)
+        elif best is not None:
+            # From the strongest on, the error falls and then rises.
+            break
+    if best is None:
+        return Solved(None)
+    change = fitted.mT @ best[1] if wide else best[1]
+    shift = (mean_d - mean_x @ change).flatten() if has_bias else None
+    new = (weight + change.mT).reshape(layer.weight.shape).to(layer.weight.dtype)
+    return Solved(best[0], new, shift)

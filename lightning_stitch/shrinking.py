@@ -1,0 +1,121 @@
+"""A shorter version of one network: skips within it, healed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.batches import images_of
+from lightning_stitch.candidates import Candidate
+from lightning_stitch.compose import Pool
+from lightning_stitch.cost import Budget
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.progress import Progress
+from lightning_stitch.ranking import SelectionData
+from lightning_stitch.regression import r2
+from lightning_stitch.results import Ranked, SearchResult
+from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.sources import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """A network made shorter.
+
+    Attributes:
+        network: The network, in eval mode; it takes images in [0, 1] and gives what the source gives.
+        fidelity: R2 of what it gives against what the source gives, on the selection images; 1 where they are equal.
+        chosen: Its candidate with all figures.
+        result: All that the search found; `result.pareto()` are the best of every size.
+    """
+
+    network: StitchedNetwork
+    fidelity: float
+    chosen: Ranked
+    result: SearchResult
+
+
+def shrink(
+    source: Source,
+    calibration: Iterable[Tensor | Sequence[Tensor]],
+    selection: Iterable[Tensor | Sequence[Tensor]],
+    budget: Budget | float,
+    *,
+    settings: CalibrationSettings | None = None,
+    strategy: Strategy | None = None,
+    max_healed: int = 16,
+    groups: Sequence[Hashable] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Shrunk:
+    """The short version of one network that stays truest to it, without labels or back-propagation.
+
+    The source is searched alone: its parts are skipped, what is left is stitched, and the layers behind the stitch are
+    healed (`lightning_stitch.healing`). (With skips alone, unhealed, and in a transformer, this is ReplaceMe's method,
+    arXiv 2505.02819.)
+
+    Args:
+        source: The network.
+        calibration: Batches of images, (batch, channels, height, width) in [0, 1], of the task; labels are not looked
+            at.
+        selection: Others, which choose among the versions.
+        budget: Limits that it keeps; a number between 0 and 1: a share of the source's MACs. With `min_score`, a least
+            fidelity, it is the version of the fewest MACs that is so true.
+        settings: How activations are sampled and where the network ends; None: at its output.
+        strategy: The search; None: `Beam(max_fragments=2, width=6, deep=6)`, of one skip.
+        max_healed: Most versions that are healed.
+        groups: What each calibration image shows (`Pool.calibrate`).
+        device: Where to run.
+        progress: Where to show progress.
+
+    Returns:
+        The version, with its fidelity: the source itself where that keeps the budget and no least fidelity was asked
+        for.
+
+    Raises:
+        BudgetError: If no version keeps the budget; names the one that comes nearest.
+        CalibrationError: If the images cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from lightning_stitch import load_source, shrink
+        >>> source = load_source("test_resnet", pretrained=False)
+        >>> images = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        >>> short = shrink(source, [images[:16]], [images[16:]], 0.75)
+        >>> short.network(images).shape
+        torch.Size([24, 1000])
+        >>> short.chosen.candidate.kind
+        'stitched'
+    """
+    calibration = list(calibration)
+    if not calibration:
+        raise CalibrationError("There are no calibration images.")
+    channels, height, width = images_of(calibration[0]).shape[1:]
+    shape = (channels, height, width)
+    pool = Pool([source], shape, settings=settings or CalibrationSettings(until="output"), device=device)
+    if not isinstance(budget, Budget):
+        budget = Budget(max_macs=budget * pool.parts[0].cost.macs)
+    result = pool.search(
+        calibration,
+        selection,
+        strategy=strategy or Beam(max_fragments=2, width=6, deep=6),
+        budget=budget,
+        ranking=by_fidelity,
+        exits=False,
+        refinements=("healing",),
+        max_healed=max_healed,
+        groups=groups,
+        progress=progress,
+    )
+    chosen = result.best
+    return Shrunk(pool.assemble(chosen.candidate), chosen.scores["fidelity"], chosen, result)
+
+
+def by_fidelity(candidates: Sequence[Candidate], selection: SelectionData) -> list[Mapping[str, float]]:
+    """R2 of what a network gives against what its last source gives, nothing fitted in between."""
+    return [{"fidelity": r2(x, own)} for x, own in zip(selection.features, selection.own_features, strict=True)]

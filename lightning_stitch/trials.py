@@ -1,0 +1,75 @@
+"""Run a composed network from its first stitch on, with changes that are on trial, and judge it by held-out R2."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from lightning_stitch._copying import with_tensors
+from lightning_stitch.activations import Calibrated
+from lightning_stitch.candidates import Candidate, Step
+from lightning_stitch.regression import r2
+from lightning_stitch.segments import chunks
+
+Numbers = Mapping[str, Tensor]
+
+
+def divided(activation: Iterable[Tensor], num_held_out: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The portions of the images that a change may see, and of the last ones, which it may not."""
+    portions = list(activation)
+    first_held_out = sum(map(len, portions)) - num_held_out
+    fitted, held_out, begun = [], [], 0
+    for x in portions:
+        before, behind = x.tensor_split([max(0, min(first_held_out - begun, len(x)))])
+        fitted += [before] if len(before) else []
+        held_out += [behind] if len(behind) else []
+        begun += len(x)
+    return fitted, held_out
+
+
+def entered(portions: Iterable[Tensor], step: Step, source: Calibrated) -> list[Tensor]:
+    """What a step is fed once its stitch has run, in portions that run fastest."""
+    given = portions if step.stitch is None else (step.stitch(x) for x in portions)
+    return list(chain.from_iterable(chunks(x, source.parts.images_at_once) for x in given))
+
+
+@torch.no_grad()
+def run_on(candidate: Candidate, sources: Sequence[Calibrated], portions: Sequence[Tensor]) -> list[Tensor]:
+    """What a candidate gives, from the activation that leaves its first step, in portions."""
+    for step in candidate.steps[1:]:
+        portions = entered(portions, step, sources[step.source])
+        for piece in sources[step.source].parts.pieces[step.first : step.last]:
+            variant = with_tensors(piece, step.tensors)
+            portions = [variant(x) for x in portions]
+    return list(portions)
+
+
+def held_out_images(candidate: Candidate, sources: Sequence[Calibrated]) -> tuple[list[Tensor], list[Tensor]]:
+    """What leaves a candidate's first step, of the images that changes see and of those that judge them."""
+    first = candidate.steps[0]
+    source = sources[first.source]
+    return divided(source.activations[first.last - 1], source.num_held_out)
+
+
+def held_out_r2(candidate: Candidate, sources: Sequence[Calibrated], held_out: Sequence[Tensor]) -> float:
+    """R2 of a candidate's final features against its last source's own, over the held-out images.
+
+    Raises:
+        CalibrationError: If the features do not vary over them, or are not finite.
+    """
+    given = torch.cat([x.float() for x in run_on(candidate, sources, held_out)])
+    return r2(given, sources[candidate.steps[-1].source].features[-len(given) :])
+
+
+def with_numbers(candidate: Candidate, numbers: Sequence[Numbers], name: str) -> Candidate:
+    """The candidate with each step's new numbers, which the refinement of that name gave."""
+    steps = tuple(
+        dataclasses.replace(step, tensors={**step.tensors, **own})
+        for step, own in zip(candidate.steps, numbers, strict=True)
+    )
+    recipe = dataclasses.replace(candidate.recipe, refinements=(*candidate.recipe.refinements, name))
+    return dataclasses.replace(candidate, steps=steps, recipe=recipe)

@@ -1,0 +1,228 @@
+"""Small networks composed and healed, beside early exits, the same networks unhealed, and distillation.
+
+    python examples/prepare_solar_cells.py && python tests/benchmarks/healing.py --solar-cells solar_cells
+    python tests/benchmarks/healing.py --tasks digits --seeds 0 --images 64 --no-distillation    # a part of it
+
+For each seed and number of unlabelled images one search with healing; under each share of the cheapest source's MACs
+the StitchNet that ranks first, as it is healed, as it is without healing (within one network that is ReplaceMe's
+method), and distilled: 100 steps of AdamW on what lies behind its stitch, towards its last source's own features of the
+same images. Beside it the early exit that ranks first within the share. All have the same closed-form head on the same
+labels; test images choose nothing. Fidelity is R2 on the test images against the last source's own features; an early
+exit's features get there by the best ridge regression on the unlabelled images. Photographs have no labels: networks
+end at 1000 classes, and agreement is the share of test crops with the last source's own top prediction. +- is the
+standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from healing_tasks import digits, photographs, solar_cells
+from ranking_tasks import Task
+from torch import Tensor
+
+from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResult, fit_ridge_head
+from lightning_stitch.candidates import Candidate
+from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.progress import Silent
+from lightning_stitch.regression import loo_ridge, r2, ridge_weights
+from lightning_stitch.shrinking import by_fidelity
+from lightning_stitch.trials import divided, entered
+
+STEPS, BATCH, MAX_HEALED = 100, 16, 24
+METHODS = ("unhealed", "healed", "distilled", "early exit")
+
+
+def measure(
+    task: Task, shares: Sequence[float], *, groups: Sequence[str] | None, distil: bool, ranking: str
+) -> list[dict[str, Any]]:
+    """One row for each share and method."""
+    labelled = bool(task.head)
+    settings = CalibrationSettings(until="features" if labelled else "output")
+    pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]), settings=settings)
+    fractions = tuple(sorted({1.0, *shares}, reverse=True))
+    result = pool.search(
+        task.calibration,
+        task.selection,
+        strategy=Beam(max_fragments=2, fractions=fractions, deep=4),
+        ranking=ranking if labelled else by_fidelity,
+        num_classes=task.num_classes if labelled else None,
+        refinements=("healing",),
+        max_healed=MAX_HEALED,
+        groups=groups,
+    )
+    pool.calibrate(task.calibration, groups=groups)
+    sources = {
+        r.candidate.recipe.fragments[0].source: r.candidate for r in result.ranked if r.candidate.kind == "source"
+    }
+    cheapest = min(sources.values(), key=lambda c: c.cost.macs)
+    chosen: dict[tuple[float, str], Candidate] = {}
+    seconds: dict[tuple[float, str], float] = {}
+    for share in shares:
+        chosen |= contenders(pool, result, share, share * cheapest.cost.macs, seconds)
+        if distil and (share, "unhealed") in chosen:
+            begun = time.perf_counter()
+            chosen[share, "distilled"] = distilled(pool, chosen[share, "unhealed"])
+            seconds[share, "distilled"] = time.perf_counter() - begun
+    everything = [*sources.values(), *chosen.values()]
+    given = dict(zip(map(id, everything), features(pool, everything, task), strict=True))
+    cheap = accuracy(given[id(cheapest)], task) if labelled else None
+    rows = []
+    for (share, method), candidate in chosen.items():
+        own = given[id(sources[candidate.recipe.fragments[-1].source])]
+        mine = given[id(candidate)]
+        rows.append(
+            {
+                "share": share,
+                "method": method,
+                "path": candidate.recipe.path,
+                "megamacs": candidate.cost.macs / 1e6,
+                "fidelity": fidelity(mine, own, fitted=method == "early exit"),
+                "accuracy": accuracy(mine, task) if labelled else None,
+                "agreement": None if labelled else (mine[2].argmax(1) == own[2].argmax(1)).float().mean().item(),
+                "cheapest": cheap,
+                "seconds": seconds.get((share, method)),
+            }
+        )
+    return rows
+
+
+def contenders(
+    pool: Pool, result: SearchResult, share: float, macs: float, seconds: dict[tuple[float, str], float]
+) -> dict[tuple[float, str], Candidate]:
+    """What ranks first within a share, composed anew with and without healing."""
+    found: dict[tuple[float, str], Candidate] = {}
+    best = result.within(Budget(max_macs=macs), kind="stitched")
+    if best is not None:
+        fragments = best.candidate.recipe.fragments
+        ends = [dataclasses.replace(f, end=None) if f is fragments[-1] else f for f in fragments]
+        begun = time.perf_counter()
+        found[share, "unhealed"] = pool.stitch(ends)
+        middle = time.perf_counter()
+        found[share, "healed"] = pool.stitch(ends, refinements=("healing",))
+        seconds[share, "healed"] = time.perf_counter() - middle - (middle - begun)
+    early = result.within(Budget(max_macs=macs), kind="early exit")
+    return found if early is None else {**found, (share, "early exit"): early.candidate}
+
+
+def distilled(pool: Pool, candidate: Candidate) -> Candidate:
+    """The candidate with what lies behind its stitch trained towards its last source's features."""
+    first, last = candidate.steps
+    source = pool.calibrated[last.source]
+    # From what the stitch gives: the receiver's own layers are what healing changes, too.
+    fragment = candidate.recipe.fragments[-1]
+    receiver = source.parts.graph.fragment(fragment.start, fragment.end)
+    portions = pool.calibrated[first.source].activations[first.last - 1]
+    with torch.no_grad():
+        fed = torch.cat(entered(divided(portions, 0)[0], last, source)).clone()
+    wanted = source.features.clone()
+    optimizer = torch.optim.AdamW(receiver.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    receiver.eval()
+    for _ in range(STEPS):
+        index = torch.randperm(len(fed), generator=generator)[:BATCH]
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(receiver(fed[index]), wanted[index]).backward()
+        optimizer.step()
+    tensors = {name: x.detach() for name, x in receiver.named_parameters()}
+    return dataclasses.replace(candidate, steps=(first, dataclasses.replace(last, tensors=tensors)))
+
+
+def features(pool: Pool, candidates: Sequence[Candidate], task: Task) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each gives of the calibration, the head's and the test images."""
+    sizes = [sum(len(x) for x, _ in part) for part in (task.calibration, task.head, task.test)]
+    outcomes, _ = pool.outcomes(candidates, [*task.calibration, *task.head, *task.test], progress=Silent())
+    return [tuple(outcome.features.split(sizes)) for outcome in outcomes]  # type: ignore[misc]
+
+
+def fidelity(mine: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor], *, fitted: bool) -> float:
+    """R2 on the test images, behind a regression on the calibration images where asked for."""
+    if not fitted:
+        return r2(mine[2], own[2])
+    fit = loo_ridge(mine[0], own[0], strengths=DEFAULT_STRENGTHS)
+    errors = (fit.predictions - own[0]).square().sum((1, 2))
+    affine = ridge_weights(fit, strength=fit.strengths[int(errors.argmin())])
+    return r2(mine[2].double() @ affine.weight.T + affine.bias, own[2])
+
+
+def accuracy(mine: tuple[Tensor, Tensor, Tensor], task: Task) -> float:
+    """Test accuracy of a closed-form head."""
+    labels, wanted = (torch.cat([y for _, y in part]) for part in (task.head, task.test))
+    head, _ = fit_ridge_head(mine[1], labels, num_classes=task.num_classes)
+    with torch.no_grad():
+        return (head(mine[2]).argmax(1) == wanted).float().mean().item()
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, one line for each number of images and share."""
+    labelled = rows[0]["accuracy"] is not None
+    judged = "accuracy" if labelled else "agreement"
+    header = ["images", "% of MACs", *(f"R2 {m}" for m in METHODS), *(f"{judged} {m}" for m in METHODS)]
+    header += ["cheapest source"] * labelled + ["s healing", "s distilling"]
+    lines = [header, ["---"] * len(header)]
+    for images, share in sorted({(row["images"], -row["share"]) for row in rows}):
+        among = [row for row in rows if (row["images"], -row["share"]) == (images, share)]
+        by_method = {m: [row for row in among if row["method"] == m] for m in METHODS}
+        cells = [str(images), f"{-100 * share:.0f}"]
+        cells += [mean(by_method[m], name) for name in ("fidelity", judged) for m in METHODS]
+        cells += [mean([row for row in among if row["method"] == among[0]["method"]], "cheapest")] * labelled
+        cells += [mean(by_method[m], "seconds", 2) for m in ("healed", "distilled")]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean(rows: Sequence[dict[str, Any]], name: str, places: int = 3) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    if not values:
+        return ""
+    spread = f" +- {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--solar-cells", type=Path, default=Path("solar_cells"), help="what the example prepared")
+    parser.add_argument("--tasks", nargs="+", choices=("solar-cells", "digits", "photographs"), default=["solar-cells"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", nargs="+", type=int, default=[16, 32, 64, 256], help="unlabelled ones")
+    parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.75, 0.66, 0.5, 1 / 3])
+    parser.add_argument("--image-size", type=int, default=128, help="of all but digits")
+    parser.add_argument("--test-images", type=int, default=768, help="of all but digits")
+    parser.add_argument("--ranking", default="auto", help='"auto" looks at 64 labels, "agreement_r2" at none')
+    parser.add_argument("--no-distillation", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    record = {}
+    sizes = {"image_size": options.image_size, "test_images": options.test_images}
+    for name in options.tasks:
+        rows, begun = [], time.perf_counter()
+        for count in options.images:
+            for seed in options.seeds:
+                groups = None
+                if name == "digits":
+                    task = digits(count=count, seed=seed)
+                elif name == "solar-cells":
+                    task = solar_cells(options.solar_cells, count=count, seed=seed, **sizes)
+                else:
+                    task, groups = photographs(options.solar_cells, count=count, seed=seed, **sizes)
+                found = measure(
+                    task, options.shares, groups=groups, distil=not options.no_distillation, ranking=options.ranking
+                )
+                rows += [{"images": count, "seed": seed, **row} for row in found]
+        record[name] = rows
+        print(f"### {task.name}, {len(options.seeds)} seeds\n\n{markdown(rows)}\n", flush=True)
+        print(f"{time.perf_counter() - begun:.0f} s, {torch.get_num_threads()} threads.\n", flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
