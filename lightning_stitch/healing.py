@@ -18,10 +18,9 @@ would forget it. Architecture, operations, folds and stitches stay as they are.
 
 A layer's target is its own output, before any BatchNorm behind it, which is then met with what its statistics were
 taken of. To fold the BatchNorm in first would change no solution, as each output has a regression of its own with the
-same penalty, but for the weight of each output in the choice of l. Statistics estimated
-anew before healing left held-out R2 lower (.92 -> .90, .94 -> .93, .74 -> .71 on three stitches). A
-layer without a bias whose only reader is a BatchNorm moves that one's running mean instead; another one is solved
-uncentred.
+same penalty, but for the weight of each output in the choice of l. Statistics estimated anew before healing left
+held-out R2 lower (.92 -> .90, .94 -> .93, .74 -> .71 on three stitches). A layer without a bias whose only reader is a
+BatchNorm moves that one's running mean instead; another one is solved uncentred.
 
 Chosen, not set: l, relative to the mean diagonal of Xc'Xc, is the one of `STRENGTHS` that explains the layer's output
 best on calibration images held out of the fit (`lightning_stitch.held_out`: whole groups where groups are given). From
