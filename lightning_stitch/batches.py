@@ -24,7 +24,7 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Refuse images of another shape, dtype or range.
+    """Refuse images of another shape or dtype, or that are not finite.
 
     Raises:
         CalibrationError: If they are not finite floats (batch, *image_shape).
