@@ -221,6 +221,24 @@ def test_a_refined_network_is_assembled_with_its_numbers(share_weights: bool) ->
     assert "batch_norm" in network.describe()
 
 
+@pytest.mark.parametrize("share_weights", [False, True])
+@pytest.mark.parametrize("names", [("batch_norm",), ("healing",)])
+def test_a_refined_network_can_be_trained_on(names: tuple[str, ...], share_weights: bool) -> None:
+    pool = Pool([normed("a", 0), normed("b", 1)], (3, 8, 8), settings=SETTINGS)
+    pool.calibrate([IMAGES])
+    fragments = [("a", None, "0"), ("b", "0", "1"), ("a", "1", None)]
+    candidate = refined(amplified(pool.stitch(fragments), 4.0), pool.calibrated, names[0], settings=SETTINGS)
+    assert candidate.recipe.refinements == names
+    network = pool.assemble(candidate, share_weights=share_weights).train()
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2)
+    network(IMAGES).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, x in network.state_dict().items() if not torch.equal(x, before[name])}
+    assert {name for name, _ in network.named_parameters()} <= moved
+    assert any(name.endswith("running_mean") for name in moved)
+
+
 def test_a_pool_refines_what_it_found_before_it_ranks() -> None:
     pool = Pool([normed("a", 0), normed("b", 1)], (3, 8, 8), settings=SETTINGS)
     result = pool.search([IMAGES], [IMAGES.flip(3)], refinements=("batch_norm", "open_loop", "row_weights"))
