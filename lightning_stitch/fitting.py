@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def fit_stitch(
     *,
     num_images: int,
     num_held_out: int,
-    ridge: float,
+    ridge: float | Sequence[float],
     open_loop: Iterable[Tensor] | None = None,
     weighted: bool = False,
     refit: bool = True,
@@ -39,7 +39,7 @@ def fit_stitch(
         settings: How rows are sampled; the receiver's.
         num_images: Number of calibration images.
         num_held_out: How many of them, the last ones, judge the fit.
-        ridge: Strength of the fit (`fit_rows`).
+        ridge: Strength of the fit, or several to choose from (`fit_rows`).
         open_loop: What the sender's own source sends, where that may be fitted instead.
         weighted: Whether to try weights (`fit_rows`).
         refit: Whether the held-out images are fitted, too, in the end.

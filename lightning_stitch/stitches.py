@@ -7,8 +7,9 @@ runs. (The StitchNet paper's A = Y' pinv(X') is `bias=False, ridge=0`.)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def fit_rows(
     y: Tensor,
     *,
     num_images: int,
-    ridge: float,
+    ridge: float | Sequence[float],
     bias: bool,
     num_held_out: int | None = None,
     open_loop: Tensor | None = None,
@@ -214,14 +215,15 @@ def fit_rows(
 ) -> tuple[AffineMap, float | None, Fit]:
     """The map fitted on all rows, its R2 on held-out images when fitted on the others, and which fit it is.
 
-    That is least squares over the rows that the running network sends ("closed_loop"), unless another fit explains more
-    of what it sends on the held-out images.
+    That is least squares over the rows that the running network sends ("closed_loop"), unless another fit or strength
+    explains more of what it sends on the held-out images.
 
     Args:
         x: The sender's rows x channels, image by image, as the running network sends them.
         y: The receiver's, likewise.
         num_images: Number of images.
-        ridge: Strength of the fit, relative to the mean variance of the sender's channels.
+        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several to choose from,
+            of which the first is taken where nothing can be held out.
         bias: Whether the map has a bias.
         num_held_out: How many of the images, the last ones, are held out; None: a quarter.
         open_loop: The same rows as the sender's source sends them where nothing is stitched before; None: no such fit.
@@ -237,22 +239,25 @@ def fit_rows(
         fits["row_weights"] = (x, far.mean() / (far + far.mean()).clamp(min=1e-300))
     num_held_out = held_out.num_held_out(num_images) if num_held_out is None else num_held_out
     split = (num_images - num_held_out) * (len(x) // num_images)
-    best: Fit = "closed_loop"
-    explained: dict[Fit, float] = {}
+    ridges = [ridge] if isinstance(ridge, int | float) else list(ridge)
+    best: tuple[Fit, float] = ("closed_loop", ridges[0])
+    explained: dict[tuple[Fit, float], float] = {}
     if split not in (0, len(x)):
-        for name, (rows, weights) in fits.items():
+        for name, strength in itertools.product(fits, ridges):
+            rows, weights = fits[name]
             part = None if weights is None else weights[:split]
-            predict = _fitted(rows[:split], y[:split], part, ridge=ridge, bias=bias)
+            predict = _fitted(rows[:split], y[:split], part, ridge=strength, bias=bias)
             try:
-                explained[name] = r2(predict(x[split:].double()), y[split:])
+                explained[name, strength] = r2(predict(x[split:].double()), y[split:])
             except CalibrationError:
                 # The receiver does not vary on the held-out images, so there is no share of variance to speak of.
                 break
         best = max(explained, key=explained.__getitem__, default=best)
-    rows, weights = fits[best]
+    fit, strength = best
+    rows, weights = fits[fit]
     if not refit:
         rows, y, weights = rows[:split], y[:split], None if weights is None else weights[:split]
-    return _weighted_fit(rows, y, weights, ridge=ridge, bias=bias), explained.get(best), best
+    return _weighted_fit(rows, y, weights, ridge=strength, bias=bias), explained.get(best), fit
 
 
 def _weighted_fit(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> AffineMap:

@@ -242,17 +242,22 @@ def test_finalists_come_from_every_size_class() -> None:
     assert {candidates[index].kind for index in chosen} == {"stitched"}
 
 
-def test_a_search_ranks_healed_networks_and_keeps_the_budget() -> None:
+@pytest.mark.parametrize(("share", "healable"), [(0.75, True), (0.5, True), (1 / 3, False)])
+def test_a_search_finds_networks_of_every_share_of_the_cheapest_source_and_heals_them(
+    share: float, healable: bool
+) -> None:
     sources = [source.parts.source for source in space().sources]
     pool = Pool(sources, (3, 12, 12), settings=SETTINGS)
     cheapest = min(source.parts.cost.macs for source in space().sources)
-    budget = Budget(max_macs=0.75 * cheapest)
+    budget = Budget(max_macs=share * cheapest)
     result = pool.search([IMAGES], [IMAGES.flip(3)], refinements=("healing",), budget=budget, max_healed=6)
     healed = [r for r in result.ranked if "healing" in r.candidate.recipe.refinements]
-    assert 0 < len(healed) <= 6
+    assert healable <= len(healed) <= 6
+    assert "stitched" in {r.candidate.kind for r in result.ranked}
+    assert result.best.candidate.cost.macs <= share * cheapest
     assert result.seconds["refine"] > 0
     for r in healed:
-        assert r.candidate.cost.macs <= 0.75 * cheapest
+        assert r.candidate.cost.macs <= share * cheapest
         with torch.no_grad():
             assert torch.allclose(pool.assemble(r.candidate)(IMAGES), outputs(r.candidate, space()), atol=1e-4)
 

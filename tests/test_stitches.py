@@ -180,6 +180,22 @@ def test_the_held_out_r2_is_that_of_the_map_fitted_on_the_other_images(channels:
     assert held_out == pytest.approx(r2(predicted, y[24:]), abs=1e-9)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_several_strengths_the_one_that_explains_most_on_held_out_images_is_fitted(weighted: bool) -> None:
+    x = noise(32, 40).double()
+    y = x[:, :3] + 2 * noise(32, 3, seed=1).double()
+    strengths = [1e-3, 1e-1, 10.0, 1e3]
+    alone = [fit_rows(x, y, num_images=8, ridge=one, bias=True, weighted=weighted) for one in strengths]
+    fit, held_out, name = fit_rows(x, y, num_images=8, ridge=strengths, bias=True, weighted=weighted)
+    best = max(alone, key=lambda found: found[1])
+    assert held_out == best[1] > alone[0][1]
+    assert (fit.ridge, name) == (best[0].ridge, best[2])
+    assert torch.equal(fit.weight, best[0].weight)
+    few, none, _ = fit_rows(x[:12], y[:12], num_images=3, ridge=strengths, bias=True)
+    assert none is None
+    assert torch.equal(few.weight, fit_rows(x[:12], y[:12], num_images=3, ridge=1e-3, bias=True)[0].weight)
+
+
 def test_a_receiver_that_is_an_affine_map_of_the_sender_is_met_exactly() -> None:
     sender, receiver = cut("tokens", 5, 8, prefix=1), cut("NCHW", 7, 4)
     x, numbers = noise(4, *sender.shape), affine(5, 7)
