@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_stitch.callbacks import FragmentSearch
+    from lightning_stitch.class_maps import class_map_from_names
     from lightning_stitch.compose import Pool
     from lightning_stitch.cost import Budget, Cost, network_cost
     from lightning_stitch.data import CalibrationDataModule
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from lightning_stitch.functional import linear_cka
     from lightning_stitch.graph import Cut, CutGraph
+    from lightning_stitch.head_settings import fit_head
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ["FragmentSearch"],
+    "class_maps": ["class_map_from_names"],
     "compose": ["Pool"],
     "cost": ["Budget", "Cost", "network_cost"],
     "data": ["CalibrationDataModule"],
@@ -53,6 +56,7 @@ _HOMES = {
     ],
     "functional": ["linear_cka"],
     "graph": ["Cut", "CutGraph"],
+    "head_settings": ["fit_head"],
     "heads": ["RidgeHead", "fit_ridge_head"],
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
@@ -84,6 +88,8 @@ __all__ = [
     "FragmentRef",
     "RidgeHead",
     "fit_ridge_head",
+    "fit_head",
+    "class_map_from_names",
     # taking networks apart
     "Source",
     "Preprocessing",

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder
 
+from lightning_stitch._target_values import TargetReader, TargetValue
 from lightning_stitch.errors import CalibrationError
 
 _PROBES = 8
@@ -32,27 +33,22 @@ class Items(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckedImages(Dataset):
-    """Checked (image, label) pairs of a dataset at the chosen indices."""
+    """Checked (image, target) pairs of a dataset at the chosen indices; images alone where there are no targets."""
 
     dataset: Items
     name: str
     indices: Tensor
     decoder: Decoder
     image_shape: tuple[int, int, int]
-    num_classes: int
+    targets: TargetReader
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, TargetValue] | Tensor:
         index = int(self.indices[position])
-        image, label = read(self.dataset, self.name, index, self.decoder, self.image_shape)
-        if label >= self.num_classes:
-            raise CalibrationError(
-                f"Image {index} of {self.name} has label {label}, but the labels of train go from 0 to "
-                f"{self.num_classes - 1}."
-            )
-        return image, label
+        image, target = read(self.dataset, self.name, index, self.decoder, self.image_shape, self.targets)
+        return image if target is None else (image, target)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,27 +131,24 @@ def _channels_first(image: Any) -> Tensor:
     return pixels
 
 
-def checked_label(value: Any) -> int:
-    """A label as an integer from 0."""
-    if isinstance(value, Tensor | np.generic | np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, int) or value < 0:
-        raise CalibrationError(
-            f"labels must be integers from 0; found {value!r} ({type(value).__name__}). Turn probabilities or names "
-            f"into class numbers first (target_transform)"
-        )
-    return int(value)
-
-
 def read(
-    dataset: Items, name: str, index: int, decoder: Decoder, image_shape: tuple[int, ...] | None
-) -> tuple[Tensor, int]:
-    """One checked pair; an error names the image by its index and, where known, its file."""
+    dataset: Items,
+    name: str,
+    index: int,
+    decoder: Decoder,
+    image_shape: tuple[int, ...] | None,
+    targets: TargetReader,
+) -> tuple[Tensor, TargetValue]:
+    """One checked image and its target; an error names the image by its index and, where known, its file."""
     try:
         item = dataset[index]
-        if not isinstance(item, tuple | list) or len(item) < 2:
+        bare = not isinstance(item, tuple | list)
+        if targets.task == "none":
+            image, target = decoder(item if bare else item[0]), None
+        elif bare or len(item) < 2:
             raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
-        image, label = decoder(item[0]), checked_label(item[1])
+        else:
+            image, target = decoder(item[0]), targets(item[1])
         if image_shape is not None and image.shape != image_shape:
             raise CalibrationError(
                 f"it is {tuple(image.shape)}, others are {tuple(image_shape)} (channels, height, width); pass "
@@ -165,15 +158,15 @@ def read(
         base, indices = origin(dataset)
         file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
         raise CalibrationError(f"Image {index} of {name}{file}: {error}.") from error
-    return image, label
+    return image, target
 
 
-def probe(given: dict[str, Items], decoder: Decoder) -> tuple[int, int, int]:
+def probe(given: dict[str, Items], decoder: Decoder, targets: TargetReader) -> tuple[int, int, int]:
     """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
     shape: tuple[int, ...] | None = None
     for name, dataset in given.items():
         for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
-            shape = tuple(read(dataset, name, index, decoder, shape)[0].shape)
+            shape = tuple(read(dataset, name, index, decoder, shape, targets)[0].shape)
     return cast("tuple[int, int, int]", shape)
 
 

@@ -1,4 +1,4 @@
-"""Labels of datasets, and stratified draws by them."""
+"""Targets of datasets, and draws that are stratified by classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_stitch._images import Items, checked_label, origin
+from lightning_stitch._images import Items, origin
+from lightning_stitch._target_values import TargetReader, TargetValue, stacked
 from lightning_stitch.errors import CalibrationError
 
 
@@ -22,8 +23,8 @@ def check_disjoint(given: dict[str, Items]) -> None:
             raise CalibrationError(f"{one} and {two} share {shared} images; they must be disjoint.")
 
 
-def all_labels(dataset: Items, name: str) -> Tensor:
-    """Every label of a dataset, int64: from its attributes where that is possible, else in one pass over its items."""
+def all_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
+    """Every target of a dataset: from its attributes where that is possible, else in one pass over its items."""
     base, indices = origin(dataset)
     attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
     if isinstance(base, TensorDataset):
@@ -35,13 +36,17 @@ def all_labels(dataset: Items, name: str) -> Tensor:
         values = stored.tolist() if hasattr(stored, "tolist") else stored
         transform = getattr(base, "target_transform", None) or (lambda label: label)
         found = (transform(values[index]) for index in indices.tolist())
-    labels = []
+    targets: list[TargetValue] = []
     for index, value in enumerate(found):
         try:
-            labels.append(checked_label(value))
+            target = reader(value)
+            if isinstance(target, Tensor) and targets and target.shape != targets[0].shape:  # type: ignore[union-attr]
+                shapes = tuple(target.shape), tuple(targets[0].shape)  # type: ignore[union-attr]
+                raise CalibrationError(f"its target is of shape {shapes[0]}, that of image 0 is {shapes[1]}")
         except CalibrationError as error:
             raise CalibrationError(f"Image {index} of {name}: {error}.") from error
-    return torch.tensor(labels)
+        targets.append(target)
+    return stacked(targets)
 
 
 def class_names(dataset: Items) -> list[str] | None:
@@ -64,6 +69,17 @@ def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
             f"classes from 0 without gaps, and give images of each."
         )
     return num_classes
+
+
+def check_varied(targets: Tensor) -> None:
+    """Refuse labels that no image of train has or that all have, and numbers that are the same for all."""
+    columns = targets if targets.ndim == 2 else targets[:, None]
+    constant = (columns == columns[0]).all(0).nonzero().flatten().tolist()
+    if constant:
+        raise CalibrationError(
+            f"The targets of all {len(targets)} images of train are the same in the columns {constant[:10]} "
+            f"(those start with {columns[0, constant[0]].item():g}); nothing can be learnt there, so leave them out."
+        )
 
 
 def number_of(size: int | float, available: int) -> int:

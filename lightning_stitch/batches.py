@@ -13,7 +13,8 @@ from lightning_stitch._identity import key_of, tensors_hash
 from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.held_out import held_out_groups, num_held_out
-from lightning_stitch.ranking import MISSING_LABELS
+from lightning_stitch.ranking import MISSING_LABELS, Ranking, check_ranking_fits
+from lightning_stitch.targets import task_of
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -127,17 +128,38 @@ def put_down(
     return CalibrationImages(Carried([*fitted, *judging]), count, sum(held_out), images_hash)
 
 
-def labelled(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """The same batches, once the first is seen to have labels.
+def labelled(batches: Iterable[Batch], ranking: str | Ranking) -> Iterable[Batch]:
+    """The same batches, once the first is seen to have labels that a ranking can use.
 
     Raises:
-        CalibrationError: If it has none.
+        CalibrationError: If it has none, or the ranking counts classes and they are none.
     """
     iterator = iter(batches)
     first = next(iterator, None)
     if isinstance(first, Tensor) or (first is not None and len(first) < 2):
         raise CalibrationError(MISSING_LABELS)
+    if first is not None:
+        check_ranking_fits(ranking, task_of(torch.as_tensor(first[1])))
     if iterator is not batches:
         # What can be read anew is: a loader's workers would wait through the whole search, and Ctrl-C would end them.
         return batches
     return chain([] if first is None else [first], iterator)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutLabels:
+    """Batches of images alone, of batches that may have labels.
+
+    Attributes:
+        batches: The batches.
+    """
+
+    batches: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(images_of, self.batches)
+
+    @property
+    def dataset(self) -> object:
+        """What the batches are of, whose length a progress bar shows."""
+        return getattr(self.batches, "dataset", None)

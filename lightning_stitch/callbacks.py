@@ -19,7 +19,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.functional import Estimator
-from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for, shared_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.recipe import Recipe
@@ -51,15 +51,17 @@ class FragmentSearch(pl.Callback):
         ridge: Relative strength of the stitches' fit; 0 is the paper's.
         bias: Whether stitches have a bias; False is the paper's.
         ranking: How to rank on the selection images. By labels: "loo_soft_r2", "loo_r2", "loo_accuracy" or
-            "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first.
+            "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first of
+            those by labels, or of those without where the module's head ("class_map", "none") is fitted without.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
         refinements: What to try on each network, and keep where it explains more on held-out calibration images: other
             fits of its stitches ("open_loop", "row_weights"), its "batch_norm" statistics, and "healing" of the layers
             behind its stitches (`Pool.search`).
         max_healed: Most StitchNets that are healed.
-        compare: Also evaluate all sources, their self-stitched forms and the best StitchNets on the test images, print
-            the table and write comparison.csv and comparison.json in the log directory. The test images choose nothing.
+        compare: For classes only: also evaluate all sources, their self-stitched forms and the best StitchNets on the
+            test images, print the table and write comparison.csv and comparison.json in the log directory. The test
+            images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
             the best early exit.
         seed: Of the sampled positions.
@@ -138,6 +140,7 @@ class FragmentSearch(pl.Callback):
         module, data = self._checked(trainer, pl_module)
         if module.recipe is not None:
             return
+        module.check_stage(stage)
         self.fetch_sources()
         assert self._fetched is not None
         bar = trainer.progress_bar_callback
@@ -203,10 +206,7 @@ class FragmentSearch(pl.Callback):
                 f"must be known from the start: search with another strategy first, then give "
                 f"StitchedClassifier(recipe=...)."
             )
-        if data.num_classes != pl_module.num_classes:
-            raise StitchError(
-                f"The data have {data.num_classes} classes, StitchedClassifier has num_classes={pl_module.num_classes}."
-            )
+        check_targets(pl_module.head_settings, data, ranking=self.ranking, compare=self.compare)
         return pl_module, data
 
     def _run(
@@ -227,12 +227,14 @@ class FragmentSearch(pl.Callback):
                 rows_per_image=self.rows_per_image,
                 seed=self.seed,
                 keep_activations=self.keep_activations,
+                until=module.head_settings.until,
             ),
             device=trainer.strategy.root_device,
         )
+        check_outputs(module.head_settings, pool)
         self.result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
-            _batches(trainer, data.selection_dataloader()),
+            selection_for(module.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
             strategy=self.strategy or Beam(),
             budget=self.budget,
             ranking=self.ranking,
@@ -255,7 +257,8 @@ class FragmentSearch(pl.Callback):
                 self.result,
                 data.head_dataloader(),
                 data.test_dataloader(),
-                num_classes=data.num_classes,
+                num_classes=module.num_classes,
+                head=module.head_settings,
                 fractions=self.fractions,
                 progress=progress,
             )
@@ -271,10 +274,9 @@ class FragmentSearch(pl.Callback):
         """Fit a candidate's head and give both to the module, the same on every rank."""
         assert self.pool is not None
         progress.start("head", None)
-        outcomes, labels = self.pool.outcomes([candidate], _batches(trainer, data.head_dataloader()), progress=progress)
-        assert labels is not None
+        batches = _batches(trainer, data.head_dataloader())
+        head = fitted_head(module.head_settings, self.pool, candidate, batches, progress)
         with torch.inference_mode(False):
-            head, _ = fit_ridge_head(outcomes[0].features, labels, num_classes=data.num_classes)
             network = self.pool.assemble(candidate)
         module.install(network.to(module.device), head.to(module.device))
         self._agree(trainer, module)
@@ -295,6 +297,8 @@ class FragmentSearch(pl.Callback):
                 # The same network, of which each rank has measured the latency itself.
                 module.network.recipe = Recipe.from_dict(recipe)
             module.configure_model()
+        assert module.head is not None
+        shared_head(module.head, trainer.strategy)
 
     def _report(self, trainer: pl.Trainer) -> None:
         assert self.result is not None

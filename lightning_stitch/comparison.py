@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import CalibrationError
-from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.results import SearchResult
@@ -100,6 +100,7 @@ def compare(
     test: Loader,
     *,
     num_classes: int,
+    head: HeadSettings | None = None,
     fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
     num_resamples: int = 1000,
     progress: Progress | None = None,
@@ -112,30 +113,38 @@ def compare(
         train: Batches of (images, labels) for the heads.
         test: Batches of (images, labels) that nothing else has touched.
         num_classes: Number of classes.
+        head: The head, for classes; None: ridge.
         fractions: Shares of the smallest source's MACs under which the best StitchNet is shown.
         num_resamples: Bootstrap resamples of the test images.
         progress: Where to show progress.
 
     Raises:
-        CalibrationError: If a part has no labels.
+        CalibrationError: If a part has no labels; a class map needs them for the test images only.
+        StitchError: If the head is not one for classes.
     """
+    head = head or HeadSettings.of("ridge", num_classes=num_classes)
+    if head.task != "multiclass" or head.name == "none":
+        raise StitchError(f"The comparison tells classes apart; found head={head.name!r} with task={head.task!r}.")
     progress = progress or Silent()
     chosen, unmet = finalists(result, fractions)
     candidates = [finalist.candidate for finalist in chosen]
     progress.start("head images", num_images(train))
-    outcomes, labels = pool.outcomes(candidates, train, progress=progress)
+    # A head that takes no labels is fitted on nothing, but each candidate has its seconds from running some images.
+    seen_by_heads = train if head.needs_targets else [next(iter(train))]
+    outcomes, labels = pool.outcomes(candidates, seen_by_heads, progress=progress)
     progress.start("test images", num_images(test))
     tested, targets = pool.outcomes(candidates, test, progress=progress)
-    if labels is None or targets is None:
+    if targets is None or (labels is None and head.needs_targets):
         raise CalibrationError("The comparison needs labels for the training and the test images.")
     evaluations = []
     for finalist, outcome, seen in zip(chosen, outcomes, tested, strict=True):
         begun = time.perf_counter()
-        head, _ = fit_ridge_head(outcome.features, labels, num_classes=num_classes)
+        fitted = head.fit(outcome.features, labels)
         seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
         with torch.no_grad():
-            probabilities = head(seen.features).softmax(dim=-1)
-        evaluations.append(_evaluation(finalist, probabilities, seconds, len(labels)))
+            probabilities = fitted(seen.features).softmax(dim=-1)
+        num_labels = len(labels) if head.needs_targets and labels is not None else 0
+        evaluations.append(_evaluation(finalist, probabilities, seconds, num_labels))
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
     source = _named(evaluations, "source", result.best_source.candidate.recipe.fragments[0].source)
     stitched = next((e for e in evaluations if e.kind == "stitched"), None)

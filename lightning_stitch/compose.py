@@ -191,7 +191,7 @@ class Pool:
         Args:
             calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at. None:
                 what the pool holds, from `Pool.open` or `calibrate`.
-            selection: Batches of images, or of (images, labels) with integer labels, apart from the calibration's.
+            selection: Batches of images, or of (images, targets as `SelectionData` has them), apart from calibration's.
             strategy: A generator of candidates; None: `Beam()`.
             budget: Limits that the chosen network and all StitchNets of the result keep; None: none.
             ranking: Name of a ranking (`ranking.RANKINGS`), "auto" ("loo_soft_r2" with labels, "consensus" without), or
@@ -230,7 +230,7 @@ class Pool:
         check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
-            selection = labelled(selection)
+            selection = labelled(selection, ranking)
         if calibration is None:
             self._check_calibrated()
         self.seconds = {"cut": self._cutting_seconds}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from torchvision.datasets import ImageFolder
 
 from lightning_stitch._images import CheckedImages, Decoder, Items, open_image, probe
 from lightning_stitch._labels import (
-    all_labels,
+    all_targets,
     check_disjoint,
+    check_varied,
     class_names,
     count_classes,
     number_of,
     stratified,
 )
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
 
 _DEFAULT_SHARE = 0.2
@@ -35,7 +37,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     | set | what it is for | how it is drawn |
     |---|---|---|
     | calibration | fit stitches, score CKA; labels unused | at random |
-    | train | fit the head, fine-tune | stratified by label |
+    | train | fit the head, fine-tune | stratified by class where there are classes |
     | selection (= val) | rank candidates | `val` where given, else stratified out of `train` |
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
@@ -45,7 +47,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     Args:
         train: Labelled pool, items `(image, label)`. An image is a PIL image, a tensor (C x H x W or H x W) or a numpy
             array (H x W x C or H x W), of uint8, uint16 or float in [0, 1] (up to 0.1 outside is clamped); a label is
-            an integer.
+            what `task` says.
         val: Selection set of the same kind.
         test: Test set of the same kind.
         image_folder: A folder that holds `train` and, optionally, `val` (`valid`, `validation`) and `test`, each with
@@ -66,6 +68,9 @@ class CalibrationDataModule(pl.LightningDataModule):
         num_workers: Worker processes of each dataloader.
         pin_memory: Whether batches are put in page-locked memory.
         seed: Seed of the split and of the shuffling of `train_dataloader`.
+        task: What labels are. "multiclass": an integer, classes numbered from 0; batches int64, N. "multilabel": a
+            vector of 0 and 1; batches int64, N x labels. "regression": a number or a vector of numbers; batches
+            float32, N or N x numbers. "none": items are images, or their labels are ignored.
 
     Raises:
         CalibrationError: From the constructor where the arguments contradict each other; from `setup` where folder,
@@ -98,8 +103,16 @@ class CalibrationDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
+        task: DataTask = "multiclass",
     ) -> None:
         super().__init__()
+        tasks = [name for part in get_args(DataTask) for name in get_args(part)]
+        if task not in tasks:
+            raise CalibrationError(f"task must be one of {tasks}; found {task!r}.")
+        if image_folder is not None and task in ("multilabel", "regression"):
+            raise CalibrationError(
+                f"image_folder= knows classes alone; for task={task!r} pass datasets as train=, val= and test=."
+            )
         origins = {"train": train, "image_folder": image_folder, "datamodule": datamodule}
         given = [name for name, value in origins.items() if value is not None]
         if len(given) != 1:
@@ -122,6 +135,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             check_same_namespace(datamodule, "datamodule")
             self.prepare_data_per_node = datamodule.prepare_data_per_node
         self.batch_size = batch_size
+        self.task: DataTask = task
         self._decoder = Decoder.of(num_channels, image_size, mean, std)
         self._given = {"train": train, "val": val, "test": test}
         self._image_folder = image_folder
@@ -150,16 +164,14 @@ class CalibrationDataModule(pl.LightningDataModule):
             return
         given = self._datasets()
         check_disjoint(given)
-        self._image_shape = probe(given, self._decoder)
-        train = given["train"]
-        labels = all_labels(train, "train")
-        self._class_names = class_names(train)
-        self._num_classes = count_classes(labels, self._class_names)
+        self._reader = TargetReader(self.task)
+        self._image_shape = probe(given, self._decoder, self._reader)
+        labels = self._learnt(given["train"])
         explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in given}
         chosen = self._split(labels, [part for part in ("test", "selection") if part not in explicit])
         chosen |= {part: self._subset(given[name], part) for part, name in explicit.items()}
         self._parts = {
-            part: CheckedImages(given[name], name, chosen[part], self._decoder, self._image_shape, self._num_classes)
+            part: CheckedImages(given[name], name, chosen[part], self._decoder, self._image_shape, self._reader)
             for part in ("calibration", "train", "selection", "test")
             for name in [explicit.get(part, "train")]
         }
@@ -194,7 +206,7 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, labels or numbers; 0 without targets."""
         self.setup()
         return self._num_classes
 
@@ -244,6 +256,22 @@ class CalibrationDataModule(pl.LightningDataModule):
                 raise CalibrationError(f"{name} ({type(dataset).__name__}) holds no images.")
         return given
 
+    def _learnt(self, train: Items) -> Tensor:
+        """What the draws go by, one integer for each image of train: its class, or 0 where there are no classes."""
+        self._class_names, self._num_classes = None, 0
+        if self.task == "none":
+            return torch.zeros(len(train), dtype=torch.int64)
+        targets = all_targets(train, "train", self._reader)
+        if self.task == "multiclass":
+            self._class_names = class_names(train)
+            self._num_classes = count_classes(targets, self._class_names)
+            self._reader = TargetReader("multiclass", self._num_classes)
+            return targets
+        check_varied(targets)
+        self._reader = self._reader.knowing(targets)
+        self._num_classes = self._reader.num_classes or 0
+        return torch.zeros(len(train), dtype=torch.int64)
+
     def _split(self, labels: Tensor, drawn: list[str]) -> dict[str, Tensor]:
         """Indices into the train pool of its disjoint parts: calibration, those `drawn`, train."""
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self._seed))
@@ -251,7 +279,9 @@ class CalibrationDataModule(pl.LightningDataModule):
         chosen = {"calibration": order[: self._calibration_samples]}
         rest = order[self._calibration_samples :]
         counts = {part: number_of(self._samples[part] or _DEFAULT_SHARE, len(rest)) for part in drawn}
-        least = number_of(self._samples["train"] or self._num_classes, len(rest))
+        # Two images at least, or one of each class: less cannot be told apart.
+        fewest = self._num_classes if self.task == "multiclass" else 2
+        least = number_of(self._samples["train"] or fewest, len(rest))
         need = {"calibration": self._calibration_samples, **counts, "train": least}
         if sum(need.values()) > len(labels):
             raise CalibrationError(
@@ -283,7 +313,9 @@ class CalibrationDataModule(pl.LightningDataModule):
         if count == length:
             return torch.arange(length)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self._seed))
-        return order[stratified(all_labels(dataset, part)[order], count, leave=0)]
+        if self.task != "multiclass":
+            return order[:count]
+        return order[stratified(all_targets(dataset, part, self._reader)[order], count, leave=0)]
 
 
 def _class_folders(root: Path) -> dict[str, ImageFolder]:

@@ -1,8 +1,7 @@
-"""Closed-form heads: a linear classifier fitted by ridge regression, chosen and calibrated by leave-one-out."""
+"""The closed-form linear head: ridge regression on targets, chosen and calibrated by leave-one-out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,18 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_stitch.confidence import class_temperature, label_calibration
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.regression import LooRidge, loo_ridge, r2, ridge_weights
+from lightning_stitch.targets import Task, standardised, target_columns
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""
 
-_TEMPERATURES = (1e-3, 1e3)  # scores lie around [0, 1]: nearly uniform probabilities up to nearly certain ones
-_BISECTIONS = 40
-
 
 class RidgeHead(nn.Module):
-    """A linear classifier, zero until `fit_ridge_head` or an optimizer gives it values.
+    """A linear map, zero until `fit_ridge_head` or an optimizer gives it values.
 
     Attributes:
         weight: Parameter (num_classes x in_features), float32.
@@ -29,7 +27,7 @@ class RidgeHead(nn.Module):
 
     Args:
         in_features: Features that come in.
-        num_classes: Logits that go out.
+        num_classes: Logits, of classes or labels, or numbers that go out.
     """
 
     def __init__(self, in_features: int, num_classes: int) -> None:
@@ -38,7 +36,10 @@ class RidgeHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (n x num_classes) of features (n x in_features); their softmax is a class probability."""
+        """Logits or numbers (n x num_classes) of features (n x in_features).
+
+        The softmax of classes' logits and the sigmoid of labels' are probabilities.
+        """
         return F.linear(features, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -50,48 +51,59 @@ class RidgeHead(nn.Module):
 class RidgeFit:
     """How a ridge head does on rows left out of its fit, one at a time.
 
-    Strength and temperature were chosen on the same rows, so all three figures are a little optimistic.
+    Strength and calibration were chosen on the same rows, so all figures are a little optimistic.
 
     Attributes:
         strength: The ridge strength of least leave-one-out squared error (`loo_ridge` has its scale).
-        temperature: The factor on the regression's scores that makes logits of them.
-        loo_accuracy: Share of rows, between 0 and 1, whose class has the highest score when they are left out.
-        loo_r2: Share of the one-hot targets' variance that the scores explain when left out; below 0: worse than means.
-        loo_log_loss: Mean of -log(probability of a row's class) in nats, when it is left out.
+        temperature: The factor on the regression's scores that makes logits of them; None but for classes.
+        loo_accuracy: Share of rows, between 0 and 1, whose class has the highest score when they are left out; None but
+            for classes.
+        loo_r2: Share of the targets' variance that the predictions explain when left out; below 0: worse than means.
+            Classes are one-hot; of several numbers it is the mean over them.
+        loo_log_loss: Mean of -log(probability of a row's class, or of each of its labels' values) in nats, when it is
+            left out; None for numbers.
         num_rows: Rows of the fit.
     """
 
     strength: float
-    temperature: float
-    loo_accuracy: float
+    temperature: float | None
+    loo_accuracy: float | None
     loo_r2: float
-    loo_log_loss: float
+    loo_log_loss: float | None
     num_rows: int
 
 
 @torch.no_grad()
 def fit_ridge_head(
-    features: Tensor, targets: Tensor, *, num_classes: int, strengths: Sequence[float] | None = None
+    features: Tensor,
+    targets: Tensor,
+    *,
+    num_classes: int,
+    strengths: Sequence[float] | None = None,
+    task: Task = "multiclass",
 ) -> tuple[RidgeHead, RidgeFit]:
-    """Fit a linear classifier in closed form: ridge regression on one-hot targets, then one temperature.
+    """Fit a linear head in closed form: ridge regression on the targets, then a calibration of its scores.
 
-    Of the strengths, the one of least leave-one-out squared error (summed over classes) is taken. The temperature
-    minimises the leave-one-out log-loss, as though one further row were labelled at random: without that, classes that
-    are told apart without error would get infinite logits (compare Platt 1999, section 2.2). Both are folded into
-    weight and bias. Deterministic; runs in float64 on the features' device. The head's parameters can be trained on.
+    Of the strengths, the one of least leave-one-out squared error (summed over classes or labels, or over standardised
+    numbers) is taken. Classes, one-hot, then get one temperature (`confidence.class_temperature`), labels a slope and
+    an offset each (`confidence.label_calibration`), both on the leave-one-out scores; numbers are predicted in their
+    own units. All is folded into weight and bias. Deterministic; runs in float64 on the features' device. The head's
+    parameters can be trained on.
 
     Args:
         features: Rows x features, any real dtype.
-        targets: Class indices (rows,), of an integer dtype, from 0 to num_classes - 1; at least two classes occur.
-        num_classes: Logits of the head; a class that does not occur scores 0.
+        targets: By the task: class indices (rows,), of an integer dtype, from 0 to num_classes - 1, of which at least
+            two occur; 0 and 1 (rows x labels); or numbers (rows,) or (rows x numbers).
+        num_classes: Classes, labels or numbers, which is what the head gives; a class that does not occur scores 0.
         strengths: Ridge strengths to choose from; by default `DEFAULT_STRENGTHS`.
+        task: "multiclass", "multilabel" or "regression".
 
     Returns:
         The head, on the features' device in training mode, and what leave-one-out says of it.
 
     Raises:
         CalibrationError: If there are no rows, features have NaN or infinite values, features and targets differ in
-            rows, a target is out of range, or only one class occurs.
+            rows, a target is out of range, or only one class occurs, all labels agree, or a number does not vary.
         StitchError: If strengths are empty or not positive.
 
     Example:
@@ -100,20 +112,25 @@ def fit_ridge_head(
         >>> head(features).argmax(1).tolist(), fit.loo_accuracy
         ([0, 0, 0, 1, 1, 1], 1.0)
     """
-    loo, fit = _chosen(features, targets, num_classes, strengths)
-    solution = ridge_weights(loo, strength=fit.strength)
+    found = _chosen(features, targets, num_classes, strengths, task)
+    solution = ridge_weights(found.loo, strength=found.fit.strength)
+    assert solution.bias is not None
     # A search may run in inference mode, whose tensors can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         head = RidgeHead(features.shape[1], num_classes).to(features.device)
-        head.weight.copy_(solution.weight * fit.temperature)
-        if solution.bias is not None:
-            head.bias.copy_(solution.bias * fit.temperature)
-    return head, fit
+        head.weight.copy_(solution.weight * found.factor[:, None])
+        head.bias.copy_(solution.bias * found.factor + found.offset)
+    return head, found.fit
 
 
 @torch.no_grad()
 def loo_scores(
-    features: Tensor, targets: Tensor, *, num_classes: int, strengths: Sequence[float] | None = None
+    features: Tensor,
+    targets: Tensor,
+    *,
+    num_classes: int,
+    strengths: Sequence[float] | None = None,
+    task: Task = "multiclass",
 ) -> RidgeFit:
     """What leave-one-out says of the head that `fit_ridge_head` would fit, for ranking many candidates.
 
@@ -124,65 +141,52 @@ def loo_scores(
         targets: As for `fit_ridge_head`.
         num_classes: As for `fit_ridge_head`.
         strengths: As for `fit_ridge_head`.
+        task: As for `fit_ridge_head`.
 
     Raises:
         CalibrationError: As `fit_ridge_head`.
         StitchError: As `fit_ridge_head`.
     """
-    return _chosen(features, targets, num_classes, strengths)[1]
+    return _chosen(features, targets, num_classes, strengths, task).fit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chosen:
+    """The regression, what leave-one-out says, and the factor and offset (num_classes,) that go on its scores."""
+
+    loo: LooRidge
+    fit: RidgeFit
+    factor: Tensor
+    offset: Tensor
 
 
 def _chosen(
-    features: Tensor, targets: Tensor, num_classes: int, strengths: Sequence[float] | None
-) -> tuple[LooRidge, RidgeFit]:
-    targets = _class_indices(features, targets, num_classes)
-    one_hot = F.one_hot(targets, num_classes).double()
-    loo = loo_ridge(features, one_hot, strengths=DEFAULT_STRENGTHS if strengths is None else strengths)
-    best = int((loo.predictions - one_hot).square().sum((1, 2)).argmin())
+    features: Tensor, targets: Tensor, num_classes: int, strengths: Sequence[float] | None, task: Task
+) -> _Chosen:
+    columns = target_columns(targets, task=task, num_classes=num_classes).to(features.device)
+    if len(features) != len(columns):
+        raise CalibrationError(f"Each row needs one target; found {len(features)} rows and {len(columns)} targets.")
+    offset, factor = torch.zeros_like(columns[0]), torch.ones_like(columns[0])
+    if task == "regression":
+        columns, offset, factor = standardised(columns)
+    loo = loo_ridge(features, columns, strengths=DEFAULT_STRENGTHS if strengths is None else strengths)
+    best = int((loo.predictions - columns).square().sum((1, 2)).argmin())
     scores = loo.predictions[best]
-    temperature = _temperature(scores, one_hot)
-    return loo, RidgeFit(
+    temperature = accuracy = log_loss = None
+    if task == "multiclass":
+        temperature = class_temperature(scores, columns)
+        factor = factor * temperature
+        accuracy = (scores.argmax(1) == columns.argmax(1)).double().mean().item()
+        log_loss = F.cross_entropy(temperature * scores, columns.argmax(1)).item()
+    elif task == "multilabel":
+        factor, offset = label_calibration(scores, columns)
+        log_loss = F.binary_cross_entropy_with_logits(factor * scores + offset, columns).item()
+    fit = RidgeFit(
         strength=loo.strengths[best],
         temperature=temperature,
-        loo_accuracy=(scores.argmax(1) == targets).double().mean().item(),
-        loo_r2=r2(scores, one_hot),
-        loo_log_loss=F.cross_entropy(temperature * scores, targets).item(),
-        num_rows=len(targets),
+        loo_accuracy=accuracy,
+        loo_r2=r2(scores, columns),
+        loo_log_loss=log_loss,
+        num_rows=len(columns),
     )
-
-
-def _class_indices(features: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    if targets.ndim != 1 or targets.is_floating_point():
-        raise CalibrationError(
-            f"Targets must be class indices, one integer for each row; found {targets.dtype} of shape "
-            f"{tuple(targets.shape)}."
-        )
-    if not len(targets):
-        raise CalibrationError("A head needs labelled rows to be fitted; found none.")
-    if len(features) != len(targets):
-        raise CalibrationError(f"Each row needs one target; found {len(features)} rows and {len(targets)} targets.")
-    classes = targets.unique().tolist()
-    if classes[0] < 0 or classes[-1] >= num_classes:
-        raise CalibrationError(
-            f"Targets must lie from 0 to {num_classes - 1} (num_classes={num_classes}); found {classes[0]} to "
-            f"{classes[-1]}."
-        )
-    if len(classes) == 1:
-        raise CalibrationError(
-            f"A head needs rows of at least two classes; all {len(targets)} targets are {classes[0]}. "
-            f"Shuffle before taking a part of the images, or take more of them."
-        )
-    return targets.to(features.device, torch.int64)
-
-
-def _temperature(scores: Tensor, one_hot: Tensor) -> float:
-    """The factor of least smoothed log-loss; that is convex, so its slope is bisected, in the factor's logarithm."""
-    n, num_classes = scores.shape
-    smoothed = (n * one_hot + 1 / num_classes) / (n + 1)
-    target_score = (smoothed * scores).sum() / n
-    low, high = (math.log(bound) for bound in _TEMPERATURES)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        mean_score = ((math.exp(middle) * scores).softmax(1) * scores).sum() / n
-        low, high = (middle, high) if mean_score < target_score else (low, middle)
-    return math.exp((low + high) / 2)
+    return _Chosen(loo, fit, factor, offset)

@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.heads import RidgeHead
+from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -26,7 +25,7 @@ def _adamw(parameters: Iterable) -> Optimizer:
 
 
 class StitchedClassifier(pl.LightningModule):
-    """A classifier on a stitched network.
+    """A classifier, a tagger or a regressor on a stitched network.
 
     It begins without a network. `FragmentSearch` installs one, with a head fitted in closed form, before the Trainer
     builds optimizers; `Trainer(max_epochs=0)` stops there. The recipe is a hyper-parameter, so that checkpoints
@@ -36,34 +35,49 @@ class StitchedClassifier(pl.LightningModule):
     stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `network.train()` changes that.
 
     Args:
-        num_classes: Number of classes.
+        num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
+            and for a regression the default is 1.
         recipe: A recipe's `to_dict()`: the structure to build, with random weights, for checkpoints. None: none yet.
         optimizer: Makes the optimizer from the parameters, should training follow; None: AdamW with lr 1e-4.
         trust_factory: Allow a recipe to import and call the factory of a "python:" source.
+        head: What reads the features, fitted in closed form: "ridge" (a linear map), "knn" (the nearest labelled
+            images vote) or "class_mean" (the nearest class mean). "class_map" needs no labels: the network ends at its
+            last source's own classes, and {"name": "class_map", "classes": {"dog": "151-268", "cat": [281, 282]}} says
+            which of them make a new one. "none": the module gives the features. Options as in the class map's mapping
+            (`HeadSettings.of` lists them).
+        task: "multiclass" (integers (batch,)), "multilabel" (0 and 1, (batch, labels)) or "regression" (numbers
+            (batch,) or (batch, numbers)): it decides the loss, the metrics (`metrics_for`) and what is predicted.
+
+    Attributes:
+        head_settings: The head and the task, checked.
 
     Raises:
         RecipeError: If a recipe is malformed.
+        StitchError: If head, task and num_classes do not fit each other.
     """
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         recipe: dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
         trust_factory: bool = False,
+        head: str | dict[str, Any] = "ridge",
+        task: str = "multiclass",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         if recipe is not None:
             Recipe.from_dict(recipe)
-        self.num_classes = num_classes
+        self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
+        self.hparams["head"] = self.head_settings.plain
+        self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
         self.network: StitchedNetwork | None = None
         self.head: nn.Module | None = None
-        metrics = MetricCollection(
-            {"accuracy": MulticlassAccuracy(num_classes, average="micro"), "auroc": MulticlassAUROC(num_classes)}
-        )
+        silent = self.head_settings.name == "none"
+        metrics = MetricCollection({}) if silent else metrics_for(self.head_settings.task, self.num_classes)
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
 
@@ -76,7 +90,7 @@ class StitchedClassifier(pl.LightningModule):
         return None if plain is None else Recipe.from_dict(plain)
 
     def install(self, network: StitchedNetwork, head: nn.Module) -> None:
-        """Take a network and a head (features -> logits), and note the recipe among the hyper-parameters."""
+        """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter."""
         self.network = network
         self.head = head
         self.hparams["recipe"] = network.recipe.to_dict()
@@ -93,13 +107,14 @@ class StitchedClassifier(pl.LightningModule):
         recipe = self.recipe
         if recipe is not None and (self.network is None or self.network.recipe != recipe):
             network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
-            self.install(network, RidgeHead(network.num_features, self.num_classes))
+            self.install(network, self.head_settings.empty(network.num_features))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""
         plain = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("recipe")
         if plain is None:
             raise RecipeError("This checkpoint holds no recipe: it was saved before a network was installed.")
+        self._check_same_head(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
         if plain != self.hparams["recipe"] or self.network is None:
             self.hparams["recipe"] = plain
             self.network = None
@@ -109,39 +124,65 @@ class StitchedClassifier(pl.LightningModule):
             self.network.to(self.device)
             self.head.to(self.device)
 
+    def _check_same_head(self, saved: dict[str, Any]) -> None:
+        own = {"head": self.head_settings.plain, "task": self.head_settings.task}
+        found = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
+        if found != own:
+            raise RecipeError(
+                f"The checkpoint's module has {found}, this one {own}. Make this one alike, or call "
+                f"StitchedClassifier.load_from_checkpoint, which does."
+            )
+
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module of the other Lightning package."""
+        """Refuse a data module of the other Lightning package, and to train or evaluate without a head."""
         if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
             check_same_namespace(self.trainer.datamodule, "data module")  # type: ignore[attr-defined]
+        self.check_stage(stage)
+
+    def check_stage(self, stage: str) -> None:
+        """Refuse to train or evaluate where there is no head; `FragmentSearch` asks before it searches.
+
+        Raises:
+            StitchError: If head="none", or the data have no targets, and the stage is "validate" or "test", or "fit"
+                with epochs to train.
+        """
+        trains = stage == "fit" and self.trainer.max_epochs != 0
+        if not trains and stage not in ("validate", "test"):
+            return
+        if self.head_settings.name == "none":
+            raise StitchError(_NO_HEAD)
+        if getattr(self.trainer.datamodule, "task", None) == "none":  # type: ignore[attr-defined]
+            raise StitchError(_NO_TARGETS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) for images in [0, 1]."""
+        """Logits (batch, classes or labels), numbers, or without a head features, for images in [0, 1]."""
         if self.network is None or self.head is None:
             raise StitchError(_NO_NETWORK)
-        logits: Tensor = self.head(self.network(images))
-        return logits
+        outputs: Tensor = self.head(self.network(images))
+        return outputs
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
-        images, labels = batch
-        loss = functional.cross_entropy(self(images), labels)
+        """The task's loss of a batch (`loss_of`)."""
+        images, targets = self._labelled(batch)
+        loss = loss_of(self.head_settings.task, self(images), targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Loss, accuracy and AUROC."""
+        """Loss and metrics of the task (`metrics_for`)."""
         self._evaluate(batch, self.val_metrics, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Loss, accuracy and AUROC."""
+        """Loss and metrics of the task (`metrics_for`)."""
         self._evaluate(batch, self.test_metrics, "test")
 
     def predict_step(self, batch: Tensor | tuple[Tensor, ...] | list[Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities (batch, classes)."""
+        """Probabilities of classes or labels, numbers, or without a head features: (batch, any of them)."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).softmax(dim=-1)
+        outputs = self(images)
+        return outputs if self.head_settings.name == "none" else predictions(self.head_settings.task, outputs)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over all parameters."""
@@ -150,14 +191,32 @@ class StitchedClassifier(pl.LightningModule):
         return self.optimizer(self.parameters())
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
-        images, labels = batch
-        logits = self(images)
-        metrics.update(logits.softmax(dim=-1), labels)
-        self.log(f"{stage}_loss", functional.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
-        self.log_dict(metrics, batch_size=len(labels))
+        if self.trainer.sanity_checking and (self.head_settings.name == "none" or isinstance(batch, Tensor)):
+            return  # fit checks a few batches even where there is no epoch to train
+        images, targets = self._labelled(batch)
+        outputs = self(images)
+        metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
+        loss = loss_of(self.head_settings.task, outputs, targets)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images))
+        self.log_dict(metrics, batch_size=len(images))
+
+    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if self.head_settings.name == "none":
+            raise StitchError(_NO_HEAD)
+        if isinstance(batch, Tensor) or len(batch) < 2:
+            raise StitchError(_NO_TARGETS)
+        return batch[0], batch[1]
 
 
 _NO_NETWORK = (
     "This StitchedClassifier has no network yet. Put a FragmentSearch among the Trainer's callbacks and call fit, load "
     "a checkpoint, or give a recipe."
+)
+_NO_HEAD = (
+    "This StitchedClassifier has head='none': it gives features, and there is nothing to train or evaluate. Use "
+    "trainer.predict, or choose another head; Trainer(max_epochs=0) searches without training."
+)
+_NO_TARGETS = (
+    "There is nothing to train on or to evaluate: the images have no targets. Trainer(max_epochs=0) searches without "
+    "training, and trainer.predict needs none."
 )

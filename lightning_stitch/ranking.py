@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import centre_rows, linear_cka
 from lightning_stitch.heads import DEFAULT_STRENGTHS, loo_scores
 from lightning_stitch.regression import loo_ridge, r2
+from lightning_stitch.targets import comparable_columns, count_of, task_of
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
 
@@ -26,9 +26,10 @@ class SelectionData:
 
     Attributes:
         features: Each candidate's features of the selection images.
-        targets: Their labels; None where there are none.
+        targets: Their targets, None where there are none: class indices (images,), integers 0 and 1 (images x labels),
+            or floats (images,) or (images x numbers).
         own_features: For each candidate the features that its last source, unmodified, gives of the same images.
-        num_classes: Number of classes; None without labels.
+        num_classes: Number of classes, labels or numbers; None without targets.
     """
 
     features: Sequence[Tensor]
@@ -47,11 +48,12 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     An image's softened label is the mean of its own and of what ridge heads on the sources' own features say of it when
     they have not seen it. Few labels are noisy targets; what the sources make of all the others is less so (as in
     knowledge distillation, Hinton et al. 2015), and unlike agreement it leaves out what the task has no use for. It
-    favours the sources a little, whose own words they are.
+    favours the sources a little, whose own words they are. Numbers are standardised, and softened likewise; for them
+    and for several labels R2 alone breaks ties.
     """
     scores = _by_head("loo_r2", selection)
     assert selection.targets is not None  # or there would be no scores
-    labels = F.one_hot(selection.targets.long(), selection.num_classes or 0).double()
+    labels = comparable_columns(selection.targets, num_classes=selection.num_classes)
     own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
     said = []
     for name, features in own.items():
@@ -133,6 +135,7 @@ RANKINGS: dict[str, Ranking] = {
 }
 
 
+_NEED_CLASSES = ("loo_accuracy", "loo_log_loss")
 NEED_LABELS = ("loo_soft_r2", "loo_r2", "loo_accuracy", "loo_log_loss")
 MISSING_LABELS = "This ranking needs labels for the selection images; use ranking='consensus' without."
 
@@ -151,13 +154,32 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     return RANKINGS[name]
 
 
+def check_ranking_fits(ranking: str | Ranking, task: str) -> None:
+    """Refuse a ranking that counts classes where there are none.
+
+    Raises:
+        CalibrationError: Naming the rankings that do.
+    """
+    if ranking in _NEED_CLASSES and task != "multiclass":
+        found = "several labels for each image" if task == "multilabel" else "numbers"
+        raise CalibrationError(
+            f"ranking={ranking!r} counts classes, one integer for each image; the targets are {found}. Use "
+            f"'loo_soft_r2', 'loo_r2' or 'auto'."
+        )
+
+
 def _by_head(first: str, selection: SelectionData) -> list[dict[str, float]]:
     if selection.targets is None:
         raise CalibrationError(MISSING_LABELS)
+    task = task_of(selection.targets)
+    check_ranking_fits(first.removeprefix("neg_"), task)
+    count = selection.num_classes if selection.num_classes is not None else count_of(selection.targets)
     ranked = []
     for features in selection.features:
-        fit = loo_scores(features, selection.targets, num_classes=selection.num_classes or 0)
-        scores = {"loo_r2": fit.loo_r2, "loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
+        fit = loo_scores(features, selection.targets, num_classes=count, task=task)
+        scores = {"loo_r2": fit.loo_r2}
+        if fit.loo_accuracy is not None and fit.loo_log_loss is not None:
+            scores |= {"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
         ranked.append({first: scores.pop(first), **scores})
     return ranked
 

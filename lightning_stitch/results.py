@@ -18,6 +18,7 @@ from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import Ranking, SelectionData, find_ranking
 from lightning_stitch.stopping import Stopped
+from lightning_stitch.targets import count_of
 
 _IN_WORDS: dict[Stopped, str] = {
     "time limit": "The time limit ended the search early.",
@@ -188,7 +189,7 @@ def rank(
     Args:
         candidates: The candidates, every source as it is among them.
         outcomes: What each gave.
-        labels: The labels of the selection images; None: there are none.
+        labels: The targets of the selection images (`SelectionData`); None: there are none.
         ranking: Name of a ranking, or a function.
         num_classes: Number of classes; None: as many as the labels say.
         rejected: Where those are counted whose features tell no images apart; they are left out.
@@ -202,7 +203,7 @@ def rank(
         features=[outcome.features for _, outcome in usable],
         targets=labels,
         own_features=[own[c.recipe.fragments[-1].source] for c, _ in usable],
-        num_classes=num_classes if num_classes is not None or labels is None else int(labels.max()) + 1,
+        num_classes=num_classes if num_classes is not None or labels is None else count_of(labels),
     )
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
     ranked = [

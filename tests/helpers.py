@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
+from sklearn.metrics import r2_score
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.cost import Budget
+from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
-from lightning_stitch.recipe import Placement, Preprocessing, StitchSpec
+from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult
 from lightning_stitch.segments import CalibrationSettings, segment
 from lightning_stitch.sources import Source, load_source
@@ -239,3 +242,32 @@ class Recorder:
     def advance(self, steps: int) -> None:
         stage, total, done = self.stages[-1]
         self.stages[-1] = (stage, total, done + steps)
+
+
+def bare_candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitched") -> Candidate:
+    """What rankings look at, with nothing to run."""
+    preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+    ref = SourceRef(source, source, "timm", source, "sha256:0", preprocessing)
+    recipe = Recipe((ref,), (FragmentRef(source, None, None),), scores={"cka_product": product})
+    return Candidate(recipe, kind, (), Cost(1, 1))
+
+
+def left_out_predictions(x: Tensor, y: np.ndarray) -> np.ndarray:
+    """Ridge regression fitted again without each row, at the strength of least squared error."""
+    values = x.double().numpy()
+    scale = ((values - values.mean(0)) ** 2).sum() / min(len(values) - 1, values.shape[1])
+    found = []
+    for strength in DEFAULT_STRENGTHS:
+        rows = []
+        for i in range(len(values)):
+            others, targets = np.delete(values, i, 0), np.delete(y, i, 0)
+            centred = others - others.mean(0)
+            penalised = centred.T @ centred + strength * scale * np.eye(values.shape[1])
+            weights = np.linalg.solve(penalised, centred.T @ targets)
+            rows.append(targets.mean(0) + (values[i] - others.mean(0)) @ weights)
+        found.append(np.stack(rows))
+    return min(found, key=lambda predictions: ((predictions - y) ** 2).sum())
+
+
+def left_out_r2(x: Tensor, y: np.ndarray) -> float:
+    return r2_score(y, left_out_predictions(x, y), multioutput="variance_weighted")

@@ -250,3 +250,25 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("head", "task", "then"),
+    [
+        ({"name": "knn", "num_neighbours": 3, "metric": "euclidean"}, "multiclass", "test"),
+        ({"name": "class_map", "classes": {"a": "0-9", "b": [20, "30-39"]}, "other": True}, "none", "predict"),
+    ],
+)
+def test_heads_with_options_and_tasks_come_from_yaml(
+    tmp_path: Path, image_folder: Path, head: dict[str, Any], task: str, then: str
+) -> None:
+    config = config_file(tmp_path, image_folder, enable_checkpointing=False, data={"task": task})
+    written = yaml.safe_load(config.read_text())
+    written["model"]["init_args"]["head"] = head
+    config.write_text(yaml.safe_dump(written))
+    main(["fit", "--config", str(config)])
+    (checkpoint,) = tmp_path.rglob("stitched.ckpt")
+    loaded = StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+    assert loaded.head_settings.name == head["name"]
+    assert loaded(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    main([then, "--config", str(config), "--ckpt_path", str(checkpoint)])

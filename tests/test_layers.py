@@ -16,8 +16,20 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe", "held_out"},
-    {"_rows", "progress", "stopping", "_lightning", "_spool", "_copying", "_tensor_files"},
-    {"functional", "regression", "layerwise"},
+    {
+        "_rows",
+        "targets",
+        "confidence",
+        "class_maps",
+        "progress",
+        "stopping",
+        "_lightning",
+        "_spool",
+        "_copying",
+        "_tensor_files",
+    },
+    {"functional", "regression", "layerwise", "neighbours"},
+    {"class_means"},
     {"shortlist"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
@@ -32,7 +44,7 @@ GROUPS = (
     {"calibration_files", "journal", "fitting", "layer_healing"},
     # network, heads, search
     {"candidates", "heads", "network"},
-    {"scoring", "prefix_tree", "trials"},
+    {"scoring", "prefix_tree", "trials", "head_settings"},
     {"space", "healing"},
     {"search", "ranking", "paths", "refinement"},
     {"remembered"},
@@ -41,9 +53,11 @@ GROUPS = (
     {"compose", "report", "candidate_table"},
     {"comparison", "shrinking"},
     # module, data
+    {"_target_values", "task_metrics"},
     {"_images"},
     {"_labels"},
     {"module", "data"},
+    {"head_fitting"},
     {"callbacks"},
     {"cli"},
 )

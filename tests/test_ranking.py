@@ -5,33 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import digits, images_seen, noise, plain, space_of
+from helpers import bare_candidate as candidate
+from helpers import digits, images_seen, left_out_predictions, left_out_r2, noise, plain, space_of
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
-from sklearn.metrics import r2_score
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate, Kind
-from lightning_stitch.cost import Cost
+from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
-from lightning_stitch.heads import DEFAULT_STRENGTHS
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
-from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.space import SearchSpace
 
 LABELS = torch.tensor([0, 1, 2] * 10)
-
-
-def candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitched") -> Candidate:
-    preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
-    ref = SourceRef(source, source, "timm", source, "sha256:0", preprocessing)
-    recipe = Recipe((ref,), (FragmentRef(source, None, None),), scores={"cka_product": product})
-    return Candidate(recipe, kind, (), Cost(1, 1))
 
 
 def features(signal: float, seed: int, channels: int = 6) -> Tensor:
@@ -43,27 +33,6 @@ def features(signal: float, seed: int, channels: int = 6) -> Tensor:
 
 FEATURES = [features(signal, seed) for seed, signal in enumerate((0.3, 2.0, 0.0, 0.8, 0.5))]
 SELECTION = SelectionData(FEATURES, LABELS, [FEATURES[1]] * 5, 3)
-
-
-def left_out_predictions(x: Tensor, y: np.ndarray) -> np.ndarray:
-    """Ridge regression fitted again without each row, at the strength of least squared error."""
-    values = x.double().numpy()
-    scale = ((values - values.mean(0)) ** 2).sum() / min(len(values) - 1, values.shape[1])
-    found = []
-    for strength in DEFAULT_STRENGTHS:
-        rows = []
-        for i in range(len(values)):
-            others, targets = np.delete(values, i, 0), np.delete(y, i, 0)
-            centred = others - others.mean(0)
-            penalised = centred.T @ centred + strength * scale * np.eye(values.shape[1])
-            weights = np.linalg.solve(penalised, centred.T @ targets)
-            rows.append(targets.mean(0) + (values[i] - others.mean(0)) @ weights)
-        found.append(np.stack(rows))
-    return min(found, key=lambda predictions: ((predictions - y) ** 2).sum())
-
-
-def left_out_r2(x: Tensor, y: np.ndarray) -> float:
-    return r2_score(y, left_out_predictions(x, y), multioutput="variance_weighted")
 
 
 ONE_HOT = np.eye(3)[LABELS.numpy()]

@@ -1,0 +1,214 @@
+"""Which head a network gets: one description that a module, a search and a checkpoint share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from lightning_stitch.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
+from lightning_stitch.class_means import ClassMeanHead, fit_class_mean_head
+from lightning_stitch.errors import StitchError
+from lightning_stitch.heads import RidgeHead, fit_ridge_head
+from lightning_stitch.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
+from lightning_stitch.targets import Task, count_of, task_of
+
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "ridge": ("strengths",),
+    "knn": ("num_neighbours", "metric", "temperature"),
+    "class_mean": ("metric",),
+    "class_map": ("classes", "names", "match", "other"),
+    "none": (),
+}
+HEADS = tuple(_OPTIONS)
+"""Names of the heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSettings:
+    """A head's description; make one with `HeadSettings.of`.
+
+    Attributes:
+        name: "ridge", "knn", "class_mean", "class_map" or "none".
+        task: What the targets are.
+        num_classes: How many classes, labels or numbers the head gives; 0 for "none", which gives the features.
+        options: What it is made with, in plain dicts, lists, strings and numbers.
+        class_names: The names of a class map's classes, in the order of its outputs; None for other heads.
+    """
+
+    name: str
+    task: Task
+    num_classes: int
+    options: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, head: str | Mapping[str, Any], *, task: str = "multiclass", num_classes: int | None) -> HeadSettings:
+        """Check a head as a user writes it: a name, or a mapping with "name" and options.
+
+        | name | task | options |
+        |---|---|---|
+        | ridge | any | strengths: ridge strengths to choose from |
+        | knn | any | num_neighbours and temperature (chosen where not given), metric: cosine or euclidean |
+        | class_mean | multiclass | metric: euclidean or cosine |
+        | class_map | multiclass | classes: {name: indices, ranges or, with `names`, names}, names and match: those of |
+        | | | `class_map_from_names`, other: true or the name of a class of all that is not mapped |
+        | none | any | |
+
+        Args:
+            head: The head.
+            task: "multiclass", "multilabel" or "regression".
+            num_classes: How many classes, labels or numbers; a class map knows, "none" does not need it, and a
+                regression's default is 1.
+
+        Raises:
+            StitchError: If a name or option is unknown or does not fit the task, or a number is missing.
+        """
+        name, options = _taken_apart(head)
+        if task not in get_args(Task):
+            raise StitchError(f"task must be one of {get_args(Task)}; found {task!r}.")
+        if task != "multiclass" and name in ("class_mean", "class_map"):
+            raise StitchError(f"head={name!r} tells classes apart; for task={task!r} use 'ridge' or 'knn'.")
+        if name == "class_map":
+            return _class_map(options, num_classes)
+        if options.get("metric", "cosine") not in get_args(Metric):
+            raise StitchError(f"metric must be one of {get_args(Metric)}; found {options['metric']!r}.")
+        if name == "none":
+            return cls(name, task, 0, options)  # type: ignore[arg-type]
+        count = 1 if num_classes is None and task == "regression" else num_classes
+        if count is None:
+            what = "labels" if task == "multilabel" else "classes"
+            raise StitchError(f"head={name!r} with task={task!r} needs num_classes=, the number of {what}.")
+        if count < (2 if task == "multiclass" else 1):
+            raise StitchError(f"num_classes must be at least {2 if task == 'multiclass' else 1}; found {count}.")
+        return cls(name, task, count, options)  # type: ignore[arg-type]
+
+    @property
+    def until(self) -> str:
+        """Where a network with this head ends: at the "features", or at its last source's "output"."""
+        return "output" if self.name == "class_map" else "features"
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether fitting it takes labelled images."""
+        return self.name not in ("class_map", "none")
+
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """The head as `of` takes it, resolved, so that a checkpoint's means the same tomorrow."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+    def empty(self, width: int) -> nn.Module:
+        """The head without its numbers, which a state dict brings.
+
+        Args:
+            width: Width of the network's output.
+
+        Raises:
+            StitchError: If a class map speaks of classes that the output does not have.
+        """
+        if self.name == "ridge":
+            return RidgeHead(width, self.num_classes)
+        if self.name == "knn":
+            metric = {key: value for key, value in self.options.items() if key == "metric"}
+            return NearestNeighbourHead(width, self.num_classes, task=self.task, **metric)
+        if self.name == "class_mean":
+            return ClassMeanHead(width, self.num_classes, **self.options)
+        if self.name == "class_map":
+            check_class_map(self.options["classes"], num_source_classes=width)
+            return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
+        return nn.Identity()
+
+    def fit(self, features: Tensor, targets: Tensor | None) -> nn.Module:
+        """The head, fitted in closed form.
+
+        Args:
+            features: The network's outputs, rows x width.
+            targets: Of these rows; None where the head needs none.
+
+        Raises:
+            CalibrationError: If features or targets cannot be used.
+            StitchError: If there are no targets and the head needs them; likewise as `empty`.
+        """
+        if not self.needs_targets:
+            return self.empty(features.shape[1]).to(features.device)
+        if targets is None:
+            raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
+        if self.name == "class_mean":
+            return fit_class_mean_head(features, targets, num_classes=self.num_classes, **self.options)[0]
+        fit: Any = fit_ridge_head if self.name == "ridge" else fit_neighbour_head
+        head: nn.Module = fit(features, targets, num_classes=self.num_classes, task=self.task, **self.options)[0]
+        return head
+
+
+def fit_head(
+    features: Tensor,
+    targets: Tensor | None = None,
+    head: str | Mapping[str, Any] = "ridge",
+    *,
+    task: str | None = None,
+    num_classes: int | None = None,
+) -> nn.Module:
+    """Fit any of the heads, as `StitchedClassifier(head=...)` names them.
+
+    Args:
+        features: A network's features, rows x width; for a class map its logits.
+        targets: Class indices (rows,), integers 0 and 1 (rows x labels), or floats (rows,) or (rows x numbers).
+        head: A name, or a mapping with "name" and options (`HeadSettings.of`).
+        task: None: as the targets' dtype and shape say.
+        num_classes: None: as many classes, labels or numbers as the targets say.
+
+    Raises:
+        CalibrationError: If features or targets cannot be used.
+        StitchError: If a name or option is unknown, does not fit the task, or targets are missing.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
+        >>> head = fit_head(features, torch.tensor([0.0, 1.0, 9.0, 10.0]), {"name": "knn", "num_neighbours": 1})
+        >>> head(torch.tensor([[0.88]]))
+        tensor([[9.]])
+    """
+    if targets is not None and num_classes is None and _taken_apart(head)[0] != "class_map":
+        num_classes = max(2, count_of(targets)) if task_of(targets) == "multiclass" else count_of(targets)
+    task = task or ("multiclass" if targets is None else task_of(targets))
+    return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets)
+
+
+def _taken_apart(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options, those that are None left out."""
+    given = {"name": head} if isinstance(head, str) else dict(head)
+    name = given.pop("name", None)
+    if name not in _OPTIONS:
+        raise StitchError(f"head must be one of {HEADS}, or a mapping with such a 'name'; found {head!r}.")
+    unknown = sorted(set(given) - set(_OPTIONS[name]))
+    if unknown:
+        raise StitchError(f"head={name!r} has no options {unknown}; it takes {list(_OPTIONS[name])}.")
+    return name, {key: value for key, value in given.items() if value is not None}
+
+
+def _class_map(options: Mapping[str, Any], num_classes: int | None) -> HeadSettings:
+    classes: Any = options.get("classes")
+    if not isinstance(classes, Mapping):
+        raise StitchError(
+            "head='class_map' needs its classes: head={'name': 'class_map', 'classes': {'dog': '151-268', ...}}."
+        )
+    if "names" in options:
+        names: str | Sequence[str] = options["names"]
+        found = class_map_from_names(classes, names, match=options.get("match", "name"))
+    elif "match" in options:
+        raise StitchError("match= says how names are found; give names= as well, such as 'imagenet-1k'.")
+    else:
+        found = parse_class_map(classes)
+    other = options.get("other", False)
+    named = [other if isinstance(other, str) else "other"] if other else []
+    if set(named) & set(found):
+        raise StitchError(f"The class of all that is not mapped and a mapped one are both named {named[0]!r}.")
+    class_names = (*found, *named)
+    if len(class_names) < 2:
+        raise StitchError(f"A class map needs two classes, or one and other=true; found {list(class_names)}.")
+    if num_classes not in (None, len(class_names)):
+        raise StitchError(f"num_classes={num_classes}, but the class map has {len(class_names)}: {list(class_names)}.")
+    resolved = {"classes": found, **({"other": other} if other else {})}
+    return HeadSettings("class_map", "multiclass", len(class_names), resolved, class_names)
