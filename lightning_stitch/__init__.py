@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_stitch.callbacks import FragmentSearch
     from lightning_stitch.class_maps import class_map_from_names
-    from lightning_stitch.compose import Pool
     from lightning_stitch.cost import Budget, Cost, network_cost
     from lightning_stitch.data import CalibrationDataModule
+    from lightning_stitch.ensemble_recipe import EnsembleRecipe
+    from lightning_stitch.ensembles import Ensemble, ensemble
     from lightning_stitch.errors import (
         BudgetError,
         CalibrationError,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
+    from lightning_stitch.personal import Composition, compose
+    from lightning_stitch.pool import Pool
     from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
@@ -42,9 +45,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "callbacks": ["FragmentSearch"],
     "class_maps": ["class_map_from_names"],
-    "compose": ["Pool"],
+    "personal": ["Composition", "compose"],
+    "pool": ["Pool"],
     "cost": ["Budget", "Cost", "network_cost"],
     "data": ["CalibrationDataModule"],
+    "ensemble_recipe": ["EnsembleRecipe"],
+    "ensembles": ["Ensemble", "ensemble"],
     "errors": [
         "BudgetError",
         "CalibrationError",
@@ -90,6 +96,13 @@ __all__ = [
     "fit_ridge_head",
     "fit_head",
     "class_map_from_names",
+    # composing for a few images of one person
+    "compose",
+    "Composition",
+    # several networks as one
+    "ensemble",
+    "Ensemble",
+    "EnsembleRecipe",
     # taking networks apart
     "Source",
     "Preprocessing",

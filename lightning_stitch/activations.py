@@ -7,7 +7,7 @@ the image size), and, while the search lasts, the activation itself on disk, to 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import CentredRows, centre_rows
 from lightning_stitch.graph import Cut
+from lightning_stitch.progress import Progress
 from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
 from lightning_stitch.stitches import resample, to_map
 
@@ -236,6 +237,22 @@ def calibrate(
     joined = torch.cat(features)
     num_held_out = held_out.num_held_out(len(joined)) if num_held_out is None else num_held_out
     return Calibrated(parts, found, [Carried(keeper.portions) for keeper in keepers], joined, num_held_out)
+
+
+def calibrate_all(
+    parts: Sequence[Segmented],
+    images: Iterable[Tensor],
+    settings: CalibrationSettings,
+    num_held_out: int | None = None,
+    progress: Progress | None = None,
+) -> list[Calibrated]:
+    """Run each source once over the calibration images, which are iterated once for each; as `calibrate`."""
+    found = []
+    for part in parts:
+        found.append(calibrate(part, images, settings, num_held_out=num_held_out))
+        if progress is not None:
+            progress.advance(1)
+    return found
 
 
 class _Keeper:

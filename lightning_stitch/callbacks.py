@@ -14,13 +14,13 @@ from lightning_stitch._spool import Keeping
 from lightning_stitch.candidate_table import write_candidates
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.comparison import Comparison, compare
-from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.functional import Estimator
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for, shared_head
 from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.report import print_table, write_table

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.results import SearchResult

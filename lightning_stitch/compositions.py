@@ -312,3 +312,11 @@ def _begins_linear(fragment: fx.GraphModule) -> bool:
 def _joined(measure: str, one: Tensor, other: Tensor) -> Tensor:
     """What two parts of a composition cost together, in one measure."""
     return torch.maximum(one, other) if measure == "activation_bytes" else one + other
+
+
+def costs_of_pairs(parts: Sequence[Segmented], *, early_exits: bool) -> CompositionCosts:
+    """The costs of networks of at most two fragments, all of them computed at once, for many searches to come."""
+    costs = CompositionCosts(parts, bias=True, max_fragments=2, early_exits=early_exits)
+    for measure in ("params", "macs", "activation_bytes"):
+        costs.cheapest(measure)
+    return costs

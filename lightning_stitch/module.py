@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
+from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.network import StitchedNetwork
@@ -37,7 +39,8 @@ class StitchedClassifier(pl.LightningModule):
     Args:
         num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
             and for a regression the default is 1.
-        recipe: A recipe's `to_dict()`: the structure to build, with random weights, for checkpoints. None: none yet.
+        recipe: A recipe's `to_dict()`, or an ensemble recipe's: the structure to build, with random weights, for
+            checkpoints. None: none yet.
         optimizer: Makes the optimizer from the parameters, should training follow; None: AdamW with lr 1e-4.
         trust_factory: Allow a recipe to import and call the factory of a "python:" source.
         head: What reads the features, fitted in closed form: "ridge" (a linear map), "knn" (the nearest labelled
@@ -68,13 +71,13 @@ class StitchedClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         if recipe is not None:
-            Recipe.from_dict(recipe)
+            any_recipe(recipe)
         self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
         self.hparams["head"] = self.head_settings.plain
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
-        self.network: StitchedNetwork | None = None
+        self.network: StitchedNetwork | Ensemble | None = None
         self.head: nn.Module | None = None
         silent = self.head_settings.name == "none"
         metrics = MetricCollection({}) if silent else metrics_for(self.head_settings.task, self.num_classes)
@@ -84,13 +87,16 @@ class StitchedClassifier(pl.LightningModule):
     # -- the network -------------------------------------------------------------------------------------------------
 
     @property
-    def recipe(self) -> Recipe | None:
+    def recipe(self) -> Recipe | EnsembleRecipe | None:
         """The structure of the network; None: there is none yet."""
         plain = self.hparams["recipe"]
-        return None if plain is None else Recipe.from_dict(plain)
+        return None if plain is None else any_recipe(plain)
 
-    def install(self, network: StitchedNetwork, head: nn.Module) -> None:
-        """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter."""
+    def install(self, network: StitchedNetwork | Ensemble, head: nn.Module) -> None:
+        """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
+
+        An ensemble has heads of its own and takes `nn.Identity()`.
+        """
         self.network = network
         self.head = head
         self.hparams["recipe"] = network.recipe.to_dict()
@@ -105,7 +111,11 @@ class StitchedClassifier(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""
         recipe = self.recipe
-        if recipe is not None and (self.network is None or self.network.recipe != recipe):
+        if recipe is None or (self.network is not None and self.network.recipe == recipe):
+            return
+        if isinstance(recipe, EnsembleRecipe):
+            self.install(Ensemble.from_recipe(recipe, trust_factory=self.trust_factory), nn.Identity())
+        else:
             network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
             self.install(network, self.head_settings.empty(network.num_features))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_stitch._copying import copied, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
@@ -193,23 +193,38 @@ def _assemble(
         if spec is None:
             joints.append(nn.Identity())
             continue
-        joint = Stitch(spec)
-        numbers = stitch if stitch is not None and stitch.weight is not None else _zero_stitch(spec)
-        if spec.placement == "explicit":
-            joint.load_state_dict(numbers.state_dict())
-        else:
-            if joint.prefix is not None and numbers.prefix is not None:
-                joint.prefix.copy_(numbers.prefix)
-            if spec.placement == "producer":
-                fold_into_producer(fragments[index], numbers)
-            else:
-                fold_into_consumer(fragments[index + 1], numbers)
-        joints.append(joint)
+        joints.append(placed_stitch(spec, stitch, fragments[index], fragments[index + 1]))
     last = recipe.fragments[-1]
     pool = GlobalAverage.of(graphs[last.source].find(str(last.end))) if recipe.pooled else None
     network = StitchedNetwork(recipe, fragments, joints, pool)
     reference = next(network.parameters())
     return network.to(reference.device).eval()
+
+
+def placed_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:
+    """The joint of two fragments, with its numbers where the spec places them: in itself, or folded into a neighbour.
+
+    Args:
+        spec: The stitch's structure.
+        stitch: The fitted stitch, explicit where it holds numbers; None: all are zero.
+        before: The fragment before, changed in place where it takes the stitch in.
+        after: The fragment behind, likewise.
+
+    Raises:
+        CutError: If a fold is not possible.
+    """
+    joint = Stitch(spec)
+    numbers = stitch if stitch is not None and stitch.weight is not None else _zero_stitch(spec)
+    if spec.placement == "explicit":
+        joint.load_state_dict(numbers.state_dict())
+        return joint
+    if joint.prefix is not None and numbers.prefix is not None:
+        joint.prefix.copy_(numbers.prefix)
+    if spec.placement == "producer":
+        fold_into_producer(before, numbers)
+    else:
+        fold_into_consumer(after, numbers)
+    return joint
 
 
 def _zero_stitch(spec: StitchSpec) -> Stitch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +39,14 @@ def counted(steps: Iterable[_Step], progress: Progress) -> Iterator[_Step]:
     for step in steps:
         yield step
         progress.advance(1)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of what is done inside to a stage's seconds."""
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
 
 
 class Silent:

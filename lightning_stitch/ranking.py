@@ -52,18 +52,23 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     and for several labels R2 alone breaks ties.
     """
     scores = _by_head("loo_r2", selection)
+    soft = softened_labels(candidates, selection)
+    return [
+        {"loo_soft_r2": r2(left_out(features, soft), soft), **score}
+        for features, score in zip(selection.features, scores, strict=True)
+    ]
+
+
+def softened_labels(candidates: Sequence[Candidate], selection: SelectionData) -> Tensor:
+    """The softened label of each image (images x classes), float64."""
     assert selection.targets is not None  # or there would be no scores
     labels = comparable_columns(selection.targets, num_classes=selection.num_classes)
     own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
     said = []
     for name, features in own.items():
         with _naming([name]):
-            said.append(_left_out(features, labels))
-    soft = (labels + torch.stack(said).mean(0)) / 2
-    return [
-        {"loo_soft_r2": r2(_left_out(features, soft), soft), **score}
-        for features, score in zip(selection.features, scores, strict=True)
-    ]
+            said.append(left_out(features, labels))
+    return (labels + torch.stack(said).mean(0)) / 2
 
 
 def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -226,10 +231,10 @@ def _reference(own: Mapping[str, Tensor]) -> Tensor:
 def _explained(features: Tensor, reference: Tensor, names: Iterable[str]) -> float:
     """R2 of predicting a reference from features, each image left out in turn."""
     with _naming(names):
-        return r2(_left_out(features, reference), reference)
+        return r2(left_out(features, reference), reference)
 
 
-def _left_out(features: Tensor, target: Tensor) -> Tensor:
+def left_out(features: Tensor, target: Tensor) -> Tensor:
     """Each image's target as ridge regression on the others predicts it, at the strength of least squared error."""
     fit = loo_ridge(features, target, strengths=DEFAULT_STRENGTHS)
     return fit.predictions[int((fit.predictions - target).square().sum((1, 2)).argmin())]

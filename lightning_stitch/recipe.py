@@ -205,8 +205,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain dicts, lists, strings and numbers; `Recipe.from_dict` takes it back."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return plain
+        found: dict[str, Any] = plain(dataclasses.asdict(self))
+        return found
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Recipe:
@@ -225,29 +225,29 @@ class Recipe:
             )
         try:
             sources = tuple(
-                _built(SourceRef, {**s, "preprocessing": _built(Preprocessing, s["preprocessing"])})
+                built(SourceRef, {**s, "preprocessing": built(Preprocessing, s["preprocessing"])})
                 for s in plain["sources"]
             )
-            fragments = tuple(_built(FragmentRef, f) for f in plain["fragments"])
-            stitches = tuple(None if s is None else _built(StitchSpec, s) for s in plain["stitches"])
-            return _built(cls, {**plain, "sources": sources, "fragments": fragments, "stitches": stitches})
+            fragments = tuple(built(FragmentRef, f) for f in plain["fragments"])
+            stitches = tuple(None if s is None else built(StitchSpec, s) for s in plain["stitches"])
+            return built(cls, {**plain, "sources": sources, "fragments": fragments, "stitches": stitches})
         except (KeyError, TypeError) as error:
             raise RecipeError(f"This is no recipe of schema {SCHEMA_VERSION}: {error}.") from error
 
 
-_Part = TypeVar("_Part", Preprocessing, SourceRef, FragmentRef, StitchSpec, Recipe)
+_Part = TypeVar("_Part")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples to lists, all the way down, so that JSON and a checkpoint give back what was put in."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
-def _built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
+def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
     """The inverse for one dataclass, its fields' types checked: a recipe may come from a stranger."""
     if not isinstance(fields, dict):
         raise TypeError(f"{cls.__name__} is {fields!r}; expected a dict")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import get_args
 
+import torch
 from torch import Tensor, fx
 
 from lightning_stitch._memory import Occupancy
@@ -66,6 +67,10 @@ class CalibrationSettings:
         return self.granularity
 
 
+LEAN = CalibrationSettings(granularity="stages", rows_per_image=16, keep_activations="memory")
+"""For networks on the fly: few cuts, few rows, and no more images than fit into memory."""
+
+
 @dataclass(slots=True)
 class Segmented:
     """A source at one image size, taken apart at its cuts.
@@ -106,6 +111,11 @@ class Segmented:
         arithmetic: EfficientNet-Lite0 at 224 pixels ran 4 images at a time six times faster than 32.
         """
         return max(1, _CHUNK_BYTES // (4 * self.graph.largest_activation))
+
+    def to(self, device: torch.device) -> None:
+        """Move the source's module, and so its pieces, and the preprocessing."""
+        for module in (self.source.module, self.preprocess, *self.pieces):
+            module.to(device)
 
     def cost_between(self, first: int, last: int) -> Cost:
         """Cost of the pieces from one index up to, not including, another."""
@@ -172,13 +182,28 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     )
 
 
-def check_same_outputs(parts: Sequence[Segmented]) -> None:
-    """Refuse sources whose outputs differ in width.
+def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
+    """Refuse a pool without sources, sources that share a name, and settings for sources that are not there.
+
+    Raises:
+        StitchError: Naming them.
+    """
+    if not names:
+        raise StitchError("A pool needs at least one source.")
+    if len(set(names)) < len(names):
+        raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
+    named = settings.granularity
+    if isinstance(named, Mapping) and (strangers := sorted(set(named) - set(names))):
+        raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
+
+
+def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings) -> None:
+    """Refuse sources whose outputs differ in width, where networks end at outputs.
 
     Raises:
         StitchError: Naming the widths.
     """
-    widths = {part.name: part.graph.output_features() for part in parts}
+    widths = {part.name: part.graph.output_features() for part in parts if settings.until == "output"}
     if len(set(widths.values())) > 1:
         raise StitchError(
             f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "

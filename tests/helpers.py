@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.activations import calibrate
 from lightning_stitch.candidates import Candidate, Kind
-from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult
 from lightning_stitch.segments import CalibrationSettings, segment

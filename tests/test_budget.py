@@ -11,10 +11,10 @@ from helpers import Recorder, digits, images_seen, noise, path, plain
 from torch import Tensor
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost, network_cost
 from lightning_stitch.errors import BudgetError
+from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, DepthFirst

@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits
+from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.segments import CalibrationSettings

@@ -136,6 +136,33 @@ def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
     assert rows[-1]["labels"] == "384"
 
 
+def accuracies(printed: str) -> dict[str, float]:
+    """The mean accuracy of each kind of network, as examples/personal.py prints them."""
+    return {kind: float(mean) for kind, mean in re.findall(r"^(\w+): accuracy ([\d.]+)", printed, flags=re.MULTILINE)}
+
+
+PERSONAL = {"chosen", "StitchNet", "ensemble", "general", "source"}
+
+
+def test_people_get_networks_for_their_own_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("personal").main(["--people", "3", "--images", "15", "--epochs", "4"])
+    printed = capsys.readouterr().out
+    people = re.findall(r"\d: digits (\d), (\d), (\d) ", printed)
+    assert len(people) == 3
+    assert all(len(set(classes)) == 3 for classes in people)
+    # Of three digits one in three is right by chance.
+    assert {kind for kind, mean in accuracies(printed).items() if mean > 0.6} == PERSONAL
+
+
+@pytest.mark.slow
+def test_people_get_networks_for_their_own_solar_cells(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--people", "2", "--images", "16", "--image-size", "64", "--test-images", "24"]
+    load_example("personal").main(["--task", "solar-cells", "--solar-cells", str(workplace / "solar_cells"), *small])
+    printed = capsys.readouterr().out
+    assert re.findall(r"\d: (mono|poly) ", printed) == ["mono", "poly"]
+    assert accuracies(printed).keys() == PERSONAL
+
+
 def blocks_of_readme(language: str) -> list[str]:
     text = (EXAMPLES.parent / "README.md").read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)

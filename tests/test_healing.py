@@ -16,13 +16,13 @@ from torch.utils.data import TensorDataset
 
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
 from lightning_stitch.healing import heal
 from lightning_stitch.layer_healing import layers_of
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
+from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import Refiner, finalists, refined

@@ -16,6 +16,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.ste
 GROUPS = (
     {"errors"},
     {"recipe", "held_out"},
+    {"ensemble_recipe"},
     {
         "_rows",
         "targets",
@@ -28,7 +29,8 @@ GROUPS = (
         "_copying",
         "_tensor_files",
     },
-    {"functional", "regression", "layerwise", "neighbours"},
+    {"_target_values"},
+    {"functional", "regression", "layerwise", "neighbours", "_images"},
     {"class_means"},
     {"shortlist"},
     # similarity, sources, graph, activations, stitches, healing, cost
@@ -44,17 +46,16 @@ GROUPS = (
     {"calibration_files", "journal", "fitting", "layer_healing"},
     # network, heads, search
     {"candidates", "heads", "network"},
-    {"scoring", "prefix_tree", "trials", "head_settings"},
+    {"scoring", "prefix_tree", "trials", "head_settings", "cross_fitting"},
     {"space", "healing"},
     {"search", "ranking", "paths", "refinement"},
-    {"remembered"},
+    {"remembered", "careful_ranking"},
     {"results", "batches"},
     # compose, report, hub, export
-    {"compose", "report", "candidate_table"},
-    {"comparison", "shrinking"},
+    {"pool", "report", "candidate_table"},
+    {"comparison", "shrinking", "personal", "ensembles"},
     # module, data
-    {"_target_values", "task_metrics"},
-    {"_images"},
+    {"task_metrics"},
     {"_labels"},
     {"module", "data"},
     {"head_fitting"},

@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.candidates import Candidate, Kind
+from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.paths import references
@@ -261,3 +262,30 @@ def test_seconds_are_what_a_candidate_costs_alone(space: SearchSpace) -> None:
 def test_no_images_to_run_on_is_said(space: SearchSpace) -> None:
     with pytest.raises(CalibrationError, match="no images to run the candidates on"):
         tree(space, references(space)).run([])
+
+
+def test_careful_r2_takes_off_two_standard_errors_of_the_lead_over_the_best_source() -> None:
+    kinds: tuple[Kind, ...] = ("source", "source", "stitched", "early exit", "stitched")
+    candidates = [candidate(source, kind=kind) for source, kind in zip("abaab", kinds, strict=True)]
+    own = [FEATURES[1], FEATURES[3], FEATURES[1], FEATURES[1], FEATURES[3]]
+    scores = by_careful_r2(candidates, SelectionData(own[:2] + FEATURES[2:], LABELS, own, 3))
+    soft = (ONE_HOT + sum(left_out_predictions(x, ONE_HOT) for x in own[:2]) / 2) / 2
+    total = ((soft - soft.mean(0)) ** 2).sum()
+    errors = [((left_out_predictions(x, soft) - soft) ** 2).sum(1) / total for x in own[:2] + FEATURES[2:]]
+    for score, kind, error in zip(scores, kinds, errors, strict=True):
+        lead = errors[0] - error
+        spread = 0.0 if kind == "source" else np.sqrt(len(lead)) * lead.std(ddof=1)
+        assert score["loo_soft_r2"] == pytest.approx(1 - error.sum(), abs=1e-6)
+        assert next(iter(score.items())) == ("careful_r2", pytest.approx(1 - error.sum() - 2 * spread, abs=1e-6))
+
+
+def test_by_careful_r2_noise_does_not_come_before_a_source_and_a_clear_lead_does() -> None:
+    source, better = features(0.3, 3), features(3.0, 1)
+    given = [source, *(features(0.3, seed) for seed in range(4, 34)), better]
+    candidates = [candidate(kind="source"), *[candidate()] * 31]
+    selection = SelectionData(given, LABELS, [source] * 32, 3)
+    plain_scores = [score["loo_soft_r2"] for score in RANKINGS["loo_soft_r2"](candidates, selection)]
+    careful = [score["careful_r2"] for score in by_careful_r2(candidates, selection)]
+    assert max(plain_scores[1:-1]) > plain_scores[0]
+    assert max(careful[1:-1]) < careful[0] == plain_scores[0]
+    assert careful[-1] > careful[0]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_stitch.batches import WithoutLabels
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent, num_images
 from lightning_stitch.ranking import RANKINGS, SelectionData
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_stitch._copying import with_tensors
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
+from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import batch_norm_statistics, refined

@@ -8,9 +8,9 @@ from clock_double import Clock, timed
 from helpers import digits, noise, plain
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
+from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.results import Ranked, SearchResult, choose
 from lightning_stitch.search import Beam, DepthFirst

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.compose import Pool
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
+from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
@@ -384,7 +384,7 @@ def test_progress_is_told_stage_by_stage(pool: Pool, selection: DataLoader, tota
 
 def test_seconds_are_those_of_the_search_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
-    monkeypatch.setattr("lightning_stitch.compose.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr("lightning_stitch.progress.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     pool = pool_of()
     first, second = (pool.search([CALIBRATION], SELECTION, max_candidates=1).seconds for _ in range(2))
     # The cutting in the constructor and the costs of the search are one stage.

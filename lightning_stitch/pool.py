@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,26 +19,26 @@ from torch import Tensor
 
 from lightning_stitch._identity import search_identity
 from lightning_stitch._spool import Spool
-from lightning_stitch.activations import Calibrated, calibrate
+from lightning_stitch.activations import Calibrated, calibrate_all
 from lightning_stitch.batches import Batch, labelled, put_down, read_again
 from lightning_stitch.calibration_files import calibrate_once, load_calibration, save_calibration, saved_settings
 from lightning_stitch.candidates import Candidate, Kind
-from lightning_stitch.compositions import CompositionCosts
+from lightning_stitch.compositions import CompositionCosts, costs_of_pairs
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.errors import CalibrationError
 from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
 from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits, follow, self_stitched, unmodified
 from lightning_stitch.prefix_tree import Outcome
-from lightning_stitch.progress import Progress, Silent, counted, num_images
+from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
 from lightning_stitch.results import SearchResult, choose, measured, rank
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import CalibrationSettings, check_same_outputs, segment
+from lightning_stitch.segments import LEAN, CalibrationSettings, check_names, check_same_outputs, segment
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stopping import TimeLimit, until_stopped
@@ -68,31 +66,45 @@ class Pool:
         settings: CalibrationSettings | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not sources:
-            raise StitchError("A pool needs at least one source.")
         self.settings = settings or CalibrationSettings()
-        names = [source.name for source in sources]
-        if len(set(names)) < len(names):
-            raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
-        named = self.settings.granularity
-        if isinstance(named, Mapping) and (strangers := sorted(set(named) - set(names))):
-            raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
-        self.device = torch.device(device)
-        self.image_shape = image_shape
+        check_names([source.name for source in sources], self.settings)
+        self.device, self.image_shape = torch.device(device), image_shape
         self.seconds: dict[str, float] = {}
-        with self._timed("cut"):
+        with timed(self.seconds, "cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
-        if self.settings.until == "output":
-            check_same_outputs(self.parts)
+        check_same_outputs(self.parts, self.settings)
         for part in self.parts:
-            part.source.module.to(self.device)
-            part.preprocess.to(self.device)
-            for piece in part.pieces:
-                piece.to(self.device)
+            part.to(self.device)
         self.calibrated: list[Calibrated] = []
         self._images_hash = ""
         self._latencies: list[list[float]] | None = None
+        self.prepared: dict[bool, CompositionCosts] = {}  # with early exits and without
+
+    @classmethod
+    def prepare(
+        cls,
+        sources: Sequence[Source],
+        image_shape: tuple[int, int, int] | None = None,
+        *,
+        settings: CalibrationSettings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Pool:
+        """A pool on which `lightning_stitch.compose` answers one request after the other, all that can be done, done.
+
+        Args:
+            sources: The sources.
+            image_shape: (channels, height, width) of the images; None: what the first source was trained on.
+            settings: None: cuts where stages end, few rows, activations in memory, for a leaner search.
+            device: Where to run.
+
+        Raises:
+            StitchError: As `Pool`.
+        """
+        native = next((source.preprocessing.input_size for source in sources), (0, 0, 0))
+        pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
+        pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
+        return pool
 
     def calibrate(
         self, images: Iterable[Batch], *, groups: Sequence[Hashable] | None = None, progress: Progress | None = None
@@ -111,7 +123,7 @@ class Pool:
             CalibrationError: If there are too few images, or an image or activation is not finite; likewise if there
                 are not as many labels as images, or there is but one group.
         """
-        with self._timed("calibrate"):
+        with timed(self.seconds, "calibrate"):
             self._calibrate(images, NoJournal(), progress or Silent(), groups)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -223,8 +235,8 @@ class Pool:
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
             JournalError: If the journal is another search's, in use, or cannot be written; likewise but for images.
         """
-        limit = TimeLimit(time_limit)
-        strategy, budget, progress = strategy or Beam(), budget or Budget(), progress or Silent()
+        limit, strategy = TimeLimit(time_limit), strategy or Beam()
+        budget, progress = budget or Budget(), progress or Silent()
         exits = exits and self.settings.until == "features" and ranking != "cka_product"
         find_ranking(ranking, labelled=True)
         check_refinements(refinements)
@@ -234,7 +246,7 @@ class Pool:
         if calibration is None:
             self._check_calibrated()
         self.seconds = {"cut": self._cutting_seconds}
-        with self._timed("cut"):
+        with timed(self.seconds, "cut"):
             most = getattr(strategy, "max_fragments", 16)
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
@@ -244,7 +256,7 @@ class Pool:
             search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias, fits=fits)
         )
         if budget.max_latency_ms is not None:
-            with self._timed("measure"):
+            with timed(self.seconds, "measure"):
                 pieces = partial(piece_latencies, self.parts, self.device)
                 answer = answered(kept, ["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
                 self._latencies = answer.value
@@ -254,7 +266,7 @@ class Pool:
         if calibration is None:
             kept.agree({"calibration images": self._images_hash})
         else:
-            with self._timed("calibrate"):
+            with timed(self.seconds, "calibrate"):
                 self._calibrate(calibration, kept, progress, groups)
         space = SearchSpace(
             self.calibrated,
@@ -266,7 +278,7 @@ class Pool:
             journal=kept,
             time_limit=limit,
         )
-        with self._timed("search"):
+        with timed(self.seconds, "search"):
             candidates, ends = unmodified(space), early_exits(space) if exits else []
             progress.start("composing", max_candidates)
             proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
@@ -274,20 +286,20 @@ class Pool:
             # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
             candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
         if set(refinements) - set(FITS):
-            with self._timed("refine"):
+            with timed(self.seconds, "refine"):
                 refiner = RememberingRefiner(kept, self.calibrated, settings=self.settings, ridge=ridge)
                 candidates = refine(candidates, refiner, refinements, max_healed=max_healed, progress=progress)
         if calibration is not None:
             for source in self.calibrated:
                 source.release()
-        with self._timed("rank"):
+        with timed(self.seconds, "rank"):
             progress.start("ranking", num_selected)
-            outcomes, labels = self._outcomes(candidates, selection, progress, kept)
+            outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
             ranked = rank(
                 candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
             )
         if budget.max_latency_ms is not None:
-            with self._timed("measure"):
+            with timed(self.seconds, "measure"):
                 ranked = measured(ranked, budget, lambda c: milliseconds(kept, c, partial(self._latency, c)), progress)
         return choose(
             ranked,
@@ -299,10 +311,18 @@ class Pool:
         )
 
     def outcomes(
-        self, candidates: Sequence[Candidate], batches: Iterable[Batch], *, progress: Progress
+        self,
+        candidates: Sequence[Candidate],
+        batches: Iterable[Batch],
+        *,
+        progress: Progress,
+        journal: Answers | None = None,
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
-        return self._outcomes(candidates, batches, progress, NoJournal())
+        labels: list[Tensor] = []
+        images = read_again(batches, self.image_shape, self.device, labels)
+        found = outcomes(candidates, self.parts, images, journal=journal or NoJournal(), on_batch=progress.advance)
+        return found, torch.cat(labels) if labels else None
 
     def stitch(
         self,
@@ -336,8 +356,7 @@ class Pool:
         fits = [name for name in refinements if name in FITS]
         space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge, fits=fits)
         found = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
-        refiner = Refiner(self.calibrated, settings=self.settings, ridge=ridge)
-        return refine([found], refiner, refinements)[0]
+        return refine([found], Refiner(self.calibrated, settings=self.settings, ridge=ridge), refinements)[0]
 
     def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done.
@@ -361,13 +380,7 @@ class Pool:
             return
         progress.start("calibrating", len(self.parts))
 
-        def run() -> list[Calibrated]:
-            found = []
-            for part in self.parts:
-                found.append(calibrate(part, read.images, self.settings, num_held_out=read.num_held_out))
-                progress.advance(1)
-            return found
-
+        run = partial(calibrate_all, self.parts, read.images, self.settings, read.num_held_out, progress)
         if isinstance(journal, Journal):
             self.calibrated = calibrate_once(
                 journal.calibration, self.parts, self.settings, self.device, (read.count, read.hash), run
@@ -384,17 +397,3 @@ class Pool:
 
     def _latency(self, candidate: Candidate) -> float:
         return network_latency(self.assemble(candidate), self.image_shape, self.device)
-
-    def _outcomes(
-        self, candidates: Sequence[Candidate], batches: Iterable[Batch], progress: Progress, journal: Answers
-    ) -> tuple[list[Outcome], Tensor | None]:
-        labels: list[Tensor] = []
-        images = read_again(batches, self.image_shape, self.device, labels)
-        found = outcomes(candidates, self.parts, images, journal=journal, on_batch=progress.advance)
-        return found, torch.cat(labels) if labels else None
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
