@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_stitch.backbones import StitchedBackbone, restore_backbones
     from lightning_stitch.callbacks import FragmentSearch
     from lightning_stitch.class_maps import class_map_from_names
     from lightning_stitch.cost import Budget, Cost, network_cost
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "backbones": ["StitchedBackbone", "restore_backbones"],
     "callbacks": ["FragmentSearch"],
     "class_maps": ["class_map_from_names"],
     "personal": ["Composition", "compose"],
@@ -84,6 +86,9 @@ __all__ = [
     "Budget",
     "Beam",
     "DepthFirst",
+    # in a LightningModule of your own
+    "StitchedBackbone",
+    "restore_backbones",
     # composing without one
     "Pool",
     "shrink",

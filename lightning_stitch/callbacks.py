@@ -11,6 +11,7 @@ import torch
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
 from lightning_stitch._spool import Keeping
+from lightning_stitch.callback_order import check_order
 from lightning_stitch.candidate_table import write_candidates
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.comparison import Comparison, compare
@@ -27,6 +28,7 @@ from lightning_stitch.report import print_table, write_table
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.slots import BackboneSlot, is_restored, one_rank_first, place_for_network
 from lightning_stitch.sources import Source, load_sources
 
 
@@ -38,7 +40,8 @@ class FragmentSearch(pl.Callback):
     search; rank zero's recipe decides. Every candidate with its costs and scores goes into candidates.csv in the log
     directory; `install_within` takes another of them afterwards.
 
-    The module is a `StitchedClassifier`, the data module a `CalibrationDataModule`.
+    The module is a `StitchedClassifier`, or any LightningModule with the `attribute` that its backbone is in; the data
+    module is a `CalibrationDataModule`. A run that resumes from a checkpoint takes the network from there.
 
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
@@ -72,6 +75,13 @@ class FragmentSearch(pl.Callback):
         journal: A directory where the search remembers what it found and its calibration, so that a run that was
             stopped by whatever means, a killed process too, goes on where it was when it is started again. Of several
             ranks each has a directory of its own in it. A fast_dev_run leaves it alone.
+        attribute: Where in a LightningModule of your own the network goes, as "backbone" or "model.encoder". What is
+            there gives vectors (batch, width) for images: a `StitchedBackbone`, or any network, which is replaced by
+            one whose features are mapped, by least squares on the head images, onto what it gave. A module with a
+            method `on_backbone_stitched(self, backbone)` is told instead, and nothing is mapped. None: the module is a
+            `StitchedClassifier`.
+        head_attribute: Where in such a module the linear layer from these vectors to the classes is, to be fitted in
+            closed form; None: the module's head is left as it is.
 
     Ctrl-C while it composes ends the composing, not the run: the best network by then is installed, the summary says
     so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
@@ -103,6 +113,8 @@ class FragmentSearch(pl.Callback):
         keep_activations: Keeping = "disk",
         time_limit: float | None = None,
         journal: str | Path | None = None,
+        attribute: str | None = None,
+        head_attribute: str | None = None,
     ) -> None:
         self.sources = list(sources)
         self.strategy = strategy
@@ -124,6 +136,8 @@ class FragmentSearch(pl.Callback):
         self.pool: Pool | None = None
         self.time_limit = time_limit
         self.journal = journal
+        self.attribute = attribute
+        self.head_attribute = head_attribute
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
@@ -136,12 +150,16 @@ class FragmentSearch(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
         if stage != "fit":
+            if self.attribute is not None:
+                is_restored(trainer, place_for_network(pl_module, self.attribute))
             return
+        check_order(trainer, self)
         module, data = self._checked(trainer, pl_module)
-        if module.recipe is not None:
+        if module.recipe is not None or is_restored(trainer, module):
             return
         module.check_stage(stage)
-        self.fetch_sources()
+        with one_rank_first(trainer, module):
+            self.fetch_sources()
         assert self._fetched is not None
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
@@ -186,33 +204,34 @@ class FragmentSearch(pl.Callback):
 
     def _checked(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> tuple[StitchedClassifier, CalibrationDataModule]:
+    ) -> tuple[StitchedClassifier | BackboneSlot, CalibrationDataModule]:
         check_same_namespace(trainer, "Trainer")
         check_same_namespace(pl_module, "module")
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             check_same_namespace(data, "data module")
-        if not isinstance(pl_module, StitchedClassifier):
-            raise StitchError(f"FragmentSearch fits a StitchedClassifier; found {type(pl_module).__name__}.")
+        module = place_for_network(pl_module, self.attribute, self.head_attribute)
         if not isinstance(data, CalibrationDataModule):
             found = "none" if data is None else type(data).__name__
             raise StitchError(
                 f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found {found}. "
                 f"CalibrationDataModule(datamodule=yours) wraps another one."
             )
-        if trainer.strategy.restore_checkpoint_after_setup and pl_module.recipe is None:
+        if trainer.strategy.restore_checkpoint_after_setup and module.recipe is None:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
                 f"must be known from the start: search with another strategy first, then give "
-                f"StitchedClassifier(recipe=...)."
+                f"StitchedClassifier(recipe=...) or StitchedBackbone(recipe=...)."
             )
-        check_targets(pl_module.head_settings, data, ranking=self.ranking, compare=self.compare)
-        return pl_module, data
+        if isinstance(module, BackboneSlot):
+            module.check_head(data)
+        check_targets(module.head_settings, data, ranking=self.ranking, compare=self.compare)
+        return module, data
 
     def _run(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier,
+        module: StitchedClassifier | BackboneSlot,
         data: CalibrationDataModule,
         sources: list[Source],
         progress: Progress,
@@ -257,7 +276,7 @@ class FragmentSearch(pl.Callback):
                 self.result,
                 data.head_dataloader(),
                 data.test_dataloader(),
-                num_classes=module.num_classes,
+                num_classes=module.head_settings.num_classes,
                 head=module.head_settings,
                 fractions=self.fractions,
                 progress=progress,
@@ -266,7 +285,7 @@ class FragmentSearch(pl.Callback):
     def _install(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier,
+        module: StitchedClassifier | BackboneSlot,
         data: CalibrationDataModule,
         candidate: Candidate,
         progress: Progress,
@@ -275,6 +294,13 @@ class FragmentSearch(pl.Callback):
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
+        if isinstance(module, BackboneSlot):
+            outcomes, targets = self.pool.outcomes([candidate], batches, progress=progress)
+            with torch.inference_mode(False):
+                network = self.pool.assemble(candidate)
+            module.install(network, outcomes[0].features, targets, batches, data, ridge=self.ridge)
+            module.agree(trainer)
+            return
         head = fitted_head(module.head_settings, self.pool, candidate, batches, progress)
         with torch.inference_mode(False):
             network = self.pool.assemble(candidate)

@@ -22,6 +22,7 @@ from lightning_stitch._labels import (
     stratified,
 )
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch._shuffling import EpochShuffle
 from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
 
@@ -177,7 +178,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        """The train set, shuffled anew in every epoch."""
+        """The train set, shuffled anew in every epoch, alike in a resumed run."""
         return self._loader("train", shuffle=True)
 
     def head_dataloader(self) -> DataLoader:
@@ -223,6 +224,11 @@ class CalibrationDataModule(pl.LightningDataModule):
         return self._image_shape
 
     @property
+    def normalisation(self) -> tuple[Tensor | None, Tensor | None]:
+        """The mean and std that the given tensors were normalised with, (channels, 1, 1); None where they were not."""
+        return self._decoder.mean, self._decoder.std
+
+    @property
     def summary(self) -> dict[str, int]:
         """Number of images in each set."""
         self.setup()
@@ -232,8 +238,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.setup()
         # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
         generator = torch.Generator().manual_seed(self._seed)
+        images = self._parts[part]
+        sampler = EpochShuffle(images, self._seed) if shuffle else None
         return DataLoader(
-            self._parts[part], batch_size=self.batch_size, shuffle=shuffle, generator=generator, **self._loader_options
+            images, batch_size=self.batch_size, sampler=sampler, generator=generator, **self._loader_options
         )
 
     def _datasets(self) -> dict[str, Items]:

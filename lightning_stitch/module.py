@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch._resuming import is_resumed
+from lightning_stitch.callback_order import check_order
 from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
@@ -18,6 +20,7 @@ from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
+from lightning_stitch.training_plan import TrainingPlan
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -34,7 +37,11 @@ class StitchedClassifier(pl.LightningModule):
     load with no callback, no sources and `weights_only=True`.
 
     Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that. The network
-    stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `network.train()` changes that.
+    stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `train_mode` changes that for
+    what is thawed. What is frozen keeps parameters and buffers bit for bit.
+
+    The optimizer gets all parameters, in groups named "head", "stitch_1", ..., "fragment_1", ..., so that learning
+    rates can be seen (`LearningRateMonitor`) and a run resumed at any epoch of a schedule.
 
     Args:
         num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
@@ -50,13 +57,20 @@ class StitchedClassifier(pl.LightningModule):
             (`HeadSettings.of` lists them).
         task: "multiclass" (integers (batch,)), "multilabel" (0 and 1, (batch, labels)) or "regression" (numbers
             (batch,) or (batch, numbers)): it decides the loss, the metrics (`metrics_for`) and what is predicted.
+        thaw: What trains: "head" alone; "stitches": also the layers that hold the stitches' numbers, which are layers
+            of the fragments where a stitch is folded into them; "neighbours": also the nearest layers before and
+            behind each stitch; "all"; or a schedule by epoch, as {0: "head", 3: "stitches", 6: "all"}.
+        train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops.
+        lr: Learning rate; None: the optimizer's own. `LearningRateFinder` sets it.
+        backbone_lr_factor: Learning rate of the fragments, relative to that of the head and the stitches.
+        fragment_lr_decay: Each fragment's learning rate is that of the one behind it times this.
 
     Attributes:
         head_settings: The head and the task, checked.
 
     Raises:
         RecipeError: If a recipe is malformed.
-        StitchError: If head, task and num_classes do not fit each other.
+        StitchError: If head, task and num_classes do not fit each other, or `thaw` or a factor is none of those.
     """
 
     def __init__(
@@ -67,6 +81,11 @@ class StitchedClassifier(pl.LightningModule):
         trust_factory: bool = False,
         head: str | dict[str, Any] = "ridge",
         task: str = "multiclass",
+        thaw: str | dict[int, str] = "all",
+        train_mode: bool = False,
+        lr: float | None = None,
+        backbone_lr_factor: float = 1.0,
+        fragment_lr_decay: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
@@ -77,6 +96,10 @@ class StitchedClassifier(pl.LightningModule):
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
+        self.lr = lr
+        self._plan = TrainingPlan(
+            thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
+        )
         self.network: StitchedNetwork | Ensemble | None = None
         self.head: nn.Module | None = None
         silent = self.head_settings.name == "none"
@@ -100,12 +123,14 @@ class StitchedClassifier(pl.LightningModule):
         self.network = network
         self.head = head
         self.hparams["recipe"] = network.recipe.to_dict()
+        self._plan.thaw(self, epoch=0)
 
     def prepare_data(self) -> None:
         """Let the search fetch its sources, once for each node, where waiting has no time limit."""
         for callback in getattr(self.trainer, "callbacks", []):
             fetch = getattr(callback, "fetch_sources", None)
-            if fetch is not None and self.recipe is None:
+            if fetch is not None and self.recipe is None and not is_resumed(self.trainer):
+                check_order(self.trainer, callback)
                 fetch()
 
     def configure_model(self) -> None:
@@ -133,6 +158,7 @@ class StitchedClassifier(pl.LightningModule):
             assert self.head is not None
             self.network.to(self.device)
             self.head.to(self.device)
+        self._plan.thaw(self, epoch=checkpoint.get("epoch", 0))
 
     def _check_same_head(self, saved: dict[str, Any]) -> None:
         own = {"head": self.head_settings.plain, "task": self.head_settings.task}
@@ -195,10 +221,22 @@ class StitchedClassifier(pl.LightningModule):
         return outputs if self.head_settings.name == "none" else predictions(self.head_settings.task, outputs)
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer over all parameters."""
+        """The optimizer over all parameters, in named groups; those of frozen ones wait."""
         if self.network is None:
             raise StitchError(_NO_NETWORK)
-        return self.optimizer(self.parameters())
+        return self._plan.optimizer(self)
+
+    def on_fit_start(self) -> None:
+        """Spread a learning rate that a finder has just set over the groups by their factors."""
+        self._plan.spread_learning_rate(self)
+
+    def on_train_start(self) -> None:
+        """Freeze and thaw what the epoch asks for that the run begins or goes on in."""
+        self._plan.start(self)
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze and thaw what the epoch asks for."""
+        self._plan.start_epoch(self)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
         if self.trainer.sanity_checking and (self.head_settings.name == "none" or isinstance(batch, Tensor)):

@@ -26,6 +26,7 @@ from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult
@@ -194,6 +195,20 @@ def joined(before: fx.GraphModule, stitch: Stitch, after: fx.GraphModule, placem
     elif placement == "consumer":
         fold_into_consumer(after, stitch)
     return nn.Sequential(before, joint, after).eval()
+
+
+@cache
+def calibrated_pool(*architectures: str) -> Pool:
+    """Donors cut everywhere and calibrated on digits of 32 pixels."""
+    pool = Pool([donor(name) for name in architectures], (3, 32, 32), settings=CalibrationSettings(granularity="all"))
+    pool.calibrate([digits(32, 32)[0]])
+    return pool
+
+
+def composed(*fragments: tuple[str, str | None, str | None], share_weights: bool = False) -> StitchedNetwork:
+    """A network of its own of the fragments named, with stitches fitted on digits."""
+    pool = calibrated_pool(*sorted({name for name, _, _ in fragments}))
+    return pool.assemble(pool.stitch(fragments), share_weights=share_weights)
 
 
 def path(candidate: Candidate) -> list[tuple[str, str | None, str | None]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib.util
 import re
 import sys
@@ -161,6 +162,25 @@ def test_people_get_networks_for_their_own_solar_cells(workplace: Path, capsys: 
     printed = capsys.readouterr().out
     assert re.findall(r"\d: (mono|poly) ", printed) == ["mono", "poly"]
     assert accuracies(printed).keys() == PERSONAL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "finetune_stitched"])
+def test_the_fine_tuning_scripts_run_on_real_images(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    options = "--size 32 --labels 96 --epochs 1"
+    load_example(name).main(options.split())
+    accuracy, *_ = re.findall(r"test_accuracy\W+([0-9.]+)", capsys.readouterr().out)
+    assert 0.5 < float(accuracy) <= 1
+
+
+def test_an_ordinary_script_is_stitched_by_a_few_lines() -> None:
+    plain, stitched = ((EXAMPLES / f"{name}.py").read_text().splitlines() for name in ("finetune", "finetune_stitched"))
+    changed = [line for line in difflib.ndiff(plain[1:], stitched[1:]) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    assert len([line for line in changed if line.startswith("+")]) <= 6
+    assert len([line for line in changed if line.startswith("-")]) <= 4
 
 
 def blocks_of_readme(language: str) -> list[str]:

@@ -29,7 +29,7 @@ GROUPS = (
         "_copying",
         "_tensor_files",
     },
-    {"_target_values"},
+    {"_shuffling", "_resuming", "callback_order", "_target_values"},
     {"functional", "regression", "layerwise", "neighbours", "_images"},
     {"class_means"},
     {"shortlist"},
@@ -55,15 +55,20 @@ GROUPS = (
     {"pool", "report", "candidate_table"},
     {"comparison", "shrinking", "personal", "ensembles"},
     # module, data
-    {"task_metrics"},
+    {"backbones", "thawing", "task_metrics"},
+    {"training_plan"},
     {"_labels"},
     {"module", "data"},
-    {"head_fitting"},
+    {"head_fitting", "slots"},
     {"callbacks"},
     {"cli"},
 )
 RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
-MAY_IMPORT_LIGHTNING = {"_lightning", "_images", "_labels", "module", "data", "callbacks", "cli"}
+MAY_IMPORT_LIGHTNING = {
+    "_lightning",
+    *("_images", "_labels", "_resuming", "callback_order"),
+    *("module", "data", "slots", "callbacks", "cli"),
+}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}
 
 

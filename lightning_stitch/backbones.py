@@ -1,0 +1,273 @@
+"""A stitched network as the backbone of any module: images in, vectors of the width that the module expects out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.recipe import Recipe
+from lightning_stitch.regression import AffineMap
+from lightning_stitch.stitches import fit_rows
+
+_STATE = "_extra_state"
+_FORMAT = "lightning_stitch.StitchedBackbone"
+HOOK = "on_backbone_stitched"
+"""Name of the method that a module may have, to be told of a backbone: `on_backbone_stitched(self, backbone)`."""
+
+
+class StitchedBackbone(nn.Module):
+    """A place for a stitched network in a module of your own, where its backbone stood.
+
+    It is empty until `FragmentSearch(attribute=...)` fills it, or until a state dict is loaded: the recipe is part of
+    the state dict (plain values, as `weights_only=True` demands), so that checkpoints need nothing else.
+
+    Takes images (batch, channels, height, width), float, and gives vectors (batch, num_features). The network stays in
+    eval mode while it is trained on, so that BatchNorm statistics do not move and a head that was fitted to its
+    features goes on fitting them.
+
+    Args:
+        num_features: Width of the vectors. A network of another width gets a linear layer behind it, which keeps the
+            principal components of its features, or all of them beside zeros. None: as wide as the network; the module
+            must then have a method `on_backbone_stitched(self, backbone)`, which is called before
+            `configure_optimizers` and can build what depends on `backbone.num_features`.
+        mean: What the images that come in were normalised with, per channel; undone here. None: they are in [0, 1].
+        std: Likewise.
+        recipe: A recipe's `to_dict()`: the structure, with random weights, where it is known from the start.
+        trust_factory: Allow a recipe to import and call the factory of a "python:" source.
+        train_mode: Whether the network follows `train()`, as other modules do.
+
+    Attributes:
+        network: The stitched network; None: there is none yet.
+        projection: The linear layer to `num_features`; None: the network's own width is right.
+
+    Raises:
+        RecipeError: If a recipe is malformed or cannot be built.
+        StitchError: If `mean` and `std` do not belong together.
+
+    Example:
+        >>> backbone = StitchedBackbone(num_features=512)
+        >>> head = nn.Linear(backbone.num_features, 10)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        recipe: dict[str, Any] | None = None,
+        trust_factory: bool = False,
+        train_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()) or min(std or (1.0,)) <= 0:
+            raise StitchError(f"mean and std belong together, one positive std for each mean; found {mean} and {std}.")
+        self.trust_factory = trust_factory
+        self.train_mode = train_mode
+        self.network: StitchedNetwork | None = None
+        self.projection: nn.Linear | None = None
+        self._width = num_features
+        # Not in the state dict, where the extra state has them; buffers, to be where the module is.
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(1, -1, 1, 1), persistent=False)
+        if recipe is not None:
+            network = StitchedNetwork.from_recipe(Recipe.from_dict(recipe), trust_factory=trust_factory)
+            width = network.num_features
+            self.install(network, None if num_features in (None, width) else nn.Linear(width, int(num_features or 0)))
+
+    @property
+    def num_features(self) -> int:
+        """Width of the vectors.
+
+        Raises:
+            StitchError: If it is not known yet.
+        """
+        if self._width is not None:
+            return self._width
+        if self.network is None:
+            raise StitchError(
+                "The width of this StitchedBackbone is not known before it has a network. Give "
+                f"StitchedBackbone(num_features=...), or define {HOOK}(self, backbone) and use it there."
+            )
+        return self.network.num_features
+
+    @property
+    def announces_width(self) -> bool:
+        """Whether the width is the network's, whatever that is."""
+        return self._width is None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The structure of the network; None: there is none yet."""
+        return None if self.network is None else self.network.recipe
+
+    def install(self, network: StitchedNetwork, projection: nn.Linear | None = None) -> None:
+        """Take a network and the linear layer behind it, to the device that the backbone is on."""
+        self.network = network.to(self.mean.device)
+        self.projection = None if projection is None else projection.to(self.mean.device)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> StitchedBackbone:
+        """Set the mode, the network's only where it is to follow."""
+        super().train(mode)
+        if self.network is not None and not self.train_mode:
+            self.network.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Vectors (batch, num_features) of images."""
+        if self.network is None:
+            raise StitchError(
+                "This StitchedBackbone has no network yet. Put FragmentSearch(attribute=...) among the Trainer's "
+                "callbacks and call fit, load a checkpoint, or give a recipe."
+            )
+        features: Tensor = self.network(images * self.std + self.mean)
+        return features if self.projection is None else self.projection(features)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The structure, as plain dicts, lists, strings and numbers."""
+        return {
+            "format": _FORMAT,
+            "recipe": None if self.network is None else self.network.recipe.to_dict(),
+            "num_features": self._width,
+            "projected": self.projection is not None,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing is left to do: the structure was built before the tensors were loaded."""
+
+    def take_structure(self, state: Mapping[str, Any]) -> bool:
+        """Build the structure that an extra state describes, unless it is here already; says whether it was not.
+
+        Raises:
+            RecipeError: If it gives vectors of another width, or cannot be built.
+        """
+        if self._width is not None and state["num_features"] != self._width:
+            raise RecipeError(
+                f"This StitchedBackbone has num_features={self._width}, that of the checkpoint "
+                f"{state['num_features']}. Build the module as it was when the checkpoint was saved."
+            )
+        self._width = state["num_features"]
+        self.mean = self.mean.new_tensor(state["mean"]).view(1, -1, 1, 1)
+        self.std = self.std.new_tensor(state["std"]).view(1, -1, 1, 1)
+        plain = state["recipe"]
+        if plain is None:
+            is_changed = self.network is not None
+            self.network = self.projection = None
+            return is_changed
+        recipe = Recipe.from_dict(plain)
+        projected = self.projection is not None
+        if self.network is not None and (self.network.recipe, projected) == (recipe, state["projected"]):
+            return False
+        network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
+        self.install(network, nn.Linear(network.num_features, self.num_features) if state["projected"] else None)
+        return True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state = state_dict.get(prefix + _STATE)
+        if state is not None:
+            self.take_structure(state)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def saved_backbones(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The structures of all stitched backbones of a state dict, by the dotted name of their attribute."""
+    return {
+        key.removesuffix(f".{_STATE}"): value
+        for key, value in state_dict.items()
+        if key.endswith(f".{_STATE}") and isinstance(value, dict) and value.get("format") == _FORMAT
+    }
+
+
+def restore_backbones(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a module the stitched backbones of a checkpoint, before its tensors are loaded.
+
+    Call it in the module's `on_load_checkpoint` where `__init__` builds another backbone than a `StitchedBackbone`, or
+    where `on_backbone_stitched` builds what depends on the width. A `StitchedBackbone` of known width needs no call.
+
+    Args:
+        module: The module; attributes that the checkpoint has a stitched backbone for are replaced, and
+            `on_backbone_stitched` is called where there is such a method.
+        checkpoint: A Lightning checkpoint.
+
+    Raises:
+        RecipeError: If the module has no such attribute, or a backbone does not fit.
+
+    Example:
+        >>> def on_load_checkpoint(self, checkpoint):
+        ...     restore_backbones(self, checkpoint)
+    """
+    for attribute, state in saved_backbones(checkpoint["state_dict"]).items():
+        try:
+            present = module.get_submodule(attribute)
+        except AttributeError as error:
+            raise RecipeError(
+                f"The checkpoint has a stitched backbone in {attribute!r}, which {type(module).__name__} lacks."
+            ) from error
+        backbone = present if isinstance(present, StitchedBackbone) else StitchedBackbone()
+        is_new = backbone.take_structure(state)
+        if backbone is not present:
+            put(module, attribute, backbone)
+        if is_new:  # what the module built before may be in an optimizer by now
+            announce(module, backbone)
+
+
+def put(module: nn.Module, attribute: str, backbone: StitchedBackbone) -> None:
+    """Set a module's attribute, by dotted name; the backbone goes to the mode of what it replaces."""
+    parent, _, name = attribute.rpartition(".")
+    backbone.train(module.get_submodule(attribute).training)
+    setattr(module.get_submodule(parent), name, backbone)
+
+
+def announce(module: nn.Module, backbone: StitchedBackbone) -> None:
+    """Call the module's `on_backbone_stitched`, if it has one."""
+    hook = getattr(module, HOOK, None)
+    if hook is not None:
+        hook(backbone)
+
+
+@torch.no_grad()
+def imitation(features: Tensor, wanted: Tensor, *, ridge: float) -> tuple[nn.Linear, float | None]:
+    """The linear layer from features (images x width) to another network's, and its R2 on images held out of the fit.
+
+    Raises:
+        CalibrationError: If they have NaN or infinite values.
+    """
+    affine, explained, _ = fit_rows(features, wanted, num_images=len(features), ridge=ridge, bias=True)
+    return _linear(affine), explained
+
+
+@torch.no_grad()
+def resized(features: Tensor, width: int) -> nn.Linear | None:
+    """The linear layer that brings features (images x their width) to another width; None where they have it.
+
+    Fewer: the first principal components, not scaled. More: all features, and zeros.
+    """
+    given = features.shape[1]
+    if width == given:
+        return None
+    if width > given:
+        return _linear(AffineMap(torch.eye(width, given), torch.zeros(width), given, 1.0, 0.0))
+    rows = features.double()
+    mean = rows.mean(0)
+    directions = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors.flip(1)[:, :width].T
+    return _linear(AffineMap(directions, -directions @ mean, width, 1.0, 0.0))
+
+
+def _linear(affine: AffineMap) -> nn.Linear:
+    with torch.inference_mode(False), torch.no_grad():
+        layer = nn.Linear(affine.weight.shape[1], affine.weight.shape[0])
+        layer.weight.copy_(affine.weight)
+        if affine.bias is not None:
+            layer.bias.copy_(affine.bias)
+    return layer

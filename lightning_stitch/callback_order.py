@@ -1,0 +1,36 @@
+"""Callbacks that look at the module in their own `setup` must stand behind the one that puts the network there."""
+
+from __future__ import annotations
+
+from lightning_stitch._lightning import pl
+from lightning_stitch.errors import StitchError
+
+_LOOK_IN_SETUP = {
+    "WeightAveraging": "copies the module",
+    "StochasticWeightAveraging": "copies the module",
+    "BaseFinetuning": "freezes layers of the module",
+    "ModelPruning": "collects parameters of the module",
+}
+
+
+def check_order(trainer: pl.Trainer, search: pl.Callback) -> None:
+    """Refuse a list of callbacks in which one that needs the network stands before the search.
+
+    Raises:
+        StitchError: If there is one; it has the order that works.
+    """
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    before = callbacks[: callbacks.index(search)]
+    for kind, does in _LOOK_IN_SETUP.items():
+        for callback in before:
+            if isinstance(callback, getattr(pl.callbacks, kind)):
+                names = [type(search).__name__, *(type(other).__name__ for other in before if _looks(other))]
+                raise StitchError(
+                    f"{type(callback).__name__} stands before {type(search).__name__} among the Trainer's callbacks, "
+                    f"but it {does} when it is set up, before there is a network in it. The order that works is "
+                    f"callbacks=[{', '.join(names)}]."
+                )
+
+
+def _looks(callback: pl.Callback) -> bool:
+    return any(isinstance(callback, getattr(pl.callbacks, kind)) for kind in _LOOK_IN_SETUP)

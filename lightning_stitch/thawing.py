@@ -1,0 +1,284 @@
+"""What of a stitched network trains: which layers, from which epoch on, at which learning rate.
+
+Frozen means that neither parameters nor buffers move. Nothing here needs a Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_stitch.ensembles import Ensemble
+from lightning_stitch.errors import StitchError
+from lightning_stitch.network import StitchedNetwork
+
+STAGES = ("head", "stitches", "neighbours", "all")
+"""What can be thawed, each with all that stands before it."""
+
+_SUMS = frozenset({"add", "iadd", "cat", "concat", "concatenate", "stack"})
+
+
+def checked_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
+    """What is thawed from which epoch on, by epoch.
+
+    Args:
+        thaw: One of `STAGES`, for all epochs, or {epoch: stage}, the epochs counted from 0; epochs may be strings, as
+            JSON has them.
+
+    Raises:
+        StitchError: If a stage is unknown, an epoch is no whole number, or nothing is said of epoch 0.
+    """
+    given: Any = {0: thaw} if isinstance(thaw, str) else thaw
+    if not isinstance(given, Mapping) or not all(str(epoch).isdecimal() for epoch in given):
+        raise StitchError(f"thaw is {thaw!r}; give one of {list(STAGES)}, or epochs with one each, as {{0: 'head'}}.")
+    schedule = {int(epoch): stage for epoch, stage in sorted(given.items(), key=lambda item: int(item[0]))}
+    if unknown := [stage for stage in schedule.values() if stage not in STAGES]:
+        raise StitchError(f"thaw names {unknown}; what can be thawed is {list(STAGES)}.")
+    if 0 not in schedule:
+        raise StitchError(
+            f"thaw is {thaw!r}, which does not say what trains in epoch 0; begin with {{0: 'head', ...}}."
+        )
+    return schedule
+
+
+def stitch_layers(network: StitchedNetwork, index: int) -> list[nn.Module]:
+    """The layers that hold a stitch's numbers: its own, or those of the fragments that it was folded into."""
+    spec = network.recipe.stitches[index]
+    if spec is None:
+        return []
+    if spec.placement == "explicit":
+        return [network.stitches[index]]
+    fragment = network.fragments[index if spec.placement == "producer" else index + 1]
+    assert isinstance(fragment, fx.GraphModule)
+    if spec.placement == "consumer":
+        return [layer for node in _entry(fragment).users if (layer := _module(fragment, node)) is not None]
+    node = _exit(fragment)
+    while (layer := _module(fragment, node)) is not None and not _is_weighted(layer.parameters()):
+        node = node.all_input_nodes[0]
+    return [] if layer is None else [layer]
+
+
+def neighbour_layers(network: StitchedNetwork, index: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The layers next to a stitch: the last ones before it, and the first behind it.
+
+    On each branch that is the nearest layer that mixes channels or positions (convolution, linear, attention; it has a
+    parameter with more than one axis longer than 1), with the normalisations and scales on the way to it. Skips of
+    residual blocks are not followed.
+
+    Args:
+        network: The network.
+        index: The stitch's.
+
+    Returns:
+        The layers, and parameters of the fragments that belong to no layer (a position embedding).
+    """
+    if network.recipe.stitches[index] is None:
+        return [], []
+    before, behind = network.fragments[index], network.fragments[index + 1]
+    assert isinstance(before, fx.GraphModule)
+    assert isinstance(behind, fx.GraphModule)
+    found = _nearest(before, backwards=True), _nearest(behind, backwards=False)
+    return [*found[0][0], *found[1][0]], [*found[0][1], *found[1][1]]
+
+
+def parameter_groups(
+    network: StitchedNetwork | Ensemble,
+    head: nn.Module,
+    *,
+    backbone_lr_factor: float = 1.0,
+    fragment_lr_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """All parameters in groups for an optimizer, whatever is thawed, so that its state can be restored at any epoch.
+
+    Groups have a "name" ("head", "stitch_1" which leads from "fragment_1" to "fragment_2", ...) and an "lr_factor": 1
+    for the head and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for the fragment with
+    k fragments behind it. A parameter that several fragments share is in the first one's group. An ensemble has two
+    groups, "head" with its members' heads and "fragments" with all else.
+
+    Raises:
+        StitchError: If a factor is negative or not finite.
+    """
+    for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
+        if not 0 <= factor < torch.inf:
+            raise StitchError(f"{name} is {factor}; give a finite number of at least 0, such as 0.1.")
+    members: dict[str, tuple[list[nn.Parameter], float]] = {"head": (list(head.parameters()), 1.0)}
+    if isinstance(network, Ensemble):
+        members["head"] = ([*head.parameters(), *network.heads.parameters()], 1.0)
+        members["fragments"] = (list(network.parameters()), backbone_lr_factor)
+    else:
+        for index in range(len(network.stitches)):
+            layers = stitch_layers(network, index)
+            members[f"stitch_{index + 1}"] = ([p for layer in layers for p in layer.parameters()], 1.0)
+        last = len(network.fragments) - 1
+        for index, fragment in enumerate(network.fragments):
+            factor = backbone_lr_factor * fragment_lr_decay ** (last - index)
+            members[f"fragment_{index + 1}"] = (list(fragment.parameters()), factor)
+    seen: set[nn.Parameter] = set()
+    groups = []
+    for name, (parameters, factor) in members.items():
+        own = [p for p in dict.fromkeys(parameters) if p not in seen]
+        seen.update(own)
+        if own:
+            groups.append({"params": own, "name": name, "lr_factor": factor})
+    return groups
+
+
+def thaw(network: StitchedNetwork | Ensemble, head: nn.Module, stage: str, *, train_mode: bool = False) -> bool:
+    """Let the stage's parameters have gradients and no others; put frozen layers in eval mode.
+
+    Args:
+        network: The network; changed in place, as is the head.
+        head: The head, always thawed.
+        stage: One of `STAGES`.
+        train_mode: Whether thawed layers are put in train mode, where BatchNorm statistics move and dropout drops;
+            otherwise they stay in the mode they are in.
+
+    Returns:
+        Whether any parameter has been frozen or thawed.
+
+    Raises:
+        StitchError: If the network is an ensemble, whose branches meet in many places, and the stage is of stitches.
+    """
+    modules, parameters = _thawed(network, stage)
+    mobile = {*head.parameters(), *parameters, *(p for module in modules for p in module.parameters())}
+    changed = False
+    for parameter in (*head.parameters(), *network.parameters()):
+        if parameter.requires_grad != (parameter in mobile):
+            parameter.requires_grad_(parameter in mobile)
+            parameter.grad = None
+            changed = True
+    awake = {part for module in modules for part in module.modules()}
+    for part in network.modules():
+        if part not in awake:
+            part.training = False
+        elif train_mode:
+            part.training = True
+    return changed
+
+
+class KeptBuffers:
+    """The buffers of layers in eval mode, to put back what something else has changed them to.
+
+    Stochastic weight averaging clears the statistics of every BatchNorm to estimate them anew, which layers in eval
+    mode never do.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._kept = {name: buffer.clone() for name, buffer in _fixed_buffers(network)}
+
+    def put_back(self, network: nn.Module) -> None:
+        """Undo changes to the buffers that were kept, in place."""
+        buffers = dict(network.named_buffers())
+        for name, kept in self._kept.items():
+            if not torch.equal(buffers[name], kept):
+                buffers[name].copy_(kept)
+
+
+def _fixed_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in network.named_modules():
+        if not module.training:
+            yield from module.named_buffers(path, recurse=False)
+
+
+def _thawed(network: StitchedNetwork | Ensemble, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    if stage == "all":
+        return [network], []
+    if isinstance(network, Ensemble):
+        if stage != "head":
+            raise StitchError(f"Of an ensemble 'head' (its members' heads) or 'all' can be thawed; found {stage!r}.")
+        return [network.heads], []
+    modules: list[nn.Module] = []
+    parameters: list[nn.Parameter] = []
+    for index in range(len(network.stitches)):
+        if stage in ("stitches", "neighbours"):
+            modules += stitch_layers(network, index)
+        if stage == "neighbours":
+            layers, loose = neighbour_layers(network, index)
+            modules += layers
+            parameters += loose
+    return modules, parameters
+
+
+def _nearest(fragment: fx.GraphModule, *, backwards: bool) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The nearest layers to a fragment's end or beginning."""
+    entry = _entry(fragment)
+    activations = _activations(fragment)
+    queue = [_exit(fragment)] if backwards else list(entry.users)
+    modules: list[nn.Module] = []
+    parameters: list[nn.Parameter] = []
+    seen: set[fx.Node] = {entry}
+    is_found = False
+    while queue:
+        node = queue.pop(0)
+        branches = [other for other in node.all_input_nodes if other in activations]
+        is_sum = _adds(node) and len(branches) > 1
+        if node in seen or node not in activations or (is_sum and not backwards):
+            continue
+        seen.add(node)
+        layer, loose = _module(fragment, node), _loose_parameters(fragment, node, activations)
+        modules += [] if layer is None else [layer]
+        parameters += loose
+        own = [] if layer is None else list(layer.parameters())
+        if _is_weighted(own) or (_is_weighted(loose) and not _adds(node)):
+            is_found = True
+        elif backwards:
+            # What has other readers than a block's sum comes in by the skip.
+            queue += [other for other in branches if not is_sum or len(other.users) == 1]
+        else:
+            queue += node.users
+    if not is_found:
+        nodes: Sequence[fx.Node] = list(fragment.graph.nodes)
+        for node in reversed(nodes) if backwards else nodes:
+            layer = _module(fragment, node)
+            if layer is not None and _is_weighted(layer.parameters()):
+                modules.append(layer)
+                break
+    return list(dict.fromkeys(modules)), parameters
+
+
+def _entry(fragment: fx.GraphModule) -> fx.Node:
+    return next(node for node in fragment.graph.nodes if node.op == "placeholder")
+
+
+def _exit(fragment: fx.GraphModule) -> fx.Node:
+    return next(node for node in fragment.graph.nodes if node.op == "output").all_input_nodes[0]
+
+
+def _module(fragment: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return fragment.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _activations(fragment: fx.GraphModule) -> set[fx.Node]:
+    """What is made from the images: neither the network's own tensors nor numbers such as a shape."""
+    found = {_entry(fragment)}
+    for node in fragment.graph.nodes:
+        asks = node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+        if node.op != "output" and not asks and found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _loose_parameters(fragment: fx.GraphModule, node: fx.Node, activations: set[fx.Node]) -> list[nn.Parameter]:
+    """The fragment's own parameters that an operation reads, perhaps expanded or resampled."""
+    named = dict(fragment.named_parameters(remove_duplicate=False))
+    queue, found = [node], []
+    while queue:
+        constants = [other for other in queue.pop().all_input_nodes if other not in activations]
+        found += [named[str(other.target)] for other in constants if other.op == "get_attr" and other.target in named]
+        queue += constants
+    return found
+
+
+def _is_weighted(parameters: Any) -> bool:
+    return any(sum(length > 1 for length in parameter.shape) > 1 for parameter in parameters)
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether an operation adds or joins what it reads; sums in place are functions of another name."""
+    return node.op in ("call_function", "call_method") and node.name.rstrip("_0123456789") in _SUMS
