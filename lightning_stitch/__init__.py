@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_stitch.network import StitchedNetwork
     from lightning_stitch.personal import Composition, compose
     from lightning_stitch.pool import Pool
+    from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
     from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
@@ -68,6 +69,7 @@ _HOMES = {
     "heads": ["RidgeHead", "fit_ridge_head"],
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
+    "predicting": ["ImageFiles", "PredictionWriter", "predict_files"],
     "recipe": ["FragmentRef", "Preprocessing", "Recipe"],
     "results": ["SearchResult"],
     "search": ["Beam", "DepthFirst"],
@@ -89,6 +91,10 @@ __all__ = [
     # in a LightningModule of your own
     "StitchedBackbone",
     "restore_backbones",
+    # predicting image files
+    "predict_files",
+    "ImageFiles",
+    "PredictionWriter",
     # composing without one
     "Pool",
     "shrink",

@@ -182,4 +182,6 @@ def open_image(path: str) -> Image.Image:
     """An image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
     with Image.open(path) as image:
         image.load()
-        return image if image.mode in ("L", "I;16") else image.convert("RGB")
+        if image.mode in ("I", "F"):
+            raise CalibrationError("its pixels are 32-bit numbers, whose black and white are not known")
+        return image if image.mode == "L" or image.mode.startswith("I;16") else image.convert("RGB")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl
+from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch._spool import Keeping
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.candidate_table import write_candidates
@@ -116,6 +116,7 @@ class FragmentSearch(pl.Callback):
         attribute: str | None = None,
         head_attribute: str | None = None,
     ) -> None:
+        warn_where_both_are_loaded()
         self.sources = list(sources)
         self.strategy = strategy
         self.budget = budget
@@ -205,11 +206,9 @@ class FragmentSearch(pl.Callback):
     def _checked(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> tuple[StitchedClassifier | BackboneSlot, CalibrationDataModule]:
-        check_same_namespace(trainer, "Trainer")
+        check_parts(trainer)
         check_same_namespace(pl_module, "module")
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None:
-            check_same_namespace(data, "data module")
         module = place_for_network(pl_module, self.attribute, self.head_attribute)
         if not isinstance(data, CalibrationDataModule):
             found = "none" if data is None else type(data).__name__
@@ -226,6 +225,8 @@ class FragmentSearch(pl.Callback):
         if isinstance(module, BackboneSlot):
             module.check_head(data)
         check_targets(module.head_settings, data, ranking=self.ranking, compare=self.compare)
+        if isinstance(module, StitchedClassifier):
+            module.check_class_names(data.class_names)
         return module, data
 
     def _run(
@@ -305,6 +306,8 @@ class FragmentSearch(pl.Callback):
         with torch.inference_mode(False):
             network = self.pool.assemble(candidate)
         module.install(network.to(module.device), head.to(module.device))
+        if module.class_names is None and module.head_settings.name != "none":
+            module.class_names = data.class_names
         self._agree(trainer, module)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:

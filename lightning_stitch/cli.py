@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and `inspect`."""
+"""The command line: LightningCLI's fit, validate, test and predict, `inspect`, and `predict` for image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_stitch._lightning import NAMESPACE, pl
+from lightning_stitch import predict_command
+from lightning_stitch._lightning import NAMESPACE, mixture, pl
 from lightning_stitch.errors import StitchError
 from lightning_stitch.graph import Cut
 from lightning_stitch.sources import SPECS, Source, load_source
@@ -55,11 +56,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["inspect"]:
             inspect(arguments[1:])
+        elif predict_command.is_meant(arguments):
+            predict_command.predict(arguments[1:])
         else:
             if arguments[:1] in (["-h"], ["--help"]):
                 print(
                     "lightning-stitch inspect SOURCE ... lists a source's cuts; see lightning-stitch inspect --help.\n"
+                    f"{predict_command.USAGE}\n"
                 )
+            elif arguments in (["predict", "-h"], ["predict", "--help"]):
+                predict_command.parser().print_help()
+                print("\nOr, with a model and data of your own:\n")
             StitchCLI(
                 pl.LightningModule,
                 pl.LightningDataModule,
@@ -71,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 # LightningCLI warns where it is handed what stands on the command line anyway.
                 args=None if argv is None else arguments,
             )
+    except SystemExit as stop:
+        # jsonargparse says only that a class is no subclass, by a name that both packages share.
+        if stop.code == 2 and (hint := mixture()) is not None:
+            print(f"note: {hint}", file=sys.stderr)
+        raise
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

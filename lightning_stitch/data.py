@@ -21,7 +21,7 @@ from lightning_stitch._labels import (
     number_of,
     stratified,
 )
-from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch._lightning import CheckedDataModule, check_same_namespace, pl
 from lightning_stitch._shuffling import EpochShuffle
 from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
@@ -29,7 +29,7 @@ from lightning_stitch.errors import CalibrationError
 _DEFAULT_SHARE = 0.2
 
 
-class CalibrationDataModule(pl.LightningDataModule):
+class CalibrationDataModule(CheckedDataModule):
     """Supply the calibration, train, selection and test sets; no image is in two of them.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched

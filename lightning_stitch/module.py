@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch._lightning import check_parts, pl, warn_where_both_are_loaded
 from lightning_stitch._resuming import is_resumed
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
@@ -64,13 +64,16 @@ class StitchedClassifier(pl.LightningModule):
         lr: Learning rate; None: the optimizer's own. `LearningRateFinder` sets it.
         backbone_lr_factor: Learning rate of the fragments, relative to that of the head and the stitches.
         fragment_lr_decay: Each fragment's learning rate is that of the one behind it times this.
+        class_names: Names of the classes, labels or numbers in their order; None: a class map's own, or those of the
+            data module, where it knows them, from `FragmentSearch`. Checkpoints hold them.
 
     Attributes:
         head_settings: The head and the task, checked.
 
     Raises:
         RecipeError: If a recipe is malformed.
-        StitchError: If head, task and num_classes do not fit each other, or `thaw` or a factor is none of those.
+        StitchError: If head, task and num_classes do not fit each other, `thaw` or a factor is none of those,
+            or there are not as many class names as outputs, or two are alike.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class StitchedClassifier(pl.LightningModule):
         lr: float | None = None,
         backbone_lr_factor: float = 1.0,
         fragment_lr_decay: float = 1.0,
+        class_names: list[str] | None = None,
     ) -> None:
+        warn_where_both_are_loaded()
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         if recipe is not None:
@@ -96,6 +101,8 @@ class StitchedClassifier(pl.LightningModule):
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
+        own = self.head_settings.class_names
+        self.class_names = class_names if class_names is not None or own is None else list(own)
         self.lr = lr
         self._plan = TrainingPlan(
             thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
@@ -114,6 +121,33 @@ class StitchedClassifier(pl.LightningModule):
         """The structure of the network; None: there is none yet."""
         plain = self.hparams["recipe"]
         return None if plain is None else any_recipe(plain)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, labels or numbers in their order; None: they are not known."""
+        names: list[str] | None = self.hparams["class_names"]
+        return names
+
+    @class_names.setter
+    def class_names(self, names: list[str] | None) -> None:
+        if names is not None and (len(names) != self.num_classes or len(set(names)) < len(names)):
+            raise StitchError(
+                f"class_names should be {self.num_classes} different names (num_classes={self.num_classes}); found "
+                f"{len(names)}: {names[:10]}."
+            )
+        self.hparams["class_names"] = None if names is None else [str(name) for name in names]
+
+    def check_class_names(self, names: list[str] | None) -> None:
+        """Refuse data whose classes are named otherwise.
+
+        Raises:
+            StitchError: Naming both.
+        """
+        if None not in (self.class_names, names) and names != self.class_names:
+            raise StitchError(
+                f"StitchedClassifier has class_names={self.class_names}, the data have {names}; the order is that of "
+                f"the labels. Leave class_names out to take the data's."
+            )
 
     def install(self, network: StitchedNetwork | Ensemble, head: nn.Module) -> None:
         """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
@@ -146,10 +180,13 @@ class StitchedClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""
-        plain = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("recipe")
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        plain = hparams.get("recipe")
         if plain is None:
             raise RecipeError("This checkpoint holds no recipe: it was saved before a network was installed.")
-        self._check_same_head(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
+        self._check_same_head(hparams)
+        if self.class_names is None:
+            self.class_names = hparams.get("class_names")
         if plain != self.hparams["recipe"] or self.network is None:
             self.hparams["recipe"] = plain
             self.network = None
@@ -171,10 +208,20 @@ class StitchedClassifier(pl.LightningModule):
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer that this module is attached to."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        # The first that a module sees of a run: Lightning's own words for a data module of the other package are
+        # "Expected a parent".
+        check_parts(trainer)
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+
     def setup(self, stage: str) -> None:
-        """Refuse a data module of the other Lightning package, and to train or evaluate without a head."""
-        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
-            check_same_namespace(self.trainer.datamodule, "data module")  # type: ignore[attr-defined]
+        """Refuse to train or evaluate without a head."""
         self.check_stage(stage)
 
     def check_stage(self, stage: str) -> None:

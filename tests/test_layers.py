@@ -55,19 +55,20 @@ GROUPS = (
     {"pool", "report", "candidate_table"},
     {"comparison", "shrinking", "personal", "ensembles"},
     # module, data
-    {"backbones", "thawing", "task_metrics"},
+    {"backbones", "thawing", "task_metrics", "prediction_table"},
     {"training_plan"},
-    {"_labels"},
+    {"_labels", "_image_files"},
     {"module", "data"},
     {"head_fitting", "slots"},
-    {"callbacks"},
+    {"callbacks", "predicting"},
+    {"predict_command"},
     {"cli"},
 )
 RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
 MAY_IMPORT_LIGHTNING = {
     "_lightning",
     *("_images", "_labels", "_resuming", "callback_order"),
-    *("module", "data", "slots", "callbacks", "cli"),
+    *("module", "data", "slots", "callbacks", "predicting", "predict_command", "cli"),
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}
 

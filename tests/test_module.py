@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +19,7 @@ from lightning_stitch import (
     StitchError,
     load_source,
 )
+from lightning_stitch._lightning import pl
 from lightning_stitch.network import assemble
 from lightning_stitch.recipe import FragmentRef
 
@@ -47,8 +47,8 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(12) % 3), batch_size=6)
 
 
-def quiet_trainer(folder: Path, **options: Any) -> Trainer:
-    return Trainer(
+def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
         **{"max_epochs": 1, "logger": False, "accelerator": "cpu", "enable_progress_bar": False, **options},
         enable_model_summary=False,
         default_root_dir=folder,

@@ -1,0 +1,137 @@
+"""Image files and folders of them as a dataset, decoded to what a network was calibrated on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_stitch._images import Decoder, open_image
+from lightning_stitch.errors import CalibrationError
+
+_SHOWN = 5
+
+
+def list_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files that paths name, each file once, in the order in which it was first named.
+
+    Args:
+        paths: Files, which are taken whatever their suffix, and folders, of which the files with a suffix of an image
+            are taken, those in folders inside too, sorted by name; what begins with a dot is left out.
+
+    Returns:
+        Each file as it was named: a folder's path, and the file's inside it.
+
+    Raises:
+        CalibrationError: If there is no path, one does not exist, or a folder holds no images.
+    """
+    if not paths:
+        raise CalibrationError("No images were named; give image files, or folders of them.")
+    missing = [str(path) for path in paths if not Path(path).exists()]
+    if missing:
+        raise CalibrationError(f"{_shown(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        for file in _inside(path) if path.is_dir() else [path]:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The images of a folder, its subfolders' too."""
+    files: list[Path] = []
+    others = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        files += [Path(parent) / name for name in images]
+        others += len(names) - len(images)
+    if not files:
+        raise CalibrationError(
+            f"The folder {folder} holds no images ({', '.join(IMG_EXTENSIONS)}); it holds {others} other files. A file "
+            f"with another suffix can be named itself."
+        )
+    return sorted(files, key=lambda file: file.parts)
+
+
+def readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path], dict[Path, str]]:
+    """The files that are images, and for the others the reason why not.
+
+    Args:
+        files: The files.
+        skip_unreadable: Leave unreadable files out, and to that end decode each of them. Otherwise only their first
+            bytes are read: most of what is no image is found before the long work, at no cost.
+
+    Raises:
+        CalibrationError: If one is unreadable and is not to be skipped, or none is left.
+    """
+    reasons = {file: reason for file in files if (reason := _reason(file, decode=skip_unreadable)) is not None}
+    if reasons and not skip_unreadable:
+        raise CalibrationError(
+            f"{len(reasons)} of {len(files)} files cannot be read as images: {_shown(list(reasons.values()))}. Mend or "
+            f"remove them, or have them skipped (skip_unreadable, --skip-unreadable)."
+        )
+    if len(reasons) == len(files):
+        raise CalibrationError(f"None of {len(files)} files can be read as an image: {_shown(list(reasons.values()))}.")
+    return [file for file in files if file not in reasons], reasons
+
+
+def _reason(file: Path, *, decode: bool) -> str | None:
+    try:
+        if decode:
+            open_image(str(file))
+        else:
+            with Image.open(file):
+                pass
+    except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
+        return f"{file}: {error}"
+    return None
+
+
+class ImageFileSet(Dataset):
+    """Images of files, each with its number.
+
+    An item is `(image, index)`: the image float32, channels x height x width, in [0, 1], resized as
+    `CalibrationDataModule` resizes (bilinear with antialiasing, aspect ratio not kept); its place in `files`.
+
+    Args:
+        files: The files.
+        image_shape: (channels, height, width) that the network was calibrated on. Grey files are repeated to three
+            channels; alpha channels are dropped; 16 bits are kept as such.
+
+    Raises:
+        CalibrationError: If no image file can have that many channels; from an item, if its file cannot be used.
+    """
+
+    def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
+        if image_shape[0] not in (1, 3):
+            raise CalibrationError(
+                f"The network takes images of {image_shape[0]} channels, and image files hold 1 or 3. Predict with a "
+                f"dataloader of your own: trainer.predict(model, dataloader)."
+            )
+        self.files = [str(file) for file in files]
+        self._decoder = Decoder.of(image_shape[0], (image_shape[1], image_shape[2]), None, None)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file = self.files[index]
+        try:
+            image = open_image(file)
+            if image.mode == "RGB" and self._decoder.num_channels == 1:
+                raise CalibrationError("it is in colour, the network takes grey images; convert it to grey")
+            return self._decoder(image), index
+        except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
+            raise CalibrationError(f"The image {file} cannot be used: {error}.") from error
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first few names."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

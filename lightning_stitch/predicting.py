@@ -1,0 +1,270 @@
+"""Predictions for image files: a data module of files, a writer of predictions, and both in one call."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_stitch._image_files import ImageFileSet, list_images, readable
+from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same_namespace, pl
+from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.prediction_table import check_output, prediction_rows, write_predictions
+
+
+class ImageFiles(CheckedDataModule):
+    """Images to predict, from files and folders of them.
+
+    Size and channels come from the recipe of the module that predicts, resized as `CalibrationDataModule` does it; mean
+    and standard deviation are the network's own business. Batches are `(images, indices)`: images float32,
+    N x C x H x W, in [0, 1]; indices int64, N, the images' places in `files`.
+
+    Args:
+        paths: Files, which are taken whatever their suffix, and folders, of which the images are taken, those in
+            folders inside too, sorted by name. A file that is named twice is taken once.
+        batch_size: Images in a batch.
+        num_workers: Worker processes of the dataloader.
+        skip_unreadable: Leave out files that cannot be decoded; each is decoded twice for that. Otherwise they are
+            errors.
+
+    Attributes:
+        files: The images, in the order of the rows; after `setup`.
+        skipped: What was left out, with the reason; after `setup`.
+
+    Raises:
+        CalibrationError: From `setup` where a path does not exist, a folder holds no images or a file is none; from
+            `predict_dataloader` where the images do not suit the module.
+    """
+
+    def __init__(
+        self,
+        paths: str | list[str],
+        batch_size: int = 32,
+        num_workers: int = 0,
+        skip_unreadable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.paths = [paths] if isinstance(paths, str | Path) else list(paths)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.skip_unreadable = skip_unreadable
+        self.files: list[Path] = []
+        self.skipped: dict[Path, str] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the files and look whether they are images, once; later calls do nothing."""
+        if not self.files:
+            self.files, self.skipped = readable(list_images(self.paths), skip_unreadable=self.skip_unreadable)
+
+    def predict_dataloader(self) -> DataLoader:
+        """All images in the order of `files`."""
+        self.setup()
+        assert self.trainer is not None
+        ranks = self.trainer.world_size
+        if len(self.files) < ranks:
+            raise CalibrationError(
+                f"{len(self.files)} images cannot be shared by {ranks} processes; use fewer devices."
+            )
+        return DataLoader(
+            ImageFileSet(self.files, _image_shape(self.trainer.lightning_module)),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+class PredictionWriter(pl.callbacks.BasePredictionWriter):
+    """Writes what `trainer.predict` predicts into one file, a row for each image, in the order of the dataset.
+
+    Under several processes (DDP and the like) the rows are gathered and rank zero writes them, in the same order. The
+    file gets its name when it is complete: a run that fails leaves none. Names of columns and how they are read come
+    from the module's `class_names` and `task`. The dataset's `files` name the rows; without, their numbers do. A
+    fast_dev_run writes nothing.
+
+    Args:
+        output: A .csv or .jsonl file, see `write_predictions`; None: nothing is written, `rows` has it.
+        overwrite: Replace a file that is there.
+
+    Attributes:
+        rows: The last run's rows (`prediction_rows`), on every rank.
+
+    Raises:
+        StitchError: Before the run if the file cannot be written or there are several dataloaders; after it if the
+            module gives anything but one row of numbers for each image.
+    """
+
+    def __init__(self, output: str | None = None, overwrite: bool = False) -> None:
+        super().__init__("epoch")
+        self.output = output
+        self.overwrite = overwrite
+        self.rows: list[dict[str, Any]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a file that cannot be written, before the run."""
+        super().setup(trainer, pl_module, stage)
+        check_same_namespace(trainer, "Trainer")
+        if stage == "predict" and self.output is not None:
+            check_output(self.output, overwrite=self.overwrite)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several dataloaders, before the run."""
+        if isinstance(trainer.predict_dataloaders, list | tuple | dict):
+            raise StitchError("Predictions are written for one dataloader; predict_dataloader gives several.")
+
+    def write_on_epoch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Gather the rows of all ranks and write them."""
+        outputs = _joined(predictions)
+        indices = [index for batch in batch_indices[0] for index in batch]
+        if len(indices) != len(outputs):
+            raise StitchError(
+                f"There are {len(outputs)} predictions of {len(indices)} images. predict_step should give one row of "
+                f"numbers for each image, and the dataloader a batch sampler that tells their indices."
+            )
+        parts: list[Any] = [
+            trainer.strategy.broadcast((indices, outputs) if rank == trainer.global_rank else None, src=rank)
+            for rank in range(trainer.world_size)
+        ]
+        places = torch.tensor([index for part, _ in parts for index in part])
+        order = places.argsort(stable=True)
+        files = getattr(trainer.predict_dataloaders.dataset, "files", None)  # type: ignore[union-attr]
+        self.rows = prediction_rows(
+            [str(index) if files is None else files[index] for index in places[order].tolist()],
+            torch.cat([part for _, part in parts])[order],
+            getattr(pl_module, "class_names", None),
+            task=getattr(pl_module, "task", "multiclass"),
+        )
+        if self.output is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_predictions(self.rows, self.output)
+
+
+def predict_files(
+    module: pl.LightningModule,
+    paths: str | Path | Sequence[str | Path] | ImageFiles,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    skip_unreadable: bool = False,
+    device: str = "auto",
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict image files with a trained module, and write the predictions if asked to.
+
+    Images are brought to the size and channels of the module's recipe; the same file gets the same prediction as in
+    the data module that the network was composed with, if that resized it (`image_size`).
+
+    Args:
+        module: A `StitchedClassifier` with a network, or a LightningModule with a `recipe` whose `predict_step` takes
+            `(images, indices)`. It comes back on the CPU.
+        paths: Files and folders, as for `ImageFiles`; or an `ImageFiles`, which says afterwards what it skipped, and
+            takes the place of `batch_size`, `num_workers` and `skip_unreadable`.
+        output: A .csv or .jsonl file; None: none is written.
+        overwrite: Replace a file that is there.
+        batch_size: Images in a batch.
+        num_workers: Worker processes that read images.
+        skip_unreadable: Leave out files that cannot be decoded.
+        device: An accelerator of Lightning's ("auto", "cpu", "cuda", "mps", ...), or one device of it ("cuda:1").
+        progress: Show Lightning's progress bar.
+
+    Returns:
+        A row for each image, in the order of the files (see `prediction_rows`).
+
+    Raises:
+        CalibrationError: If an image cannot be used; nothing is written then.
+        StitchError: If the module has no network, the device is not there, or the output file cannot be written.
+    """
+    check_same_namespace(module, "module")
+    _image_shape(module)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    if not isinstance(paths, ImageFiles):
+        named = [paths] if isinstance(paths, str | Path) else paths
+        paths = ImageFiles([str(path) for path in named], batch_size, num_workers, skip_unreadable)
+    paths.setup()
+    writer = PredictionWriter(None if output is None else str(output), overwrite)
+    trainer = _trainer(device, callbacks=[writer], enable_progress_bar=progress)
+    trainer.predict(module, datamodule=paths, return_predictions=False)
+    return writer.rows
+
+
+def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
+    """A classifier from a checkpoint of either Lightning package, on the CPU; nothing in the file is executed.
+
+    Raises:
+        StitchError: If there is no such file, or it is no checkpoint of a StitchedClassifier with a network.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        hparams = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        recipe = hparams["recipe"]
+    except Exception as error:  # whatever torch's readers find in a file of another kind
+        raise StitchError(
+            f"{path} is not a checkpoint of a StitchedClassifier that can be read safely: {type(error).__name__}."
+        ) from error
+    if recipe is None:
+        raise StitchError(f"{path} holds no network: it was saved before one was composed.")
+    if "_instantiator" in hparams:
+        # A command line under the other package wrote it; that package's maker of modules would be refused by this one.
+        hparams["_instantiator"] = f"{NAMESPACE}.cli.instantiate_module"
+    copy = io.BytesIO()
+    torch.save(content, copy)
+    copy.seek(0)
+    return StitchedClassifier.load_from_checkpoint(copy, map_location="cpu", weights_only=True)
+
+
+def _image_shape(module: Any) -> tuple[int, int, int]:
+    """(channels, height, width) that a module's network was calibrated on."""
+    recipe = getattr(module, "recipe", None)
+    if recipe is None:
+        raise StitchError(
+            f"{type(module).__name__} has no recipe, so the size of its images is not known: give a "
+            f"StitchedClassifier with a network, from fit or load_from_checkpoint."
+        )
+    if recipe.input_size is None:
+        raise StitchError("The recipe does not say which image size it was calibrated on (input_size).")
+    shape: tuple[int, int, int] = tuple(recipe.input_size)
+    return shape
+
+
+def _joined(predictions: Sequence[Any]) -> Tensor:
+    """Batches of predictions on the CPU as one tensor."""
+    other = next((batch for batch in predictions if not isinstance(batch, Tensor)), None)
+    if other is not None:
+        raise StitchError(f"predict_step should give a tensor, a row for each image; found a {type(other).__name__}.")
+    return torch.cat([batch.cpu() for batch in predictions]) if predictions else torch.empty(0, 0)
+
+
+def _trainer(device: str, **options: Any) -> pl.Trainer:
+    """A Trainer for one device that writes nothing of its own."""
+    refusals = (import_module(f"{NAMESPACE}.utilities.exceptions").MisconfigurationException, ValueError)
+    accelerator, _, number = device.partition(":")
+    try:
+        devices: Any = [int(number)] if number else 1
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            **options,
+        )
+    except refusals as error:
+        raise StitchError(f"The device {device!r} cannot be used: {error}") from error
