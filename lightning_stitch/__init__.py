@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         SourceError,
         StitchError,
     )
+    from lightning_stitch.finetuning import FineTuning
     from lightning_stitch.functional import linear_cka
     from lightning_stitch.graph import Cut, CutGraph
     from lightning_stitch.head_settings import fit_head
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
+    from lightning_stitch.methods import compare_methods
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
     from lightning_stitch.personal import Composition, compose
@@ -63,10 +65,12 @@ _HOMES = {
         "SourceError",
         "StitchError",
     ],
+    "finetuning": ["FineTuning"],
     "functional": ["linear_cka"],
     "graph": ["Cut", "CutGraph"],
     "head_settings": ["fit_head"],
     "heads": ["RidgeHead", "fit_ridge_head"],
+    "methods": ["compare_methods"],
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
     "predicting": ["ImageFiles", "PredictionWriter", "predict_files"],
@@ -95,6 +99,9 @@ __all__ = [
     "predict_files",
     "ImageFiles",
     "PredictionWriter",
+    # beside fine-tuning
+    "compare_methods",
+    "FineTuning",
     # composing without one
     "Pool",
     "shrink",

@@ -13,7 +13,7 @@ from lightning_stitch._lightning import check_parts, check_same_namespace, isola
 from lightning_stitch._spool import Keeping
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.candidate_table import write_candidates
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
@@ -169,7 +169,7 @@ class FragmentSearch(pl.Callback):
         self._fetched = None
         self._report(trainer)
 
-    def install_within(self, trainer: pl.Trainer, budget: Budget) -> Ranked:
+    def install_within(self, trainer: pl.Trainer, budget: Budget, *, kind: Kind | None = None) -> Ranked:
         """Install the best candidate of the last search that keeps another budget, without searching again.
 
         The network and a head fitted to it on the head images replace those of the trainer's module. Call it after
@@ -178,6 +178,7 @@ class FragmentSearch(pl.Callback):
         Args:
             trainer: The trainer that ran the search, with its module and data module.
             budget: The limits.
+            kind: Only candidates of this kind, such as "stitched"; None: of any.
 
         Returns:
             The candidate, with its scores on the selection images.
@@ -192,12 +193,13 @@ class FragmentSearch(pl.Callback):
                 "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
             )
         module, data = self._checked(trainer, trainer.lightning_module)
-        chosen = self.result.within(budget)
+        chosen = self.result.within(budget, kind=kind)
         if chosen is None:
-            cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs)
+            cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs).candidate
+            wanted = "network" if kind is None else f"{kind} network"
             raise BudgetError(
-                f"The search found no network within the budget ({budget}); the cheapest it found has "
-                f"{cheapest.candidate.cost} ({cheapest.candidate.recipe.path}). Raise the budget, or search under it."
+                f"The search found no {wanted} within the budget ({budget}); the cheapest it found has {cheapest.cost} "
+                f"({cheapest.recipe.path}). Raise the budget, or search under it."
             )
         with isolate_rng():
             self._install(trainer, module, data, chosen.candidate, Silent())

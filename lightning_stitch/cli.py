@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's fit, validate, test and predict, `inspect`, and `predict` for image files."""
+"""The command line: LightningCLI's commands with `compare` beside them, `inspect`, and `predict` for image files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lightning_stitch._lightning import NAMESPACE, mixture, pl
 from lightning_stitch.errors import StitchError
 from lightning_stitch.graph import Cut
 from lightning_stitch.sources import SPECS, Source, load_source
+from lightning_stitch.trainer import StitchTrainer
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -39,6 +40,11 @@ class StitchCLI(LightningCLI):
     With `max_epochs: 0` a Trainer writes no checkpoint, so one is written after fit: `stitched.ckpt` in the log
     directory, which `test`, `predict` and `load_from_checkpoint` take.
     """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `compare`, which takes the same configuration."""
+        return {**LightningCLI.subcommands(), "compare": {"model", "datamodule"}}
 
     def after_fit(self) -> None:
         """Save what a search without training made."""
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             StitchCLI(
                 pl.LightningModule,
                 pl.LightningDataModule,
+                trainer_class=StitchTrainer,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,

@@ -309,6 +309,13 @@ def test_an_early_exit_taken_afterwards_is_trained_and_loaded_like_any_other(tmp
         assert torch.equal(loaded(images), model.eval()(images))
 
 
+def test_the_best_of_one_kind_can_be_installed_afterwards(tmp_path: Path) -> None:
+    run, model, _, callback = searched(tmp_path)
+    assert callback.result is not None
+    assert callback.install_within(run, Budget(), kind="source") is callback.result.best_source
+    assert model.recipe == callback.result.best_source.candidate.recipe
+
+
 def test_a_budget_afterwards_that_nothing_keeps_names_the_cheapest_and_changes_nothing(tmp_path: Path) -> None:
     run, model, _, callback = searched(tmp_path)
     network = model.network
@@ -316,6 +323,8 @@ def test_a_budget_afterwards_that_nothing_keeps_names_the_cheapest_and_changes_n
         BudgetError, match=r"\(at most 1e-06 M MACs\); the cheapest it found has .* \(test_.* \(ends early\)"
     ):
         callback.install_within(run, Budget(max_macs=1))
+    with pytest.raises(BudgetError, match="The search found no stitched network within the budget"):
+        callback.install_within(run, Budget(max_macs=1), kind="stitched")
     with pytest.raises(BudgetError, match="This search measured no latencies"):
         callback.install_within(run, Budget(max_latency_ms=5))
     assert model.network is network

@@ -35,7 +35,7 @@ GROUPS = (
     {"shortlist"},
     # similarity, sources, graph, activations, stitches, healing, cost
     {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
-    {"_probing"},
+    {"_probing", "flops"},
     {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
     {"_modes"},
     {"cost", "graph", "_timm_sources"},
@@ -52,16 +52,20 @@ GROUPS = (
     {"remembered", "careful_ranking"},
     {"results", "batches"},
     # compose, report, hub, export
-    {"pool", "report", "candidate_table"},
-    {"comparison", "shrinking", "personal", "ensembles"},
+    {"pool", "report", "candidate_table", "method_table"},
+    {"comparison", "shrinking", "personal", "ensembles", "method_plot"},
     # module, data
     {"backbones", "thawing", "task_metrics", "prediction_table"},
     {"training_plan"},
     {"_labels", "_image_files"},
-    {"module", "data"},
+    {"module", "data", "finetuning"},
     {"head_fitting", "slots"},
     {"callbacks", "predicting"},
     {"predict_command"},
+    # what compares methods, and runs trainers of its own
+    {"contenders"},
+    {"methods"},
+    {"trainer"},
     {"cli"},
 )
 RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
@@ -69,6 +73,7 @@ MAY_IMPORT_LIGHTNING = {
     "_lightning",
     *("_images", "_labels", "_resuming", "callback_order"),
     *("module", "data", "slots", "callbacks", "predicting", "predict_command", "cli"),
+    *("finetuning", "contenders", "methods", "trainer"),
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}
 

@@ -1,0 +1,291 @@
+"""The classifiers that a comparison of methods sets side by side, and what making each of them took."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_stitch._lightning import isolate_rng, pl
+from lightning_stitch.callbacks import FragmentSearch
+from lightning_stitch.cost import Budget
+from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, train_best
+from lightning_stitch.flops import Meter
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.segments import CalibrationSettings, chunks, segment
+from lightning_stitch.sources import Source
+
+Method = Literal[
+    "linear probe",
+    "closed-form head",
+    "head-only fine-tuning",
+    "full fine-tuning",
+    "closed-form head, fine-tuned",
+    "StitchNet",
+    "StitchNet, fine-tuned",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What something took, as a `Meter` sees it."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    flops: int = 0
+
+    @classmethod
+    def of(cls, meter: Meter) -> Spent:
+        """What a meter has seen."""
+        return cls(meter.seconds, meter.cpu_seconds, meter.flops)
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds, self.flops + other.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A finished classifier.
+
+    Attributes:
+        network: Images in [0, 1] to features.
+        head: Features to logits.
+        name: What the network is: its source, or its fragments.
+        spent: What making it took.
+        selection_loss: Mean cross-entropy on the selection images, in nats, by which it was chosen; None: by none.
+        trained: How its training went; None: it was not trained.
+        search_choice: What the search ranked first, where that is no StitchNet; None otherwise.
+    """
+
+    network: nn.Module
+    head: nn.Module
+    name: str
+    spent: Spent
+    selection_loss: float | None = None
+    trained: Trained | None = None
+    search_choice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The same set for all sources: features by source, and the labels."""
+
+    features: list[Tensor]
+    labels: Tensor
+
+
+class Contenders:
+    """Makes the classifiers; what several of them share is made once, and counts for each.
+
+    Args:
+        search: The search; its own table and journal stay unused.
+        sources: Its sources.
+        data: The images.
+        finetuning: How to train.
+        seed: Of first weights and flips.
+        trainer_options: Arguments of each Trainer.
+        device: Where the Trainers run.
+
+    Raises:
+        CutError: If a source cannot be cut, or does not take such images.
+    """
+
+    def __init__(
+        self,
+        search: FragmentSearch,
+        sources: Sequence[Source],
+        data: CalibrationDataModule,
+        finetuning: FineTuning,
+        *,
+        seed: int,
+        trainer_options: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.search = copy.copy(search)
+        self.search.compare, self.search.journal = False, None
+        self.data = data
+        self.finetuning = finetuning
+        self.seed = seed
+        self.trainer_options = trainer_options
+        self.device = device
+        settings = CalibrationSettings(granularity=search.granularity)
+        self.parts = [segment(source, settings, data.image_shape) for source in sources]
+
+    def make(self, method: Method) -> Made:
+        """Make a method's classifier, on the device."""
+        ways: dict[Method, Callable[[], Made]] = {
+            "linear probe": self._linear_probe,
+            "closed-form head": lambda: self._closed_form,
+            "head-only fine-tuning": partial(self._finetuned, through="head"),
+            "full fine-tuning": self._finetuned,
+            "closed-form head, fine-tuned": partial(self._finetuned, closed_form=True),
+            "StitchNet": lambda: self._stitched[1],
+            "StitchNet, fine-tuned": self._stitched_finetuned,
+        }
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            return ways[method]()
+
+    def run_search(self) -> None:
+        """Run the search, once.
+
+        Raises:
+            BudgetError: If no network keeps its budget; likewise whatever else a search raises.
+        """
+        assert self._stitched
+
+    # -- on a source -------------------------------------------------------------------------------------------------
+
+    def _network(self, index: int) -> nn.Module:
+        """A source up to its classifier, with parameters of its own."""
+        part = self.parts[index]
+        return nn.Sequential(part.preprocess, part.graph.fragment(None, part.end)).to(self.device).eval()
+
+    def _linear(self, num_features: int) -> nn.Linear:
+        return nn.Linear(num_features, self.data.num_classes).to(self.device)
+
+    @cached_property
+    def _features(self) -> tuple[_Part, _Part, Spent]:
+        """What all sources give of the train and the selection images, which are read once."""
+        networks = [self._network(index) for index in range(len(self.parts))]
+        with Meter() as meter:
+            train, selection = (
+                self._run(networks, loader)
+                for loader in (self.data.head_dataloader(), self.data.selection_dataloader())
+            )
+        return train, selection, Spent.of(meter)
+
+    def _run(self, networks: Sequence[nn.Module], loader: DataLoader) -> _Part:
+        found: list[list[Tensor]] = [[] for _ in networks]
+        labels = []
+        for images, targets in loader:
+            images = images.to(self.device)
+            labels.append(targets)
+            for part, network, features in zip(self.parts, networks, found, strict=True):
+                with torch.inference_mode():
+                    features += [network(chunk) for chunk in chunks(images, part.images_at_once)]
+        # Joined outside of inference mode, these are ordinary tensors again, on which a head can be trained.
+        return _Part([torch.cat(features).float() for features in found], torch.cat(labels).to(self.device))
+
+    @cached_property
+    def _closed_form(self) -> Made:
+        return self._source(self._closed_form_choice)
+
+    @cached_property
+    def _closed_form_choice(self) -> tuple[int, nn.Module, float, Spent]:
+        """The source whose closed-form head has the least loss on the selection images."""
+        train, selection, spent = self._features
+        found = []
+        with Meter() as meter:
+            for index, features in enumerate(train.features):
+                head, _ = fit_ridge_head(features, train.labels, num_classes=self.data.num_classes)
+                found.append((_loss(head, selection.features[index], selection.labels), index, head))
+            loss, index, head = min(found, key=lambda one: one[0])
+        return index, head, loss, spent + Spent.of(meter)
+
+    def _source(self, choice: tuple[int, nn.Module, float, Spent]) -> Made:
+        index, head, loss, spent = choice
+        return Made(self._network(index), head, self.parts[index].name, spent, loss)
+
+    def _linear_probe(self) -> Made:
+        train, selection, spent = self._features
+        found = []
+        with Meter() as meter:
+            for index, features in enumerate(train.features):
+                probe = Classifier(nn.Identity(), self._linear(features.shape[1]))
+                trained = train_best(
+                    probe,
+                    partial(self._batches, features, train.labels, shuffle=True),
+                    self._batches(selection.features[index], selection.labels),
+                    self.finetuning,
+                    learning_rates=self.finetuning.head_learning_rates,
+                    epochs=self.finetuning.probe_epochs,
+                    seed=self.seed,
+                    trainer_options=self.trainer_options,
+                )
+                found.append((trained, index, probe.head))
+            trained, index, head = min(found, key=lambda one: one[0].loss)
+        name = self.parts[index].name
+        return Made(self._network(index), head, name, spent + Spent.of(meter), trained.loss, trained)
+
+    def _batches(self, features: Tensor, labels: Tensor, *, shuffle: bool = False) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.seed)
+        pairs = TensorDataset(features.cpu(), labels.cpu())
+        return DataLoader(pairs, batch_size=self.data.batch_size, shuffle=shuffle, generator=generator)
+
+    def _finetuned(self, *, through: Literal["head", "all"] = "all", closed_form: bool = False) -> Made:
+        index, ridge, _, spent = self._closed_form_choice
+        network = self._network(index)
+        head: nn.Module = (
+            copy.deepcopy(ridge) if closed_form else self._linear(self._features[0].features[index].shape[1])
+        )
+        with Meter() as meter:
+            if through == "head":
+                network.requires_grad_(False)
+            elif self.finetuning.update_batch_norm:
+                network.train()
+            trained = self._train(Classifier(network, head), head_alone=through == "head")
+        return Made(network, head, self.parts[index].name, spent + Spent.of(meter), trained.loss, trained)
+
+    def _train(self, model: pl.LightningModule, *, head_alone: bool = False) -> Trained:
+        settings = self.finetuning
+        return train_best(
+            model,
+            self.data.train_dataloader,
+            self.data.selection_dataloader(),
+            settings,
+            learning_rates=settings.head_learning_rates if head_alone else settings.learning_rates,
+            epochs=settings.epochs,
+            seed=self.seed,
+            trainer_options=self.trainer_options,
+            callbacks=[Flips()] if settings.flips else [],
+        )
+
+    # -- composed ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _stitched(self) -> tuple[StitchedClassifier, Made]:
+        """The best StitchNet by the selection images; what the search itself would take where it found none."""
+        model = StitchedClassifier(self.data.num_classes)
+        self.search.fetch_sources()
+        with Meter() as meter:
+            trainer = pl.Trainer(
+                max_epochs=0, callbacks=[self.search], enable_checkpointing=False, **self.trainer_options
+            )
+            trainer.fit(model, datamodule=self.data)
+            result = self.search.result
+            assert result is not None
+            first = result.best.candidate
+            if first.kind != "stitched" and result.best_stitched is not None:
+                self.search.install_within(trainer, self.search.budget or Budget(), kind="stitched")
+        network, head = model.network, model.head
+        assert isinstance(network, StitchedNetwork)
+        assert head is not None
+        other = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
+        self.search.pool = None  # and with it the sources
+        return model, Made(network, head, network.recipe.path, Spent.of(meter), search_choice=other)
+
+    def _stitched_finetuned(self) -> Made:
+        model, made = self._stitched
+        with Meter() as meter:
+            trained = self._train(model)
+        assert model.network is not None
+        assert model.head is not None
+        spent = made.spent + Spent.of(meter)
+        return Made(model.network, model.head, made.name, spent, trained.loss, trained, made.search_choice)
+
+
+@torch.no_grad()
+def _loss(head: nn.Module, features: Tensor, labels: Tensor) -> float:
+    return float(functional.cross_entropy(head(features), labels))

@@ -1,0 +1,142 @@
+"""What a piece of work costs to run: seconds, and floating-point operations counted as they happen.
+
+Counted are the operators that `torch.utils.flop_counter` has formulas for (convolutions, matrix products, attention),
+forward and backward, and besides what closed-form fits are made of: Cholesky factors (n^3 / 3), solves with them
+(2 n^2 k), symmetric eigendecompositions (9 n^3; Golub and Van Loan, "Matrix Computations", section 8.3) and products of
+a matrix and a vector. One multiply-accumulate is two FLOPs, in whatever precision. What works element by element counts
+nothing, an optimizer's update therefore neither. Dry runs on tensors without values count nothing: nothing is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_stitch._operators import FORMULAS
+
+_EIGEN_FLOPS = 9  # times n^3, vectors included
+
+Shape = Sequence[int]
+
+
+def _cholesky(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return math.prod(matrix[:-2]) * matrix[-1] ** 3 // 3
+
+
+def _cholesky_solve(right: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(right) * right[-2]
+
+
+def _eigen(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _EIGEN_FLOPS * math.prod(matrix[:-2]) * matrix[-1] ** 3
+
+
+def _matrix_vector(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
+    # The scores once more, and the gradients of scores, query, key and value.
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+_ATEN = torch.ops.aten
+_MORE_FORMULAS = {
+    _ATEN.linalg_cholesky_ex: _cholesky,
+    _ATEN.cholesky_solve: _cholesky_solve,
+    _ATEN._linalg_eigh: _eigen,
+    _ATEN.mv: _matrix_vector,
+    _ATEN.dot: _matrix_vector,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter:
+    """Times what runs inside the context and counts its FLOPs.
+
+    The count costs some tens of microseconds for each operator, which are within the seconds.
+
+    Attributes:
+        seconds: Wall time.
+        cpu_seconds: Processor time of this process, over all its threads; what else runs on the machine matters less.
+        flops: Floating-point operations, as `lightning_stitch.flops` says.
+
+    Example:
+        >>> with Meter() as meter:
+        ...     product = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> meter.flops
+        48
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self.flops = 0
+        self._mode = _Counter()
+        self._begun = self._cpu_begun = 0.0
+
+    def __enter__(self) -> Meter:
+        self._mode.__enter__()
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop; what an exception ends is metered up to it."""
+        self.seconds += time.perf_counter() - self._begun
+        self.cpu_seconds += time.process_time() - self._cpu_begun
+        self._mode.__exit__(*error)
+        self.flops = self._mode.flops
+
+
+class _Counter(TorchDispatchMode):
+    """FlopCounterMode without its table by modules, whose hooks would slow down and warn of nested calls."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self._formulas = FlopCounterMode(display=False, custom_mapping={**FORMULAS, **_MORE_FORMULAS}).flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self._formulas.get(getattr(func, "_overloadpacket", func))
+        if formula is None:
+            if _is_composite(func):  # in inference mode it comes whole
+                with self:
+                    return func.decompose(*args, **kwargs)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if _is_computed(result):
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others on every device."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not isinstance(func, OpOverload) or func.namespace == "prim":
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+def _is_computed(result: Any) -> bool:
+    tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    return not any(isinstance(x, FakeTensor) or x.device.type == "meta" for x in tensors)

@@ -1,0 +1,85 @@
+"""StitchTrainer: Lightning's Trainer with `compare` beside `fit` and `test`, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_stitch._lightning import pl
+from lightning_stitch.callbacks import FragmentSearch
+from lightning_stitch.contenders import METHODS, Method
+from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.errors import StitchError
+from lightning_stitch.finetuning import FineTuning
+from lightning_stitch.method_table import Row, print_methods
+from lightning_stitch.methods import compare_methods
+from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.progress import Bar, Silent
+
+_RECIPE = FineTuning()
+
+
+class StitchTrainer(pl.Trainer):
+    """A Trainer that can also compare methods; its callbacks hold the search, its first logger says where to write."""
+
+    def compare(
+        self,
+        model: pl.LightningModule,
+        datamodule: CalibrationDataModule | None = None,
+        methods: list[Method] = list(METHODS),  # noqa: B006 (never changed; shown as the default in the help)
+        finetuning: FineTuning = _RECIPE,
+        plot: bool = True,
+        seed: int = 0,
+    ) -> list[Row]:
+        """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
+
+        The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in
+        the log directory.
+
+        Args:
+            model: A StitchedClassifier; new ones are made of its number of classes.
+            datamodule: The images.
+            methods: Which methods to compare.
+            finetuning: How networks and heads are trained.
+            plot: Whether to draw accuracy against training FLOPs, with matplotlib.
+            seed: Of the heads' first weights and of flips; the data module has its own.
+
+        Returns:
+            One row for each method (`compare_methods`).
+
+        Raises:
+            StitchError: If there is no FragmentSearch among the callbacks, or as `compare_methods`.
+        """
+        found: list[Any] = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise StitchError(f"compare needs one FragmentSearch among trainer.callbacks; found {len(found)}.")
+        if not isinstance(model, StitchedClassifier):
+            raise StitchError(f"compare takes a StitchedClassifier; found {type(model).__name__}.")
+        if datamodule is not None and datamodule.num_classes != model.num_classes:
+            raise StitchError(
+                f"The data have {datamodule.num_classes} classes, StitchedClassifier has "
+                f"num_classes={model.num_classes}."
+            )
+        if self.fast_dev_run:  # type: ignore[attr-defined]
+            raise StitchError("compare has no fast_dev_run; lower finetuning.epochs and the data's train_samples.")
+        directory = Path(self.log_dir or self.default_root_dir)
+        options = {"accelerator": self.accelerator, "devices": self.num_devices, "precision": self.precision}
+        if self.num_devices == 1 and self.strategy.root_device.index is not None:
+            options["devices"] = [self.strategy.root_device.index]
+        with Silent() if self.progress_bar_callback is None else Bar() as progress:
+            rows = compare_methods(
+                found[0],
+                datamodule,  # type: ignore[arg-type]
+                methods=methods,
+                finetuning=finetuning,
+                directory=directory,
+                plot=plot,
+                seed=seed,
+                trainer_options=options,
+                progress=progress,
+            )
+        print_methods(rows, title="Test images: what can be done with these sources and labels, and what it takes")
+        print(f"The table is in {directory / 'methods.csv'} and {directory / 'methods.json'}.")
+        if plot:
+            print(f"Accuracy against training FLOPs is drawn in {directory / 'methods.png'}.")
+        return rows
