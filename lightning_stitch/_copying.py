@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -27,6 +29,11 @@ def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
             if not x.is_leaf and id(x) not in memo:
                 memo[id(x)] = x.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def reference_tensor(module: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that a module computes in: its first parameter or buffer, if it has any."""
+    return next(chain(module.parameters(), module.buffers()), torch.empty(()))
 
 
 def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch._copying import copied, with_tensors
+from lightning_stitch._copying import copied, reference_tensor, with_tensors
 from lightning_stitch.batches import Batch
 from lightning_stitch.candidates import Candidate, Step
 from lightning_stitch.ensemble_recipe import Branch, EnsembleRecipe, Mean, Member
@@ -292,7 +292,7 @@ def _assembled(
     except CutError as error:
         raise RecipeError(f"The recipe does not fit its sources: {error}") from error
     network = Ensemble(recipe, entries, fragments, pools, heads)
-    return network.to(next(network.fragments.parameters()).device).eval()
+    return network.to(reference_tensor(network.fragments).device).eval()
 
 
 def _pool(recipe: EnsembleRecipe, member: Member, graphs: Mapping[str, CutGraph]) -> nn.Module:

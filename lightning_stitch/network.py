@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch._copying import copied, with_tensors
+from lightning_stitch._copying import copied, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.graph import CutGraph
@@ -90,8 +90,8 @@ class StitchedNetwork(nn.Module):
             assert size is not None
             modes = {module: module.training for module in self.modules()}
             self.eval()
-            parameter = next(self.parameters())
-            width = self(torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)).shape[-1]
+            like = reference_tensor(self)
+            width = self(torch.zeros((1, *size), device=like.device, dtype=like.dtype)).shape[-1]
             for module, mode in modes.items():
                 module.training = mode
         return int(width)
@@ -197,8 +197,7 @@ def _assemble(
     last = recipe.fragments[-1]
     pool = GlobalAverage.of(graphs[last.source].find(str(last.end))) if recipe.pooled else None
     network = StitchedNetwork(recipe, fragments, joints, pool)
-    reference = next(network.parameters())
-    return network.to(reference.device).eval()
+    return network.to(reference_tensor(network).device).eval()
 
 
 def placed_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_stitch._copying import reference_tensor
 from lightning_stitch._images import Decoder
 from lightning_stitch.activations import Calibrated, calibrate_all
 from lightning_stitch.candidates import Candidate
@@ -287,7 +288,7 @@ def _network(
 
 
 def _joined(body: StitchedNetwork, head: nn.Module) -> nn.Sequential:
-    return nn.Sequential(body, head.to(next(body.parameters()).device)).eval()
+    return nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
 
 
 def _to_the_output(recipe: Recipe) -> Recipe:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_stitch import (
     fit_ridge_head,
     restore_backbones,
 )
+from lightning_stitch import backbones as backbones_module
 from lightning_stitch.backbones import resized
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -379,6 +381,10 @@ def test_a_checkpoint_without_a_stitched_network_is_refused_before_a_search(tmp_
     run.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(RecipeError, match=r"holds no stitched network for 'model.encoder'; it has some for \[\]"):
         trainer(tmp_path, no_search("model.encoder")).fit(Own(), images(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_examples_in_the_documentation_hold() -> None:
+    assert doctest.testmod(backbones_module) == (0, 3)
 
 
 def test_an_empty_backbone_says_how_to_fill_it() -> None:

@@ -225,3 +225,13 @@ def test_networks_that_end_at_an_output_have_no_exits() -> None:
 def test_the_product_of_ckas_does_not_rank_exits_which_have_no_stitch() -> None:
     pool = Pool(sources(), (3, SIZE, SIZE))
     assert "early exit" not in kinds(pool, ranking="cka_product")
+
+
+def test_a_network_that_ends_before_any_weights_is_assembled() -> None:
+    layers = [nn.AvgPool2d(2), nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    pool = Pool([live(nn.Sequential(*layers), "pooled", size=SIZE)], (3, SIZE, SIZE))
+    result = pool.search([CALIBRATION], [noise(8, 3, SIZE, SIZE)])
+    bare = next(r.candidate for r in result.ranked if r.candidate.kind == "early exit" and not r.candidate.cost.params)
+    network = pool.assemble(bare)
+    assert network.num_features == 3
+    assert torch.allclose(network(IMAGES), pool.parts[0].preprocess(IMAGES).mean((2, 3)), atol=1e-6)

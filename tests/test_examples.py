@@ -165,6 +165,7 @@ def test_people_get_networks_for_their_own_solar_cells(workplace: Path, capsys: 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # both scripts use one
 @pytest.mark.parametrize("name", ["finetune", "finetune_stitched"])
 def test_the_fine_tuning_scripts_run_on_real_images(
     name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

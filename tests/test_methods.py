@@ -100,7 +100,7 @@ def test_test_images_choose_nothing(tmp_path: Path) -> None:
     train = bright_halves(120, left=0.2, right=0.5, seed=0)
     choosing = bright_halves(40, left=0.5, right=0.0, seed=1)
     tests = [bright_halves(60, left=left, right=0.5 - left, seed=2) for left in (0.0, 0.5)]
-    search = FragmentSearch([half_blind("right"), half_blind("left")], max_candidates=4)
+    search = FragmentSearch([half_blind("right"), half_blind("left")], max_candidates=4, exits=False)
     data = [CalibrationDataModule(train, choosing, test, calibration_samples=12) for test in tests]
     recipe = FineTuning(epochs=1, probe_epochs=40, head_learning_rates=(0.1,))
     found = [compared(tmp_path, search=search, data=one, finetuning=recipe) for one in data]

@@ -185,6 +185,7 @@ def test_a_crash_and_a_resumed_run_end_as_one_that_went_through(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_run_resumed_within_an_epoch_trains_what_that_epoch_thaws(tmp_path: Path) -> None:
     model, steps = classifier(), ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1, filename="{step}")
     trainer(tmp_path, steps, max_epochs=2, enable_checkpointing=True).fit(model, images())
