@@ -45,7 +45,7 @@ def compare_methods(
     | linear probe | on each source's frozen features, computed once, a linear layer is trained; the best source stays |
     | closed-form head | the same with the ridge head of `fit_ridge_head`: no back-propagation |
     | head-only fine-tuning | a linear layer, trained through the frozen network |
-    | full fine-tuning | network and linear layer, BatchNorm in train mode |
+    | full fine-tuning | network and linear layer; BatchNorm statistics stay unless `update_batch_norm` |
     | closed-form head, fine-tuned | the same, beginning with the closed-form head |
     | StitchNet | the best StitchNet of the search, with its closed-form head: no back-propagation |
     | StitchNet, fine-tuned | that trained as a whole by the same recipe; BatchNorm statistics stay |
@@ -86,6 +86,10 @@ def compare_methods(
         raise StitchError(
             f"compare_methods needs train, selection and test images in a CalibrationDataModule; found "
             f"{type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps another one."
+        )
+    if data.task != "multiclass":
+        raise StitchError(
+            f"compare_methods tells classes apart, one label for each image; the data have task={data.task!r}."
         )
     if plot:
         check_can_plot()

@@ -158,6 +158,7 @@ class Plain(pl.LightningDataModule):
         ({"methods": []}, StitchError, r"methods must be some of .*; found \[\]"),
         ({"methods": "StitchNet"}, StitchError, "methods must be some of"),
         ({"data": Plain()}, StitchError, "needs train, selection and test images in a CalibrationDataModule; found P"),
+        ({"data": three_digits(task="none")}, StitchError, "tells classes apart, one label for each image"),
         ({"search": "resnet18"}, StitchError, "takes a FragmentSearch, whose sources all use; found str"),
         ({"search": FragmentSearch([])}, SourceError, "Expected a list of sources"),
         ({"search": FragmentSearch(["test_resnte"])}, SourceError, "1 of 1 sources cannot be had"),
@@ -173,7 +174,7 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
         raise AssertionError("a source ran")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_stitch.compose.calibrate", refuse)
+        patched.setattr("lightning_stitch.pool.calibrate_all", refuse)
         patched.setattr("lightning_stitch.contenders.chunks", refuse)
         with pytest.raises(error, match=message):
             compared(tmp_path, **options)
