@@ -154,8 +154,8 @@ class FragmentSearch(pl.Callback):
             if self.attribute is not None:
                 is_restored(trainer, place_for_network(pl_module, self.attribute))
             return
-        check_order(trainer, self)
         module, data = self._checked(trainer, pl_module)
+        check_order(trainer, self)
         if module.recipe is not None or is_restored(trainer, module):
             return
         module.check_stage(stage)
