@@ -258,11 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
                     task, options.shares, groups=groups, distil=not options.no_distillation, ranking=options.ranking
                 )
                 rows += [{"images": count, "seed": seed, **row} for row in found]
-        record[name] = rows
+                record[name] = rows
+                if options.json is not None:
+                    options.json.write_text(json.dumps(record, indent=1))
         print(f"### {task.name}, {len(options.seeds)} seeds\n\n{markdown(rows)}\n", flush=True)
         print(f"{time.perf_counter() - begun:.0f} s, {torch.get_num_threads()} threads.\n", flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

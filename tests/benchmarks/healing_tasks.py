@@ -53,13 +53,12 @@ def digits(*, count: int, seed: int) -> Task:
 def photographs(folder: Path, *, count: int, seed: int, image_size: int, test_images: int) -> tuple[Task, list[str]]:
     """Crops of photographs and three EfficientNet-Lites with their 1000 classes; also each crop's photograph."""
     generator = random.Random(seed)
-    calibration = [
-        (name, crop(name, image_size, generator)) for _ in range(count) for name in (generator.choice(CALIBRATED_ON),)
-    ]
+    names = [CALIBRATED_ON[i % len(CALIBRATED_ON)] for i in range(count)]
+    calibration = [crop(name, image_size, generator) for name in names]
     selection = [crop(generator.choice(CALIBRATED_ON), image_size, generator) for _ in range(64)]
     test = [crop(TESTED_ON[i % len(TESTED_ON)], image_size, generator) for i in range(test_images)]
-    images = [batches([x for _, x in calibration]), batches(selection), [], batches(test)]
-    return Task(f"photographs at {image_size} pixels", lites(folder), *images, 1000), [name for name, _ in calibration]
+    images = [batches(calibration), batches(selection), [], batches(test)]
+    return Task(f"photographs at {image_size} pixels", lites(folder), *images, 1000), names
 
 
 def lites(folder: Path) -> list:
