@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -164,7 +165,7 @@ def test_fragments_share_out_parameters_and_buffers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit2", "test_convnext", "test_efficientnet_evos"])
 def test_cutting_leaves_the_source_as_it_was(name: str) -> None:
-    network = donor(name).module.train()
+    network = copy.deepcopy(donor(name).module).train()
     first = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
     first.eval().requires_grad_(False)
     state = {key: value.clone() for key, value in network.state_dict().items()}
