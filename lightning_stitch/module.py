@@ -123,6 +123,11 @@ class StitchedClassifier(pl.LightningModule):
         return None if plain is None else any_recipe(plain)
 
     @property
+    def task(self) -> str:
+        """What `predict_step` gives, for whoever writes it down: without a head numbers, as of a regression."""
+        return "regression" if self.head_settings.name == "none" else self.head_settings.task
+
+    @property
     def class_names(self) -> list[str] | None:
         """Names of the classes, labels or numbers in their order; None: they are not known."""
         names: list[str] | None = self.hparams["class_names"]

@@ -24,6 +24,7 @@ from lightning_stitch import (
     StitchError,
     predict_files,
 )
+from lightning_stitch._image_files import ImageFileSet
 from lightning_stitch._lightning import pl
 
 
@@ -169,6 +170,30 @@ def test_a_writer_takes_names_and_task_from_any_module_and_numbers_images_withou
         ("2", ["bright", "dark"]),
     ]
     assert (tmp_path / "p.csv").read_text().splitlines()[2] == "1,dark,0.2,0.8"
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"task": "multilabel"}, {"file", "labels", "probabilities"}),
+        ({"task": "regression"}, {"file", "values"}),
+        ({"head": "none"}, {"file", "values"}),
+    ],
+)
+def test_what_is_written_is_what_the_classifiers_task_and_head_give(
+    images: Path, model: StitchedClassifier, options: dict[str, str], fields: set[str]
+) -> None:
+    assert model.network is not None
+    assert model.head is not None
+    other = StitchedClassifier(**({} if "head" in options else {"num_classes": 3}), **options)
+    other.install(model.network, torch.nn.Identity() if "head" in options else model.head)
+    rows = predict_files(other, images)
+    assert all(row.keys() == fields for row in rows)
+    numbers = rows[0].get("values") or rows[0]["probabilities"]
+    image, _ = ImageFileSet([Path(rows[0]["file"])], (3, SIZE, SIZE))[0]
+    with torch.no_grad():
+        given = other.eval().predict_step(image[None], 0)
+    assert list(numbers.values()) == pytest.approx(given[0].tolist(), abs=1e-5)
 
 
 def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
