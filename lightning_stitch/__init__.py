@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_stitch.segments import CalibrationSettings
     from lightning_stitch.shrinking import shrink
     from lightning_stitch.similarity import LinearCKA
+    from lightning_stitch.source_checks import Preflight, preflight
     from lightning_stitch.sources import Source, load_source, load_sources
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _HOMES = {
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
     "predicting": ["ImageFiles", "PredictionWriter", "predict_files"],
+    "source_checks": ["Preflight", "preflight"],
     "recipe": ["FragmentRef", "Preprocessing", "Recipe"],
     "results": ["SearchResult"],
     "search": ["Beam", "DepthFirst"],
@@ -126,6 +128,8 @@ __all__ = [
     "Preprocessing",
     "load_source",
     "load_sources",
+    "preflight",
+    "Preflight",
     "Cut",
     "CutGraph",
     "Cost",

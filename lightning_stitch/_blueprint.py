@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import hub, nn
+from torch import Tensor, hub, nn
 
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Builder, Preprocessing
@@ -19,6 +19,27 @@ RESERVED_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "timm": frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}),
     "torchvision": frozenset({"pretrained", "weights", "weights_backbone", "pretrained_backbone"}),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of weights, on disk or still to be downloaded.
+
+    Attributes:
+        file: Where it is; None: it has to be downloaded.
+        folder: The folder, which may not exist yet, that it is in or would come to.
+        size: Its bytes; None where nobody has been asked.
+        hub: Repository, file name and commit, where it comes from the hub.
+        url: Where else it comes from.
+        unreachable: Why the network could not be asked about it; None: it was asked, or need not be.
+    """
+
+    file: Path | None
+    folder: Path
+    size: int | None = None
+    hub: tuple[str, str, str] | None = None
+    url: str | None = None
+    unreachable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +56,9 @@ class Blueprint:
         preprocessing: None where only the built network can tell.
         licence: None where unknown.
         revision: Commit hash of the weights, where there is one.
+        weights: The file of weights that `build` will read; None: none, or only it knows.
+        outline: Makes the network without reading weights, of tensors of these names and shapes, if any, loaded as
+            `build` would load them. None: only `build` can make it.
     """
 
     spec: str
@@ -46,6 +70,8 @@ class Blueprint:
     preprocessing: Preprocessing | None = None
     licence: str | None = None
     revision: str | None = None
+    weights: WeightFile | None = None
+    outline: Callable[[Mapping[str, Tensor] | None], nn.Module] | None = None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -130,15 +156,18 @@ def offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def check_download(url: str) -> None:
-    """Raise if weights that torch.hub would download are not cached and the user asked to stay offline.
+def download_of(url: str) -> WeightFile:
+    """The file that torch.hub keeps of a URL's weights; the network is not asked.
 
     Raises:
-        SourceError: In that case.
+        SourceError: If it is not cached and the user asked to stay offline.
     """
     file = Path(hub.get_dir()) / "checkpoints" / Path(url).name
-    if offline() and not file.is_file():
+    if file.is_file():
+        return WeightFile(file, file.parent, file.stat().st_size, url=url)
+    if offline():
         raise SourceError(
-            f"its weights are not in the local cache ({file}) and HF_HUB_OFFLINE is set. Unset it once to download "
-            f"{url}, copy that file there, or take pretrained=False for random weights."
+            f"its weights are not in the local cache ({file}) and HF_HUB_OFFLINE is set. Get them once with a "
+            f"connection: `curl -L --create-dirs -o {file} {url}`; or take pretrained=False for random weights."
         )
+    return WeightFile(None, file.parent, url=url)

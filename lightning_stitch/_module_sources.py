@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_stitch._blueprint import (
     Blueprint,
-    check_download,
+    download_of,
     first_lines,
     nearest,
     plain_arguments,
@@ -30,8 +30,7 @@ def from_torchvision(
 
     _check_classifier(architecture)
     weights = models.get_model_weights(architecture).DEFAULT
-    if pretrained:
-        check_download(weights.url)
+    file = download_of(weights.url) if pretrained else None
     given = plain_arguments(arguments, builder="torchvision")
     transforms = weights.transforms()
     fixed = architecture.startswith(("vit_", "maxvit"))
@@ -57,6 +56,8 @@ def from_torchvision(
             fixed_size=fixed,
         ),
         licence=weights.meta.get("license"),
+        weights=file,
+        outline=lambda _: create_torchvision(architecture, rebuilt),
     )
 
 
@@ -146,6 +147,7 @@ def from_module(module: nn.Module, name: str | None, preprocessing: Preprocessin
         build=partial(_copied, module),
         preprocessing=preprocessing or declared_preprocessing(module),
         licence=declared_config(module).get("license"),
+        outline=lambda _: _copied(module),
     )
 
 

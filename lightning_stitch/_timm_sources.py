@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stitch._blueprint import (
     Blueprint,
-    check_download,
+    WeightFile,
+    download_of,
     first_lines,
     nearest,
     plain_arguments,
     preprocessing_from,
 )
-from lightning_stitch._hub_files import check_hub_file, hub_file
+from lightning_stitch._hub_files import find_hub_file, hub_file
 from lightning_stitch.errors import SourceError
 
 # Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.
-Weights = Callable[[], dict[str, str]]
+Weights = Callable[[], Mapping[str, Any]]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
@@ -49,13 +51,13 @@ def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] |
     # custom_load is for foreign files; what the hub holds is in timm's own form
     config = registered.to_dict(remove_source=True) | {"custom_load": False}
     weights: Weights | None = None
-    revision = None
+    file: WeightFile | None = None
     if pretrained:
         if registered.hf_hub_id:
-            revision = check_hub_file(registered.hf_hub_id, WEIGHTS)
-            weights = partial(_hub_weights, registered.hf_hub_id, None, revision)
+            file = find_hub_file(registered.hf_hub_id, WEIGHTS)
+            weights = partial(_hub_weights, registered.hf_hub_id, None, commit_of(file))
         elif registered.url and isinstance(registered.url, str):
-            check_download(registered.url)
+            file = download_of(registered.url)
             weights = partial(dict, url=registered.url)
         else:
             raise SourceError("timm has no pre-trained weights for it. Take pretrained=False for random weights.")
@@ -67,7 +69,8 @@ def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] |
         config=config,
         arguments=plain_arguments(arguments, builder="timm"),
         weights=weights,
-        revision=revision,
+        file=file,
+        revision=commit_of(file),
     )
 
 
@@ -100,6 +103,7 @@ def from_folder(spec: str, path: str, *, pretrained: bool, arguments: Mapping[st
         config=config,
         arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
         weights=partial(dict, file=str(folder / WEIGHTS)) if pretrained else None,
+        file=WeightFile(folder / WEIGHTS, folder, (folder / WEIGHTS).stat().st_size) if pretrained else None,
     )
 
 
@@ -112,11 +116,10 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
     repo, at, wanted = repository.partition("@")
     if repo.count("/") != 1 or not all(repo.split("/")) or (at and not wanted):
         raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
-    config_file = hub_file(repo, CONFIG, revision=wanted or None)
+    config_file = hub_file(repo, CONFIG, revision=wanted or None, beside=(WEIGHTS,) if pretrained else ())
     revision = config_file.parent.name
     architecture, config, saved = _read_config(config_file)
-    if pretrained:
-        check_hub_file(repo, WEIGHTS, revision=revision)
+    file = find_hub_file(repo, WEIGHTS, revision=revision) if pretrained else None
     return _blueprint(
         spec=spec,
         name=repo.partition("/")[2],
@@ -124,6 +127,7 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
         config=config,
         arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
         weights=partial(_hub_weights, repo, revision, revision) if pretrained else None,
+        file=file,
         revision=revision,
     )
 
@@ -165,14 +169,15 @@ def create(
 
     location = weights() if weights else {}
     try:
-        return timm.create_model(
-            architecture,
-            pretrained=bool(location),
-            pretrained_cfg={**config, **location} if config else None,
-            **arguments,
-        )
+        with _download_progress():
+            return timm.create_model(
+                architecture,
+                pretrained=bool(location),
+                pretrained_cfg={**config, **location} if config else None,
+                **arguments,
+            )
     except Exception as error:  # timm and its readers raise whatever they meet; here it gets the user's words
-        what = f"load {next(iter(location.values()))} into" if location else "build"
+        what = f"load {location.get('file') or location.get('url') or 'its weights'} into" if location else "build"
         raise SourceError(
             f"timm could not {what} {architecture!r} with arguments {dict(arguments)}: {first_lines(error)}"
         ) from error
@@ -186,6 +191,7 @@ def _blueprint(
     config: dict[str, Any],
     arguments: dict[str, Any],
     weights: Weights | None,
+    file: WeightFile | None,
     revision: str | None = None,
 ) -> Blueprint:
     """Put the parts together, provided that the arguments leave the weights whole."""
@@ -211,6 +217,17 @@ def _blueprint(
         preprocessing=preprocessing_from({**config, "input_size": size, "fixed_input_size": fixed}),
         licence=config.get("license"),
         revision=revision,
+        weights=file,
+        outline=partial(_outline, architecture, arguments, config),
+    )
+
+
+def _outline(
+    architecture: str, arguments: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+) -> nn.Module:
+    """The network with random weights, or with tensors that are loaded as the file's would be."""
+    return create(
+        architecture, arguments, config=config, weights=partial(dict, state_dict=tensors) if tensors else None
     )
 
 
@@ -243,13 +260,31 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return architecture, config, arguments
 
 
+@contextmanager
+def _download_progress() -> Iterator[None]:
+    """Let timm show what it downloads from other places than the hub, whose client shows it anyway."""
+    from timm.models import _builder, set_pretrained_download_progress
+
+    before = _builder._DOWNLOAD_PROGRESS
+    set_pretrained_download_progress(True)
+    try:
+        yield
+    finally:
+        set_pretrained_download_progress(before)
+
+
+def commit_of(file: WeightFile | None) -> str | None:
+    """The commit of a hub's file; None for others."""
+    return file.hub[2] if file and file.hub else None
+
+
 def _contents(folder: Path) -> str:
     """What lies in a folder, for an error."""
     names = sorted(file.name for file in folder.iterdir())
     return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "nothing at all"
 
 
-def _hub_weights(repo: str, revision: str | None, commit: str) -> dict[str, str]:
+def _hub_weights(repo: str, revision: str | None, commit: str | None) -> dict[str, str]:
     """Where timm finds a hub repository's weights, after the download."""
     file = hub_file(repo, WEIGHTS, revision=revision)
     if file.parent.name != commit:

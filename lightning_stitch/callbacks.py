@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
+from lightning_stitch._resuming import is_resumed
 from lightning_stitch._spool import Keeping
 from lightning_stitch.callback_order import check_order
-from lightning_stitch.candidate_table import write_candidates
 from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.cost import Budget
@@ -22,11 +22,12 @@ from lightning_stitch.functional import Estimator
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for, shared_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.pool import Pool
+from lightning_stitch.preflight_table import usable_sources
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.report import print_table, write_table
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.search_report import report_search
 from lightning_stitch.segments import CalibrationSettings
 from lightning_stitch.slots import BackboneSlot, is_restored, one_rank_first, place_for_network
 from lightning_stitch.sources import Source, load_sources
@@ -82,6 +83,8 @@ class FragmentSearch(pl.Callback):
             `StitchedClassifier`.
         head_attribute: Where in such a module the linear layer from these vectors to the classes is, to be fitted in
             closed form; None: the module's head is left as it is.
+        skip_rejected: Whether to go on without sources that the check before any download rejects (`preflight`). By
+            default that is an error, which shows the table.
 
     Ctrl-C while it composes ends the composing, not the run: the best network by then is installed, the summary says
     so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
@@ -115,6 +118,7 @@ class FragmentSearch(pl.Callback):
         journal: str | Path | None = None,
         attribute: str | None = None,
         head_attribute: str | None = None,
+        skip_rejected: bool = False,
     ) -> None:
         warn_where_both_are_loaded()
         self.sources = list(sources)
@@ -139,14 +143,51 @@ class FragmentSearch(pl.Callback):
         self.journal = journal
         self.attribute = attribute
         self.head_attribute = head_attribute
+        self.skip_rejected = skip_rejected
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
+        self._usable: list[Any] | None = None
 
     def fetch_sources(self) -> None:
-        """Load the sources, from the hub if need be; the module's `prepare_data` calls this once for each node."""
+        """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
         if self._fetched is None:
-            self._fetched = load_sources(self.sources)
+            self._fetched = load_sources(self.sources if self._usable is None else self._usable)
+
+    def check_sources(
+        self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
+    ) -> list[Any]:
+        """Those of the sources that can be used, checked before their weights are fetched; prints the table if asked.
+
+        Raises:
+            SourceError: If one is rejected (and `skip_rejected` is False), or they cannot be used together.
+        """
+        settings, skip = self.settings(until), self.skip_rejected
+        self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
+        return self._usable
+
+    def prepare_sources(self, trainer: pl.Trainer) -> None:
+        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
+        if self._fetched is not None or trainer.state.fn != "fit":
+            return
+        check_order(trainer, self)
+        module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
+        if module.recipe is not None or is_resumed(trainer):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+        def image_shape() -> tuple[int, int, int] | None:
+            if isinstance(data, CalibrationDataModule) and data.is_wrapper and trainer.world_size > 1:
+                return None  # its setup may wait for ranks that are not here
+            return self._checked(trainer, trainer.lightning_module)[1].image_shape
+
+        self._prepare(trainer, module.head_settings.until, image_shape)
+
+    def _prepare(self, trainer: pl.Trainer, until: str, image_shape: Callable[[], tuple[int, int, int] | None]) -> None:
+        if self._fetched is None and trainer.local_rank == 0:
+            show = trainer.progress_bar_callback is not None and trainer.is_global_zero
+            self.check_sources(image_shape, until=until, show=show)
+        self.fetch_sources()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
@@ -160,7 +201,7 @@ class FragmentSearch(pl.Callback):
             return
         module.check_stage(stage)
         with one_rank_first(trainer, module):
-            self.fetch_sources()
+            self._prepare(trainer, module.head_settings.until, lambda: data.image_shape)
         assert self._fetched is not None
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
@@ -231,6 +272,17 @@ class FragmentSearch(pl.Callback):
             module.check_class_names(data.class_names)
         return module, data
 
+    def settings(self, until: str) -> CalibrationSettings:
+        """How its pool is cut and calibrated, for networks that end `until` (`CalibrationSettings`)."""
+        return CalibrationSettings(
+            granularity=self.granularity,
+            estimator=self.estimator,
+            rows_per_image=self.rows_per_image,
+            seed=self.seed,
+            keep_activations=self.keep_activations,
+            until=until,
+        )
+
     def _run(
         self,
         trainer: pl.Trainer,
@@ -243,14 +295,7 @@ class FragmentSearch(pl.Callback):
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=CalibrationSettings(
-                granularity=self.granularity,
-                estimator=self.estimator,
-                rows_per_image=self.rows_per_image,
-                seed=self.seed,
-                keep_activations=self.keep_activations,
-                until=module.head_settings.until,
-            ),
+            settings=self.settings(module.head_settings.until),
             device=trainer.strategy.root_device,
         )
         check_outputs(module.head_settings, pool)
@@ -333,46 +378,15 @@ class FragmentSearch(pl.Callback):
 
     def _report(self, trainer: pl.Trainer) -> None:
         assert self.result is not None
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        if not trainer.is_global_zero:
-            return
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_candidates(self.result, log_dir)
-        best = self.result.best
-        metrics = {f"search/{name}": value for name, value in best.scores.items()}
-        metrics |= {f"search/{stage}_seconds": seconds for stage, seconds in self.result.seconds.items()}
-        for measure in ("params", "macs", "activation_bytes"):
-            metrics[f"search/{measure}"] = getattr(best.candidate.cost, measure)
-        if best.latency_ms is not None:
-            metrics["search/latency_ms"] = best.latency_ms
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=0)
-        lines = [self.result.summary()]
-        if self.comparison is not None:
-            title = (
-                "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
-            )
-            sentence = " ".join(
-                [self.comparison.sentence, *(f"No StitchNet fits {budget}." for budget in self.comparison.unmet)]
-            )
-            print_table(self.comparison.rows, sentence, title=title)
-            settings = {
-                "sources": [str(source) for source in self.sources],
-                "granularity": self.granularity,
-                "estimator": self.estimator,
-                "ranking": self.ranking,
-                "exits": self.exits,
-                "refinements": list(self.refinements),
-                "recipe": best.candidate.recipe.to_dict(),
-                "seconds": self.result.seconds,
-                "rejected": self.result.rejected,
-                "num_candidates": len(self.result.ranked),
-            }
-            paths = write_table(self.comparison.rows, sentence, Path(log_dir), settings=settings)
-            lines.append(f"The table is in {paths[0]} and {paths[1]}.")
-        if trainer.progress_bar_callback is not None or self.comparison is not None:
-            for line in lines:
-                print(line)
+        settings = {
+            "sources": [str(source) for source in self.sources],
+            "granularity": self.granularity,
+            "estimator": self.estimator,
+            "ranking": self.ranking,
+            "exits": self.exits,
+            "refinements": list(self.refinements),
+        }
+        report_search(trainer, self.result, self.comparison, settings)
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

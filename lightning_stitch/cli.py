@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's commands with `compare` beside them, `inspect`, and `predict` for image files."""
+"""The command line: LightningCLI's commands, `compare` and `inspect` beside them, and `predict` for image files."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class StitchCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `compare`, which takes the same configuration."""
-        return {**LightningCLI.subcommands(), "compare": {"model", "datamodule"}}
+        """Lightning's, and `compare` and `inspect`, which take the same configuration."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "compare": own, "inspect": own}
 
     def after_fit(self) -> None:
         """Save what a search without training made."""
@@ -59,8 +60,12 @@ class StitchCLI(LightningCLI):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of this library's is printed without a traceback and exits with 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["inspect"] and _is_configured(arguments):
+        # Both kinds of inspect take --json alone; the parser of configurations wants a value.
+        arguments = ["--json=true" if argument == "--json" else argument for argument in arguments]
+        sys.argv[1:] = sys.argv[1:] if argv is not None else arguments
     try:
-        if arguments[:1] == ["inspect"]:
+        if arguments[:1] == ["inspect"] and not _is_configured(arguments):
             inspect(arguments[1:])
         elif predict_command.is_meant(arguments):
             predict_command.predict(arguments[1:])
@@ -68,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments[:1] in (["-h"], ["--help"]):
                 print(
                     "lightning-stitch inspect SOURCE ... lists a source's cuts; see lightning-stitch inspect --help.\n"
+                    "lightning-stitch inspect --config FILE ... checks the sources of a search before any download.\n"
                     f"{predict_command.USAGE}\n"
                 )
             elif arguments in (["predict", "-h"], ["predict", "--help"]):
@@ -102,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _is_configured(arguments: Sequence[str]) -> bool:
+    """Whether `inspect` is about the search of a configuration, and not about one source."""
+    return any(argument.partition("=")[0] in ("--config", "-c") for argument in arguments)
+
+
 def _expected(error: BaseException | None) -> StitchError | None:
     """This library's error behind another one: the parser wraps what a class raises when it is built."""
     while error is not None and not isinstance(error, StitchError):
@@ -116,7 +127,12 @@ def inspect(arguments: Sequence[str]) -> None:
         SourceError: If the source cannot be had.
         CutError: If it cannot be cut.
     """
-    parser = argparse.ArgumentParser(prog="lightning-stitch inspect", description="List where a network can be cut.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-stitch inspect",
+        description="List where a network can be cut.",
+        epilog="lightning-stitch inspect --config FILE [--json] instead checks all sources of the search in a "
+        "configuration of `fit`, before any weights are fetched. It takes the options of `fit`, too.",
+    )
     parser.add_argument("source", help=SPECS.replace(", or a live torch.nn.Module", ""))
     parser.add_argument("--granularity", default="blocks", help="stages, blocks (default), reference or all")
     parser.add_argument(

@@ -22,6 +22,7 @@ from lightning_stitch._labels import (
     stratified,
 )
 from lightning_stitch._lightning import CheckedDataModule, check_same_namespace, pl
+from lightning_stitch._preparing import prepare_searches
 from lightning_stitch._shuffling import EpochShuffle
 from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
@@ -148,9 +149,11 @@ class CalibrationDataModule(CheckedDataModule):
         self._parts: dict[str, CheckedImages] = {}
 
     def prepare_data(self) -> None:
-        """Let a given datamodule download what it needs; otherwise there is nothing to do."""
+        """Let a given datamodule download what it needs, and then a Trainer's searches fetch their sources."""
         if self._datamodule is not None:
             self._datamodule.prepare_data()
+        if self.trainer is not None:
+            prepare_searches(self.trainer)
 
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets, once; later calls do nothing.
@@ -222,6 +225,11 @@ class CalibrationDataModule(CheckedDataModule):
         """(channels, height, width) of the images supplied."""
         self.setup()
         return self._image_shape
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the images come from another datamodule, whose setup may wait for other ranks."""
+        return self._datamodule is not None
 
     @property
     def normalisation(self) -> tuple[Tensor | None, Tensor | None]:

@@ -100,8 +100,15 @@ def compare_methods(
     progress = progress or Silent()
     rows: list[Row] = []
     with isolate_rng(), quiet_trainers():
+        show = not isinstance(progress, Silent)
         contenders = Contenders(
-            search, load_sources(search.sources), data, finetuning, seed=seed, trainer_options=options, device=device
+            search,
+            load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show)),
+            data,
+            finetuning,
+            seed=seed,
+            trainer_options=options,
+            device=device,
         )
         settings = {
             "sources": [part.name for part in contenders.parts],

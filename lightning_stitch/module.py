@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import check_parts, pl, warn_where_both_are_loaded
-from lightning_stitch._resuming import is_resumed
-from lightning_stitch.callback_order import check_order
+from lightning_stitch._preparing import prepare_searches
 from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
@@ -166,11 +165,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Let the search fetch its sources, once for each node, where waiting has no time limit."""
-        for callback in getattr(self.trainer, "callbacks", []):
-            fetch = getattr(callback, "fetch_sources", None)
-            if fetch is not None and self.recipe is None and not is_resumed(self.trainer):
-                check_order(self.trainer, callback)
-                fetch()
+        prepare_searches(self.trainer)
 
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""

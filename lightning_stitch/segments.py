@@ -135,8 +135,10 @@ def chunks(images: Tensor, images_at_once: int) -> Sequence[Tensor]:
     return images.split(images_at_once) if images.device.type == "cpu" else (images,)
 
 
-def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]) -> Segmented:
-    """Take a source apart at its cuts for images of a shape.
+def opened(
+    source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
+) -> tuple[CutGraph, list[Cut], str | None]:
+    """Where a source can be cut for images of a shape: its graph, the cuts, and the cut where networks end in it.
 
     Raises:
         CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
@@ -158,7 +160,16 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     if end_cut is not None:
         # What lies between a cut and the features must have weights, or there is nothing to stitch to.
         cuts = [cut for cut in cuts if cut.macs < end_cut.macs]
-    end = None if end_cut is None else end_cut.name
+    return graph, cuts, None if end_cut is None else end_cut.name
+
+
+def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]) -> Segmented:
+    """Take a source apart at its cuts for images of a shape.
+
+    Raises:
+        CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
+    """
+    graph, cuts, end = opened(source, settings, image_shape)
     ends = [None, *(cut.name for cut in cuts), end]
     pairs = list(pairwise(ends))
     pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]

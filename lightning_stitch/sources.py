@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,23 +17,16 @@ from torch.nn.parameter import is_lazy
 
 from lightning_stitch import _timm_sources as timm_sources
 from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
+from lightning_stitch._finding import SPECS, distinct, find_mapping, find_source
 from lightning_stitch._module_sources import (
     call_factory,
     create_torchvision,
     declared_config,
     declared_preprocessing,
-    from_factory,
-    from_module,
-    from_torchvision,
 )
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.graph import Cut, CutGraph, Granularity
 from lightning_stitch.recipe import Preprocessing, SourceRef
-
-SPECS = (
-    "a timm name ('resnet50.a1_in1k'), 'torchvision:NAME', 'local-dir:PATH', 'hf-hub:ORG/NAME[@REVISION]', "
-    "'python:package.module:factory', or a live torch.nn.Module"
-)
 
 
 @dataclass(slots=True)
@@ -138,7 +130,7 @@ def load_source(
         ('test_resnet.r160_in1k', (3, 160, 160))
     """
     return _load(
-        _find(
+        find_source(
             spec,
             name=name,
             pretrained=pretrained,
@@ -161,7 +153,7 @@ def check_source(spec: str | nn.Module, **options: Any) -> None:
     Raises:
         SourceError: If the source cannot be found or reached.
     """
-    _find(spec, **options)
+    find_source(spec, **options)
 
 
 def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Source]:
@@ -181,21 +173,50 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     blueprints, failures = [], []
     for spec in specs:
         try:
-            blueprints.append(_find_mapping(spec) if isinstance(spec, Mapping) else _find(spec))
+            blueprints.append(find_mapping(spec) if isinstance(spec, Mapping) else find_source(spec))
         except SourceError as error:
             failures.append(str(error))
     if failures:
         listed = "\n".join(f"- {failure}" for failure in failures)
         raise SourceError(f"{len(failures)} of {len(specs)} sources cannot be had; nothing was loaded.\n{listed}")
-    taken: set[str] = set()
-    for index, blueprint in enumerate(blueprints):
-        name, count = blueprint.name, 1
-        while name in taken:
-            count += 1
-            name = f"{blueprint.name}#{count}"
-        taken.add(name)
-        blueprints[index] = dataclasses.replace(blueprint, name=name)
-    return [_load(blueprint) for blueprint in blueprints]
+    names = distinct([blueprint.name for blueprint in blueprints])
+    return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
+
+
+def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Source | None:
+    """A found source without its weights: on the meta device, where tensors have shapes and nothing else.
+
+    Args:
+        blueprint: The source that was found.
+        shapes: Of the tensors of its weight file by name; tensors of these shapes are loaded strictly.
+
+    Returns:
+        None where only the user's own code can build it; that may fetch weights.
+
+    Raises:
+        SourceError: If it cannot be built, or the shapes do not fit.
+    """
+    if blueprint.outline is None:
+        return None
+
+    def built() -> nn.Module:
+        tensors = None if shapes is None else {name: torch.zeros(shape) for name, shape in shapes.items()}
+        assert blueprint.outline is not None
+        return blueprint.outline(tensors)
+
+    try:
+        with _seeded(blueprint.spec):
+            try:
+                with torch.device("meta"):
+                    module = built()
+            except SourceError:
+                # A network that looks at numbers while it is built must have some.
+                module = built()
+    except SourceError as error:
+        raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
+    module = _in_float32(module.eval())
+    preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
+    return Source(ref=_ref(blueprint, "", preprocessing, module), module=module)
 
 
 def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Module:
@@ -238,75 +259,6 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
         raise RecipeError(problem + str(error)) from error
 
 
-def _find(
-    spec: str | nn.Module,
-    *,
-    name: str | None = None,
-    pretrained: bool = True,
-    licence: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Blueprint:
-    """Find a source, with the user's overrides; every failure names the spec."""
-    try:
-        if isinstance(spec, nn.Module):
-            found = from_module(spec, name, preprocessing)
-        elif isinstance(spec, str) and spec.strip():
-            found = _find_text(spec, pretrained, arguments)
-        else:
-            raise SourceError(f"expected {SPECS}.")
-        chosen = preprocessing or found.preprocessing
-        return dataclasses.replace(
-            found,
-            name=name or found.name,
-            licence=licence or found.licence,
-            preprocessing=checked_preprocessing(chosen) if chosen else None,
-        )
-    except SourceError as error:
-        raise SourceError(f"Source {_shown(spec)}: {error}") from error
-
-
-def _find_mapping(options: Mapping[str, Any]) -> Blueprint:
-    """A source given with options, as a YAML file gives it."""
-    allowed = list(inspect.signature(_find).parameters)
-    if "spec" not in options or not options.keys() <= set(allowed):
-        raise SourceError(f"A source given as a mapping needs 'spec' and may hold {allowed}; found {list(options)}.")
-    chosen = dict(options)
-    wanted = chosen.get("preprocessing")
-    if isinstance(wanted, Mapping):
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()
-        }
-        try:
-            chosen["preprocessing"] = Preprocessing(**fields)
-        except TypeError as error:
-            raise SourceError(f"Source {_shown(options['spec'])}: preprocessing cannot be read ({error}).") from error
-    return _find(**chosen)
-
-
-def _shown(spec: object) -> str:
-    """A spec in an error; a module's own text would be its whole structure."""
-    return type(spec).__name__ if isinstance(spec, nn.Module) else repr(spec)
-
-
-def _find_text(spec: str, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
-    """Dispatch on the prefix."""
-    prefix, colon, rest = spec.partition(":")
-    if not colon:
-        return timm_sources.from_registry(spec, pretrained=pretrained, arguments=arguments)
-    finders: dict[str, Callable[..., Blueprint]] = {
-        "torchvision": from_torchvision,
-        "local-dir": timm_sources.from_folder,
-        "hf-hub": timm_sources.from_hub,
-        "python": from_factory,
-    }
-    if prefix not in finders:
-        raise SourceError(f"unknown prefix {prefix!r}. Expected {SPECS}.")
-    if not rest:
-        raise SourceError(f"nothing follows {prefix!r}. Expected {SPECS}.")
-    return finders[prefix](spec, rest, pretrained=pretrained, arguments=arguments)
-
-
 def _checked_timm(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Only names of timm's registry: `timm.create_model` itself would follow "hf-hub:" and "local-dir:"."""
     timm_sources.check_architecture(architecture)
@@ -323,8 +275,11 @@ def _load(blueprint: Blueprint) -> Source:
         preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
-    licence = blueprint.licence or declared_config(module).get("license")
-    ref = SourceRef(
+    return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
+
+
+def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, module: nn.Module) -> SourceRef:
+    return SourceRef(
         name=blueprint.name,
         spec=blueprint.spec,
         builder=blueprint.builder,
@@ -333,9 +288,8 @@ def _load(blueprint: Blueprint) -> Source:
         preprocessing=preprocessing,
         arguments=blueprint.arguments,
         revision=blueprint.revision,
-        licence=licence,
+        licence=blueprint.licence or declared_config(module).get("license"),
     )
-    return Source(ref=ref, module=module)
 
 
 def _in_float32(module: nn.Module) -> nn.Module:

@@ -1,26 +1,80 @@
-"""StitchTrainer: Lightning's Trainer with `compare` beside `fit` and `test`, for the command line."""
+"""StitchTrainer: Lightning's Trainer with `compare` and `inspect` beside `fit` and `test`, for the command line."""
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import Any
 
 from lightning_stitch._lightning import pl
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.contenders import METHODS, Method
 from lightning_stitch.data import CalibrationDataModule
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.finetuning import FineTuning
 from lightning_stitch.method_table import Row, print_methods
 from lightning_stitch.methods import compare_methods
 from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.preflight_table import print_preflight, refusal
 from lightning_stitch.progress import Bar, Silent
+from lightning_stitch.slots import place_for_network
+from lightning_stitch.source_checks import Preflight, preflight
 
 _RECIPE = FineTuning()
 
 
 class StitchTrainer(pl.Trainer):
-    """A Trainer that can also compare methods; its callbacks hold the search, its first logger says where to write."""
+    """A Trainer that can also check sources and compare methods, for the search that is among its callbacks.
+
+    Its first logger says where to write.
+    """
+
+    def inspect(
+        self,
+        model: pl.LightningModule,
+        datamodule: CalibrationDataModule | None = None,
+        json: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Preflight:
+        """Check the sources of a search before anything is downloaded: the configuration is that of `fit`.
+
+        Prints one line for each source: whether it fits and why not, its cuts, cost, licence and download.
+
+        Args:
+            model: The module that the search is for.
+            datamodule: The images.
+            json: Whether to print JSON instead.
+            ckpt_path: Not used; here because configurations of `fit` have it.
+            weights_only: Likewise.
+
+        Returns:
+            What `preflight` found.
+
+        Raises:
+            SourceError: After printing, if a source cannot be used and the search would not go on without it.
+            StitchError: If there is no FragmentSearch among the callbacks.
+        """
+        search = self._search("inspect")
+        shape = None
+        if datamodule is not None:
+            datamodule.prepare_data()
+            shape = datamodule.image_shape
+        place = place_for_network(model, search.attribute, search.head_attribute)
+        settings = search.settings(place.head_settings.until)
+        checked = preflight(search.sources, image_shape=shape, settings=settings)
+        if json:
+            print(dumps(checked.to_dict(), indent=2))
+        else:
+            print_preflight(checked)
+        if checked.problems or not (checked.fits or search.skip_rejected):
+            raise SourceError(refusal(checked))
+        return checked
+
+    def _search(self, command: str) -> FragmentSearch:
+        found = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise StitchError(f"{command} needs one FragmentSearch among trainer.callbacks; found {len(found)}.")
+        return found[0]
 
     def compare(
         self,
@@ -50,9 +104,7 @@ class StitchTrainer(pl.Trainer):
         Raises:
             StitchError: If there is no FragmentSearch among the callbacks, or as `compare_methods`.
         """
-        found: list[Any] = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
-        if len(found) != 1:
-            raise StitchError(f"compare needs one FragmentSearch among trainer.callbacks; found {len(found)}.")
+        search = self._search("compare")
         if not isinstance(model, StitchedClassifier):
             raise StitchError(f"compare takes a StitchedClassifier; found {type(model).__name__}.")
         if datamodule is not None and datamodule.num_classes != model.num_classes:
@@ -68,7 +120,7 @@ class StitchTrainer(pl.Trainer):
             options["devices"] = [self.strategy.root_device.index]
         with Silent() if self.progress_bar_callback is None else Bar() as progress:
             rows = compare_methods(
-                found[0],
+                search,
                 datamodule,  # type: ignore[arg-type]
                 methods=methods,
                 finetuning=finetuning,

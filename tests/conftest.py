@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 from clock_double import CLOCK, Clock
+from hub_double import HubDouble, serve_hub
+from huggingface_hub import constants
 
 from lightning_stitch import latency
 
@@ -23,3 +28,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     CLOCK.reset()
     monkeypatch.setattr(latency, "time", CLOCK)
     return CLOCK
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A local-dir source with random weights, a licence and five classes."""
+    path = tmp_path / "my_resnet"
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    model.pretrained_cfg["license"] = "mit"
+    timm.models.save_for_hf(model, str(path), safe_serialization=True)
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
+    """A loopback hub that the client of this process talks to, with an empty cache."""
+    with serve_hub() as double:
+        monkeypatch.setattr(constants, "ENDPOINT", double.url)
+        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield double

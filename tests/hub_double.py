@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass
@@ -18,6 +19,14 @@ class HubDouble:
     url: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+
+    def publish(self, repo: str, folder: Path) -> None:
+        """Put the files of a folder up as a repository."""
+        self.repos[repo] = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def downloads(self, filename: str) -> int:
+        """How often the whole of a file was sent."""
+        return sum(request.startswith("GET") and request.endswith(f"/{filename}") for request in self.requests)
 
     def commit(self, repo: str) -> str:
         """The one commit of a repository, which "main" means."""
@@ -46,8 +55,12 @@ def serve_hub() -> Iterator[HubDouble]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
+            part = self.headers.get("Range")
+            hub.requests.append(f"{self.command} {self.path}" + (f" {part}" if part else ""))
             status, headers, body = hub.answer(self.path)
+            if part and status == 200:
+                first, last = part.removeprefix("bytes=").split("-")
+                status, body = 206, body[int(first) : int(last) + 1 if last else None]
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)

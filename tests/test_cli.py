@@ -220,7 +220,7 @@ def test_training_from_yaml_keeps_lightnings_own_checkpoint(tmp_path: Path, imag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search": {"sources": ["test_resnte"]}}, "error: 1 of 1 sources cannot be had"),
+        ({"search": {"sources": ["test_resnte"]}}, "error: 1 of 1 sources cannot be used"),
         ({"search": {"budget": {"max_macs": 1}}}, "the cheapest composition has"),
         ({"search": {"budget": {"max_activation_bytes": 1}}}, "the cheapest composition has at least"),
         ({"search": {"budget": {"max_latency_ms": -5}}}, "max_latency_ms must be positive or None; found -5"),

@@ -29,7 +29,7 @@ GROUPS = (
         "_copying",
         "_tensor_files",
     },
-    {"_shuffling", "_resuming", "callback_order", "_target_values"},
+    {"_shuffling", "_resuming", "_preparing", "callback_order", "_target_values"},
     {"functional", "regression", "layerwise", "neighbours", "_images"},
     {"class_means"},
     {"shortlist"},
@@ -39,10 +39,11 @@ GROUPS = (
     {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
     {"_modes"},
     {"cost", "graph", "_timm_sources"},
+    {"_finding"},
     {"sources", "stitches"},
     {"folding"},
     {"segments"},
-    {"activations", "compositions", "latency", "_identity"},
+    {"activations", "compositions", "latency", "_identity", "source_checks"},
     {"calibration_files", "journal", "fitting", "layer_healing"},
     # network, heads, search
     {"candidates", "heads", "network"},
@@ -52,14 +53,14 @@ GROUPS = (
     {"remembered", "careful_ranking"},
     {"results", "batches"},
     # compose, report, hub, export
-    {"pool", "report", "candidate_table", "method_table"},
+    {"pool", "report", "candidate_table", "method_table", "preflight_table"},
     {"comparison", "shrinking", "personal", "ensembles", "method_plot"},
     # module, data
     {"backbones", "thawing", "task_metrics", "prediction_table"},
     {"training_plan"},
     {"_labels", "_image_files"},
     {"module", "data", "finetuning"},
-    {"head_fitting", "slots"},
+    {"head_fitting", "slots", "search_report"},
     {"callbacks", "predicting"},
     {"predict_command"},
     # what compares methods, and runs trainers of its own
@@ -71,8 +72,8 @@ GROUPS = (
 RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
 MAY_IMPORT_LIGHTNING = {
     "_lightning",
-    *("_images", "_labels", "_resuming", "callback_order"),
-    *("module", "data", "slots", "callbacks", "predicting", "predict_command", "cli"),
+    *("_images", "_labels", "_resuming", "_preparing", "callback_order"),
+    *("module", "data", "slots", "search_report", "callbacks", "predicting", "predict_command", "cli"),
     *("finetuning", "contenders", "methods", "trainer"),
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}

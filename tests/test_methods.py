@@ -161,7 +161,7 @@ class Plain(pl.LightningDataModule):
         ({"data": three_digits(task="none")}, StitchError, "tells classes apart, one label for each image"),
         ({"search": "resnet18"}, StitchError, "takes a FragmentSearch, whose sources all use; found str"),
         ({"search": FragmentSearch([])}, SourceError, "Expected a list of sources"),
-        ({"search": FragmentSearch(["test_resnte"])}, SourceError, "1 of 1 sources cannot be had"),
+        ({"search": FragmentSearch(["test_resnte"])}, SourceError, "1 of 1 sources cannot be used"),
         ({"data": three_digits(train_samples=2)}, CalibrationError, "The train set has no image of the classes"),
         ({"search": search_of(budget=Budget(max_macs=1))}, BudgetError, "the cheapest composition has"),
         ({"trainer_options": {"accelerator": "cpu", "devices": 2}}, StitchError, "on one device.*found 2. Set devices"),

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hub_double import HubDouble, serve_hub
+from hub_double import HubDouble
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,33 +31,6 @@ def assert_same_weights(module: nn.Module, expected: Mapping[str, torch.Tensor])
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in module.state_dict().items()}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A local-dir source with random weights, a licence and five classes."""
-    path = tmp_path / "my_resnet"
-    torch.manual_seed(3)
-    model = donor("test_resnet", num_classes=5)
-    model.pretrained_cfg["license"] = "mit"
-    timm.models.save_for_hf(model, str(path), safe_serialization=True)
-    return path
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
-    """A loopback hub that the client of this process talks to, with an empty cache."""
-    with serve_hub() as double:
-        monkeypatch.setattr(constants, "ENDPOINT", double.url)
-        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield double
-
-
-def publish(hub: HubDouble, repo: str, folder: Path) -> None:
-    hub.repos[repo] = {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 # Folders
@@ -190,7 +163,7 @@ def test_pretrained_classifier_cannot_be_resized(folder: Path) -> None:
 def test_hub_source_is_pinned_and_stays_usable_offline(
     hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    publish(hub, "org/mine", folder)
+    hub.publish("org/mine", folder)
     spec = f"hf-hub:org/mine{at}"
     check_source(spec)
     assert not any("GET" in request and "safetensors" in request for request in hub.requests)
@@ -211,7 +184,7 @@ def test_timm_name_downloads_through_the_hub_and_is_pinned(
 ) -> None:
     model = donor("test_resnet")
     timm.models.save_for_hf(model, str(tmp_path / "published"), safe_serialization="both")
-    publish(hub, "timm/test_resnet.r160_in1k", tmp_path / "published")
+    hub.publish("timm/test_resnet.r160_in1k", tmp_path / "published")
     source = load_source("test_resnet")
     assert_same_weights(source.module, model.state_dict())
     assert source.ref.revision == hub.commit("timm/test_resnet.r160_in1k")
@@ -233,7 +206,7 @@ def test_timm_name_downloads_through_the_hub_and_is_pinned(
     ],
 )
 def test_what_the_hub_does_not_have(hub: HubDouble, folder: Path, spec: str, words: str) -> None:
-    publish(hub, "org/mine", folder)
+    hub.publish("org/mine", folder)
     hub.repos["org/pickled"] = {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": b""}
     hub.repos["org/bare"] = {"model.safetensors": (folder / "model.safetensors").read_bytes()}
     with pytest.raises(SourceError, match=f"(?s)^Source '{spec}': .*{words}"):
@@ -241,7 +214,7 @@ def test_what_the_hub_does_not_have(hub: HubDouble, folder: Path, spec: str, wor
 
 
 def test_cached_hub_source_survives_a_dead_hub(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(hub, "org/mine", folder)
+    hub.publish("org/mine", folder)
     ref = load_source("hf-hub:org/mine").ref
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
     assert load_source("hf-hub:org/mine").ref == ref
@@ -261,6 +234,8 @@ def test_offline_fails_at_once_and_names_every_missing_file(
         "model.safetensors of hub repository 'timm/test_resnet.r160_in1k' (revision 'main') is not in the local cache, "
         "and HF_HUB_OFFLINE is set",
         "config.json of hub repository 'org/mine' (revision 'v1') is not in the local cache, and HF_HUB_OFFLINE is set",
+        "`HF_HUB_OFFLINE=0 hf download timm/test_resnet.r160_in1k model.safetensors`",
+        "`HF_HUB_OFFLINE=0 hf download org/mine config.json model.safetensors --revision v1`",
         str(tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"),
         str(tmp_path / "checkpoints" / "seresnet18-4bb0ce65.pth"),
     ]

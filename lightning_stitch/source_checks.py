@@ -1,0 +1,333 @@
+"""Before any weights are fetched: which sources can be used for images of a shape, and what it takes to get them.
+
+Every source is found (names, revisions, files), and its network built from its configuration on the meta device, where
+tensors have shapes and nothing else. The tensors of a weight file are compared with it by the file's first bytes. What
+is asked of the hub are a few small requests for each source.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+import urllib.request
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_stitch._blueprint import Blueprint, WeightFile, first_lines
+from lightning_stitch._finding import SPECS, distinct, find_mapping
+from lightning_stitch._hub_files import tensor_shapes
+from lightning_stitch.errors import SourceError, StitchError
+from lightning_stitch.preprocessing import view_size
+from lightning_stitch.segments import CalibrationSettings, check_names, opened
+from lightning_stitch.sources import Source, outline
+
+_SECONDS_TO_ANSWER = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCheck:
+    """What is known of one source before its weights are there.
+
+    Attributes:
+        name: Its short name.
+        spec: What the user wrote.
+        architecture: The builder's own name for it; None where that could not be found out.
+        revision: The commit that its weights would be taken at; None where it has none.
+        licence: None where unknown.
+        input_size: (channels, height, width) that it was trained on.
+        view_size: The size at which it would see the images.
+        formats: Number of cuts of each format.
+        params: Number of parameters.
+        macs: Multiply-accumulates for one image of `view_size`.
+        output_features: Width of its output.
+        weights: Bytes of its weight file; None where unknown.
+        download: Bytes of it that are not on disk yet; None where unknown.
+        problems: Why it cannot be used; empty where it can.
+        notes: What else to know.
+    """
+
+    name: str
+    spec: str
+    architecture: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    input_size: tuple[int, int, int] | None = None
+    view_size: tuple[int, int, int] | None = None
+    formats: Mapping[str, int] | None = None
+    params: int | None = None
+    macs: int | None = None
+    output_features: int | None = None
+    weights: int | None = None
+    download: int | None = None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be used."""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system that weights would be downloaded to.
+
+    Attributes:
+        folder: The cache.
+        download: Bytes to come, as far as they are known; those of sources that do not fit are left out.
+        free: Free bytes.
+    """
+
+    folder: str
+    download: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What `preflight` found.
+
+    Attributes:
+        image_shape: (channels, height, width) of the images; None: each source was looked at in its own size.
+        rows: One for each source, in the order given.
+        disks: The file systems that weights would be downloaded to.
+        problems: What stands against all sources together.
+        notes: What could not be checked.
+        seconds: What it took.
+    """
+
+    image_shape: tuple[int, int, int] | None
+    rows: tuple[SourceCheck, ...]
+    disks: tuple[Disk, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether every source can be used, and all of them together."""
+        return not self.problems and all(row.fits for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values, with `fits` for the whole and for each source."""
+        rows = [{**asdict(row), "fits": row.fits} for row in self.rows]
+        return {**asdict(self), "rows": rows, "fits": self.fits}
+
+
+def preflight(
+    sources: Sequence[str | nn.Module | Mapping[str, Any]],
+    *,
+    image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None = None,
+    settings: CalibrationSettings | None = None,
+) -> Preflight:
+    """Check sources without their weights: names, files, shapes, formats, input sizes, licences and disk space.
+
+    No weights are fetched and no factory is called. Without a network, what is cached is checked, and the result says
+    so. A source that `preflight` accepts can still fail to load where a download breaks or weights hold NaN.
+
+    Args:
+        sources: What `load_sources` takes.
+        image_shape: (channels, height, width) of the images to compose for, or a function that finds it out, which is
+            called only if every source was found; None: each source's own size.
+        settings: How the sources will be cut, and where networks end; None: the defaults.
+
+    Returns:
+        One row for each source, with every reason against it.
+
+    Raises:
+        SourceError: If `sources` is no list, or empty.
+
+    Example:
+        >>> checked = preflight([{"spec": "test_resnet", "pretrained": False}], image_shape=(3, 64, 64))
+        >>> checked.fits, checked.rows[0].formats
+        (True, {'NCHW': 6})
+    """
+    if isinstance(sources, str | nn.Module | Mapping) or not sources:
+        raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
+    began = time.monotonic()
+    chosen = settings or CalibrationSettings()
+    options = [dict(given) if isinstance(given, Mapping) else {"spec": given} for given in sources]
+    found = [_found(given) for given in options]
+    if callable(image_shape):
+        image_shape = None if any(problems for _, problems in found) else image_shape()
+    names = distinct([_name(given, blueprint) for given, (blueprint, _) in zip(options, found, strict=True)])
+    rows, files, silences = [], [], Counter[str]()
+    for given, name, (blueprint, problems) in zip(options, names, found, strict=True):
+        row = SourceCheck(name, _spec(given), problems=problems)
+        file = blueprint.weights if blueprint and not problems else None
+        if blueprint is not None:
+            row, file = _checked(row, replace(blueprint, name=name), file, chosen, image_shape)
+        if file is not None and file.unreachable:
+            silences[file.unreachable] += 1
+        rows.append(row)
+        files.append(file if row.fits else None)
+    disks, shortages = _disks(files)
+    problems = (*shortages, *_joint_problems(rows, chosen, image_shape))
+    notes = tuple(
+        f"{reason}: for {count} of {len(rows)} sources the cache was taken." for reason, count in silences.items()
+    )
+    return Preflight(image_shape, tuple(rows), disks, problems, notes, time.monotonic() - began)
+
+
+def _found(given: Mapping[str, Any]) -> tuple[Blueprint | None, tuple[str, ...]]:
+    """The source; where its weights cannot be had, that reason, and the source without them if it is known."""
+    try:
+        return find_mapping(given), ()
+    except SourceError as error:
+        problem = str(error).removeprefix(f"Source {given.get('spec')!r}: ")
+    try:
+        return find_mapping({**given, "pretrained": False}), (problem,)
+    except SourceError:
+        return None, (problem,)
+
+
+def _checked(
+    row: SourceCheck,
+    blueprint: Blueprint,
+    file: WeightFile | None,
+    settings: CalibrationSettings,
+    image_shape: tuple[int, int, int] | None,
+) -> tuple[SourceCheck, WeightFile | None]:
+    """A source that was found, looked at more closely."""
+    problems, notes = list(row.problems), []
+    row = replace(row, architecture=blueprint.architecture, revision=blueprint.revision, licence=blueprint.licence)
+    if file is not None and file.size is None and file.url is not None:
+        file = _asked(file)
+        if file.unreachable:
+            problems.append(f"{file.url} cannot be reached ({file.unreachable}), and {file.folder} does not hold it.")
+    source = None
+    try:
+        shapes = tensor_shapes(file) if file is not None and not problems else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the search will say it again
+            source = outline(blueprint, shapes)
+        if source is None:
+            notes.append("the factory is not called yet: shapes and sizes are checked when it is")
+    except StitchError as error:
+        problems.append(str(error).removeprefix(f"Source {blueprint.spec!r}: "))
+    if source is not None:
+        row, more = _cut(row, source, settings, image_shape or source.preprocessing.input_size)
+        problems += more
+    if file is not None:
+        row = replace(row, weights=file.size, download=0 if file.file is not None else file.size)
+    elif blueprint.outline is None or not problems:
+        row = replace(row, download=0)
+    return replace(row, problems=tuple(problems), notes=(*_licence_notes(row.licence), *notes)), file
+
+
+def _cut(
+    row: SourceCheck, source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
+) -> tuple[SourceCheck, list[str]]:
+    """Where a network without weights can be cut."""
+    row = replace(
+        row,
+        licence=source.licence,
+        input_size=source.preprocessing.input_size,
+        params=sum(parameter.numel() for parameter in source.module.parameters()),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph, cuts, end = opened(source, settings, image_shape)
+    except StitchError as error:
+        return row, [str(error)]
+    formats = dict(Counter(str(cut.format) for cut in cuts))
+    return (
+        replace(
+            row,
+            view_size=view_size(source.preprocessing, image_shape),
+            formats=formats,
+            macs=graph.macs(None, end),
+            output_features=graph.output_features(),
+        ),
+        [],
+    )
+
+
+def _asked(file: WeightFile) -> WeightFile:
+    """The same, with the size that its server tells."""
+    request = urllib.request.Request(str(file.url), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER) as response:
+            length = response.headers.get("Content-Length")
+            return replace(file, size=None if length is None else int(length))
+    except (OSError, ValueError) as error:
+        return replace(file, unreachable=first_lines(error))
+
+
+def _licence_notes(licence: str | None) -> list[str]:
+    """What a licence means for what will be composed."""
+    if licence is None:
+        return ["its licence is unknown"]
+    words = licence.lower().replace("_", "-").split("-")
+    forbidden = [meaning for word, meaning in (("nd", "derivatives"), ("nc", "commercial use")) if word in words]
+    return [f"its licence ({licence}) forbids {' and '.join(forbidden)}"] if forbidden else []
+
+
+def _disks(files: Sequence[WeightFile | None]) -> tuple[tuple[Disk, ...], list[str]]:
+    """What is to be downloaded to each file system, each file once, and where there is no room for it."""
+    needs = {file.hub or file.url: file for file in files if file is not None and file.file is None}
+    by_device: dict[int, list[WeightFile]] = {}
+    for file in needs.values():
+        by_device.setdefault(os.stat(_existing(file.folder)).st_dev, []).append(file)
+    disks = tuple(
+        Disk(
+            str(group[0].folder),
+            sum(file.size or 0 for file in group),
+            shutil.disk_usage(_existing(group[0].folder)).free,
+        )
+        for group in by_device.values()
+    )
+    return disks, [_shortage(disk) for disk in disks if disk.download > disk.free]
+
+
+def _shortage(disk: Disk) -> str:
+    need, free = disk.download / 1e9, disk.free / 1e9
+    return (
+        f"The weights need {need:.2f} GB more in {disk.folder}, where {free:.2f} GB are free. Free "
+        f"{math.ceil(100 * (need - free)) / 100:.2f} GB, take fewer sources, or let HF_HOME and TORCH_HOME name "
+        f"folders with more room."
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _joint_problems(
+    rows: Sequence[SourceCheck], settings: CalibrationSettings, image_shape: tuple[int, int, int] | None
+) -> list[str]:
+    """What stands against sources together that each might do alone."""
+    problems = []
+    try:
+        check_names([row.name for row in rows], settings)
+    except StitchError as error:
+        problems.append(str(error))
+    usable = [row for row in rows if row.fits]
+    if not usable:
+        problems.append("No source is left to compose from.")
+    channels = {row.name: row.input_size[0] for row in usable if row.input_size}
+    if image_shape is None and len(set(channels.values())) > 1:
+        problems.append(f"The sources take images of different numbers of channels: {channels}.")
+    widths = {row.name: row.output_features for row in usable if row.output_features}
+    if settings.until == "output" and len(set(widths.values())) > 1:
+        problems.append(f"Networks that end at a source's output need outputs of one width; found {widths}.")
+    return problems
+
+
+def _name(given: Mapping[str, Any], blueprint: Blueprint | None) -> str:
+    return blueprint.name if blueprint is not None else str(given.get("name") or _spec(given))
+
+
+def _spec(given: Mapping[str, Any]) -> str:
+    spec = given.get("spec")
+    return f"live:{type(spec).__qualname__}" if isinstance(spec, nn.Module) else str(spec)
