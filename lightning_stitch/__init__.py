@@ -1,12 +1,16 @@
 """Compose a new network from fragments of pre-trained ones, in seconds, without back-propagation.
 
-Names are imported at their first use: `import lightning_stitch` loads neither timm nor Lightning nor matplotlib.
+Names are imported at their first use: `import lightning_stitch` loads neither timm nor Lightning nor matplotlib. One
+side effect: timm, once it is imported too, before or after, knows the architecture "lightning_stitch", so that
+`timm.create_model("hf-hub:ORG/NAME", pretrained=True)` loads what was published from here.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from lightning_stitch import _timm_hook
 
 if TYPE_CHECKING:
     from lightning_stitch.backbones import StitchedBackbone, restore_backbones
@@ -31,11 +35,14 @@ if TYPE_CHECKING:
     from lightning_stitch.head_settings import fit_head
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
     from lightning_stitch.methods import compare_methods
+    from lightning_stitch.model_card import CardDetails
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
     from lightning_stitch.personal import Composition, compose
     from lightning_stitch.pool import Pool
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
+    from lightning_stitch.publish_callback import PublishAfterFit
+    from lightning_stitch.publishing import Publication, publish
     from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from lightning_stitch.sources import Source, load_source, load_sources
 
 __version__ = "0.1.0"
+
+_timm_hook.install()
 
 _HOMES = {
     "backbones": ["StitchedBackbone", "restore_backbones"],
@@ -72,16 +81,19 @@ _HOMES = {
     "head_settings": ["fit_head"],
     "heads": ["RidgeHead", "fit_ridge_head"],
     "methods": ["compare_methods"],
+    "model_card": ["CardDetails"],
     "module": ["StitchedClassifier"],
     "network": ["StitchedNetwork"],
     "predicting": ["ImageFiles", "PredictionWriter", "predict_files"],
-    "source_checks": ["Preflight", "preflight"],
+    "publish_callback": ["PublishAfterFit"],
+    "publishing": ["Publication", "publish"],
     "recipe": ["FragmentRef", "Preprocessing", "Recipe"],
     "results": ["SearchResult"],
     "search": ["Beam", "DepthFirst"],
     "segments": ["CalibrationSettings"],
     "shrinking": ["shrink"],
     "similarity": ["LinearCKA"],
+    "source_checks": ["Preflight", "preflight"],
     "sources": ["Source", "load_source", "load_sources"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -101,6 +113,11 @@ __all__ = [
     "predict_files",
     "ImageFiles",
     "PredictionWriter",
+    # sharing networks
+    "publish",
+    "Publication",
+    "PublishAfterFit",
+    "CardDetails",
     # beside fine-tuning
     "compare_methods",
     "FineTuning",

@@ -37,7 +37,7 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         RevisionNotFoundError,
     )
 
-    unreachable = _client_errors()
+    unreachable = client_errors()
     try:
         metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
         commit = metadata.commit_hash or revision or "main"  # a mirror may not tell the commit
@@ -107,7 +107,7 @@ def tensor_shapes(file: WeightFile) -> dict[str, tuple[int, ...]] | None:
             f"{file.file or ' of '.join(file.hub[1::-1])} is no safetensors file, or damaged "  # type: ignore[index]
             f"({first_lines(error)}). Download it again."
         ) from error
-    except _client_errors():
+    except client_errors():
         return None
     return None
 
@@ -133,7 +133,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, beside: S
     found = find_hub_file(repo, filename, revision=revision, beside=beside)
     if found.file is not None:
         return found.file
-    failures: tuple[type[Exception], ...] = (EntryNotFoundError, *_client_errors())
+    failures: tuple[type[Exception], ...] = (EntryNotFoundError, *client_errors())
     try:
         # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
         return Path(hf_hub_download(repo, filename, revision=revision))
@@ -150,7 +150,7 @@ def _command(repo: str, filenames: Sequence[str], revision: str | None) -> str:
     return f"HF_HUB_OFFLINE=0 {command}" if offline() else command
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What the hub's client raises for transport and HTTP failures.
 
     Its transport errors moved from requests (OSErrors) to httpx (not OSErrors); the bases of its own error class name

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's commands, `compare` and `inspect` beside them, and `predict` for image files."""
+"""The command line: LightningCLI's commands, `compare` and `inspect` beside them; `predict` and `publish`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_stitch import predict_command
+from lightning_stitch import predict_command, publish_command
 from lightning_stitch._lightning import NAMESPACE, mixture, pl
 from lightning_stitch.errors import StitchError
 from lightning_stitch.graph import Cut
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["inspect"] and not _is_configured(arguments):
             inspect(arguments[1:])
+        elif arguments[:1] == ["publish"]:
+            publish_command.publish_checkpoint(arguments[1:])
         elif predict_command.is_meant(arguments):
             predict_command.predict(arguments[1:])
         else:
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(
                     "lightning-stitch inspect SOURCE ... lists a source's cuts; see lightning-stitch inspect --help.\n"
                     "lightning-stitch inspect --config FILE ... checks the sources of a search before any download.\n"
-                    f"{predict_command.USAGE}\n"
+                    f"{predict_command.USAGE}\n{publish_command.USAGE}\n"
                 )
             elif arguments in (["predict", "-h"], ["predict", "--help"]):
                 predict_command.parser().print_help()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -17,12 +18,14 @@ from lightning_stitch.ensemble_recipe import Branch, EnsembleRecipe, Mean, Membe
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
 from lightning_stitch.graph import CutGraph
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
+from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.network import placed_stitch
 from lightning_stitch.pool import Pool
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, SourceRef
 from lightning_stitch.results import Ranked, SearchResult
+from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.segments import Segmented
 from lightning_stitch.sources import build_architecture
 from lightning_stitch.stitches import GlobalAverage, Stitch
@@ -95,6 +98,32 @@ class Ensemble(nn.Module):
             for m in recipe.members
         ]
         return _assembled(recipe, graphs, heads)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        details: CardDetails | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write all that `from_pretrained` needs, and a card, as `StitchedNetwork.save_pretrained`."""
+        subject = CardSubject(self.recipe, self.describe(), "Ensemble", "multiclass")
+        width = self.recipe.num_classes
+        save_folder(
+            {"network": self}, directory, subject, num_outputs=width, details=details, name=name, overwrite=overwrite
+        )
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False) -> Ensemble:
+        """Load what `save_pretrained` or `publish` wrote, as `StitchedNetwork.from_pretrained`."""
+        folder = open_folder(where, loader="Ensemble", also="classifier")
+        recipe = folder.recipe
+        if not isinstance(recipe, EnsembleRecipe):
+            raise RecipeError(f"{str(where)!r} holds one network; StitchedClassifier.from_pretrained loads it.")
+        parts = folder.load(lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}))
+        network: Ensemble = parts.get_submodule("network")  # type: ignore[assignment]
+        return network
 
     def describe(self) -> str:
         """The members in words, and how many parameters they hold together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import check_parts, pl, warn_where_both_are_loaded
 from lightning_stitch._preparing import prepare_searches
+from lightning_stitch.classifier_files import load_classifier, save_classifier
 from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.model_card import CardDetails
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
@@ -162,6 +165,31 @@ class StitchedClassifier(pl.LightningModule):
         self.head = head
         self.hparams["recipe"] = network.recipe.to_dict()
         self._plan.thaw(self, epoch=0)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        details: CardDetails | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write network, head, task and class names, and a card, as `StitchedNetwork.save_pretrained`."""
+        save_classifier(self, directory, details=details, name=name, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False, **options: Any) -> StitchedClassifier:
+        """Load what `save_pretrained` or `publish` wrote, as `StitchedNetwork.from_pretrained`; in eval mode.
+
+        Args:
+            where: A folder, or a hub repository "ORG/NAME" or "ORG/NAME@REVISION".
+            trust_factory: Allow importing and calling the factory that a "python:" source names.
+            options: Arguments of the class that say how it trains on: optimizer, thaw, train_mode, lr, ...
+        """
+        saved = load_classifier(where, trust_factory=trust_factory)
+        model = cls(**saved.arguments, trust_factory=trust_factory, **options)
+        model.install(saved.network, saved.head)
+        return model.eval()
 
     def prepare_data(self) -> None:
         """Let the search fetch its sources, once for each node, where waiting has no time limit."""

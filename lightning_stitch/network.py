@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from lightning_stitch._copying import copied, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.graph import CutGraph
+from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.recipe import Recipe, StitchSpec
+from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.sources import build_architecture
 from lightning_stitch.stitches import GlobalAverage, Stitch
 
@@ -81,6 +84,58 @@ class StitchedNetwork(nn.Module):
             graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
         stitches = [None if spec is None else Stitch(spec) for spec in recipe.stitches]
         return assemble(recipe, graphs, stitches)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        details: CardDetails | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write all that `from_pretrained` needs, and a card: config.json, model.safetensors, README.md, a picture.
+
+        Only the fragments are written, weights that several of them hold alike once. Trained weights are as they are.
+
+        Args:
+            directory: The folder; made if it does not exist.
+            details: What the card says beyond the recipe.
+            name: The card's title; None: the folder's name.
+            overwrite: Replace files of these names.
+
+        Raises:
+            RecipeError: If a source was given as a live module, which nobody else could build.
+            StitchError: If the folder holds such files already.
+        """
+        subject = CardSubject(self.recipe, self.describe(), "StitchedNetwork")
+        width = self.num_features
+        save_folder(
+            {"network": self}, directory, subject, num_outputs=width, details=details, name=name, overwrite=overwrite
+        )
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False) -> StitchedNetwork:
+        """Load what `save_pretrained` or `publish` wrote; no source and, from a folder, no network is needed.
+
+        Of a saved classifier it takes the network and leaves the head. Nothing is unpickled: weights are checked
+        against the config's hash and the recipe's shapes first, and loading is strict.
+
+        Args:
+            where: A folder, or a hub repository "ORG/NAME" or "ORG/NAME@REVISION".
+            trust_factory: Allow importing and calling the factory that a "python:" source names.
+
+        Raises:
+            SourceError: If the folder or repository cannot be found.
+            RecipeError: If config and weights do not fit each other, or a source cannot be built.
+            StitchError: If a file is missing or no plain file.
+        """
+        folder = open_folder(where, loader="StitchedNetwork", also="classifier")
+        recipe = folder.recipe
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(f"{str(where)!r} holds an ensemble; StitchedClassifier.from_pretrained loads it.")
+        parts = folder.load(lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}))
+        network: StitchedNetwork = parts.get_submodule("network")  # type: ignore[assignment]
+        return network
 
     @property
     def num_features(self) -> int:

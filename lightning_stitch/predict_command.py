@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="lightning-stitch predict",
         description="Predict the classes of image files. Their size and channels come from the checkpoint.",
     )
-    made.add_argument("checkpoint", help="a checkpoint of a StitchedClassifier, such as stitched.ckpt")
+    made.add_argument("checkpoint", help="a checkpoint such as stitched.ckpt, a saved folder, or hf-hub:ORG/NAME")
     made.add_argument("images", nargs="+", help="image files, and folders of them (those in folders inside too)")
     made.add_argument("--output", help="a .csv or .jsonl file; without it CSV is printed")
     made.add_argument("--overwrite", action="store_true", help="replace the output file if it is there")

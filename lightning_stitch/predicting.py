@@ -205,10 +205,15 @@ def predict_files(
 def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
     """A classifier from a checkpoint of either Lightning package, on the CPU; nothing in the file is executed.
 
+    Args:
+        checkpoint: A checkpoint, or what `StitchedClassifier.from_pretrained` takes: a folder, or "hf-hub:ORG/NAME".
+
     Raises:
         StitchError: If there is no such file, or it is no checkpoint of a StitchedClassifier with a network.
     """
     path = Path(checkpoint)
+    if path.is_dir() or str(checkpoint).startswith(("hf-hub:", "local-dir:")):
+        return StitchedClassifier.from_pretrained(str(checkpoint))
     if not path.is_file():
         raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
     try:

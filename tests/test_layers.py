@@ -45,6 +45,11 @@ GROUPS = (
     {"segments"},
     {"activations", "compositions", "latency", "_identity", "source_checks"},
     {"calibration_files", "journal", "fitting", "layer_healing"},
+    # what is saved of a network: files and card
+    {"licences", "composition_plot", "_pretrained_config", "_timm_hook"},
+    {"pretrained_files"},
+    {"model_card"},
+    {"saving"},
     # network, heads, search
     {"candidates", "heads", "network"},
     {"scoring", "prefix_tree", "trials", "head_settings", "cross_fitting"},
@@ -55,14 +60,18 @@ GROUPS = (
     # compose, report, hub, export
     {"pool", "report", "candidate_table", "method_table", "preflight_table"},
     {"comparison", "shrinking", "personal", "ensembles", "method_plot"},
+    {"classifier_files", "hub_repository"},
+    {"publishing"},
+    {"timm_network"},
+    {"_timm_entry"},
     # module, data
     {"backbones", "thawing", "task_metrics", "prediction_table"},
     {"training_plan"},
     {"_labels", "_image_files"},
     {"module", "data", "finetuning"},
     {"head_fitting", "slots", "search_report"},
-    {"callbacks", "predicting"},
-    {"predict_command"},
+    {"callbacks", "predicting", "publish_callback"},
+    {"predict_command", "publish_command"},
     # what compares methods, and runs trainers of its own
     {"contenders"},
     {"methods"},
@@ -74,6 +83,7 @@ MAY_IMPORT_LIGHTNING = {
     "_lightning",
     *("_images", "_labels", "_resuming", "_preparing", "callback_order"),
     *("module", "data", "slots", "search_report", "callbacks", "predicting", "predict_command", "cli"),
+    *("publish_callback", "publish_command"),
     *("finetuning", "contenders", "methods", "trainer"),
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}

@@ -1,0 +1,130 @@
+"""A classifier's folder: its network with head, task and class names, with and without Lightning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from lightning_stitch.ensemble_recipe import EnsembleRecipe
+from lightning_stitch.ensembles import Ensemble
+from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.model_card import CardDetails, CardSubject
+from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.pretrained_files import PretrainedFolder
+from lightning_stitch.saving import open_folder, save_folder
+
+
+class Classifier(Protocol):
+    """What is saved of a classifier."""
+
+    network: StitchedNetwork | Ensemble | None
+    head: nn.Module | None
+    head_settings: HeadSettings
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the outputs, where they are known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SavedClassifier:
+    """A classifier as a folder holds it.
+
+    Attributes:
+        network: The network.
+        head: What reads its output.
+        arguments: head, task, num_classes and class_names, as `StitchedClassifier` takes them.
+    """
+
+    network: StitchedNetwork | Ensemble
+    head: nn.Module
+    arguments: dict[str, Any]
+
+
+def save_classifier(
+    model: Classifier,
+    directory: str | Path,
+    *,
+    details: CardDetails | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a classifier's folder.
+
+    Raises:
+        StitchError: If it has no network yet, or as `save_folder`.
+    """
+    network, head, settings = model.network, model.head, model.head_settings
+    if network is None or head is None:
+        raise StitchError(
+            "This StitchedClassifier has no network yet, so there is nothing to save. Call fit with a FragmentSearch "
+            "among the Trainer's callbacks, or load a checkpoint."
+        )
+    silent = settings.name == "none"
+    subject = CardSubject(
+        network.recipe,
+        network.describe(),
+        "StitchedClassifier",
+        None if silent else settings.task,
+        settings.name,
+        model.class_names,
+    )
+    task = {
+        "head": settings.plain,
+        "task": settings.task,
+        "num_classes": None if silent else settings.num_classes,
+        "class_names": model.class_names,
+    }
+    width = settings.num_classes
+    if silent and isinstance(network, StitchedNetwork):
+        width = network.num_features
+    save_folder(
+        {"network": network, "head": head},
+        directory,
+        subject,
+        num_outputs=width,
+        task=task,
+        details=details,
+        name=name,
+        overwrite=overwrite,
+    )
+
+
+def load_classifier(where: str | Path, *, trust_factory: bool = False) -> SavedClassifier:
+    """Read a classifier's folder, as `StitchedNetwork.from_pretrained` does.
+
+    Raises:
+        RecipeError: If it is no classifier's, or its head cannot be read, or as there.
+    """
+    return read_classifier(open_folder(where, loader="StitchedClassifier"), trust_factory=trust_factory)
+
+
+def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) -> SavedClassifier:
+    """The same of a folder that was found."""
+    recipe = folder.recipe
+    arguments = {key: folder.own.get(key) for key in ("head", "task", "num_classes", "class_names")}
+    names = arguments["class_names"]
+    try:
+        settings = HeadSettings.of(
+            arguments["head"] or "none", task=str(arguments["task"]), num_classes=arguments["num_classes"]
+        )
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise StitchError(f"class_names should be a list of names; found {names!r}.")
+    except (StitchError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(f"The head in the config of {folder.where!r} cannot be read: {error}") from error
+
+    def build() -> nn.Module:
+        if isinstance(recipe, EnsembleRecipe):
+            network: Any = Ensemble.from_recipe(recipe, trust_factory=trust_factory)
+            return nn.ModuleDict({"network": network, "head": nn.Identity()})
+        network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
+        return nn.ModuleDict({"network": network, "head": settings.empty(network.num_features)})
+
+    parts = folder.load(build)
+    network: Any = parts.get_submodule("network")
+    return SavedClassifier(network, parts.get_submodule("head"), {**arguments, "head": settings.plain})

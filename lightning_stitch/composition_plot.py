@@ -1,0 +1,132 @@
+"""A composition drawn as a picture: fragments in a row, or the tree of an ensemble, stitches between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_stitch.ensemble_recipe import EnsembleRecipe
+from lightning_stitch.errors import StitchError
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+
+# Okabe and Ito's colours, told apart by the colour-blind, light enough for black letters; a box's first line names its
+# source as well.
+_COLOURS = ("#8CC5E8", "#F5C26B", "#7FD1B9", "#E3B3CE", "#F0E442", "#E89A6B", "#C9C9C9")
+_WIDTH, _HEIGHT, _GAP = 2.5, 1.0, 1.15
+_LETTERS = 26
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    return find_spec("matplotlib") is not None
+
+
+def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
+    """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA.
+
+    Args:
+        recipe: The structure.
+        path: The image file; its ending says which kind.
+
+    Returns:
+        The path.
+
+    Raises:
+        StitchError: If matplotlib is not installed.
+    """
+    if not can_draw():
+        raise StitchError("The picture needs matplotlib: pip install 'lightning-stitch[plots]'.")
+    boxes = _boxes(recipe)
+    columns, rows = max(box.column for box in boxes) + 1, max(box.row for box in boxes) + 1
+    # Long chains go on in the next line, so that letters stay readable in a narrow page.
+    per_line = columns if isinstance(recipe, EnsembleRecipe) else min(columns, 3)
+    lines = rows if isinstance(recipe, EnsembleRecipe) else -(-columns // per_line)
+    figure: Any = import_module("matplotlib.figure").Figure(
+        figsize=(0.4 + per_line * (_WIDTH + _GAP), 0.7 + 1.5 * lines), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.set_axis_off()
+    colours = {ref.name: _COLOURS[index % len(_COLOURS)] for index, ref in enumerate(recipe.sources)}
+    places = []
+    for box in boxes:
+        column, line = box.column, box.row
+        if not isinstance(recipe, EnsembleRecipe):
+            column, line = box.column % per_line, box.column // per_line
+        places.append((column * (_WIDTH + _GAP), -1.5 * line))
+    for box, (left, bottom) in zip(boxes, places, strict=True):
+        patch = import_module("matplotlib.patches").FancyBboxPatch(
+            (left, bottom), _WIDTH, _HEIGHT, boxstyle="round,pad=0.03", facecolor=colours[box.source], edgecolor="black"
+        )
+        axes.add_patch(patch)
+        axes.text(left + _WIDTH / 2, bottom + _HEIGHT / 2, box.text, ha="center", va="center", fontsize=9)
+        if box.parent is not None:
+            before_left, before_bottom = places[box.parent]
+            _arrow(axes, (before_left, before_bottom), (left, bottom), box.joint)
+    axes.set_xlim(-0.2, per_line * (_WIDTH + _GAP) - _GAP + 0.2)
+    axes.set_ylim(-1.5 * (lines - 1) - 0.2, _HEIGHT + 0.2)
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    source: str
+    text: str
+    column: int
+    row: int
+    parent: int | None
+    joint: str
+
+
+def _boxes(recipe: Recipe | EnsembleRecipe) -> list[_Box]:
+    if isinstance(recipe, Recipe):
+        boxes = []
+        for index, fragment in enumerate(recipe.fragments):
+            joint = _joint(recipe.stitches[index - 1]) if index else ""
+            last = recipe.pooled and index == len(recipe.fragments) - 1
+            text = _text(fragment) + ("\n(averaged)" if last else "")
+            boxes.append(_Box(fragment.source, text, index, 0, index - 1 if index else None, joint))
+        return boxes
+    boxes, used = [], 0
+    columns: list[int] = []
+    for number, branch in enumerate(recipe.branches):
+        first = branch.parent is not None and all(other.parent != branch.parent for other in recipe.branches[:number])
+        column = 0 if branch.parent is None else columns[branch.parent] + 1
+        if first and branch.parent is not None:
+            row = boxes[branch.parent].row
+        else:
+            row, used = used, used + 1
+        columns.append(column)
+        boxes.append(
+            _Box(branch.fragment.source, _text(branch.fragment), column, row, branch.parent, _joint(branch.stitch))
+        )
+    return boxes
+
+
+def _text(fragment: FragmentRef) -> str:
+    lines = (fragment.source, f"{fragment.start or 'image'} ..", fragment.end or "output")
+    return "\n".join(line if len(line) <= _LETTERS else f"{line[: _LETTERS - 3]}..." for line in lines)
+
+
+def _joint(stitch: StitchSpec | None) -> str:
+    if stitch is None:
+        return ""
+    words = "stitch" if stitch.cka is None else f"stitch\nCKA {stitch.cka:.2f}"
+    return words + ("" if stitch.placement == "explicit" else "\n(folded)")
+
+
+def _arrow(axes: Any, before: tuple[float, float], behind: tuple[float, float], words: str) -> None:
+    if behind[0] > before[0]:
+        start, end = (before[0] + _WIDTH, before[1] + _HEIGHT / 2), (behind[0], behind[1] + _HEIGHT / 2)
+        place, across = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.06), "center"
+    else:  # on in the next line
+        start, end = (before[0] + _WIDTH / 2, before[1]), (behind[0] + _WIDTH / 2, behind[1] + _HEIGHT)
+        place, across = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2), "center"
+    axes.annotate(
+        "", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 4, "shrinkB": 4}
+    )
+    if words:
+        axes.text(*place, words, ha=across, va="bottom", fontsize=8)
