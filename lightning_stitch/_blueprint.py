@@ -32,6 +32,7 @@ class WeightFile:
         hub: Repository, file name and commit, where it comes from the hub.
         url: Where else it comes from.
         unreachable: Why the network could not be asked about it; None: it was asked, or need not be.
+        sha256: Of its bytes, where the hub tells.
     """
 
     file: Path | None
@@ -40,6 +41,7 @@ class WeightFile:
     hub: tuple[str, str, str] | None = None
     url: str | None = None
     unreachable: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

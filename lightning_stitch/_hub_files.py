@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning_stitch._blueprint import WeightFile, first_lines, offline
 from lightning_stitch.errors import SourceError
+
+_TRIES = 4
+_LONGEST_WAIT = 60.0
+# Too many requests, and what is wrong with a server for a while.
+_FOR_A_WHILE = (429, 500, 502, 503, 504)
+
+_Answer = TypeVar("_Answer")
 
 
 def find_hub_file(repo: str, filename: str, *, revision: str | None = None, beside: Sequence[str] = ()) -> WeightFile:
     """Find a file of a hub repository without downloading it.
 
-    One request without retries: `hf_hub_download` and timm retry a dead network for up to 49 seconds.
+    One request, asked again only where the hub says that it is busy or broken: `hf_hub_download` and timm ask a dead
+    network for up to 49 seconds.
 
     Args:
         repo: "ORG/NAME".
@@ -39,7 +52,8 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
 
     unreachable = client_errors()
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
+        url = hf_hub_url(repo, filename, revision=revision)
+        metadata = patiently(lambda: get_hf_file_metadata(url), f"hub repository {repo!r}", f"look up {filename}")
         commit = metadata.commit_hash or revision or "main"  # a mirror may not tell the commit
         cached = try_to_load_from_cache(repo, filename, revision=commit)
         return WeightFile(
@@ -47,6 +61,7 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
             folder=Path(constants.HF_HUB_CACHE),
             size=metadata.size,
             hub=(repo, filename, commit),
+            sha256=_sha256_of_tag(metadata.etag),
         )
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no name of a hub repository ({error}).") from error
@@ -68,16 +83,20 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         ) from error
     except unreachable as error:
         reason = "HF_HUB_OFFLINE is set" if offline() else f"the hub cannot be reached ({first_lines(error)})"
+        refused = status_of(error) in (401, 403)
+        if refused:
+            reason = f"the hub refuses your token (status {status_of(error)})"
         cached = try_to_load_from_cache(repo, filename, revision=revision)
         if isinstance(cached, str):
             file = Path(cached)
             # the cache names the folder of a snapshot after its commit
             found = (repo, filename, file.parent.name)
             return WeightFile(file, Path(constants.HF_HUB_CACHE), file.stat().st_size, hub=found, unreachable=reason)
+        command = _command(repo, [filename, *beside], revision)
+        mend = "Log in with `hf auth login`, or unset HF_TOKEN" if refused else f"Get it with a connection, `{command}`"
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) is not in the local cache, and "
-            f"{reason}. Download it once with a connection, `{_command(repo, [filename, *beside], revision)}`, or give "
-            f"a folder: 'local-dir:PATH'."
+            f"{reason}. {mend}; or give a folder: 'local-dir:PATH'."
         ) from error
 
 
@@ -112,7 +131,14 @@ def tensor_shapes(file: WeightFile) -> dict[str, tuple[int, ...]] | None:
     return None
 
 
-def hub_file(repo: str, filename: str, *, revision: str | None = None, beside: Sequence[str] = ()) -> Path:
+def hub_file(
+    repo: str,
+    filename: str,
+    *,
+    revision: str | None = None,
+    beside: Sequence[str] = (),
+    size: int | None = None,
+) -> Path:
     """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
 
     Args:
@@ -120,28 +146,104 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, beside: S
         filename: A file at the top of the repository.
         revision: Branch, tag or commit; None: the default branch.
         beside: As `find_hub_file`.
+        size: Its bytes; a file that the hub says is of another size is not downloaded. None: any.
 
     Returns:
         The file in the local cache, which keeps it in a folder that is named after its commit.
 
     Raises:
-        SourceError: As `find_hub_file`, or if the download breaks.
+        SourceError: As `find_hub_file`, if it is of another size, if the download breaks, or if it brings other bytes
+            than the hub has.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     found = find_hub_file(repo, filename, revision=revision, beside=beside)
+    if size is not None and found.size not in (None, size):
+        raise SourceError(
+            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) has {found.size} bytes; expected "
+            f"were {size}. It is another file, or was not uploaded whole."
+        )
     if found.file is not None:
         return found.file
     failures: tuple[type[Exception], ...] = (EntryNotFoundError, *client_errors())
+    where, what = f"hub repository {repo!r}", f"download {filename}"
     try:
         # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
-        return Path(hf_hub_download(repo, filename, revision=revision))
+        path = Path(patiently(lambda: hf_hub_download(repo, filename, revision=revision), where, what))
     except failures as error:
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be downloaded: "
             f"{first_lines(error)}. Check the connection and try again."
         ) from error
+    if found.sha256 is not None and sha256_of(path) != found.sha256:
+        path.resolve().unlink()  # or the cache would give it the next time
+        path.unlink()
+        raise SourceError(
+            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) did not arrive as the hub has it "
+            f"(its sha256 is not {found.sha256[:12]}...). It was deleted from the cache; try again."
+        )
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def patiently(ask: Callable[[], _Answer], where: str, what: str, *, also: tuple[type[Exception], ...] = ()) -> _Answer:
+    """The hub's answer; asked again where it says that it is busy or broken.
+
+    The client itself asks again while it sends and fetches large files, but not for the rest.
+
+    Args:
+        ask: Asks the hub.
+        where: Whom, for the warning.
+        what: What for.
+        also: What to ask again after besides, such as connections that were cut.
+
+    Raises:
+        Exception: What the last of four tries raised.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures: tuple[type[Exception], ...] = (RuntimeError, HfHubHTTPError, *also)
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return ask()
+        except failures as raised:
+            # A large file's failure comes wrapped in a RuntimeError.
+            error: Any = raised.__cause__ if type(raised) is RuntimeError else raised
+            busy = isinstance(error, HfHubHTTPError) and status_of(error) in _FOR_A_WHILE
+            cut = isinstance(error, also) and not isinstance(error, HfHubHTTPError)
+            if attempt == _TRIES or not (busy or cut):
+                raise
+            wait = _wait(error, attempt)
+        warnings.warn(f"The {where} did not answer (to {what}); asking again in {wait:.0f} s.", stacklevel=4)
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def status_of(error: Any) -> int:
+    """What the hub answered; 0: nothing."""
+    response = getattr(error, "response", None)
+    return 0 if response is None else int(response.status_code)
+
+
+def _wait(error: Any, attempt: int) -> float:
+    """Seconds: as the hub asks for, else 1, 2, 4."""
+    response = getattr(error, "response", None)
+    asked = "" if response is None else response.headers.get("Retry-After", "")
+    return min(float(asked) if asked.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT)
+
+
+def _sha256_of_tag(etag: str | None) -> str | None:
+    """What the hub names a large file by; a small one has git's name, which is shorter."""
+    return etag if etag is not None and re.fullmatch("[0-9a-f]{64}", etag) else None
 
 
 def _command(repo: str, filenames: Sequence[str], revision: str | None) -> str:

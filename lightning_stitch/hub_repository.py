@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import time
-import warnings
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_stitch._blueprint import first_lines, offline
-from lightning_stitch._hub_files import client_errors
+from lightning_stitch._hub_files import client_errors, patiently, status_of
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.pretrained_files import CARD
-
-_TRIES = 4
-_LONGEST_WAIT = 60.0
-# Too many requests, and what is wrong with a server for a while.
-_FOR_A_WHILE = (429, 500, 502, 503, 504)
 
 _Answer = TypeVar("_Answer")
 
@@ -60,23 +54,22 @@ class HubRepository:
     """One repository on the hub; what the client raises comes in words that help."""
 
     def __init__(self, repo_id: str, token: str | None) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_token
 
-        self.api = HfApi(token=token, library_name="lightning-stitch")
+        self.api = HfApi(token=token or get_token(), library_name="lightning-stitch")
         self.repo_id = repo_id
+        self.namespaces: set[str | None] = set()
 
     def check_credentials(self) -> None:
-        """Ask the hub who is asking."""
-        from huggingface_hub.errors import LocalTokenNotFoundError
-
+        """Ask the hub who is asking, and whether the token may write."""
         if offline():
             raise StitchError("HF_HUB_OFFLINE is set, and publishing needs the hub. Unset it first.")
-        try:
-            self._asked(self.api.whoami, "ask the hub who you are")
-        except LocalTokenNotFoundError as error:
-            raise StitchError(
-                "The hub needs to know who publishes: log in with `hf auth login`, or set HF_TOKEN."
-            ) from error
+        if self.api.token is None:
+            raise StitchError("The hub needs to know who publishes: log in with `hf auth login`, or set HF_TOKEN.")
+        told: dict[str, Any] = self._asked(self.api.whoami, "ask the hub who you are")
+        if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise StitchError("Your token may only read. Make one that may write, and log in with it: `hf auth login`.")
+        self.namespaces = {told.get("name"), *(org.get("name") for org in told.get("orgs", []))}
 
     def find(self, revision: str | None, private: bool | None) -> Place:
         """What is there already."""
@@ -88,6 +81,13 @@ class HubRepository:
         except RevisionNotFoundError:
             info, branch = self._asked(lambda: self.api.model_info(self.repo_id), "look it up"), False
         except RepositoryNotFoundError:
+            owner = self.repo_id.partition("/")[0]
+            if owner not in self.namespaces:
+                mine = sorted(name for name in self.namespaces if name)
+                raise StitchError(
+                    f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
+                    f"organisation of yours ({', '.join(mine)})."
+                ) from None
             return Place(False, False, None, False)
         if private is not None and bool(info.private) != private:
             is_, wanted = ("private", "public") if info.private else ("public", "private")
@@ -111,9 +111,9 @@ class HubRepository:
     ) -> Publication:
         """Make what is missing, then one commit."""
         api, repo_id = self.api, self.repo_id
-        head = place.head
         if not place.exists:
             self._asked(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
+            place = self.find(revision, private)
         if revision not in (None, "main") and not place.branch:
             self._asked(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
 
@@ -125,58 +125,64 @@ class HubRepository:
                 revision=revision,
                 commit_message=message,
                 # Whoever else committed in the meantime is not overwritten, nor is a commit made twice.
-                parent_commit=head,
+                parent_commit=place.head,
             )
 
-        done = self._asked(commit, "upload to it")
-        return Publication(repo_id, f"{api.endpoint}/{repo_id}", done.oid, done.commit_url)
+        page = f"{api.endpoint}/{repo_id}"
+        try:
+            done = self._asked(commit, "upload to it")
+        except StitchError:
+            # The answer may have been lost on its way back, and the commit done.
+            made = self._commit_of(folder, files, revision)
+            if made is None or made == place.head:
+                raise
+            return Publication(repo_id, page, made, f"{page}/commit/{made}")
+        return Publication(repo_id, page, done.oid, done.commit_url)
+
+    def _commit_of(self, folder: Path, files: list[str], revision: str | None) -> str | None:
+        """The newest commit, if these very files are in it; None: they are not, or the hub does not say."""
+        try:
+            info: Any = self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+        except client_errors():
+            return None
+        there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+        ours = {name: folder / name for name in files if (folder / name).exists()}
+        if any(there.get(name) not in _names_of_content(path) for name, path in ours.items()):
+            return None
+        return str(info.sha)
 
     def _asked(self, ask: Callable[[], _Answer], what: str) -> _Answer:
-        """The hub's answer; asked again where it says that it is busy or broken, or the connection is cut.
+        """The hub's answer; asked again where it is busy or broken, or the connection is cut."""
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-        The client itself asks again while it sends large files, but not for the rest.
-        """
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalTokenNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        where = f"hub repository {self.repo_id!r}" if self.repo_id else "hub"
-        failures: tuple[type[Exception], ...] = (RuntimeError, *client_errors())
-        for attempt in range(1, _TRIES + 1):
-            try:
-                return ask()
-            except LocalTokenNotFoundError:
+        where = f"hub repository {self.repo_id!r}"
+        cut = client_errors()
+        failures: tuple[type[Exception], ...] = (RuntimeError, *cut)
+        try:
+            return patiently(ask, where, what, also=cut)
+        except failures as raised:
+            error = raised.__cause__ if type(raised) is RuntimeError else raised
+            if what == "look it up" and isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
                 raise
-            except failures as raised:
-                # A large file's failure comes wrapped in a RuntimeError.
-                error = raised.__cause__ if type(raised) is RuntimeError else raised
-                if what == "look it up" and isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-                    raise
-                if isinstance(error, HfHubHTTPError):
-                    status = error.response.status_code if error.response is not None else 0
-                    if status not in _FOR_A_WHILE or attempt == _TRIES:
-                        raise StitchError(_in_words(status, where, what, error)) from raised
-                elif not isinstance(error, client_errors()):
-                    raise
-                elif attempt == _TRIES:
-                    raise SourceError(
-                        f"The {where} cannot be reached (to {what}): {first_lines(error)}. Check the connection and "
-                        f"try again; what has arrived is not sent again."
-                    ) from raised
-                wait = _wait(error, attempt)
-            warnings.warn(f"The {where} did not answer (to {what}); asking again in {wait:.0f} s.", stacklevel=4)
-            time.sleep(wait)
-        raise AssertionError("unreachable")
+            if isinstance(error, HfHubHTTPError):
+                raise StitchError(_in_words(status_of(error), where, what, error)) from raised
+            if not isinstance(error, cut):
+                raise
+            raise SourceError(
+                f"The {where} cannot be reached (to {what}): {first_lines(error)}. Check the connection and try again; "
+                f"what has arrived is not sent again."
+            ) from raised
 
 
-def _wait(error: Any, attempt: int) -> float:
-    """Seconds: as the hub asks for, else 1, 2, 4."""
-    response = getattr(error, "response", None)
-    asked = "" if response is None else response.headers.get("Retry-After", "")
-    return min(float(asked) if asked.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT)
+def _names_of_content(path: Path) -> tuple[str, str]:
+    """What the hub calls a file's content: git's name for it, and its sha256 where it is large."""
+    blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            blob.update(block)
+            digest.update(block)
+    return blob.hexdigest(), digest.hexdigest()
 
 
 def _in_words(status: int, where: str, what: str, error: Exception) -> str:

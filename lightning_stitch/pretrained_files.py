@@ -7,10 +7,9 @@ recipe asks for; the recipe's structure is built for that on the meta device, wh
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_stitch._hub_files import hub_file
+from lightning_stitch._blueprint import first_lines
+from lightning_stitch._hub_files import sha256_of
+from lightning_stitch._meta import build_on_meta
 from lightning_stitch._pretrained_config import ARCHITECTURE, CONFIG, FORMAT, WEIGHTS, read_config, read_recipe
+from lightning_stitch._pretrained_places import find_place
 from lightning_stitch._tensor_files import UNFINISHED, raw_bytes, write_json
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
-from lightning_stitch.errors import RecipeError, SourceError, StitchError
-from lightning_stitch.recipe import Recipe
+from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.recipe import Recipe, SourceRef
 
 CARD, PICTURE = "README.md", "composition.png"
 # Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.
@@ -109,9 +111,9 @@ def write_pretrained(
     own: dict[str, Any] = {
         "format": FORMAT,
         "kind": kind,
-        "recipe": recipe.to_dict(),
+        "recipe": shown_recipe(recipe),
         **(task or {}),
-        "weights": {"sha256": _sha256(directory / WEIGHTS), "bytes": (directory / WEIGHTS).stat().st_size},
+        "weights": {"sha256": sha256_of(directory / WEIGHTS), "bytes": (directory / WEIGHTS).stat().st_size},
         "shared": shared,
         "versions": _versions(),
     }
@@ -168,34 +170,42 @@ class PretrainedFolder:
         self._check_file(self.weights)
         shapes = self._header(self.weights)
         if all(ref.builder != "python" for ref in self.recipe.sources):
-            try:
-                with torch.device("meta"):
-                    imagined = build()
-            except (NotImplementedError, RuntimeError, TypeError):
-                # Some networks compute with numbers while they are built, which the meta device does not have. What is
-                # wrong with the recipe itself shows again below.
-                pass
-            else:
-                self._check_tensors(imagined, shapes)
+            self._check_tensors(self._imagined(build), shapes)
         parts = build()
         self._check_tensors(parts, shapes)
-        names, shared = list(parts.state_dict()), self.own["shared"]
-        with safe_open(self.weights, framework="pt") as file:
-            given = {name: file.get_tensor(shared.get(name, name)) for name in names}
+        gc.collect()  # the whole sources, of whose fragments these are copies, hold themselves in circles
         for part, module in parts.named_children():
-            precisions = {x.dtype for name, x in given.items() if name.startswith(f"{part}.") and x.is_floating_point()}
+            kinds = {shapes[f"{part}.{name}"][0] for name in module.state_dict()}
+            precisions = {kind for kind in kinds if kind is not None and kind.is_floating_point}
             if len(precisions) == 1:
                 # The whole part, with what it computes with and the state dict does not hold.
                 module.to(precisions.pop())
-        for name, tensor in parts.state_dict(keep_vars=True).items():
-            # Of the same precision as it was saved in; the tensor itself stays, as several names may share it.
-            tensor.data = tensor.data.to(given[name].dtype)
-        parts.load_state_dict(given, strict=True)
+        shared, grown = self.own["shared"], {}
+        with safe_open(self.weights, framework="pt") as file:
+            for name, tensor in parts.state_dict(keep_vars=True).items():
+                numbers = file.get_tensor(shared.get(name, name))
+                if tensor.shape != numbers.shape:
+                    grown[name.removeprefix("head.")] = numbers
+                    continue
+                # One after the other, so that they are not all there twice. Of the same precision as it was saved in;
+                # the tensor itself stays, as several names may share it.
+                tensor.data = tensor.data.to(numbers.dtype)
+                tensor.data.copy_(numbers)
+        if grown:
+            head = parts.get_submodule("head")
+            head.load_state_dict({**head.state_dict(), **grown})
         return parts.eval()
 
-    def without_weights(self) -> PretrainedFolder:
-        """The same with random weights."""
-        return dataclasses.replace(self, weights=None)
+    def _imagined(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The structure without memory: a stranger's recipe may ask for more than there is."""
+        try:
+            return build_on_meta(build)
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever timm or torchvision meet in a recipe that nobody has tried
+            raise RecipeError(
+                f"The structure that {self.where!r} asks for cannot be built: {first_lines(error)}"
+            ) from error
 
     def _check_file(self, weights: Path) -> None:
         """The file is that of the config, before it is opened as anything."""
@@ -206,7 +216,7 @@ class PretrainedFolder:
                 f"{WEIGHTS} of {self.where!r} has {found} bytes; its {CONFIG} was written with one of "
                 f"{expected['bytes']}. It is cut short or another file: fetch the folder again."
             )
-        if (digest := _sha256(weights)) != expected["sha256"]:
+        if (digest := sha256_of(weights)) != expected["sha256"]:
             raise RecipeError(
                 f"{WEIGHTS} of {self.where!r} is not the file that its {CONFIG} was written with: its sha256 is "
                 f"{digest[:12]}..., expected {str(expected['sha256'])[:12]}.... Fetch the folder again."
@@ -252,59 +262,38 @@ class PretrainedFolder:
                 )
 
 
-def open_pretrained(where: str | Path) -> PretrainedFolder:
+def open_pretrained(where: str | Path, *, weights: bool = True) -> PretrainedFolder:
     """Find a saved network and read its config; of a hub repository both files are fetched, from one commit.
 
     Args:
         where: A folder, "local-dir:FOLDER", "ORG/NAME[@REVISION]" or "hf-hub:ORG/NAME[@REVISION]". A folder that is
             there goes before a repository of that name.
+        weights: Whether the weights are wanted; otherwise they are not fetched.
 
     Raises:
         SourceError: If there is no such folder or repository, or the hub cannot be reached.
         StitchError: If a file is missing, or not a plain file in the folder.
         RecipeError: If the config is malformed, of another format, or its recipe is.
     """
-    config, weights = _files(where)
-    own = read_config(config, str(where))
-    return PretrainedFolder(str(where), own["kind"], read_recipe(own, str(where)), own, weights)
+    place = find_place(where)
+    own = read_config(place.fetch(CONFIG), str(where))
+    recipe = read_recipe(own, str(where))
+    file = place.fetch(WEIGHTS, size=own["weights"]["bytes"]) if weights else None
+    return PretrainedFolder(str(where), own["kind"], recipe, own, file)
 
 
-def _files(where: str | Path) -> tuple[Path, Path]:
-    prefix, colon, rest = str(where).partition(":")
-    if isinstance(where, str) and colon and prefix in ("hf-hub", "hf_hub"):
-        return _hub_files(rest)
-    folder = Path(rest if isinstance(where, str) and colon and prefix == "local-dir" else where).expanduser()
-    if folder.exists() or isinstance(where, Path) or prefix == "local-dir":
-        if not folder.is_dir():
-            raise SourceError(f"There is no folder {str(folder)!r}. Expected one that holds {CONFIG} and {WEIGHTS}.")
-        return _plain_file(folder / CONFIG), _plain_file(folder / WEIGHTS)
-    return _hub_files(str(where))
+def shown_spec(ref: SourceRef) -> str:
+    """A source's spec without the folders of the machine it was made on."""
+    prefix, colon, rest = ref.spec.partition(":")
+    return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
 
 
-def _hub_files(repository: str) -> tuple[Path, Path]:
-    repo, at, revision = repository.partition("@")
-    if repo.count("/") != 1 or not all(repo.split("/")) or (at and not revision):
-        raise SourceError(
-            f"{repository!r} is neither a folder nor a hub repository. Expected a folder that holds {CONFIG} and "
-            f"{WEIGHTS}, or 'ORG/NAME' or 'ORG/NAME@REVISION'."
-        )
-    config = hub_file(repo, CONFIG, revision=revision or None)
-    commit = config.parent.name  # the cache names the folder of a snapshot after its commit
-    weights = hub_file(repo, WEIGHTS, revision=commit)
-    # The cache of the hub's client links to its own files, which the client itself wrote.
-    return config.resolve(strict=True), weights.resolve(strict=True)
-
-
-def _plain_file(path: Path) -> Path:
-    """The file, if it is one: a link may lead anywhere, and a pipe never ends."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError as error:
-        raise StitchError(f"{path.parent} holds no {path.name}; save_pretrained writes it.") from error
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "no plain file"
-        raise StitchError(f"{path} is {kind}. Only plain files inside the folder are read: put the file itself there.")
-    return path
+def shown_recipe(recipe: Recipe | EnsembleRecipe) -> dict[str, Any]:
+    """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
+    plain = recipe.to_dict()
+    for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
+        entry["spec"] = shown_spec(ref)
+    return plain
 
 
 def _state_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -320,6 +309,7 @@ def _without_doubles(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    memories: set[int] = set()
     for name, tensor in state.items():
         numbers = tensor.contiguous().cpu()
         key = (numbers.dtype, tuple(numbers.shape), hashlib.sha256(raw_bytes(numbers)).digest())
@@ -327,17 +317,13 @@ def _without_doubles(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             shared[name] = seen[key]
             continue
         seen[key] = name
-        # Of its own memory: two small tensors may be one and the same, which safetensors refuses.
-        tensors[name] = numbers.clone()
+        memory = numbers.untyped_storage()
+        if memory.data_ptr() in memories or memory.nbytes() != numbers.nbytes:
+            # Two small tensors may be one and the same, or parts of one, which safetensors refuses.
+            numbers = numbers.clone()
+        memories.add(memory.data_ptr())
+        tensors[name] = numbers
     return tensors, shared
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub_repository import HubRepository, Publication
+from lightning_stitch.hub_repository import HubRepository, Place, Publication
 from lightning_stitch.model_card import CardDetails, check_licence
 from lightning_stitch.pretrained_files import CARD, CONFIG, PICTURE, WEIGHTS, check_rebuildable
 
@@ -60,13 +60,7 @@ def publish(
     details = details or CardDetails()
     check_publishable(network, repo_id, details, existing_card=existing_card)
     hub = HubRepository(repo_id, token)
-    hub.check_credentials()
-    place = hub.find(revision, private)
-    if place.has_card and existing_card == "refuse":
-        raise StitchError(
-            f"{repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, existing_card='keep' "
-            f"leaves it as it is."
-        )
+    place = check_destination(hub, private=private, revision=revision, existing_card=existing_card)
     with tempfile.TemporaryDirectory(prefix="lightning-stitch-") as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         network.save_pretrained(folder, details=details, name=repo_id)  # type: ignore[operator]
@@ -86,8 +80,7 @@ def check_publishable(
         StitchError: As `publish`, as far as the hub is not asked.
     """
     check_repo_id(repo_id)
-    if existing_card not in get_args(ExistingCard):
-        raise StitchError(f"existing_card must be one of {get_args(ExistingCard)}; found {existing_card!r}.")
+    check_existing_card(existing_card)
     recipe = getattr(network, "recipe", None)
     if recipe is None or not hasattr(network, "save_pretrained"):
         raise StitchError(
@@ -96,6 +89,16 @@ def check_publishable(
         )
     check_rebuildable(recipe)
     check_licence(recipe, details)
+
+
+def check_existing_card(existing_card: str) -> None:
+    """Refuse what is no word for what becomes of a card.
+
+    Raises:
+        StitchError: If it is none.
+    """
+    if existing_card not in get_args(ExistingCard):
+        raise StitchError(f"existing_card must be one of {get_args(ExistingCard)}; found {existing_card!r}.")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -117,13 +120,26 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
-def check_credentials(token: str | None = None) -> None:
-    """Refuse to go on where the hub does not know who is asking.
+def check_destination(
+    hub: HubRepository, *, private: bool | None, revision: str | None, existing_card: ExistingCard
+) -> Place:
+    """Who is asking, and what is at the repository: what can be refused before there is anything to publish.
+
+    Returns:
+        What is there already.
 
     Raises:
-        StitchError: If there is no token, the hub refuses it, or the hub cannot be asked.
+        StitchError: If there is no token, the hub refuses it or cannot be asked, the repository is of another
+            visibility, or a README.md is in the way.
     """
-    HubRepository("", token).check_credentials()
+    hub.check_credentials()
+    place = hub.find(revision, private)
+    if place.has_card and existing_card == "refuse":
+        raise StitchError(
+            f"{hub.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
+            f"existing_card='keep' leaves it as it is."
+        )
+    return place
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_stitch import _timm_sources as timm_sources
 from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
 from lightning_stitch._finding import SPECS, distinct, find_mapping, find_source
+from lightning_stitch._meta import build_on_meta
 from lightning_stitch._module_sources import (
     call_factory,
     create_torchvision,
@@ -207,10 +208,9 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
     try:
         with _seeded(blueprint.spec):
             try:
-                with torch.device("meta"):
-                    module = built()
+                module = build_on_meta(built)
             except SourceError:
-                # A network that looks at numbers while it is built must have some.
+                # What is not timm's or torchvision's own may need numbers while it is built.
                 module = built()
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error

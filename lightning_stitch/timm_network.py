@@ -78,9 +78,7 @@ def timm_network(where: str, *, pretrained: bool, num_classes: int | None, confi
     Raises:
         RecipeError: If it was not saved by this package or does not fit itself, or needs a factory.
     """
-    folder = open_pretrained(where)
-    if not pretrained:
-        folder = folder.without_weights()
+    folder = open_pretrained(where, weights=pretrained)
     names = None
     network: Any
     head: nn.Module

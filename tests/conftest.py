@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from clock_double import CLOCK, Clock
-from hub_double import HubDouble, serve_hub
-from huggingface_hub import constants
+from hub_double import HubDouble
+from hub_server import point_client_at, serve_hub
 
 from lightning_stitch import latency
 
@@ -45,9 +45,5 @@ def folder(tmp_path: Path) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
     """A loopback hub that the client of this process talks to, with an empty cache."""
     with serve_hub() as double:
-        monkeypatch.setattr(constants, "ENDPOINT", double.url)
-        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_client_at(double, monkeypatch, str(tmp_path / "cache"))
         yield double

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -286,3 +286,7 @@ def left_out_predictions(x: Tensor, y: np.ndarray) -> np.ndarray:
 
 def left_out_r2(x: Tensor, y: np.ndarray) -> float:
     return r2_score(y, left_out_predictions(x, y), multioutput="variance_weighted")
+
+
+def assert_same_weights(module: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)

@@ -9,9 +9,11 @@ import torch
 from helpers import calibrated_pool, composed, digits, noise, shake
 from torch import Tensor, nn
 
-from lightning_stitch import StitchedClassifier, StitchedNetwork, ensemble
+from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, StitchedNetwork, ensemble
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.network import assemble
+from lightning_stitch.sources import Source
 
 SIZE = 32
 IMAGES = noise(2, 3, SIZE, SIZE, seed=5)
@@ -71,3 +73,10 @@ def own_factory(width: int = 8) -> nn.Module:
     """A network that neither timm nor torchvision has, random each time."""
     layers = [nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)]
     return shake(nn.Sequential(*layers), int(torch.randint(1000, ()).item()))
+
+
+def source_network(source: Source) -> StitchedNetwork:
+    """A network of one whole source."""
+    size = source.preprocessing.input_size
+    recipe = Recipe((source.ref,), (FragmentRef(source.name, None, None),), input_size=size)
+    return assemble(recipe, {source.name: CutGraph(source.module, size)}, [])

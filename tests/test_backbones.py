@@ -331,7 +331,7 @@ def test_what_cannot_be_filled_is_refused_with_the_mend(
     callback = (
         search(**options)
         if kind in (Maps, Failing)
-        else FragmentSearch(["no source"], **{"attribute": "backbone", **options})
+        else FragmentSearch([{"spec": "test_resnet", "pretrained": False}], **{"attribute": "backbone", **options})
     )
     with pytest.raises(StitchError, match=words):
         trainer(tmp_path, callback).fit(kind(), images())

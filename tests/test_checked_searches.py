@@ -198,7 +198,7 @@ def test_inspect_checks_the_sources_of_a_configuration(
     main(["inspect", f"--config={config}", "--json", "--trainer.callbacks.granularity=stages"])
     told = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in told["rows"]] == ["mine", "test_resnet"]
-    assert told["rows"][0]["download"] == len(hub.repos["org/mine"]["model.safetensors"])
+    assert told["rows"][0]["download"] == len(hub.files("org/mine")["model.safetensors"])
     blocks, stages = (
         preflight([RANDOM], image_shape=(3, 32, 32), settings=CalibrationSettings(granularity=granularity))
         for granularity in ("blocks", "stages")

@@ -30,6 +30,7 @@ GROUPS = (
         "_tensor_files",
     },
     {"_shuffling", "_resuming", "_preparing", "callback_order", "_target_values"},
+    {"_meta"},
     {"functional", "regression", "layerwise", "neighbours", "_images"},
     {"class_means"},
     {"shortlist"},
@@ -47,6 +48,7 @@ GROUPS = (
     {"calibration_files", "journal", "fitting", "layer_healing"},
     # what is saved of a network: files and card
     {"licences", "composition_plot", "_pretrained_config", "_timm_hook"},
+    {"_pretrained_places"},
     {"pretrained_files"},
     {"model_card"},
     {"saving"},
@@ -70,8 +72,8 @@ GROUPS = (
     {"_labels", "_image_files"},
     {"module", "data", "finetuning"},
     {"head_fitting", "slots", "search_report"},
-    {"callbacks", "predicting", "publish_callback"},
-    {"predict_command", "publish_command"},
+    {"callbacks", "predicting"},
+    {"predict_command", "publish_callback", "publish_command"},
     # what compares methods, and runs trainers of its own
     {"contenders"},
     {"methods"},

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hub_server import environment_of, serve_hub
 from huggingface_hub import ModelCard
-from writable_hub import environment_of, serve_writable_hub
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "publish_and_pull.py"
 
 
 def test_what_one_process_publishes_another_pulls_without_sources_or_credentials(tmp_path: Path) -> None:
-    with serve_writable_hub() as hub:
+    with serve_hub() as hub:
 
         def run(*arguments: str, cache: str, token: str) -> str:
             environment = {**os.environ, **environment_of(hub, str(tmp_path / cache), token)}

@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import digits, noise
-from huggingface_hub import constants
-from prediction_doubles import classifier, quiet_trainer, save_checkpoint, small_source
-from writable_hub import TOKEN, Fault, Repository, WritableHub, point_client_at, serve_writable_hub
+from helpers import noise
+from hub_double import Fault, HubDouble
+from hub_server import point_client_at
+from huggingface_hub import constants, snapshot_download
+from prediction_doubles import classifier, small_source
 
 from lightning_stitch import (
     CardDetails,
-    PublishAfterFit,
     RecipeError,
     SourceError,
     StitchedClassifier,
@@ -23,7 +21,6 @@ from lightning_stitch import (
     load_source,
     publish,
 )
-from lightning_stitch.cli import main
 
 # The hub's client says this of itself, with newer versions of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -33,12 +30,9 @@ FILES = {"README.md", "config.json", "model.safetensors", "composition.png"}
 IMAGES = noise(2, 3, 16, 16)
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WritableHub]:
-    with serve_writable_hub() as double:
-        point_client_at(double, monkeypatch, str(tmp_path / "cache"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        yield double
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +49,15 @@ def outputs(module: torch.nn.Module) -> torch.Tensor:
         return module(IMAGES)
 
 
-def visible(hub: WritableHub) -> set[str]:
+def visible(hub: HubDouble) -> set[str]:
     """Files that a visitor of main sees, if the repository is there at all."""
     return set(hub.files(REPO)) - {".gitattributes"} if REPO in hub.repos else set()
 
 
-def test_a_published_classifier_is_pulled_alike_by_its_commit(hub: WritableHub, model: StitchedClassifier) -> None:
+def test_a_published_classifier_is_pulled_alike_by_its_commit(hub: HubDouble, model: StitchedClassifier) -> None:
     found = publish(model, REPO)
     assert found.url == f"{hub.url}/{REPO}"
-    assert found.commit == hub.repos[REPO].branches["main"]
+    assert found.commit == hub.commit(REPO)
     assert visible(hub) == FILES
     assert hub.asked("POST", "/commit/") == 1
     pulled = StitchedClassifier.from_pretrained(f"hf-hub:{REPO}@{found.commit}")
@@ -74,7 +68,7 @@ def test_a_published_classifier_is_pulled_alike_by_its_commit(hub: WritableHub, 
 
 
 def test_what_was_pulled_once_is_there_offline(
-    hub: WritableHub, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
+    hub: HubDouble, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(model, REPO)
     StitchedClassifier.from_pretrained(REPO)
@@ -90,7 +84,7 @@ def test_what_was_pulled_once_is_there_offline(
 
 @pytest.mark.parametrize("private", [True, False])
 def test_visibility_is_that_asked_for_and_never_changed(
-    private: bool, hub: WritableHub, model: StitchedClassifier
+    private: bool, hub: HubDouble, model: StitchedClassifier
 ) -> None:
     publish(model, REPO, private=private)
     assert hub.repos[REPO].private is private
@@ -98,7 +92,7 @@ def test_visibility_is_that_asked_for_and_never_changed(
         publish(model, REPO, private=not private, existing_card="replace")
 
 
-def test_a_branch_is_made_and_main_stays(hub: WritableHub, model: StitchedClassifier) -> None:
+def test_a_branch_is_made_and_main_stays(hub: HubDouble, model: StitchedClassifier) -> None:
     found = publish(model, REPO, revision="next")
     assert visible(hub) == set()
     assert set(hub.files(REPO, "next")) - {".gitattributes"} == FILES
@@ -106,9 +100,8 @@ def test_a_branch_is_made_and_main_stays(hub: WritableHub, model: StitchedClassi
     assert torch.equal(outputs(StitchedClassifier.from_pretrained(f"{REPO}@next")), outputs(model))
 
 
-def test_a_card_that_is_there_is_never_overwritten_untold(hub: WritableHub, model: StitchedClassifier) -> None:
-    hub.repos[REPO] = Repository(private=False)
-    hub.repos[REPO].add("main", {"README.md": b"mine", "notes.txt": b"kept"})
+def test_a_card_that_is_there_is_never_overwritten_untold(hub: HubDouble, model: StitchedClassifier) -> None:
+    hub.put(REPO, {"README.md": b"mine", "notes.txt": b"kept"})
     with pytest.raises(StitchError, match=r"already has a README\.md.*existing_card='replace'"):
         publish(model, REPO)
     assert visible(hub) == {"README.md", "notes.txt"}
@@ -121,13 +114,30 @@ def test_a_card_that_is_there_is_never_overwritten_untold(hub: WritableHub, mode
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_credentials_are_checked_before_anything_is_made(
-    token: str | None, hub: WritableHub, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    token: str | None, hub: HubDouble, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     point_client_at(hub, monkeypatch, str(tmp_path / "cache"), token)
     monkeypatch.setattr(StitchedClassifier, "save_pretrained", None)
     with pytest.raises(StitchError, match="hf auth login"):
         publish(model, REPO)
     assert not hub.repos
+    assert hub.asked("POST", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("repo", "role", "words"),
+    [
+        ("stranger/digits", "write", "'stranger' is neither you nor an organisation of yours (lab, me)"),
+        (REPO, "read", "Your token may only read."),
+    ],
+)
+def test_what_one_may_not_write_is_refused_before_anything_is_saved(
+    repo: str, role: str, words: str, hub: HubDouble, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.role = role
+    monkeypatch.setattr(StitchedClassifier, "save_pretrained", None)
+    with pytest.raises(StitchError, match=re.escape(words)):
+        publish(model, repo)
     assert hub.asked("POST", "") == 0
 
 
@@ -143,26 +153,26 @@ def test_credentials_are_checked_before_anything_is_made(
     ],
 )
 def test_what_cannot_be_published_is_refused_before_the_hub_is_asked(
-    make: Callable[[], torch.nn.Module], repo: str, kind: type[Exception], words: str, hub: WritableHub
+    make: Callable[[], torch.nn.Module], repo: str, kind: type[Exception], words: str, hub: HubDouble
 ) -> None:
     with pytest.raises(kind, match=words):
         publish(make(), repo)
     assert hub.requests == []
 
 
-def test_an_override_of_a_licence_is_written_in_the_card(hub: WritableHub) -> None:
+def test_an_override_of_a_licence_is_written_in_the_card(hub: HubDouble) -> None:
     publish(with_licence("cc-by-nd-4.0"), REPO, details=CardDetails(licence="mit", licence_override="I own it."))
     card = hub.files(REPO)["README.md"].decode()
     assert "**Shared in spite of that licence.** The author's reason: I own it." in card
 
 
-def test_an_unknown_licence_warns_and_is_published(hub: WritableHub) -> None:
+def test_an_unknown_licence_warns_and_is_published(hub: HubDouble) -> None:
     with pytest.warns(UserWarning, match=r"'test_resnet' \(home-made\) is not known.*license: other"):
         publish(with_licence("home-made"), REPO)
     assert "license: other" in hub.files(REPO)["README.md"].decode()
 
 
-def test_a_network_that_loads_differently_is_not_published(hub: WritableHub) -> None:
+def test_a_network_that_loads_differently_is_not_published(hub: HubDouble) -> None:
     hooked = classifier()
     hooked.head.register_forward_hook(lambda module, inputs, output: output + 1)
     with pytest.raises(StitchError, match=r"gives other outputs when it is loaded again \(largest difference 1"):
@@ -186,7 +196,7 @@ def test_a_network_that_loads_differently_is_not_published(hub: WritableHub) -> 
     ids=lambda fault: f"{fault.method}-{fault.path}-{fault.status or 'cut'}",
 )
 @pytest.mark.filterwarnings("ignore:The hub.* did not answer:UserWarning")
-def test_a_fault_that_passes_is_waited_for(fault: Fault, hub: WritableHub, model: StitchedClassifier) -> None:
+def test_a_fault_that_passes_is_waited_for(fault: Fault, hub: HubDouble, model: StitchedClassifier) -> None:
     fault = Fault(**vars(fault))
     hub.faults = [fault]
     publish(model, REPO)
@@ -195,8 +205,20 @@ def test_a_fault_that_passes_is_waited_for(fault: Fault, hub: WritableHub, model
     assert torch.equal(outputs(StitchedClassifier.from_pretrained(REPO)), outputs(model))
 
 
+@pytest.mark.parametrize("times", [1, 9], ids=["once", "for good"])
+@pytest.mark.filterwarnings("ignore:The hub.* did not answer:UserWarning")
+def test_a_commit_whose_answer_was_lost_is_found(times: int, hub: HubDouble, model: StitchedClassifier) -> None:
+    hub.faults = [Fault("POST", "/commit/", status=500, done=True, times=times)]
+    found = publish(model, REPO)
+    assert found.commit == hub.commit(REPO)
+    assert found.commit_url == f"{hub.url}/{REPO}/commit/{found.commit}"
+    # that of the repository's making, and one
+    assert len(hub.repos[REPO].commits) == 2
+    assert torch.equal(outputs(StitchedClassifier.from_pretrained(f"{REPO}@{found.commit}")), outputs(model))
+
+
 def test_it_waits_as_long_as_the_hub_asks_for(
-    hub: WritableHub, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
+    hub: HubDouble, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
@@ -221,7 +243,7 @@ def test_it_waits_as_long_as_the_hub_asks_for(
 )
 @pytest.mark.filterwarnings("ignore:The hub.* did not answer:UserWarning")
 def test_a_fault_that_stays_leaves_nothing_partial_and_a_second_call_goes_on(
-    fault: Fault, words: str, hub: WritableHub, model: StitchedClassifier
+    fault: Fault, words: str, hub: HubDouble, model: StitchedClassifier
 ) -> None:
     hub.faults = [Fault(**vars(fault))]
     with pytest.raises(StitchError, match=words):
@@ -237,14 +259,14 @@ def test_a_fault_that_stays_leaves_nothing_partial_and_a_second_call_goes_on(
 
 
 def test_somebody_elses_commit_in_the_meantime_is_not_overwritten(
-    hub: WritableHub, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
+    hub: HubDouble, model: StitchedClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(model, REPO)
     save = StitchedClassifier.save_pretrained
 
     def meanwhile(self: StitchedClassifier, *arguments: object, **options: object) -> None:
         save(self, *arguments, **options)
-        hub.repos[REPO].add("main", {"README.md": b"theirs"})
+        hub.put(REPO, {"README.md": b"theirs"})
 
     monkeypatch.setattr(StitchedClassifier, "save_pretrained", meanwhile)
     with pytest.raises(StitchError, match="Somebody else committed"):
@@ -252,18 +274,50 @@ def test_somebody_elses_commit_in_the_meantime_is_not_overwritten(
     assert hub.files(REPO) == {"README.md": b"theirs"}
 
 
-def test_a_download_that_is_cut_goes_on(hub: WritableHub, model: StitchedClassifier) -> None:
+def test_a_download_that_is_cut_goes_on(hub: HubDouble, model: StitchedClassifier) -> None:
     publish(model, REPO)
     hub.faults = [Fault("GET", "resolve/.*model.safetensors", cut=True)]
     assert torch.equal(outputs(StitchedClassifier.from_pretrained(REPO)), outputs(model))
     assert hub.faults[0].times == 0
 
 
-def test_a_download_of_other_bytes_is_refused(hub: WritableHub, model: StitchedClassifier) -> None:
+def test_a_download_of_other_bytes_is_refused_and_not_kept(hub: HubDouble, model: StitchedClassifier) -> None:
     publish(model, REPO)
     hub.faults = [Fault("GET", "resolve/.*model.safetensors", damage=True)]
-    with pytest.raises(RecipeError, match=r"is not the file that its config\.json was written with"):
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors .* did not arrive as the hub has it .*deleted from the cache"
+    ):
         StitchedClassifier.from_pretrained(REPO)
+    assert torch.equal(outputs(StitchedClassifier.from_pretrained(REPO)), outputs(model))
+
+
+def test_a_file_of_another_size_is_refused_before_it_is_downloaded(hub: HubDouble, model: StitchedClassifier) -> None:
+    publish(model, REPO)
+    files = hub.files(REPO)
+    hub.put(REPO, {**files, "model.safetensors": files["model.safetensors"] + bytes(9)})
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors of hub repository 'me/digits'.* has \d+ bytes; expected"
+    ):
+        StitchedClassifier.from_pretrained(REPO)
+    assert hub.downloads("model.safetensors") == 0
+
+
+def test_weights_are_fetched_only_for_a_config_that_can_be_read(hub: HubDouble, model: StitchedClassifier) -> None:
+    publish(model, REPO)
+    files = hub.files(REPO)
+    hub.put(REPO, {**files, "config.json": files["config.json"].replace(b'"format": 1', b'"format": 9')})
+    with pytest.raises(RecipeError, match="was saved in format 9"):
+        StitchedClassifier.from_pretrained(REPO)
+    assert hub.downloads("model.safetensors") == 0
+
+
+def test_the_clients_own_folder_of_links_is_refused_with_the_name_to_give(
+    hub: HubDouble, model: StitchedClassifier
+) -> None:
+    found = publish(model, REPO)
+    snapshot = snapshot_download(REPO)
+    with pytest.raises(StitchError, match=f"is a link.* give '{REPO}@{found.commit}' instead of the folder"):
+        StitchedClassifier.from_pretrained(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -271,89 +325,8 @@ def test_a_download_of_other_bytes_is_refused(hub: WritableHub, model: StitchedC
     [("me/nothing", "no repository 'me/nothing'"), (f"{REPO}@other", "no revision 'other'")],
 )
 def test_a_repository_or_revision_that_is_not_there_is_named(
-    where: str, words: str, hub: WritableHub, model: StitchedClassifier
+    where: str, words: str, hub: HubDouble, model: StitchedClassifier
 ) -> None:
     publish(model, REPO)
     with pytest.raises(SourceError, match=words):
         StitchedClassifier.from_pretrained(where)
-
-
-# -- from the command line and from a Trainer ----------------------------------------------------------------------
-
-
-def test_a_checkpoint_is_published_with_its_table(
-    hub: WritableHub,
-    model: StitchedClassifier,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
-    checkpoint = save_checkpoint(model, tmp_path / "stitched.ckpt")
-    rows = [{"name": "StitchNet", "kind": "stitched", "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}]
-    (tmp_path / "comparison.json").write_text(json.dumps({"rows": rows, "verdict": "Inside the noise."}))
-    options = ["--private", "--dataset=digits", "--metric=accuracy=0.5", "--num-images=30"]
-    main(["publish", str(checkpoint), REPO, *options])
-    assert f"commit {hub.repos[REPO].branches['main']}" in capsys.readouterr().out
-    assert hub.repos[REPO].private
-    card = hub.files(REPO)["README.md"].decode()
-    assert "| StitchNet | stitched | 0.500 [0.40, 0.60] |" in card
-    assert "Inside the noise." in card
-    with pytest.raises(SystemExit):
-        main(["publish", str(checkpoint), REPO])
-    assert "already has a README.md" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--metric=accuracy"], "--metric takes NAME=VALUE"),
-        (["--metric=accuracy=nan", "--dataset=digits"], "finite numbers"),
-        (["--metric=accuracy=0.5"], "give dataset= as well"),
-        (["--comparison=nowhere.json"], "nowhere.json is no comparison.json"),
-    ],
-)
-def test_an_option_that_cannot_be_used_is_an_error_before_the_checkpoint_is_read(
-    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["publish", "nowhere.ckpt", REPO, *options])
-    assert words in capsys.readouterr().err
-
-
-def fit_publishing(callback: PublishAfterFit, folder: Path, **options: object) -> StitchedClassifier:
-    model = classifier()
-    images = torch.utils.data.TensorDataset(*digits(30, 16, classes=3))
-    trainer = quiet_trainer(folder, callbacks=[callback], max_epochs=1, **options)
-    loader = torch.utils.data.DataLoader(images, batch_size=30)
-    trainer.fit(model, loader, loader)
-    return model.eval()
-
-
-def test_a_trainer_publishes_what_fit_trained(hub: WritableHub, tmp_path: Path) -> None:
-    callback = PublishAfterFit(REPO, private=True)
-    model = fit_publishing(callback, tmp_path)
-    assert callback.publication is not None
-    assert callback.publication.commit == hub.repos[REPO].branches["main"]
-    pulled = StitchedClassifier.from_pretrained(REPO)
-    assert torch.equal(outputs(pulled), outputs(model))
-    assert not torch.equal(outputs(pulled), outputs(classifier().eval()))
-
-
-def test_a_trial_run_publishes_nothing(hub: WritableHub, tmp_path: Path) -> None:
-    fit_publishing(PublishAfterFit(REPO), tmp_path, fast_dev_run=True)
-    assert hub.requests == []
-
-
-def test_a_trainer_checks_credentials_before_it_trains(
-    hub: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN[::-1])
-    monkeypatch.setattr(StitchedClassifier, "training_step", lambda *arguments: pytest.fail("trained"))
-    with pytest.raises(StitchError, match="hf auth login"):
-        fit_publishing(PublishAfterFit(REPO), tmp_path)
-
-
-def test_a_wrong_repository_name_is_refused_when_the_callback_is_made() -> None:
-    with pytest.raises(StitchError, match=re.escape("A repository is 'ORG/NAME'")):
-        PublishAfterFit("digits")

@@ -134,7 +134,7 @@ def test_what_is_to_be_downloaded_is_known_and_nothing_is_before_it_is_loaded(
     timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "its"), safe_serialization=True)
     hub.publish("timm/test_resnet.r160_in1k", tmp_path / "its")
     sources = ["hf-hub:org/mine", "test_resnet", f"local-dir:{folder}", "hf-hub:org/mine@main"]
-    sizes = [len(hub.repos[repo]["model.safetensors"]) for repo in ("org/mine", "timm/test_resnet.r160_in1k")]
+    sizes = [len(hub.files(repo)["model.safetensors"]) for repo in ("org/mine", "timm/test_resnet.r160_in1k")]
 
     checked = preflight(sources, image_shape=(3, 64, 64))
     assert checked.fits, preflight_text(checked)
@@ -172,7 +172,7 @@ def test_too_little_room_is_told_before_the_download(
     hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish("org/mine", folder)
-    size = len(hub.repos["org/mine"]["model.safetensors"])
+    size = len(hub.files("org/mine")["model.safetensors"])
     for free, fits in ((size, True), (size - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         checked = preflight(["hf-hub:org/mine"])
@@ -219,7 +219,7 @@ def test_weights_from_elsewhere_are_asked_for_their_size(
     from torchvision.models import SqueezeNet1_1_Weights
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    hub.repos["org/files"] = {"weights.pth": bytes(1234)}
+    hub.put("org/files", {"weights.pth": bytes(1234)})
     for name, download, problem in (("weights.pth", 1234, ""), ("none.pth", None, "cannot be reached (HTTPError: ")):
         url = f"{hub.url}/org/files/resolve/main/{name}"
         entry = SqueezeNet1_1_Weights.IMAGENET1K_V1.value

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers import assert_same_weights
 from torch import nn
 
 from lightning_stitch.errors import RecipeError, SourceError
@@ -45,10 +46,6 @@ def make_trouble() -> nn.Module:
 
 def donor(name: str, **options: Any) -> Any:
     return timm.create_model(name, **options).eval()
-
-
-def assert_same_weights(module: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
-    torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from helpers import assert_same_weights
 from hub_double import HubDouble
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -23,10 +24,6 @@ from lightning_stitch.sources import build_architecture, check_source, load_sour
 
 def donor(name: str, **options: Any) -> Any:
     return timm.create_model(name, **options).eval()
-
-
-def assert_same_weights(module: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
-    torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -207,8 +204,8 @@ def test_timm_name_downloads_through_the_hub_and_is_pinned(
 )
 def test_what_the_hub_does_not_have(hub: HubDouble, folder: Path, spec: str, words: str) -> None:
     hub.publish("org/mine", folder)
-    hub.repos["org/pickled"] = {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": b""}
-    hub.repos["org/bare"] = {"model.safetensors": (folder / "model.safetensors").read_bytes()}
+    hub.put("org/pickled", {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": b""})
+    hub.put("org/bare", {"model.safetensors": (folder / "model.safetensors").read_bytes()})
     with pytest.raises(SourceError, match=f"(?s)^Source '{spec}': .*{words}"):
         check_source(spec)
 
