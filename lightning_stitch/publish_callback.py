@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.errors import StitchError
+from lightning_stitch.hub_repository import HubRepository
 from lightning_stitch.model_card import CardDetails
 from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.publishing import ExistingCard, Publication, check_credentials, check_repo_id, publish
+from lightning_stitch.publishing import (
+    ExistingCard,
+    Publication,
+    check_destination,
+    check_existing_card,
+    check_publishable,
+    check_repo_id,
+    publish,
+)
 
 
 class PublishAfterFit(pl.Callback):
     """Publishes the StitchedClassifier on the hub when fit is over; rank zero does it.
 
-    The repository's name, the token and the licences are looked at before fit does anything long; licences as soon as
-    there is a recipe. A fast_dev_run publishes nothing. Weights are those at the end of fit.
+    Credentials and the repository are looked at before fit does anything long, licences as soon as there is a recipe,
+    which is before training. A fast_dev_run publishes nothing. Weights are those at the end of fit.
+
+    The card gets the table of a FragmentSearch among the callbacks that made one and, where `details` names a data set
+    but no metrics, what the last validation logged.
 
     Args:
         repo_id: "ORG/NAME" on the hub.
         private: As for `publish`.
         revision: As for `publish`.
-        details: What the card says; None: nothing.
+        details: What the card says; None: nothing but the search's table.
         existing_card: As for `publish`.
 
     Attributes:
         publication: Where it is; None before, and on other ranks.
 
     Raises:
-        StitchError: In `setup` and at the end of fit as `publish`; also if the strategy shards weights.
+        StitchError: If `repo_id` or `existing_card` cannot be used. In `setup`, `on_fit_start` and at the end of fit as
+            `publish`; also if the strategy shards weights.
     """
 
     def __init__(
@@ -38,6 +57,7 @@ class PublishAfterFit(pl.Callback):
         existing_card: ExistingCard = "refuse",
     ) -> None:
         check_repo_id(repo_id)
+        check_existing_card(existing_card)
         self.repo_id = repo_id
         self.private = private
         self.revision = revision
@@ -51,14 +71,26 @@ class PublishAfterFit(pl.Callback):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, StitchedClassifier):
-            raise StitchError(f"PublishAfterFit publishes a StitchedClassifier; found {type(pl_module).__name__}.")
+            raise StitchError(
+                f"PublishAfterFit publishes a StitchedClassifier; found {type(pl_module).__name__}. The network in a "
+                f"module of your own can be published when fit is over: lightning_stitch.publish(network, "
+                f"{self.repo_id!r})."
+            )
         if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
             raise StitchError(
                 f"{type(trainer.strategy).__name__} spreads the weights over ranks. Save a checkpoint and publish it: "
                 f"lightning-stitch publish CHECKPOINT {self.repo_id}."
             )
-        if trainer.is_global_zero:
-            check_credentials()
+        _on_rank_zero(trainer, self._check_destination)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what may not be published, now that it is known what it is made of."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with warnings.catch_warnings():
+            if not trainer.is_global_zero:
+                warnings.simplefilter("ignore")  # rank zero says it
+            check_publishable(pl_module, self.repo_id, self.details or CardDetails())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish, on rank zero."""
@@ -69,7 +101,47 @@ class PublishAfterFit(pl.Callback):
             self.repo_id,
             private=self.private,
             revision=self.revision,
-            details=self.details,
+            details=_details(self.details or CardDetails(), trainer),
             existing_card=self.existing_card,
         )
         print(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
+
+    def _check_destination(self) -> None:
+        hub = HubRepository(self.repo_id, None)
+        check_destination(hub, private=self.private, revision=self.revision, existing_card=self.existing_card)
+
+
+def _details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
+    """What the author says, and what the run found out."""
+    tables = [c.comparison for c in trainer.callbacks if isinstance(c, FragmentSearch) and c.comparison is not None]  # type: ignore[attr-defined]
+    if tables and not details.rows:
+        details = dataclasses.replace(details, rows=tables[0].rows, verdict=details.verdict or tables[0].sentence)
+    logged = {
+        name.removeprefix("val_"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val_") and name != "val_loss"
+    }
+    if details.dataset is None or details.metrics or not logged:
+        return details
+    loaders: Any = trainer.val_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    images = sum(len(loader.dataset) for loader in loaders) if all(map(_is_counted, loaders)) else None
+    return dataclasses.replace(details, metrics=logged, split="validation", num_images=images)
+
+
+def _is_counted(loader: Any) -> bool:
+    """Whether a loader says how many images it has."""
+    return hasattr(getattr(loader, "dataset", None), "__len__")
+
+
+def _on_rank_zero(trainer: pl.Trainer, check: Callable[[], None]) -> None:
+    """Run a check on rank zero; all ranks fail where it fails, so that none waits for the others."""
+    problem: StitchError | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except StitchError as error:
+            problem = error
+    words = trainer.strategy.broadcast(None if problem is None else str(problem))
+    if words is not None:
+        raise problem or StitchError(words)

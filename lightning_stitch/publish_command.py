@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import StitchError
 from lightning_stitch.model_card import CardDetails
+from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.predicting import open_classifier
+from lightning_stitch.pretrained_files import open_pretrained
 from lightning_stitch.publishing import publish
 
 USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."
@@ -65,11 +69,13 @@ def publish_checkpoint(arguments: Sequence[str]) -> None:
         licence=options.licence,
         licence_override=options.licence_override,
     )
-    module = open_classifier(options.checkpoint)
+    network = _opened(options.checkpoint)
     if options.class_names:
-        module.class_names = options.class_names
+        if not isinstance(network, StitchedClassifier):
+            raise StitchError(f"--class-names names a classifier's outputs; {options.checkpoint} holds none.")
+        network.class_names = options.class_names
     found = publish(
-        module,
+        network,
         options.repo,
         private=options.private,
         revision=options.revision,
@@ -78,6 +84,15 @@ def publish_checkpoint(arguments: Sequence[str]) -> None:
         commit_message=options.message,
     )
     print(f"Published {found.url}\ncommit {found.commit}")
+
+
+def _opened(where: str) -> StitchedClassifier | StitchedNetwork | Ensemble:
+    """What a checkpoint or a saved folder holds."""
+    if Path(where).is_dir():
+        kind = open_pretrained(where, weights=False).kind
+        if kind != "classifier":
+            return {"network": StitchedNetwork, "ensemble": Ensemble}[kind].from_pretrained(where)  # type: ignore[attr-defined]
+    return open_classifier(where)
 
 
 def _metric(words: str) -> tuple[str, float]:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hub_double import HubDouble
 from prediction_doubles import NAMES, quiet_trainer, write_digits
 
-from lightning_stitch import CalibrationDataModule, FragmentSearch, StitchedClassifier, predict_files
+from lightning_stitch import CalibrationDataModule, FragmentSearch, PublishAfterFit, StitchedClassifier, predict_files
 from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.cli import main
 
@@ -129,3 +130,18 @@ def test_the_command_line_fits_tests_and_predicts_from_yaml(
         [row["file"], row["class"]] for row in rows
     ]
     assert sum(row["class"] == Path(row["file"]).parent.name for row in rows) > 0.6 * len(rows)
+
+
+# The hub's client says this of itself, with newer versions of its HTTP library.
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_run_is_published_and_what_is_pulled_tests_alike(
+    fitted: tuple[Path, dict[str, float]], images: Path, hub: HubDouble, tmp_path: Path
+) -> None:
+    data = CalibrationDataModule(**settings(images))
+    model = StitchedClassifier.load_from_checkpoint(fitted[0], weights_only=True)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[PublishAfterFit("me/digits")])
+    trainer.fit(model, data)
+    (found,) = trainer.test(model, data, verbose=False)
+    pulled = StitchedClassifier.from_pretrained("me/digits")
+    (again,) = quiet_trainer(tmp_path).test(pulled, data, verbose=False)
+    assert again == pytest.approx(found)
