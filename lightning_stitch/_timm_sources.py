@@ -132,6 +132,17 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
     )
 
 
+def hub_repository(architecture: str) -> str | None:
+    """The hub repository that timm takes an architecture's weights from; None where it knows none."""
+    import timm
+
+    try:
+        config = timm.get_pretrained_cfg(architecture)
+    except RuntimeError:  # a tag of another version of timm
+        return None
+    return config.hf_hub_id if config is not None and config.hf_hub_id else None
+
+
 def check_architecture(name: str) -> None:
     """Raise unless timm's registry knows the architecture, tag or not.
 

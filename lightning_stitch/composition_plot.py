@@ -15,7 +15,7 @@ from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 # Okabe and Ito's colours, told apart by the colour-blind, light enough for black letters; a box's first line names its
 # source as well.
 _COLOURS = ("#8CC5E8", "#F5C26B", "#7FD1B9", "#E3B3CE", "#F0E442", "#E89A6B", "#C9C9C9")
-_WIDTH, _HEIGHT, _GAP = 2.5, 1.0, 1.15
+_WIDTH, _HEIGHT, _GAP, _PITCH = 2.5, 1.0, 1.15, 1.75
 _LETTERS = 26
 
 
@@ -45,7 +45,7 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
     per_line = columns if isinstance(recipe, EnsembleRecipe) else min(columns, 3)
     lines = rows if isinstance(recipe, EnsembleRecipe) else -(-columns // per_line)
     figure: Any = import_module("matplotlib.figure").Figure(
-        figsize=(0.4 + per_line * (_WIDTH + _GAP), 0.7 + 1.5 * lines), layout="constrained"
+        figsize=(0.4 + per_line * (_WIDTH + _GAP), 0.4 + _PITCH * lines), layout="constrained"
     )
     axes = figure.subplots()
     axes.set_axis_off()
@@ -55,7 +55,7 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
         column, line = box.column, box.row
         if not isinstance(recipe, EnsembleRecipe):
             column, line = box.column % per_line, box.column // per_line
-        places.append((column * (_WIDTH + _GAP), -1.5 * line))
+        places.append((column * (_WIDTH + _GAP), -_PITCH * line))
     for box, (left, bottom) in zip(boxes, places, strict=True):
         patch = import_module("matplotlib.patches").FancyBboxPatch(
             (left, bottom), _WIDTH, _HEIGHT, boxstyle="round,pad=0.03", facecolor=colours[box.source], edgecolor="black"
@@ -66,7 +66,7 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
             before_left, before_bottom = places[box.parent]
             _arrow(axes, (before_left, before_bottom), (left, bottom), box.joint)
     axes.set_xlim(-0.2, per_line * (_WIDTH + _GAP) - _GAP + 0.2)
-    axes.set_ylim(-1.5 * (lines - 1) - 0.2, _HEIGHT + 0.2)
+    axes.set_ylim(-_PITCH * (lines - 1) - 0.2, _HEIGHT + 0.2)
     figure.savefig(path, dpi=110)
     return Path(path)
 
@@ -119,14 +119,16 @@ def _joint(stitch: StitchSpec | None) -> str:
 
 
 def _arrow(axes: Any, before: tuple[float, float], behind: tuple[float, float], words: str) -> None:
-    if behind[0] > before[0]:
-        start, end = (before[0] + _WIDTH, before[1] + _HEIGHT / 2), (behind[0], behind[1] + _HEIGHT / 2)
-        place, across = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.06), "center"
-    else:  # on in the next line
-        start, end = (before[0] + _WIDTH / 2, before[1]), (behind[0] + _WIDTH / 2, behind[1] + _HEIGHT)
-        place, across = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2), "center"
-    axes.annotate(
-        "", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 4, "shrinkB": 4}
-    )
+    start, end = (before[0] + _WIDTH, before[1] + _HEIGHT / 2), (behind[0], behind[1] + _HEIGHT / 2)
+    if behind[0] <= before[0]:  # on in the next line: down, back and down again
+        middle = before[1] - (_PITCH - _HEIGHT) / 2
+        corners = [(before[0] + _WIDTH / 2, before[1]), (before[0] + _WIDTH / 2, middle)]
+        start, end = (behind[0] + _WIDTH / 2, middle), (behind[0] + _WIDTH / 2, behind[1] + _HEIGHT)
+        axes.plot(*zip(*corners, start, strict=True), color="black", linewidth=1, zorder=0)
+        place = ((corners[1][0] + start[0]) / 2, middle)
+    else:
+        place = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+    axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 0}, zorder=0)
     if words:
-        axes.text(*place, words, ha=across, va="bottom", fontsize=8)
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(*place, words, ha="center", va="center", fontsize=8, bbox=back)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_stitch._timm_sources import hub_repository
 from lightning_stitch.composition_plot import can_draw, draw_composition
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.errors import StitchError
 from lightning_stitch.licences import CombinedLicence, combine_licences
-from lightning_stitch.pretrained_files import CARD, PICTURE
+from lightning_stitch.pretrained_files import CARD, PICTURE, shown_recipe, shown_spec
 from lightning_stitch.recipe import Recipe, SourceRef
 
 if TYPE_CHECKING:
@@ -200,26 +201,34 @@ def _hub_name(ref: SourceRef) -> str | None:
     prefix, colon, rest = ref.spec.partition(":")
     if colon:
         return rest.partition("@")[0] if prefix == "hf-hub" else None
-    return f"timm/{ref.architecture}" if ref.builder == "timm" and ref.revision else None
+    return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
+
+
+def _pinned(ref: SourceRef) -> str:
+    """What to give `load_sources` for the same weights."""
+    repo = _hub_name(ref)
+    # Some of timm's weights are in repositories of another layout, which only timm's own names lead to.
+    pinned = ref.revision and repo and (ref.spec.startswith("hf-hub:") or repo.endswith(f"/{ref.architecture}"))
+    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else shown_spec(ref)
+    options: dict[str, Any] = {"spec": spec}
+    if ref.name != re.split("[/:]", spec.partition("@")[0])[-1]:
+        options["name"] = ref.name
+    if ref.arguments:
+        options["arguments"] = ref.arguments
+    return repr(options if len(options) > 1 else spec)
 
 
 def _source_entry(ref: SourceRef) -> dict[str, Any]:
     return {
-        "source": _shown_spec(ref),
+        "source": shown_spec(ref),
         "revision": ref.revision,
         "weight_hash": ref.weight_hash,
         "license": ref.licence,
     }
 
 
-def _shown_spec(ref: SourceRef) -> str:
-    """The spec without the folders of the machine it was made on."""
-    prefix, colon, rest = ref.spec.partition(":")
-    return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
-
-
 def _summary(subject: CardSubject) -> str:
-    sources = ", ".join(f"`{_shown_spec(ref)}`" for ref in subject.recipe.sources)
+    sources = ", ".join(f"`{shown_spec(ref)}`" for ref in subject.recipe.sources)
     what = {
         "multiclass": "An image classifier",
         "multilabel": "An image tagger (several labels for each image)",
@@ -241,7 +250,7 @@ def _sources_table(recipe: Recipe | EnsembleRecipe) -> str:
         used = "; ".join(f"{f.start or 'image'} .. {f.end or 'output'}" for f in fragments if f.source == ref.name)
         revision = f"`{ref.revision[:12]}`" if ref.revision else "not known"
         lines.append(
-            f"| `{_plain(_shown_spec(ref))}` | {revision} | {_plain(ref.licence or 'unknown')} | {used or 'none'} | "
+            f"| `{_plain(shown_spec(ref))}` | {revision} | {_plain(ref.licence or 'unknown')} | {used or 'none'} | "
             f"`{ref.weight_hash[:19]}` |"
         )
     return "\n".join(lines)
@@ -295,6 +304,7 @@ def _results(details: CardDetails) -> list[str]:
         columns = [column for column in _COLUMNS if any(row.get(column) is not None for row in details.rows)]
         lines = [" | ".join(_HEADINGS.get(column, column) for column in columns), " | ".join("---" for _ in columns)]
         lines += [" | ".join(_cell(row, column) for column in columns) for row in details.rows]
+        found.append("What the search that composed it compared, all with the same head on the same test images:")
         found.append("\n".join(f"| {line} |" for line in lines))
     if details.verdict:
         found.append(details.verdict)
@@ -337,24 +347,35 @@ def _making(recipe: Recipe | EnsembleRecipe, details: CardDetails) -> str:
     words = []
     if details.command:
         words.append(f"```bash\n{details.command}\n```")
-    if isinstance(recipe, Recipe):
-        specs = ", ".join(json.dumps(_shown_spec(ref)) for ref in recipe.sources)
-        pieces = ", ".join(repr((f.source, f.start, f.end)) for f in recipe.fragments)
-        words.append("With images of the task:" if not details.command else "Or, with images of the task, in Python:")
-        words.append(
-            f'```python\nsettings = ls.CalibrationSettings(granularity="all")\n'
-            f"pool = ls.Pool(ls.load_sources([{specs}]), {recipe.input_size}, settings=settings)\n"
-            f"pool.calibrate(batches)\n"
-            f"network = pool.assemble(pool.stitch([{pieces}]))\n```"
-        )
-    plain = recipe.to_dict()
-    for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
-        entry["spec"] = _shown_spec(ref)
+    if isinstance(recipe, Recipe) and not recipe.pooled and None not in recipe.stitches:
+        words.append("Or, with images of the task, in Python:" if details.command else "With images of the task:")
+        words.append(f"```python\n{_composing(recipe)}\n```")
     words.append(
         "<details><summary>The recipe, from which its structure is built</summary>\n\n"
-        f"```yaml\n{yaml_dump(plain).rstrip()}\n```\n\n</details>"
+        f"```yaml\n{yaml_dump(shown_recipe(recipe)).rstrip()}\n```\n\n</details>"
     )
     return "\n\n".join(words)
+
+
+def _composing(recipe: Recipe) -> str:
+    """The same network, made by hand."""
+    sources = "".join(f"    {_pinned(ref)},\n" for ref in recipe.sources)
+    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
+    refined = f", refinements={list(recipe.refinements)}" if recipe.refinements else ""
+    shared = ", share_weights=True" if recipe.share_weights else ""
+    until = ', until="output"' if recipe.fragments[-1].end is None else ""
+    return "\n".join(
+        (
+            "import lightning_stitch as ls",
+            "",
+            f'settings = ls.CalibrationSettings(granularity="all"{until})',
+            f"sources = ls.load_sources([\n{sources}])",
+            f"pool = ls.Pool(sources, {recipe.input_size}, settings=settings)",
+            "pool.calibrate(batches)  # floats in [0, 1], not normalised",
+            f"found = pool.stitch([\n{pieces}]{refined})",
+            f"network = pool.assemble(found{shared})",
+        )
+    )
 
 
 def _plain(words: str) -> str:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import calibrated_pool, noise
 from huggingface_hub import ModelCard
 from PIL import Image
-from published_networks import network, together
+from published_networks import STITCHED, network, together
 
-from lightning_stitch import CardDetails, Recipe, StitchError
+import lightning_stitch as ls
+from lightning_stitch import CardDetails, Recipe, StitchError, load_sources
 from lightning_stitch.composition_plot import draw_composition
 from lightning_stitch.model_card import CardSubject, model_card, write_card
 
@@ -62,6 +65,46 @@ def test_the_recipe_in_the_card_is_the_recipe() -> None:
     content = model_card(subject(), CardDetails(), name="net").content
     found = yaml.safe_load(content.split("```yaml\n")[1].split("```")[0])
     assert Recipe.from_dict(found) == recipe
+
+
+@pytest.mark.parametrize("refinements", [(), ("batch_norm",)])
+def test_the_python_in_the_card_makes_the_network_again(
+    refinements: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = calibrated_pool("test_convnext", "test_resnet")
+    original = pool.assemble(pool.stitch(STITCHED, refinements=refinements))
+    content = model_card(subject(original.recipe), CardDetails(), name="net").content
+    [code] = [part for part in content.split("```python\n") if "pool.stitch" in part]
+    monkeypatch.setattr(
+        ls, "load_sources", lambda specs: load_sources([{"spec": s, "pretrained": False} for s in specs])
+    )
+    made: dict[str, Any] = {"batches": [noise(30, 3, 32, 32)]}
+    exec(code.partition("```")[0], made)
+    again, wanted = made["network"].recipe, original.recipe
+    assert (again.fragments, again.refinements) == (wanted.fragments, wanted.refinements)
+
+
+def test_what_makes_it_again_names_the_commits_that_were_taken() -> None:
+    content = model_card(subject(FROM_HUB), CardDetails(), name="net").content
+    specs = f"{{'spec': 'hf-hub:org/one@{'a' * 40}', 'name': '{FROM_HUB.sources[0].name}'}}"
+    assert specs in content
+    assert f"hf-hub:timm/test_convnext.r160_in1k@{'b' * 40}" in content
+
+
+def test_a_timm_names_repository_is_the_one_that_timm_takes_it_from() -> None:
+    names = ("cspnext_m.rsb_a1_in1k", "davit_base_fl.msft_florence2")
+    recipe = with_sources(*({"spec": name, "architecture": name, "revision": "c" * 40} for name in names))
+    card = model_card(subject(recipe), CardDetails(), name="net")
+    assert card.data.base_model == ["munehiro-k/cspnext_m.rsb_a1_in1k", "microsoft/Florence-2-base"]
+    assert f"hf-hub:munehiro-k/cspnext_m.rsb_a1_in1k@{'c' * 40}" in card.content
+    # a repository in another layout, which timm alone can read
+    assert "{'spec': 'davit_base_fl.msft_florence2'" in card.content
+
+
+def test_what_makes_it_again_is_left_out_where_it_would_not() -> None:
+    assert "pool.stitch" not in model_card(subject(together().recipe), CardDetails(), name="net").content
+    early = dataclasses.replace(network().recipe, fragments=network().recipe.fragments[:1], stitches=(), pooled=True)
+    assert "pool.stitch" not in model_card(subject(early), CardDetails(), name="net").content
 
 
 def test_names_cannot_break_the_tables() -> None:
