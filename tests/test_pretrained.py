@@ -53,6 +53,27 @@ def test_a_loaded_network_gives_the_same_outputs(saved: Path) -> None:
     assert not any(module.training for module in loaded.modules())
 
 
+def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = config["lightning_stitch"]
+    assert own["recipe"] == model.recipe.to_dict()
+    assert own["recipe"]["schema"] == 1
+    assert [source["preprocessing"]["mean"] for source in own["recipe"]["sources"]] == [
+        list(ref.preprocessing.mean) for ref in model.recipe.sources
+    ]
+    assert (own["kind"], own["task"], own["class_names"], config["label_names"]) == (
+        "classifier",
+        "multiclass",
+        NAMES,
+        NAMES,
+    )
+    assert own["versions"].keys() == {"lightning_stitch", "torch", "torchvision", "timm"}
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert own["weights"] == {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+
+
 def test_another_process_loads_it_with_neither_sources_nor_a_network_connection(saved: Path) -> None:
     script = f"""
 import socket, sys, torch
