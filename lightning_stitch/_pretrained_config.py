@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lightning_stitch._blueprint import checked_preprocessing
 from lightning_stitch.ensemble_recipe import Branch, EnsembleRecipe, Member, any_recipe
-from lightning_stitch.errors import RecipeError
+from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef, StitchSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -67,8 +68,11 @@ def read_recipe(own: Mapping[str, Any], where: str) -> Recipe | EnsembleRecipe:
         RecipeError: If it is malformed, or of another schema.
     """
     try:
-        return any_recipe(_known_recipe(own.get("recipe"), where))
-    except RecipeError as error:
+        recipe = any_recipe(_known_recipe(own.get("recipe"), where))
+        for ref in recipe.sources:
+            checked_preprocessing(ref.preprocessing)
+        return recipe
+    except (RecipeError, SourceError) as error:
         raise RecipeError(f"The recipe in {CONFIG} of {where!r} cannot be used: {error}") from error
 
 

@@ -18,6 +18,7 @@ ClassMap = dict[str, list[int]]
 Match = Literal["name", "words", "definition"]
 
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+_MOST_CLASSES = 10**7
 
 
 class ClassMapHead(nn.Module):
@@ -174,6 +175,8 @@ def _indices(name: str, entry: int | str) -> list[int]:
             f"The class {name!r} has {entry!r}, which is no index and no range like '151-268'. For names of classes "
             f"use class_map_from_names, or say names: imagenet-1k beside the classes."
         )
+    if int(ends[2]) >= _MOST_CLASSES:
+        raise StitchError(f"The class {name!r} has {entry!r}; no network has so many classes.")
     return list(range(int(ends[1]), int(ends[2]) + 1))
 
 

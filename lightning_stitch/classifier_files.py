@@ -13,8 +13,9 @@ from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.model_card import CardDetails, CardSubject
+from lightning_stitch.neighbours import NearestNeighbourHead
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.pretrained_files import PretrainedFolder
+from lightning_stitch.pretrained_reading import PretrainedFolder
 from lightning_stitch.saving import open_folder, save_folder
 
 
@@ -39,11 +40,13 @@ class SavedClassifier:
         network: The network.
         head: What reads its output.
         arguments: head, task, num_classes and class_names, as `StitchedClassifier` takes them.
+        num_outputs: Width of the head's output; None: that of the network, which has no head.
     """
 
     network: StitchedNetwork | Ensemble
     head: nn.Module
     arguments: dict[str, Any]
+    num_outputs: int | None
 
 
 def save_classifier(
@@ -110,6 +113,7 @@ def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) ->
     arguments = {key: folder.own.get(key) for key in ("head", "task", "num_classes", "class_names")}
     names = arguments["class_names"]
     try:
+        _check_written_out(arguments["head"])
         settings = HeadSettings.of(
             arguments["head"] or "none", task=str(arguments["task"]), num_classes=arguments["num_classes"]
         )
@@ -125,6 +129,29 @@ def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) ->
         network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
         return nn.ModuleDict({"network": network, "head": settings.empty(network.num_features)})
 
-    parts = folder.load(build)
+    parts = folder.load(build, trust_factory=trust_factory)
     network: Any = parts.get_submodule("network")
-    return SavedClassifier(network, parts.get_submodule("head"), {**arguments, "head": settings.plain})
+    head = parts.get_submodule("head")
+    if isinstance(head, NearestNeighbourHead) and folder.weights is not None:
+        _check_neighbours(head, folder.where)
+    outputs = None if settings.name == "none" else settings.num_classes
+    return SavedClassifier(network, head, {**arguments, "head": settings.plain}, outputs)
+
+
+def _check_written_out(head: Any) -> None:
+    """A saved class map holds indices; ranges in words would be as long as a stranger likes."""
+    classes = head.get("classes") if isinstance(head, dict) else None
+    if isinstance(classes, dict) and any(isinstance(i, str) for found in classes.values() for i in _listed(found)):
+        raise StitchError("a saved class map has indices, not words.")
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _check_neighbours(head: NearestNeighbourHead, where: str) -> None:
+    images, targets, voters = len(head.rows), len(head.targets), int(head.num_neighbours)
+    if not (images == targets and 1 <= voters <= images):
+        raise RecipeError(
+            f"The head of {where!r} does not fit itself: {images} images, {targets} targets, {voters} neighbours."
+        )

@@ -90,7 +90,10 @@ class Ensemble(nn.Module):
             RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
         """
         graphs = {}
+        used = {branch.fragment.source for branch in recipe.branches}
         for ref in recipe.sources:
+            if ref.name not in used:
+                continue
             network = build_architecture(ref, trust_factory=trust_factory)
             graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
         heads = [
@@ -121,7 +124,10 @@ class Ensemble(nn.Module):
         recipe = folder.recipe
         if not isinstance(recipe, EnsembleRecipe):
             raise RecipeError(f"{str(where)!r} holds one network; StitchedClassifier.from_pretrained loads it.")
-        parts = folder.load(lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}))
+        parts = folder.load(
+            lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}),
+            trust_factory=trust_factory,
+        )
         network: Ensemble = parts.get_submodule("network")  # type: ignore[assignment]
         return network
 

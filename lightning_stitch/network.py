@@ -79,7 +79,10 @@ class StitchedNetwork(nn.Module):
         if recipe.input_size is None:
             raise RecipeError("This recipe does not say which image size it was calibrated on (input_size).")
         graphs = {}
+        used = {fragment.source for fragment in recipe.fragments}
         for ref in recipe.sources:
+            if ref.name not in used:
+                continue
             network = build_architecture(ref, trust_factory=trust_factory)
             graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
         stitches = [None if spec is None else Stitch(spec) for spec in recipe.stitches]
@@ -133,7 +136,10 @@ class StitchedNetwork(nn.Module):
         recipe = folder.recipe
         if not isinstance(recipe, Recipe):
             raise RecipeError(f"{str(where)!r} holds an ensemble; StitchedClassifier.from_pretrained loads it.")
-        parts = folder.load(lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}))
+        parts = folder.load(
+            lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}),
+            trust_factory=trust_factory,
+        )
         network: StitchedNetwork = parts.get_submodule("network")  # type: ignore[assignment]
         return network
 

@@ -14,7 +14,7 @@ from lightning_stitch.model_card import CardDetails
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.predicting import open_classifier
-from lightning_stitch.pretrained_files import open_pretrained
+from lightning_stitch.pretrained_reading import open_pretrained
 from lightning_stitch.publishing import publish
 
 USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."

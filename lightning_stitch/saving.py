@@ -10,13 +10,8 @@ from torch import nn
 
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.model_card import CardDetails, CardSubject, write_card
-from lightning_stitch.pretrained_files import (
-    PretrainedFolder,
-    check_rebuildable,
-    check_writable,
-    open_pretrained,
-    write_pretrained,
-)
+from lightning_stitch.pretrained_files import check_rebuildable, check_writable, write_pretrained
+from lightning_stitch.pretrained_reading import PretrainedFolder, open_pretrained
 
 _LOADERS = {"network": "StitchedNetwork", "ensemble": "Ensemble", "classifier": "StitchedClassifier"}
 

@@ -10,7 +10,7 @@ from lightning_stitch.classifier_files import read_classifier
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.pretrained_files import open_pretrained
+from lightning_stitch.pretrained_reading import open_pretrained
 
 
 class TimmNetwork(nn.Module):
@@ -79,18 +79,19 @@ def timm_network(where: str, *, pretrained: bool, num_classes: int | None, confi
         RecipeError: If it was not saved by this package or does not fit itself, or needs a factory.
     """
     folder = open_pretrained(where, weights=pretrained)
-    names = None
+    names, outputs = None, None
     network: Any
     head: nn.Module
     if folder.kind == "classifier":
         saved = read_classifier(folder)
-        network, head, names = saved.network, saved.head, saved.arguments["class_names"]
+        network, head, outputs = saved.network, saved.head, saved.num_outputs
+        names = saved.arguments["class_names"]
     else:
         kind: Any = Ensemble if isinstance(folder.recipe, EnsembleRecipe) else StitchedNetwork
         parts = folder.load(lambda: nn.ModuleDict({"network": kind.from_recipe(folder.recipe)}))
         network, head = parts.get_submodule("network"), nn.Identity()
     width = network.num_features if isinstance(network, StitchedNetwork) else network.recipe.num_classes
-    outputs = int(config.get("num_classes") or width)
+    outputs = outputs or width
     found = TimmNetwork(
         network, head, num_features=width, num_classes=outputs, pretrained_cfg=config, class_names=names
     )

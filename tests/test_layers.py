@@ -50,6 +50,7 @@ GROUPS = (
     {"licences", "composition_plot", "_pretrained_config", "_timm_hook"},
     {"_pretrained_places"},
     {"pretrained_files"},
+    {"pretrained_reading"},
     {"model_card"},
     {"saving"},
     # network, heads, search

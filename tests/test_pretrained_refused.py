@@ -11,11 +11,14 @@ import pytest
 import timm
 import torch
 from helpers import noise
-from published_networks import network, outputs, source_network
+from published_networks import classifier, network, outputs, source_network
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_stitch import RecipeError, SourceError, StitchedNetwork, StitchError, load_source
+from lightning_stitch import RecipeError, SourceError, StitchedClassifier, StitchedNetwork, StitchError, load_source
+
+# 4e13 bytes and more of classifier, which no machine has
+GIANT = {"num_classes": 10**11}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,7 @@ def test_newer_keys_warn_and_are_left_out(folder: Path) -> None:
         (lambda own: own["recipe"]["sources"][0].update(architecture="no_such_net"), r"knows no model 'no_such_net'"),
         (lambda own: own["recipe"]["fragments"][0].update(end="nowhere"), r"does not fit its sources.*'nowhere'"),
         (lambda own: own["recipe"]["sources"][0]["arguments"].update(pretrained=True), r"read files or the network"),
+        (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(std=[1, 0, 1]), r"one positive std for each"),
         (lambda own: own.update(shared={"network.x": "network.y"}), r"share \['network.y'\], which are not there"),
     ],
 )
@@ -189,6 +193,90 @@ def test_a_recipe_of_giants_is_refused_before_memory_is_allocated(folder: Path) 
     rewrite(folder, lambda own: own["recipe"]["fragments"][1].update(end=None))
     with pytest.raises(RecipeError, match=r"do not fit its recipe: 2 tensors are missing"):
         StitchedNetwork.from_pretrained(folder)
+
+
+def unused_source(own: dict[str, Any]) -> None:
+    """One more source, giant, that no fragment comes from."""
+    own["recipe"]["sources"].append({**own["recipe"]["sources"][0], "name": "other", "arguments": GIANT})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: own["recipe"]["sources"][0].update(arguments=GIANT),
+        unused_source,
+        lambda own: own["recipe"].update(input_size=[3, 100_000, 100_000]),
+    ],
+    ids=["a classifier that no fragment has", "a source that no fragment has", "giant images"],
+)
+def test_what_the_fragments_do_not_have_takes_no_memory(change: Any, folder: Path) -> None:
+    rewrite(folder, change)
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+
+
+def test_nothing_is_built_for_a_factory_that_is_not_trusted(folder: Path) -> None:
+    rewrite(folder, lambda own: own["recipe"]["sources"][0].update(arguments=GIANT))
+    rewrite(folder, lambda own: own["recipe"]["sources"][1].update(builder="python", architecture="no_such:factory"))
+    with pytest.raises(RecipeError, match=r"import 'no_such' and call .*trust_factory=True"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+def test_a_config_that_makes_much_out_of_little_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    largest = max(tensors, key=lambda name: tensors[name].nbytes)
+    rewrite(folder, lambda own: own["shared"].update({f"network.x{i}": largest for i in range(1000)}))
+    with pytest.raises(RecipeError, match=r"makes \d+ MB of tensors out of \d MB of weights"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head.rows": 0, "head.targets": 0}, "0 images, 0 targets"),
+        ({"head.targets": 5}, "30 images, 5 targets"),
+        ({"head.num_neighbours": torch.tensor(31)}, "30 images, 30 targets, 31 neighbours"),
+        ({"head.num_neighbours": torch.tensor(-3)}, "-3 neighbours"),
+    ],
+)
+def test_a_head_of_neighbours_that_does_not_fit_itself_is_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    classifier("knn").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, value in change.items():
+        tensors[name] = tensors[name][:value].clone() if isinstance(value, int) else value
+    replace_weights(tmp_path, tensors)
+    with pytest.raises(RecipeError, match=words):
+        StitchedClassifier.from_pretrained(tmp_path)
+
+
+def test_a_class_map_in_words_is_refused(tmp_path: Path) -> None:
+    classifier("class_map").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda own: own["head"]["classes"].update(few="0-150000000"))
+    with pytest.raises(RecipeError, match="a saved class map has indices, not words"):
+        StitchedClassifier.from_pretrained(tmp_path)
+
+
+def test_an_overwrite_that_fails_leaves_the_network_that_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_stitch.pretrained_files.write_json", full)
+    files = {file.name for file in folder.iterdir()}
+    with pytest.raises(OSError, match="No space left"):
+        network(twice=True).save_pretrained(folder, overwrite=True)
+    assert {file.name for file in folder.iterdir()} == files
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+
+
+def test_a_link_to_nowhere_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StitchError, match=r"already holds README\.md"):
+        network().save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(

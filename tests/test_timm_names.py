@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_timm_without_weights_gives_the_structure_alone(folder: Path) -> None:
     saved = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in saved.state_dict().items()}
     assert not torch.equal(outputs(plain.eval()), outputs(saved.eval()))
+
+
+def test_the_number_of_classes_is_the_heads_whatever_the_config_says(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 10
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10).eval()
+    assert outputs(loaded).shape == (len(IMAGES), 10)
 
 
 def test_what_would_change_its_structure_is_refused(folder: Path) -> None:
