@@ -47,14 +47,17 @@ def publish(repo: str, *, pretrained: bool, private: bool) -> None:
     """Compose a classifier, test it and publish it."""
     sources = [{"spec": spec, "pretrained": pretrained} for spec in SOURCES]
     model = ls.StitchedClassifier(num_classes=10, class_names=[str(digit) for digit in range(10)])
+    search = ls.FragmentSearch(sources=sources, max_candidates=8)
     trainer = pl.Trainer(
         max_epochs=0,
-        callbacks=[ls.FragmentSearch(sources=sources, max_candidates=8)],
+        callbacks=[search],
         logger=False,
         enable_checkpointing=False,
         accelerator="cpu",
     )
     trainer.fit(model, digits())
+    # The best of all may be a source as it is; there is nothing to share of that.
+    search.install_within(trainer, ls.Budget(), kind="stitched")
     accuracy = tested(model)
     details = ls.CardDetails(
         dataset="Handwritten digits of scikit-learn",

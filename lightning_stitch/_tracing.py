@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn import functional
 
 from lightning_stitch.errors import CutError
@@ -275,6 +276,26 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
         replaced[node] = replacement
     traced.recompile()
     return replaced
+
+
+def follow_device(graph: fx.Graph, placeholder: fx.Node) -> None:
+    """Let tensors that a graph makes be where its input is: a trace holds the device that it was made on."""
+    fixed = [node for node in graph.nodes if _devices(node)]
+    if not fixed:
+        return
+    with graph.inserting_after(placeholder):
+        here = graph.call_function(getattr, (placeholder, "device"))
+    for node in fixed:
+        node.args = map_aggregate(node.args, lambda a: here if isinstance(a, torch.device) else a)
+        named = {"device": here} if "device" in node.kwargs else {}
+        node.kwargs = {**node.kwargs, **named}
+
+
+def _devices(node: fx.Node) -> bool:
+    """Whether a node names a device."""
+    return isinstance(node.kwargs.get("device"), torch.device | str) or any(
+        isinstance(value, torch.device) for value in node.args
+    )
 
 
 _WRITERS = frozenset((write_into, operator.setitem, *(getattr(operator, name) for name in _AUGMENTED)))

@@ -25,6 +25,7 @@ from lightning_stitch._layout import layout_of
 from lightning_stitch._memory import Occupancy
 from lightning_stitch._modes import warn_where_modes_differ
 from lightning_stitch._probing import value_for_batch
+from lightning_stitch._tracing import follow_device
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 
@@ -221,6 +222,7 @@ class CutGraph:
                     # What a stitch gives may lie in memory in another order than the network's own tensor.
                     made[node].target = "reshape"
         graph.output(made[last])
+        follow_device(graph, placeholder)
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
         return fragment if share else copied(fragment)
