@@ -28,6 +28,7 @@ GROUPS = (
         "_spool",
         "_copying",
         "_tensor_files",
+        "_markdown",
     },
     {"_shuffling", "_resuming", "_preparing", "callback_order", "_target_values"},
     {"_meta"},
@@ -50,6 +51,7 @@ GROUPS = (
     {"licences", "composition_plot", "_pretrained_config", "_timm_hook"},
     {"_pretrained_places"},
     {"pretrained_files"},
+    {"_making_again"},
     {"model_card"},
     {"saving"},
     # network, heads, search
