@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_stitch._tensor_files import complete_or_absent
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.errors import StitchError
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
@@ -61,14 +62,19 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
             (left, bottom), _WIDTH, _HEIGHT, boxstyle="round,pad=0.03", facecolor=colours[box.source], edgecolor="black"
         )
         axes.add_patch(patch)
-        axes.text(left + _WIDTH / 2, bottom + _HEIGHT / 2, box.text, ha="center", va="center", fontsize=9)
+        # A dollar in a name begins no formula.
+        middle = (left + _WIDTH / 2, bottom + _HEIGHT / 2)
+        axes.text(*middle, box.text, ha="center", va="center", fontsize=9, parse_math=False)
         if box.parent is not None:
             before_left, before_bottom = places[box.parent]
             _arrow(axes, (before_left, before_bottom), (left, bottom), box.joint)
     axes.set_xlim(-0.2, per_line * (_WIDTH + _GAP) - _GAP + 0.2)
     axes.set_ylim(-_PITCH * (lines - 1) - 0.2, _HEIGHT + 0.2)
-    figure.savefig(path, dpi=110)
-    return Path(path)
+    path = Path(path)
+    # A link of that name is replaced; to write through it would change a file elsewhere.
+    with complete_or_absent(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
+    return path
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning_stitch._blueprint import first_lines, offline
 from lightning_stitch._hub_files import client_errors, patiently, status_of
@@ -14,6 +15,9 @@ from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.pretrained_files import CARD
 
 _Answer = TypeVar("_Answer")
+
+# What becomes of a README.md that is there.
+ExistingCard = Literal["refuse", "keep", "replace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,20 @@ class Place:
 
 
 class HubRepository:
-    """One repository on the hub; what the client raises comes in words that help."""
+    """One repository on the hub; what the client raises comes in words that help, and never with the token.
+
+    Args:
+        repo_id: "ORG/NAME".
+        token: Of the hub; None: that of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        StitchError: If the token cannot be one.
+    """
 
     def __init__(self, repo_id: str, token: str | None) -> None:
         from huggingface_hub import HfApi, get_token
 
-        self.api = HfApi(token=token or get_token(), library_name="lightning-stitch")
+        self.api = HfApi(token=_usable(token or get_token()), library_name="lightning-stitch")
         self.repo_id = repo_id
         self.namespaces: set[str | None] = set()
 
@@ -99,6 +111,21 @@ class HubRepository:
         names = {file.rfilename for file in info.siblings or []}
         return Place(True, branch, info.sha, CARD in names)
 
+    def check_card_may_be_written(self, place: Place, existing_card: ExistingCard) -> None:
+        """Refuse to overwrite a card untold."""
+        if place.has_card and existing_card == "refuse":
+            raise StitchError(
+                f"{self.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
+                f"existing_card='keep' leaves it as it is."
+            )
+
+    def check_card(self, path: Path) -> None:
+        """Have the hub look at a card's metadata, which it would refuse with the commit."""
+        from huggingface_hub import ModelCard
+
+        content = path.read_text(encoding="utf-8")
+        self._asked(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
+
     def upload(
         self,
         folder: Path,
@@ -108,12 +135,17 @@ class HubRepository:
         revision: str | None,
         private: bool | None,
         message: str,
+        existing_card: ExistingCard = "refuse",
     ) -> Publication:
         """Make what is missing, then one commit."""
         api, repo_id = self.api, self.repo_id
         if not place.exists:
             self._asked(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
+            # Somebody else may have made it since, with a card.
             place = self.find(revision, private)
+            self.check_card_may_be_written(place, existing_card)
+        if place.has_card and existing_card == "keep":
+            files = [name for name in files if name != CARD]
         if revision not in (None, "main") and not place.branch:
             self._asked(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
 
@@ -157,21 +189,47 @@ class HubRepository:
 
         where = f"hub repository {self.repo_id!r}"
         cut = client_errors()
-        failures: tuple[type[Exception], ...] = (RuntimeError, *cut)
+        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *cut)
         try:
             return patiently(ask, where, what, also=cut)
         except failures as raised:
             error = raised.__cause__ if type(raised) is RuntimeError else raised
             if what == "look it up" and isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
                 raise
+            found: StitchError | None = None
             if isinstance(error, HfHubHTTPError):
-                raise StitchError(_in_words(status_of(error), where, what, error)) from raised
-            if not isinstance(error, cut):
+                found = StitchError(_in_words(status_of(error), where, what, self._shown(error)))
+            elif isinstance(error, cut):
+                found = SourceError(
+                    f"The {where} cannot be reached (to {what}): {self._shown(error)}. Check the connection "
+                    f"and try again; what has arrived is not sent again."
+                )
+            elif isinstance(error, ValueError):
+                # The client's own word for a card that is refused, and for an answer that it cannot read.
+                found = StitchError(f"The {where} refused to {what}: {self._shown(error)}.")
+            if found is None:
                 raise
-            raise SourceError(
-                f"The {where} cannot be reached (to {what}): {first_lines(error)}. Check the connection and try again; "
-                f"what has arrived is not sent again."
-            ) from raised
+            # A traceback shows the cause as well.
+            raise found from (None if self._tells_token(raised) or self._tells_token(error) else raised)
+
+    def _tells_token(self, error: BaseException | None) -> bool:
+        return bool(self.api.token) and str(self.api.token) in str(error)
+
+    def _shown(self, error: BaseException) -> str:
+        """An error's text; none of it where the token is in it, whole, or else cut short with the line."""
+        return f"{type(error).__name__}, with the token in it" if self._tells_token(error) else first_lines(error)
+
+
+def _usable(token: str | None) -> str | None:
+    """A token as it can be sent, without the space around it that a file of it may have."""
+    token = (token or "").strip()
+    # what RFC 6750 allows; others would fail in the client, which then shows them
+    if not re.fullmatch(r"[A-Za-z0-9._~+/=-]*", token):
+        raise StitchError(
+            "The hub's token holds characters that no token has (spaces, line ends, quotes or letters beyond ASCII); "
+            "it is not shown here. Copy it again from your settings on the hub, or log in with `hf auth login`."
+        )
+    return token or None
 
 
 def _names_of_content(path: Path) -> tuple[str, str]:
@@ -185,7 +243,7 @@ def _names_of_content(path: Path) -> tuple[str, str]:
     return blob.hexdigest(), digest.hexdigest()
 
 
-def _in_words(status: int, where: str, what: str, error: Exception) -> str:
+def _in_words(status: int, where: str, what: str, shown: str) -> str:
     advice = {
         401: "The token is not valid: log in with `hf auth login`, or set HF_TOKEN.",
         403: "Your token may not write there: check the name, and that the token has the right to write.",
@@ -194,4 +252,4 @@ def _in_words(status: int, where: str, what: str, error: Exception) -> str:
         412: "Somebody else committed to it in the meantime: look at it, and try again.",
         429: "It asks to wait for longer: try again later.",
     }.get(status, "Try again later." if status >= 500 else "")
-    return f"The {where} refused to {what} (status {status}). {advice} ({first_lines(error)})".replace("  ", " ")
+    return f"The {where} refused to {what} (status {status}). {advice} ({shown})".replace("  ", " ")

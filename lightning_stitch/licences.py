@@ -6,6 +6,7 @@ leaves open and says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,18 +24,28 @@ _FILES: frozenset[Condition] = _CHANGED | {"share its own files"}
 _SAME: frozenset[Condition] = _FILES | {"same"}
 
 _CONDITIONS: dict[str, frozenset[Condition]] = {
-    **dict.fromkeys(("cc0-1.0", "unlicense", "pddl", "wtfpl", "0bsd"), frozenset()),
+    **dict.fromkeys(("cc0-1.0", "unlicense", "pddl", "pddl-1.0", "wtfpl", "0bsd"), frozenset()),
     **dict.fromkeys(("mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "bsl-1.0"), _NAMED),
-    **dict.fromkeys(("apache-2.0", "cc-by-4.0", "cc-by-3.0", "cc-by-2.0", "odc-by", "cdla-permissive-2.0"), _CHANGED),
+    **dict.fromkeys(("apache-2.0", "odc-by", "odc-by-1.0", "cdla-permissive-2.0"), _CHANGED),
     **dict.fromkeys(("mpl-2.0", "epl-2.0", "lgpl", "lgpl-2.1", "lgpl-3.0"), _FILES),
-    **dict.fromkeys(("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "odbl"), _SAME),
-    **dict.fromkeys(("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"), _CHANGED | {"not for sale"}),
-    **dict.fromkeys(("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"), _SAME | {"not for sale"}),
+    **dict.fromkeys(("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "odbl", "odbl-1.0"), _SAME),
     **dict.fromkeys(("openrail", "creativeml-openrail-m", "bigscience-openrail-m"), _CHANGED | {"use limits"}),
-    **dict.fromkeys(("cc-by-nd-4.0",), _CHANGED | {"no derivatives"}),
-    **dict.fromkeys(("cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"), _CHANGED | {"no derivatives", "not for sale"}),
     **dict.fromkeys(("proprietary", "all-rights-reserved", "no-sharing"), frozenset({"no sharing"})),
 }
+# Creative Commons' licences of every version and country, or of none that is named: cc-by-nc-sa-3.0-igo.
+_CREATIVE_COMMONS = re.compile(r"cc-by((?:-(?:nc|sa|nd))*)(?:-\d(?:\.\d)?(?:-[a-z]{2,3})?)?")
+# Whatever else the words say.
+_NO_DERIVATIVES = re.compile(r"(?:^|-)nd(?:-|$)|no-?deriv")
+# What the hub takes as a card's `license`, of the licences that are more than one network's own.
+_HUB_WORDS = """
+    apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
+    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+    cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl
+    gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl lgpl-lr
+"""
 _FORBIDS: frozenset[Condition] = frozenset({"no derivatives", "no sharing"})
 # Licences of which neither governs the other, though the table of conditions alone would say so.
 _AT_ODDS = frozenset({frozenset({"apache-2.0", "gpl-2.0"})})
@@ -76,8 +87,8 @@ def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
         True
     """
     words = {name: _word(licence) for name, licence in licences.items()}
-    unknown = tuple(name for name, word in words.items() if word not in _CONDITIONS)
-    forbidding = tuple(name for name, word in words.items() if _CONDITIONS.get(str(word), frozenset()) & _FORBIDS)
+    unknown = tuple(name for name, word in words.items() if _conditions(word) is None)
+    forbidding = tuple(name for name, word in words.items() if (_conditions(word) or frozenset()) & _FORBIDS)
     found: str | None = None
     if forbidding:
         why = f"{_listed(forbidding, words)} may not be shared in changed form."
@@ -95,23 +106,55 @@ def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
     return CombinedLicence(found, dict(licences), unknown, forbidding, why)
 
 
+def hub_words(licence: str | None) -> tuple[str, str | None]:
+    """A licence as a card's metadata name it, where the hub takes no other words than its own.
+
+    Args:
+        licence: SPDX identifier, the hub's word, or free text; None: it cannot be told.
+
+    Returns:
+        `license` and `license_name`; the second is None where the first says it.
+
+    Example:
+        >>> hub_words("MIT"), hub_words("My own, see below")
+        (('mit', None), ('other', 'my-own-see-below'))
+    """
+    word = _word(licence)
+    if word is None:
+        return "other", "see-sources"
+    if word in _HUB_WORDS.split():
+        return word, None
+    return "other", re.sub("[^a-z0-9.]+", "-", word).strip("-.")[:64] or "see-card"
+
+
 def _covers(word: str, other: str) -> bool:
     """Whether what is under the first licence keeps the terms of the other."""
     if word == other:
         return True
     if frozenset({word, other}) in _AT_ODDS:
         return False
-    return "same" not in _CONDITIONS[other] and _CONDITIONS[other] <= _CONDITIONS[word]
+    asked, kept = _conditions(other), _conditions(word)
+    return asked is not None and kept is not None and "same" not in asked and asked <= kept
+
+
+def _conditions(word: str | None) -> frozenset[Condition] | None:
+    """What a licence asks for; None: it is not known."""
+    if word is None or word in _CONDITIONS:
+        return _CONDITIONS.get(str(word))
+    if match := _CREATIVE_COMMONS.fullmatch(word):
+        parts = match[1].split("-")
+        found = _SAME if "sa" in parts else _CHANGED
+        found |= {"not for sale"} if "nc" in parts else frozenset()
+        return found | ({"no derivatives"} if "nd" in parts else frozenset())
+    return frozenset({"no derivatives"}) if _NO_DERIVATIVES.search(word) else None
 
 
 def _word(licence: str | None) -> str | None:
     """As the hub writes it."""
     if licence is None or not licence.strip():
         return None
-    word = licence.strip().lower().replace(" ", "-")
-    for suffix in ("-only", "-or-later"):
-        word = word.removesuffix(suffix)
-    return word
+    word = re.sub(r"[\s_-]+", "-", licence.strip().lower())
+    return re.sub(r"-only$|-or-later$|(?<=\d)\+$", "", word)
 
 
 def _listed(names: Iterable[str], words: Mapping[str, str | None]) -> str:

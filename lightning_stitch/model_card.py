@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_stitch._timm_sources import hub_repository
+from lightning_stitch._making_again import how_to_make_again, hub_name
+from lightning_stitch._markdown import cell, fenced, inline, span
+from lightning_stitch._tensor_files import complete_or_absent
 from lightning_stitch.composition_plot import can_draw, draw_composition
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.errors import StitchError
-from lightning_stitch.licences import CombinedLicence, combine_licences
-from lightning_stitch.pretrained_files import CARD, PICTURE, shown_recipe, shown_spec
+from lightning_stitch.licences import CombinedLicence, combine_licences, hub_words
+from lightning_stitch.pretrained_files import CARD, PICTURE, shown_spec
 from lightning_stitch.recipe import Recipe, SourceRef
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class CardDetails:
         limits: Sentences on what it should not be used for.
 
     Raises:
-        StitchError: If a metric is no finite number, or stands without a data set.
+        StitchError: If a metric is no finite number, or stands without a data set, or a text holds half a character.
     """
 
     dataset: str | None = None
@@ -63,6 +65,7 @@ class CardDetails:
                 raise StitchError(f"A card's metrics are finite numbers; {name!r} is {value!r}.")
         if self.metrics and self.dataset is None:
             raise StitchError("Metrics say little without the data that they are of: give dataset= as well.")
+        check_whole([getattr(self, each.name) for each in fields(self)], "The card's details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class CardSubject:
         task: "multiclass", "multilabel" or "regression"; None: it gives features.
         head: The head's name; None: there is none.
         class_names: Names of the outputs, where they are known.
+
+    Raises:
+        StitchError: If a text holds half a character.
     """
 
     recipe: Recipe | EnsembleRecipe
@@ -84,6 +90,11 @@ class CardSubject:
     task: str | None = None
     head: str | None = None
     class_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse text that no file can hold, before the first file is written."""
+        check_whole(self.class_names, "The class names")
+        check_whole([self.description, self.recipe.to_dict()], "The recipe")
 
     @property
     def pipeline_tag(self) -> str:
@@ -128,7 +139,9 @@ def write_card(subject: CardSubject, folder: Path, details: CardDetails, *, name
     if can_draw():
         draw_composition(subject.recipe, folder / PICTURE)
     card = model_card(subject, details, name=name, picture=can_draw())
-    (folder / CARD).write_text(str(card.content), encoding="utf-8")
+    # A link of that name is replaced; to write through it would change a file elsewhere.
+    with complete_or_absent(folder / CARD) as file:
+        file.write(str(card.content).encode())
 
 
 def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture: bool = True) -> ModelCard:
@@ -143,7 +156,7 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     licence = licence_of(subject.recipe)
-    word = details.licence or licence.name
+    word, word_name = hub_words(details.licence or licence.name)
     results = [
         EvalResult(
             task_type=subject.pipeline_tag,
@@ -157,7 +170,7 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         )
         for metric, value in details.metrics.items()
     ]
-    base_models = [base for ref in subject.recipe.sources if (base := _hub_name(ref)) is not None]
+    base_models = [base for ref in subject.recipe.sources if (base := hub_name(ref)) is not None]
     data = ModelCardData(
         base_model=base_models or None,
         base_model_relation="merge" if base_models else None,
@@ -166,17 +179,17 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         eval_results=results or None,
         model_name=name.rpartition("/")[2] or name,
         library_name="lightning-stitch",
-        license=word or "other",
-        license_name=None if word else "see-sources",
+        license=word,
+        license_name=word_name,
         pipeline_tag=subject.pipeline_tag,
         tags=["merge", "lightning-stitch", "stitchnet", "pytorch"],
         stitched_from=[_source_entry(ref) for ref in subject.recipe.sources],
     )
     parts = [
-        f"# {name}",
+        f"# {inline(name)}",
         _summary(subject),
         f"![The composition: fragments in a row, stitches between them]({PICTURE})" if picture else "",
-        f"```text\n{subject.description}\n```",
+        fenced(subject.description, "text"),
         "## Where its parts come from",
         _sources_table(subject.recipe),
         _licence_words(licence, details),
@@ -184,9 +197,9 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         _usage(subject, name),
         *(["## Results", *_results(details)] if details.metrics or details.rows or details.verdict else []),
         "## Limits",
-        "\n".join(f"- {limit}" for limit in (*details.limits, *_limits(subject))),
+        "\n".join(f"- {inline(limit)}" for limit in (*details.limits, *_limits(subject))),
         "## How to make it again",
-        _making(subject.recipe, details),
+        how_to_make_again(subject.recipe, details.command),
         "## Method",
         "Composed by lightning_stitch (`pip install lightning-stitch`) after StitchNet (Teerapittayanon, Comiter, "
         "McDanel and Kung, [arXiv 2301.01947](https://arxiv.org/abs/2301.01947)): fragments of pre-trained "
@@ -194,28 +207,6 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
     ]
     body = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def _hub_name(ref: SourceRef) -> str | None:
-    """The source's repository on the hub, where it came from there."""
-    prefix, colon, rest = ref.spec.partition(":")
-    if colon:
-        return rest.partition("@")[0] if prefix == "hf-hub" else None
-    return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
-
-
-def _pinned(ref: SourceRef) -> str:
-    """What to give `load_sources` for the same weights."""
-    repo = _hub_name(ref)
-    # Some of timm's weights are in repositories of another layout, which only timm's own names lead to.
-    pinned = ref.revision and repo and (ref.spec.startswith("hf-hub:") or repo.endswith(f"/{ref.architecture}"))
-    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else shown_spec(ref)
-    options: dict[str, Any] = {"spec": spec}
-    if ref.name != re.split("[/:]", spec.partition("@")[0])[-1]:
-        options["name"] = ref.name
-    if ref.arguments:
-        options["arguments"] = ref.arguments
-    return repr(options if len(options) > 1 else spec)
 
 
 def _source_entry(ref: SourceRef) -> dict[str, Any]:
@@ -228,7 +219,7 @@ def _source_entry(ref: SourceRef) -> dict[str, Any]:
 
 
 def _summary(subject: CardSubject) -> str:
-    sources = ", ".join(f"`{shown_spec(ref)}`" for ref in subject.recipe.sources)
+    sources = ", ".join(span(shown_spec(ref)) for ref in subject.recipe.sources)
     what = {
         "multiclass": "An image classifier",
         "multilabel": "An image tagger (several labels for each image)",
@@ -237,9 +228,9 @@ def _summary(subject: CardSubject) -> str:
     }[subject.task]
     names = ""
     if subject.class_names:
-        shown = ", ".join(f"`{_plain(name)}`" for name in subject.class_names[:20])
+        shown = ", ".join(span(name) for name in subject.class_names[:20])
         names = f" of {shown}" + (", ..." if len(subject.class_names) > 20 else "")
-    head = f", with a `{subject.head}` head" if subject.head not in (None, "none") else ""
+    head = f", with a {span(subject.head)} head" if subject.head not in (None, "none") else ""
     return f"{what}{names}, stitched together from fragments of {sources}{head}."
 
 
@@ -248,25 +239,26 @@ def _sources_table(recipe: Recipe | EnsembleRecipe) -> str:
     lines = ["| source | revision | licence | fragments | weights |", "| --- | --- | --- | --- | --- |"]
     for ref in recipe.sources:
         used = "; ".join(f"{f.start or 'image'} .. {f.end or 'output'}" for f in fragments if f.source == ref.name)
-        revision = f"`{ref.revision[:12]}`" if ref.revision else "not known"
+        revision = span(ref.revision[:12]) if ref.revision else "not known"
         lines.append(
-            f"| `{_plain(shown_spec(ref))}` | {revision} | {_plain(ref.licence or 'unknown')} | {used or 'none'} | "
-            f"`{ref.weight_hash[:19]}` |"
+            f"| {span(shown_spec(ref))} | {revision} | {cell(ref.licence or 'unknown')} | {cell(used or 'none')} | "
+            f"{span(ref.weight_hash[:19])} |"
         )
     return "\n".join(lines)
 
 
 def _licence_words(licence: CombinedLicence, details: CardDetails) -> str:
+    why = inline(licence.why)
     if details.licence is not None:
-        words = f"Licence: {details.licence}, as its author says. From the sources alone: {licence.why}"
+        words = f"Licence: {inline(details.licence)}, as its author says. From the sources alone: {why}"
     elif licence.name is not None:
-        words = f"Licence: {licence.name}. {licence.why}"
+        words = f"Licence: {inline(licence.name)}. {why}"
     else:
-        words = f"Licence: other; look at those of the sources. {licence.why}"
+        words = f"Licence: other; look at those of the sources. {why}"
     if licence.forbidding:
         reason = details.licence_override
         words += (
-            f"\n\n**Shared in spite of that licence.** The author's reason: {reason}"
+            f"\n\n**Shared in spite of that licence.** The author's reason: {inline(reason)}"
             if reason
             else "\n\n**As long as that is so, it may not be published.**"
         )
@@ -277,19 +269,24 @@ def _usage(subject: CardSubject, name: str) -> str:
     size = "x".join(map(str, subject.recipe.input_size or ()))
     trust = any(ref.builder == "python" for ref in subject.recipe.sources)
     option = ", trust_factory=True" if trust else ""
-    lines = ["import lightning_stitch as ls", "", f'network = ls.{subject.loader}.from_pretrained("{name}"{option})']
+    lines = [
+        "import lightning_stitch as ls",
+        "",
+        f"network = ls.{subject.loader}.from_pretrained({json.dumps(name, ensure_ascii=False)}{option})",
+    ]
     if subject.loader == "StitchedClassifier":
         lines.append('rows = ls.predict_files(network, "folder_of_images")')
     lines.append(f"outputs = network(images)  # float, in [0, 1], batch x {size}, not normalised")
-    words = f"```python\n{chr(10).join(lines)}\n```"
+    words = fenced("\n".join(lines), "python")
     if not trust:
         where = f"hf-hub:{name}" if name.count("/") == 1 and not Path(name).is_absolute() else f"local-dir:{name}"
+        call = f"timm.create_model({json.dumps(where, ensure_ascii=False)}, pretrained=True)"
         words += (
             "\n\nNone of the sources is needed. timm takes it as well, once `lightning_stitch` is imported: "
-            f'`timm.create_model("{where}", pretrained=True)`.'
+            f"{span(call)}."
         )
     else:
-        paths = ", ".join(f"`{ref.architecture}`" for ref in subject.recipe.sources if ref.builder == "python")
+        paths = ", ".join(span(ref.architecture) for ref in subject.recipe.sources if ref.builder == "python")
         words += f"\n\nIts structure is built by code that you must have and trust: {paths}."
     return words
 
@@ -298,8 +295,8 @@ def _results(details: CardDetails) -> list[str]:
     found = []
     if details.metrics:
         images = "" if details.num_images is None else f", {details.num_images} images"
-        heading = f"| metric | value ({_plain(str(details.dataset))}, {details.split}{images}) |\n| --- | --- |"
-        found.append("\n".join([heading, *(f"| {_plain(n)} | {v:.4g} |" for n, v in details.metrics.items())]))
+        heading = f"| metric | value ({cell(details.dataset)}, {cell(details.split)}{images}) |\n| --- | --- |"
+        found.append("\n".join([heading, *(f"| {cell(n)} | {v:.4g} |" for n, v in details.metrics.items())]))
     if details.rows:
         columns = [column for column in _COLUMNS if any(row.get(column) is not None for row in details.rows)]
         lines = [" | ".join(_HEADINGS.get(column, column) for column in columns), " | ".join("---" for _ in columns)]
@@ -307,7 +304,7 @@ def _results(details: CardDetails) -> list[str]:
         found.append("What the search that composed it compared, all with the same head on the same test images:")
         found.append("\n".join(f"| {line} |" for line in lines))
     if details.verdict:
-        found.append(details.verdict)
+        found.append(inline(details.verdict))
     return found
 
 
@@ -315,12 +312,13 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if value is None:
         return "-"
-    if column in ("params", "macs"):
+    # A comparison.json may come from anywhere, with words where numbers should be.
+    if column in ("params", "macs") and isinstance(value, int | float):
         return f"{value / 1e6:.2f}"
     if not isinstance(value, float):
-        return _plain(str(value))
+        return cell(value)
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    if low is not None and high is not None:
+    if isinstance(low, int | float) and isinstance(high, int | float):
         return f"{value:.3f} [{low:.2f}, {high:.2f}]"
     return f"{value:.1f}" if column == "seconds" else f"{value:.3f}"
 
@@ -341,43 +339,18 @@ def _limits(subject: CardSubject) -> list[str]:
     return limits
 
 
-def _making(recipe: Recipe | EnsembleRecipe, details: CardDetails) -> str:
-    from huggingface_hub.utils import yaml_dump
+def check_whole(value: Any, what: str) -> None:
+    """Refuse half a character (a lone surrogate, which JSON can spell), which no file in UTF-8 can hold.
 
-    words = []
-    if details.command:
-        words.append(f"```bash\n{details.command}\n```")
-    if isinstance(recipe, Recipe) and not recipe.pooled and None not in recipe.stitches:
-        words.append("Or, with images of the task, in Python:" if details.command else "With images of the task:")
-        words.append(f"```python\n{_composing(recipe)}\n```")
-    words.append(
-        "<details><summary>The recipe, from which its structure is built</summary>\n\n"
-        f"```yaml\n{yaml_dump(shown_recipe(recipe)).rstrip()}\n```\n\n</details>"
-    )
-    return "\n\n".join(words)
-
-
-def _composing(recipe: Recipe) -> str:
-    """The same network, made by hand."""
-    sources = "".join(f"    {_pinned(ref)},\n" for ref in recipe.sources)
-    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
-    refined = f", refinements={list(recipe.refinements)}" if recipe.refinements else ""
-    shared = ", share_weights=True" if recipe.share_weights else ""
-    until = ', until="output"' if recipe.fragments[-1].end is None else ""
-    return "\n".join(
-        (
-            "import lightning_stitch as ls",
-            "",
-            f'settings = ls.CalibrationSettings(granularity="all"{until})',
-            f"sources = ls.load_sources([\n{sources}])",
-            f"pool = ls.Pool(sources, {recipe.input_size}, settings=settings)",
-            "pool.calibrate(batches)  # floats in [0, 1], not normalised",
-            f"found = pool.stitch([\n{pieces}]{refined})",
-            f"network = pool.assemble(found{shared})",
-        )
-    )
-
-
-def _plain(words: str) -> str:
-    """Words that cannot break a table or a span of code."""
-    return words.replace("|", "/").replace("`", "'").replace("\n", " ")
+    Raises:
+        StitchError: If there is one.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise StitchError(
+            f"{what} hold half a character ({text[error.start]!a} in {around!a}), which no file can hold. Write that "
+            f"text anew."
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +120,8 @@ def _details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
     logged = {
         name.removeprefix("val_"): float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith("val_") and name != "val_loss"
+        # A card takes finite numbers alone; an AUROC of one class is none.
+        if name.startswith("val_") and name != "val_loss" and math.isfinite(value)
     }
     if details.dataset is None or details.metrics or not logged:
         return details

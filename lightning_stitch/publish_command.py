@@ -113,6 +113,8 @@ def _comparison(given: str | None, checkpoint: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["rows"], list) or not all(isinstance(row, dict) for row in found["rows"]):
             raise TypeError("rows should be a list of tables' rows")
+        if not isinstance(found.get("verdict"), str | None):
+            raise TypeError("verdict should be a sentence")
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StitchError(f"{path} is no comparison.json of a search ({error}).") from error

@@ -6,17 +6,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub_repository import HubRepository, Place, Publication
-from lightning_stitch.model_card import CardDetails, check_licence
+from lightning_stitch.hub_repository import ExistingCard, HubRepository, Place, Publication
+from lightning_stitch.model_card import CardDetails, check_licence, check_whole
 from lightning_stitch.pretrained_files import CARD, CONFIG, PICTURE, WEIGHTS, check_rebuildable
 
-ExistingCard = Literal["refuse", "keep", "replace"]
+_FILES = [CONFIG, WEIGHTS, PICTURE, CARD]
 
 
 def publish(
@@ -38,7 +38,8 @@ def publish(
     files that arrived are not sent again by a second call.
 
     Args:
-        network: A `StitchedClassifier` with a network, a `StitchedNetwork` or an `Ensemble`. It stays as it is.
+        network: A `StitchedClassifier` with a network, a `StitchedNetwork` or an `Ensemble`; also one that
+            `torch.compile` gave. It stays as it is.
         repo_id: "ORG/NAME" on the hub.
         private: Whether a repository that is made is private, and one that is there has to be; None: the hub's default,
             or what it is.
@@ -58,6 +59,8 @@ def publish(
             repository of another visibility is in the way, the loaded network differs, or the hub fails.
     """
     details = details or CardDetails()
+    # What torch.compile gives wraps the network.
+    network = getattr(network, "_orig_mod", network)
     check_publishable(network, repo_id, details, existing_card=existing_card)
     hub = HubRepository(repo_id, token)
     place = check_destination(hub, private=private, revision=revision, existing_card=existing_card)
@@ -65,9 +68,17 @@ def publish(
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         network.save_pretrained(folder, details=details, name=repo_id)  # type: ignore[operator]
         check_reloaded(network, folder)
-        keep_card = place.has_card and existing_card == "keep"
-        files = [name for name in (CONFIG, WEIGHTS, PICTURE, CARD) if not (keep_card and name == CARD)]
-        return hub.upload(folder, files, place, revision=revision, private=private, message=commit_message)
+        # Before a repository is made that nothing would come into.
+        hub.check_card(folder / CARD)
+        return hub.upload(
+            folder,
+            _FILES,
+            place,
+            revision=revision,
+            private=private,
+            message=commit_message,
+            existing_card=existing_card,
+        )
 
 
 def check_publishable(
@@ -81,6 +92,10 @@ def check_publishable(
     """
     check_repo_id(repo_id)
     check_existing_card(existing_card)
+    if isinstance(getattr(network, "module", None), nn.Module) and not hasattr(network, "recipe"):
+        raise StitchError(
+            f"{type(network).__name__} spreads a network over devices; give the network that it holds: its .module."
+        )
     recipe = getattr(network, "recipe", None)
     if recipe is None or not hasattr(network, "save_pretrained"):
         raise StitchError(
@@ -88,6 +103,7 @@ def check_publishable(
             f"has its network (from fit or load_from_checkpoint), a StitchedNetwork or an Ensemble."
         )
     check_rebuildable(recipe)
+    check_whole(getattr(network, "class_names", None), "The class names")
     check_licence(recipe, details)
 
 
@@ -134,11 +150,7 @@ def check_destination(
     """
     hub.check_credentials()
     place = hub.find(revision, private)
-    if place.has_card and existing_card == "refuse":
-        raise StitchError(
-            f"{hub.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
-            f"existing_card='keep' leaves it as it is."
-        )
+    hub.check_card_may_be_written(place, existing_card)
     return place
 
 

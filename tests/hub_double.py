@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
+
 TOKEN = "hf_good"
+LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "other"}
 
 
 @dataclass
@@ -107,7 +110,8 @@ class HubDouble:
         if path.startswith("/lfs-verify/"):
             return reply({})
         if method == "POST" and path == "/api/validate-yaml":
-            return reply({"errors": [], "warnings": []})
+            errors = _errors_of_card(json.loads(body)["content"])
+            return reply({"errors": errors, "warnings": []}, 400 if errors else 200)
         if token != TOKEN:
             return reply({"error": "Invalid credentials in Authorization header"}, 401)
         if path == "/api/whoami-v2":
@@ -197,6 +201,17 @@ class HubDouble:
                 files[value["path"]] = self.blobs[value["oid"]]
         commit = found.add(branch, files)
         return reply({"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{repo}/commit/{commit}"})
+
+
+def _errors_of_card(content: str) -> list[dict[str, str]]:
+    """What the hub has against a card's licence."""
+    data = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
+    errors = []
+    if data.get("license", "other") not in LICENCES:
+        errors.append({"message": '"license" must be one of [apache-2.0, mit, ...]'})
+    if not re.fullmatch("[a-z0-9-.]+", data.get("license_name", "none")):
+        errors.append({"message": '"license_name" must be in lower case'})
+    return errors
 
 
 def _is_large(name: str) -> bool:

@@ -28,6 +28,7 @@ GROUPS = (
         "_spool",
         "_copying",
         "_tensor_files",
+        "_markdown",
     },
     {"_shuffling", "_resuming", "_preparing", "callback_order", "_target_values"},
     {"_meta"},
@@ -51,6 +52,7 @@ GROUPS = (
     {"_pretrained_places"},
     {"pretrained_files"},
     {"pretrained_reading"},
+    {"_making_again"},
     {"model_card"},
     {"saving"},
     # network, heads, search

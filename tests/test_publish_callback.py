@@ -111,6 +111,21 @@ def test_the_card_tells_what_the_last_validation_found(hub: HubDouble, tmp_path:
     assert (found.dataset_split, found.dataset_args) == ("validation", {"num_images": 30})
 
 
+def test_a_metric_that_is_no_number_is_left_out_of_the_card(hub: HubDouble, tmp_path: Path) -> None:
+    class OneClass(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.log("val_auroc", float("nan"))
+
+    callback = PublishAfterFit(REPO, details=CardDetails(dataset="org/digits"))
+    images = torch.utils.data.TensorDataset(*digits(30, 16, classes=3))
+    loader = torch.utils.data.DataLoader(images, batch_size=30)
+    quiet_trainer(tmp_path, callbacks=[OneClass(), callback], max_epochs=1).fit(classifier(), loader, loader)
+    results = ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results
+    found = {result.metric_type for result in results}
+    assert "accuracy" in found
+    assert "auroc" not in found
+
+
 def test_the_card_has_the_table_of_the_search_that_composed_the_network(hub: HubDouble, tmp_path: Path) -> None:
     searching = search(compare=True)
     run = trainer(tmp_path, searching, PublishAfterFit(REPO))

@@ -43,6 +43,15 @@ def test_a_checkpoint_is_published_with_its_table(
     assert "already has a README.md" in capsys.readouterr().err
 
 
+def test_a_comparison_whose_verdict_is_no_sentence_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [], "verdict": ["x"]}))
+    with pytest.raises(SystemExit):
+        main(["publish", str(tmp_path / "stitched.ckpt"), REPO])
+    assert "verdict should be a sentence" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
