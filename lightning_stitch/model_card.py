@@ -231,7 +231,9 @@ def _summary(subject: CardSubject) -> str:
         shown = ", ".join(span(name) for name in subject.class_names[:20])
         names = f" of {shown}" + (", ..." if len(subject.class_names) > 20 else "")
     head = f", with a {span(subject.head)} head" if subject.head not in (None, "none") else ""
-    return f"{what}{names}, stitched together from fragments of {sources}{head}."
+    whole = isinstance(subject.recipe, Recipe) and len(subject.recipe.fragments) == 1
+    origin = f"taken from {sources} without a stitch" if whole else f"stitched together from fragments of {sources}"
+    return f"{what}{names}, {origin}{head}."
 
 
 def _sources_table(recipe: Recipe | EnsembleRecipe) -> str:

@@ -104,7 +104,9 @@ def test_a_timm_names_repository_is_the_one_that_timm_takes_it_from() -> None:
 def test_what_makes_it_again_is_left_out_where_it_would_not() -> None:
     assert "pool.stitch" not in model_card(subject(together().recipe), CardDetails(), name="net").content
     early = dataclasses.replace(network().recipe, fragments=network().recipe.fragments[:1], stitches=(), pooled=True)
-    assert "pool.stitch" not in model_card(subject(early), CardDetails(), name="net").content
+    content = model_card(subject(early), CardDetails(), name="net").content
+    assert "pool.stitch" not in content
+    assert "without a stitch" in content
 
 
 def test_names_cannot_break_the_tables() -> None:
