@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_stitch import _timm_sources as timm_sources
-from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
+from lightning_stitch._blueprint import Blueprint, checked_licence, checked_preprocessing, reserved_arguments
 from lightning_stitch._finding import SPECS, distinct, find_mapping, find_source
 from lightning_stitch._meta import build_on_meta
 from lightning_stitch._module_sources import (
@@ -273,9 +273,9 @@ def _load(blueprint: Blueprint) -> Source:
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
         preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
+        return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
-    return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
 
 
 def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, module: nn.Module) -> SourceRef:
@@ -288,7 +288,7 @@ def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, m
         preprocessing=preprocessing,
         arguments=blueprint.arguments,
         revision=blueprint.revision,
-        licence=blueprint.licence or declared_config(module).get("license"),
+        licence=blueprint.licence or checked_licence(declared_config(module).get("license")),
     )
 
 
