@@ -30,7 +30,7 @@ from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.search_report import report_search
 from lightning_stitch.segments import CalibrationSettings, without_strangers
 from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
-from lightning_stitch.sources import Source, load_sources
+from lightning_stitch.sources import Source, find_sources, load_sources
 
 
 class FragmentSearch(pl.Callback):
@@ -166,13 +166,23 @@ class FragmentSearch(pl.Callback):
         self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
-    def prepare_sources(self, trainer: pl.Trainer) -> None:
-        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
+    def _place(self, trainer: pl.Trainer) -> StitchedClassifier | BackboneSlot | None:
+        """Where this run will put a network; None: it will not search, or has its sources."""
         if self._fetched is not None or trainer.state.fn != "fit":
-            return
+            return None
         check_order(trainer, self)
         module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        if module.recipe is not None or is_resumed(trainer):
+        return None if module.recipe is not None or is_resumed(trainer) else module
+
+    def look_up_sources(self, trainer: pl.Trainer) -> None:
+        """Refuse sources that cannot be found, before images are downloaded; likewise."""
+        if not self.skip_rejected and self._place(trainer) is not None:
+            find_sources(self.sources)
+
+    def prepare_sources(self, trainer: pl.Trainer) -> None:
+        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
+        module = self._place(trainer)
+        if module is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
 

@@ -169,6 +169,20 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     Raises:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
     """
+    blueprints = find_sources(specs)
+    names = distinct([blueprint.name for blueprint in blueprints])
+    return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
+
+
+def find_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Blueprint]:
+    """Find several sources, without their weights.
+
+    Args:
+        specs: As in `load_sources`.
+
+    Raises:
+        SourceError: If there are none, or some cannot be found; all of those are named.
+    """
     if isinstance(specs, str | nn.Module | Mapping) or not specs:
         raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {specs!r}.")
     blueprints, failures = [], []
@@ -180,8 +194,7 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     if failures:
         listed = "\n".join(f"- {failure}" for failure in failures)
         raise SourceError(f"{len(failures)} of {len(specs)} sources cannot be had; nothing was loaded.\n{listed}")
-    names = distinct([blueprint.name for blueprint in blueprints])
-    return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
+    return blueprints
 
 
 def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Source | None:

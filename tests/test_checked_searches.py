@@ -126,6 +126,16 @@ def test_images_that_cannot_be_used_are_told_beside_sources_that_cannot(tmp_path
         trainer(tmp_path, search([RANDOM])).fit(StitchedClassifier(3), missing)
 
 
+def test_names_of_sources_are_looked_up_before_images_are_downloaded(tmp_path: Path) -> None:
+    class Downloading(LightningDataModule):
+        def prepare_data(self) -> None:
+            raise AssertionError("images were downloaded")
+
+    wrapper = CalibrationDataModule(datamodule=Downloading())
+    with pytest.raises(SourceError, match=r"(?s)1 of 2 sources cannot be had; nothing was loaded.*no model 'resnt'"):
+        trainer(tmp_path, search(["resnt", RANDOM])).fit(StitchedClassifier(3), wrapper)
+
+
 @pytest.mark.parametrize(
     ("sources", "granularity", "kept"),
     [
