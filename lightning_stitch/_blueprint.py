@@ -99,7 +99,9 @@ def plain_arguments(arguments: Mapping[str, Any] | None, *, builder: Builder) ->
     Raises:
         SourceError: If one is not JSON, or is not the caller's to set.
     """
-    arguments = dict(arguments or {})
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise SourceError(f"arguments must map the names of the builder's arguments to values; found {arguments!r}.")
+    arguments = {str(key): value for key, value in (arguments or {}).items()}
     if reserved := reserved_arguments(builder, arguments):
         raise SourceError(f"arguments may not hold {reserved}: which weights are read is said by the spec alone.")
     try:
@@ -142,13 +144,39 @@ def checked_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
     Raises:
         SourceError: If a size is not positive, or mean and std have not one positive value for each channel.
     """
+    if not isinstance(preprocessing, Preprocessing):
+        raise SourceError(
+            f"preprocessing must be a mapping of input_size, mean, std and more, or a Preprocessing(...); found "
+            f"{preprocessing!r}."
+        )
     size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
-    if len(size) != 3 or min(size) < 1 or len(mean) != size[0] or len(std) != size[0] or min(std) <= 0:
+    kinds = isinstance(preprocessing.interpolation, str) and isinstance(preprocessing.fixed_size, bool)
+    kinds = kinds and _numbers(size, int) and _numbers(mean, int, float) and _numbers(std, int, float)
+    if not kinds or len(size) != 3 or min(size) < 1 or {len(mean), len(std)} != {size[0]} or min(std) <= 0:
         raise SourceError(
             f"preprocessing needs input_size (channels, height, width) and one mean and one positive std for each "
-            f"channel; found input_size={size}, mean={mean}, std={std}. Give preprocessing=Preprocessing(...)."
+            f"channel, a word for interpolation, and fixed_size true or false; found input_size={size}, mean={mean}, "
+            f"std={std}, interpolation={preprocessing.interpolation!r}, fixed_size={preprocessing.fixed_size!r}. Give "
+            f"preprocessing=Preprocessing(...)."
         )
     return preprocessing
+
+
+def _numbers(values: object, *kinds: type) -> bool:
+    return isinstance(values, tuple | list) and all(
+        isinstance(value, kinds) and not isinstance(value, bool) for value in values
+    )
+
+
+def checked_licence(licence: object) -> str | None:
+    """The same, if it is a word.
+
+    Raises:
+        SourceError: If it is of another kind.
+    """
+    if licence is None or isinstance(licence, str):
+        return licence
+    raise SourceError(f"its licence should be one word, such as 'apache-2.0'; found {licence!r}. Give licence='...'.")
 
 
 def offline() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_stitch import _timm_sources as timm_sources
-from lightning_stitch._blueprint import Blueprint, checked_preprocessing
+from lightning_stitch._blueprint import Blueprint, checked_licence, checked_preprocessing
 from lightning_stitch._module_sources import from_factory, from_module, from_torchvision
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
@@ -32,6 +32,10 @@ def find_source(
 ) -> Blueprint:
     """Find a source, with the user's overrides; every failure names the spec."""
     try:
+        if name is not None and not isinstance(name, str):
+            raise SourceError(f"name must be text; found {name!r}. In YAML, put it in quotes.")
+        if not isinstance(pretrained, bool):
+            raise SourceError(f"pretrained must be true or false; found {pretrained!r}.")
         if isinstance(spec, nn.Module):
             found = from_module(spec, name, preprocessing)
         elif isinstance(spec, str) and spec.strip():
@@ -42,7 +46,7 @@ def find_source(
         return dataclasses.replace(
             found,
             name=name or found.name,
-            licence=licence or found.licence,
+            licence=checked_licence(licence or found.licence),
             preprocessing=checked_preprocessing(chosen) if chosen else None,
         )
     except SourceError as error:

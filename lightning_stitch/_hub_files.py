@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import time
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from lightning_stitch._blueprint import WeightFile, first_lines, offline
 from lightning_stitch.errors import SourceError
@@ -17,6 +19,16 @@ _TRIES = 4
 _LONGEST_WAIT = 60.0
 # Too many requests, and what is wrong with a server for a while.
 _FOR_A_WHILE = (429, 500, 502, 503, 504)
+
+# Seconds. A hub that let a question wait is not asked again at once: dozens of questions would each wait as long.
+_SLOW, _REST = 1.0, 60.0
+# By the address of the hub: when the last question failed, and how.
+_failed: dict[str, tuple[float, Exception]] = {}
+
+# What the disk of the cache says, not the network.
+_LOCAL = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
+)
 
 _Answer = TypeVar("_Answer")
 
@@ -53,7 +65,10 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
     unreachable = client_errors()
     try:
         url = hf_hub_url(repo, filename, revision=revision)
-        metadata = patiently(lambda: get_hf_file_metadata(url), f"hub repository {repo!r}", f"look up {filename}")
+        waits = constants.HF_HUB_ETAG_TIMEOUT
+        metadata = _asked(
+            url, lambda: get_hf_file_metadata(url, timeout=waits), f"hub repository {repo!r}", f"look up {filename}"
+        )
         commit = metadata.commit_hash or revision or "main"  # a mirror may not tell the commit
         cached = try_to_load_from_cache(repo, filename, revision=commit)
         return WeightFile(
@@ -75,7 +90,9 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
             f"`hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise SourceError(f"hub repository {repo!r} has no revision {revision!r}.") from error
+        short = re.fullmatch("[0-9a-f]{4,39}", revision or "")
+        hint = " A commit is given by all 40 digits of its hash." if short else ""
+        raise SourceError(f"hub repository {repo!r} has no revision {revision!r}.{hint}") from error
     except EntryNotFoundError as error:
         raise SourceError(
             f"hub repository {repo!r} has no file {filename} at revision {revision or 'main'!r}. timm's layout has "
@@ -98,6 +115,29 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) is not in the local cache, and "
             f"{reason}. {mend}; or give a folder: 'local-dir:PATH'."
         ) from error
+
+
+def _asked(url: str, ask: Callable[[], _Answer], where: str, what: str) -> _Answer:
+    """The hub's answer; where it has just failed, that failure at once, or after one more try.
+
+    A hub that gave no answer within a second is left alone for a minute. One that said that it is busy is asked once,
+    and not patiently.
+    """
+    address = urlsplit(url).netloc
+    began = time.monotonic()
+    failed_at, failure = _failed.get(address, (-_REST, None))
+    fresh = failure is not None and began - failed_at < _REST and not offline()
+    if fresh and failure is not None and not status_of(failure):
+        raise failure.with_traceback(None)
+    try:
+        answer = ask() if fresh else patiently(ask, where, what)
+    except client_errors() as error:
+        slow = time.monotonic() - began > _SLOW
+        if status_of(error) in _FOR_A_WHILE or (slow and not status_of(error)):
+            _failed[address] = (time.monotonic(), error)
+        raise
+    _failed.pop(address, None)
+    return answer
 
 
 def tensor_shapes(file: WeightFile) -> dict[str, tuple[int, ...]] | None:
@@ -138,6 +178,7 @@ def hub_file(
     revision: str | None = None,
     beside: Sequence[str] = (),
     size: int | None = None,
+    most: int | None = None,
 ) -> Path:
     """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
 
@@ -147,15 +188,16 @@ def hub_file(
         revision: Branch, tag or commit; None: the default branch.
         beside: As `find_hub_file`.
         size: Its bytes; a file that the hub says is of another size is not downloaded. None: any.
+        most: Bytes that it may have; a file that the hub says is larger is not downloaded. None: any number.
 
     Returns:
         The file in the local cache, which keeps it in a folder that is named after its commit.
 
     Raises:
-        SourceError: As `find_hub_file`, if it is of another size, if the download breaks, or if it brings other bytes
-            than the hub has.
+        SourceError: As `find_hub_file`, if it is of another size or too large, if the download breaks or the cache
+            cannot be written, or if it brings other bytes than the hub has.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     found = find_hub_file(repo, filename, revision=revision, beside=beside)
@@ -163,6 +205,11 @@ def hub_file(
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) has {found.size} bytes; expected "
             f"were {size}. It is another file, or was not uploaded whole."
+        )
+    if most is not None and found.size is not None and found.size > most:
+        raise SourceError(
+            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) has {found.size} bytes; expected "
+            f"were {most} at most. It is not what its name says; look at it on the repository's page."
         )
     if found.file is not None:
         return found.file
@@ -172,6 +219,12 @@ def hub_file(
         # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
         path = Path(patiently(lambda: hf_hub_download(repo, filename, revision=revision), where, what))
     except failures as error:
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            raise SourceError(
+                f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be written to "
+                f"the cache {constants.HF_HUB_CACHE}: {first_lines(error)}. Make room or let it be written there, or "
+                f"let HF_HOME (or HF_HUB_CACHE) name another folder."
+            ) from error
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be downloaded: "
             f"{first_lines(error)}. Check the connection and try again."

@@ -115,6 +115,10 @@ def _import_factory(path: str) -> Callable[..., nn.Module]:
         raise SourceError(
             f"{path!r} cannot be imported ({error}). Check the spelling, and that its folder is on PYTHONPATH."
         ) from error
+    except Exception as error:  # the user's module may raise anything
+        raise SourceError(
+            f"{path!r} cannot be imported: {module_name} raises {first_lines(error)}. Mend what it does when imported."
+        ) from error
     if not callable(factory):
         raise SourceError(
             f"{path!r} is no callable but a {type(factory).__name__}; expected one that returns a module."

@@ -27,6 +27,7 @@ from lightning_stitch.errors import SourceError
 # Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.
 Weights = Callable[[], Mapping[str, Any]]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LARGEST_CONFIG = 16 * 2**20  # bytes; a stranger may have put anything under its name
 UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
@@ -116,7 +117,8 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
     repo, at, wanted = repository.partition("@")
     if repo.count("/") != 1 or not all(repo.split("/")) or (at and not wanted):
         raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
-    config_file = hub_file(repo, CONFIG, revision=wanted or None, beside=(WEIGHTS,) if pretrained else ())
+    beside = (WEIGHTS,) if pretrained else ()
+    config_file = hub_file(repo, CONFIG, revision=wanted or None, beside=beside, most=_LARGEST_CONFIG)
     revision = config_file.parent.name
     architecture, config, saved = _read_config(config_file)
     file = find_hub_file(repo, WEIGHTS, revision=revision) if pretrained else None
@@ -215,7 +217,7 @@ def _blueprint(
     size = list(config["input_size"])
     size[0] = arguments.get("in_chans", size[0])
     if (grid := arguments.get("img_size")) is not None:
-        size[1:] = [grid, grid] if isinstance(grid, int) else grid
+        size[1:] = list(grid) if isinstance(grid, list) else [grid, grid]
     flexible = arguments.get("dynamic_img_size", False) or not arguments.get("strict_img_size", True)
     fixed = config.get("fixed_input_size", False) and not flexible
     return Blueprint(

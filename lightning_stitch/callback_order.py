@@ -16,10 +16,20 @@ _LOOK_IN_SETUP = {
 def check_order(trainer: pl.Trainer, search: pl.Callback) -> None:
     """Refuse a list of callbacks in which one that needs the network stands before the search.
 
+    Two searches for the same place are refused, too: the first would fill it, the second would do nothing.
+
     Raises:
         StitchError: If there is one; it has the order that works.
     """
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    place = getattr(search, "attribute", None)
+    rivals = [other for other in callbacks if hasattr(other, "prepare_sources") and other.attribute == place]
+    if len(rivals) > 1:
+        raise StitchError(
+            f"{len(rivals)} callbacks of the Trainer ({', '.join(type(other).__name__ for other in rivals)}) search "
+            f"a network for the same place ({'the whole module' if place is None else f'attribute={place!r}'}). "
+            f"Keep one of them, with the sources of all."
+        )
     before = callbacks[: callbacks.index(search)]
     for kind, does in _LOOK_IN_SETUP.items():
         for callback in before:

@@ -19,18 +19,18 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.functional import Estimator
-from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for, shared_head
+from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.pool import Pool
-from lightning_stitch.preflight_table import usable_sources
+from lightning_stitch.preflight_table import fitting_sources, usable_sources
 from lightning_stitch.progress import Bar, Progress, Silent
-from lightning_stitch.recipe import Recipe
+from lightning_stitch.ranking import find_ranking
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.search_report import report_search
-from lightning_stitch.segments import CalibrationSettings
-from lightning_stitch.slots import BackboneSlot, is_restored, one_rank_first, place_for_network
-from lightning_stitch.sources import Source, load_sources
+from lightning_stitch.segments import CalibrationSettings, without_strangers
+from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
+from lightning_stitch.sources import Source, find_sources, load_sources
 
 
 class FragmentSearch(pl.Callback):
@@ -166,25 +166,36 @@ class FragmentSearch(pl.Callback):
         self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
-    def prepare_sources(self, trainer: pl.Trainer) -> None:
-        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
+    def _place(self, trainer: pl.Trainer) -> StitchedClassifier | BackboneSlot | None:
+        """Where this run will put a network; None: it will not search, or has its sources."""
         if self._fetched is not None or trainer.state.fn != "fit":
-            return
+            return None
         check_order(trainer, self)
         module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        if module.recipe is not None or is_resumed(trainer):
+        return None if module.recipe is not None or is_resumed(trainer) else module
+
+    def look_up_sources(self, trainer: pl.Trainer) -> None:
+        """Refuse sources that cannot be found, before images are downloaded; likewise."""
+        if not self.skip_rejected and self._place(trainer) is not None:
+            find_sources(self.sources)
+
+    def prepare_sources(self, trainer: pl.Trainer) -> None:
+        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
+        module = self._place(trainer)
+        if module is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
 
         def image_shape() -> tuple[int, int, int] | None:
             if isinstance(data, CalibrationDataModule) and data.is_wrapper and trainer.world_size > 1:
                 return None  # its setup may wait for ranks that are not here
-            return self._checked(trainer, trainer.lightning_module)[1].image_shape
+            return self.check_run(trainer, trainer.lightning_module, data)[1].image_shape
 
         self._prepare(trainer, module.head_settings.until, image_shape)
 
     def _prepare(self, trainer: pl.Trainer, until: str, image_shape: Callable[[], tuple[int, int, int] | None]) -> None:
-        if self._fetched is None and trainer.local_rank == 0:
+        # The other ranks of a node find its files in the cache, but must leave the same sources out.
+        if self._fetched is None and (trainer.local_rank == 0 or self.skip_rejected):
             show = trainer.progress_bar_callback is not None and trainer.is_global_zero
             self.check_sources(image_shape, until=until, show=show)
         self.fetch_sources()
@@ -195,7 +206,7 @@ class FragmentSearch(pl.Callback):
             if self.attribute is not None:
                 is_restored(trainer, place_for_network(pl_module, self.attribute))
             return
-        module, data = self._checked(trainer, pl_module)
+        module, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
         if module.recipe is not None or is_restored(trainer, module):
             return
@@ -203,6 +214,8 @@ class FragmentSearch(pl.Callback):
         with one_rank_first(trainer, module):
             self._prepare(trainer, module.head_settings.until, lambda: data.image_shape)
         assert self._fetched is not None
+        settings, skip = self.settings(module.head_settings.until), self.skip_rejected
+        self._fetched = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
         with isolate_rng(), Bar() if not quiet else Silent() as progress:
@@ -233,7 +246,7 @@ class FragmentSearch(pl.Callback):
             raise StitchError(
                 "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
             )
-        module, data = self._checked(trainer, trainer.lightning_module)
+        module, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
         chosen = self.result.within(budget, kind=kind)
         if chosen is None:
             cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs).candidate
@@ -246,12 +259,17 @@ class FragmentSearch(pl.Callback):
             self._install(trainer, module, data, chosen.candidate, Silent())
         return chosen
 
-    def _checked(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    def check_run(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
     ) -> tuple[StitchedClassifier | BackboneSlot, CalibrationDataModule]:
+        """Where the network will go, and the images, once they suit each other and the search's own settings.
+
+        Raises:
+            StitchError: If they do not.
+        """
         check_parts(trainer)
         check_same_namespace(pl_module, "module")
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        find_ranking(self.ranking, labelled=True)
         module = place_for_network(pl_module, self.attribute, self.head_attribute)
         if not isinstance(data, CalibrationDataModule):
             found = "none" if data is None else type(data).__name__
@@ -295,7 +313,7 @@ class FragmentSearch(pl.Callback):
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=self.settings(module.head_settings.until),
+            settings=without_strangers(self.settings(module.head_settings.until), [part.name for part in sources]),
             device=trainer.strategy.root_device,
         )
         check_outputs(module.head_settings, pool)
@@ -355,26 +373,13 @@ class FragmentSearch(pl.Callback):
         module.install(network.to(module.device), head.to(module.device))
         if module.class_names is None and module.head_settings.name != "none":
             module.class_names = data.class_names
-        self._agree(trainer, module)
+        agree(trainer, module)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:
         if self.journal is None:
             return None
         ranks = trainer.world_size
         return Path(self.journal) / f"rank_{trainer.global_rank}" if ranks > 1 else Path(self.journal)
-
-    def _agree(self, trainer: pl.Trainer, module: StitchedClassifier) -> None:
-        """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""
-        own = module.hparams["recipe"]
-        recipe = trainer.strategy.broadcast(own, src=0)
-        if recipe != own:
-            module.hparams["recipe"] = recipe
-            if module.network is not None and {**recipe, "scores": own["scores"]} == own:
-                # The same network, of which each rank has measured the latency itself.
-                module.network.recipe = Recipe.from_dict(recipe)
-            module.configure_model()
-        assert module.head is not None
-        shared_head(module.head, trainer.strategy)
 
     def _report(self, trainer: pl.Trainer) -> None:
         assert self.result is not None

@@ -22,7 +22,7 @@ from lightning_stitch._labels import (
     stratified,
 )
 from lightning_stitch._lightning import CheckedDataModule, check_same_namespace, pl
-from lightning_stitch._preparing import prepare_searches
+from lightning_stitch._preparing import find_sources_of_searches, prepare_searches
 from lightning_stitch._shuffling import EpochShuffle
 from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
@@ -151,6 +151,8 @@ class CalibrationDataModule(CheckedDataModule):
     def prepare_data(self) -> None:
         """Let a given datamodule download what it needs, and then a Trainer's searches fetch their sources."""
         if self._datamodule is not None:
+            if self.trainer is not None:
+                find_sources_of_searches(self.trainer)
             self._datamodule.prepare_data()
         if self.trainer is not None:
             prepare_searches(self.trainer)

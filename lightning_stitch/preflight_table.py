@@ -11,11 +11,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lightning_stitch.errors import SourceError
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.errors import SourceError, StitchError
+from lightning_stitch.segments import CalibrationSettings, opened
 from lightning_stitch.source_checks import Preflight, SourceCheck, preflight
+from lightning_stitch.sources import Source
 
-_NARROWEST = 100  # in a pipe or a log there is no width to go by
+_WIDE = 1000  # in a pipe or a log there is no width to go by
+_COLUMNS = ("source", "fits", "sees", "cuts", "M params", "M MACs", "licence", "download")
+_NOT_FOR_NARROW_TERMINALS = ("M MACs", "cuts", "M params", "sees")  # what is missed least first
 
 
 def print_preflight(checked: Preflight, *, console: Console | None = None) -> None:
@@ -26,14 +29,24 @@ def print_preflight(checked: Preflight, *, console: Console | None = None) -> No
         console: Where to; None: standard output.
     """
     console = console or Console()
-    if console.width < _NARROWEST:
-        console = Console(file=console.file, width=_NARROWEST)
-    table = Table(box=None, padding=(0, 2, 0, 0), title=_title(checked), title_justify="left")
-    for column in ("source", "fits", "sees", "cuts", "M params", "M MACs", "licence", "download"):
-        table.add_column(column, justify="right" if column[:2] == "M " or column == "download" else "left")
-    for row in checked.rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in _cells(row)))
-    console.print(table)
+    if not console.is_terminal:
+        print(preflight_text(checked), file=console.file)
+        return
+    _print(checked, console)
+
+
+def _print(checked: Preflight, console: Console) -> None:
+    # The title goes before the table, which would fold it to its own width.
+    console.print(_title(checked), markup=False, highlight=False, soft_wrap=True, style="italic")
+    columns = list(_COLUMNS)
+    for column in _NOT_FOR_NARROW_TERMINALS:
+        if (
+            console.measure(_table(checked, columns), options=console.options.update(width=_WIDE)).maximum
+            <= console.width
+        ):
+            break
+        columns.remove(column)
+    console.print(_table(checked, columns))
     reasons = [f"{row.name} is rejected: {problem}" for row in checked.rows for problem in row.problems]
     notes = [f"{row.name}: {note}." for row in checked.rows if row.fits for note in row.notes]
     for line in (*reasons, *checked.problems, *checked.notes, *notes, *map(_room, checked.disks)):
@@ -44,7 +57,7 @@ def print_preflight(checked: Preflight, *, console: Console | None = None) -> No
 def preflight_text(checked: Preflight) -> str:
     """What `print_preflight` prints, without colours."""
     text = StringIO()
-    print_preflight(checked, console=Console(file=text, width=_NARROWEST))
+    _print(checked, Console(file=text, width=_WIDE, force_terminal=False))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -83,7 +96,7 @@ def usable_sources(
     skip_rejected: bool,
     show: bool,
 ) -> list[Any]:
-    """Those of the sources with which a search may begin.
+    """Those of the sources with which a search may begin, as mappings that hold the names they were checked under.
 
     Args:
         sources: What `load_sources` takes.
@@ -95,11 +108,63 @@ def usable_sources(
     Raises:
         SourceError: If one is rejected that may not be left out, or all together cannot be used; with the table.
     """
-    checked = preflight(sources, image_shape=image_shape, settings=settings)
+    checked = preflight(sources, image_shape=image_shape, settings=settings, regardless=skip_rejected)
     require(checked, skip_rejected=skip_rejected)
     if show:
         print_preflight(checked)
-    return [source for source, row in zip(sources, checked.rows, strict=True) if row.fits]
+    # By the names of the table: without the rejected ones before it, a second "test_resnet" would be called otherwise.
+    return [
+        {**(source if isinstance(source, Mapping) else {"spec": source}), "name": row.name}
+        for source, row in zip(sources, checked.rows, strict=True)
+        if row.fits
+    ]
+
+
+def fitting_sources(
+    sources: Sequence[Source],
+    image_shape: tuple[int, int, int],
+    settings: CalibrationSettings,
+    *,
+    skip_rejected: bool,
+) -> list[Source]:
+    """Those of loaded sources that take the images, where the images' shape was not known when they were checked.
+
+    Args:
+        sources: The sources.
+        image_shape: (channels, height, width) of the images.
+        settings: How the sources will be cut, and where networks end.
+        skip_rejected: Whether sources that do not take them are left out; otherwise they are an error.
+
+    Raises:
+        SourceError: If one does not that may not be left out, or none does.
+    """
+    fitting, problems = [], []
+    for source in sources:
+        try:
+            opened(source, settings, image_shape)
+            fitting.append(source)
+        except StitchError as error:
+            problems.append(f"{source.name} is rejected: {error}")
+    if problems and not (skip_rejected and fitting):
+        listed = "\n".join(problems)
+        advice = "\nskip_rejected=True goes on without those that are rejected." if fitting else ""
+        raise SourceError(f"{len(problems)} of {len(sources)} sources cannot be used.\n{listed}{advice}")
+    return fitting
+
+
+def _table(checked: Preflight, columns: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column[:2] == "M " or column == "download" else "left",
+            no_wrap=column not in ("source", "licence", "cuts"),
+            overflow="fold",
+        )
+    for row in checked.rows:
+        cells = dict(zip(_COLUMNS, _cells(row), strict=True))
+        table.add_row(*(Text(cells[column]) for column in columns))
+    return table
 
 
 def _title(checked: Preflight) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import get_args
 
@@ -155,7 +155,7 @@ def opened(
         cuts = graph.cuts(settings.granularity_of(source.name))
     except CutError as error:
         raise CutError(
-            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, size)}"
+            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, settings, size)}"
         ) from error
     if end_cut is not None:
         # What lies between a cut and the features must have weights, or there is nothing to stitch to.
@@ -208,6 +208,15 @@ def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
         raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
 
 
+def without_strangers(settings: CalibrationSettings, names: Sequence[str]) -> CalibrationSettings:
+    """The same settings for those of the sources that are left, where some were rejected."""
+    if not isinstance(settings.granularity, Mapping):
+        return settings
+    return replace(
+        settings, granularity={key: settings.granularity[key] for key in names if key in settings.granularity}
+    )
+
+
 def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings) -> None:
     """Refuse sources whose outputs differ in width, where networks end at outputs.
 
@@ -222,18 +231,16 @@ def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings
         )
 
 
-def _mend(source: Source, size: tuple[int, int, int]) -> str:
+def _mend(source: Source, settings: CalibrationSettings, size: tuple[int, int, int]) -> str:
     """What a source that does not take images of a size may need."""
     native = source.preprocessing.input_size
+    if size == native:
+        return ""
     try:
-        source.graph_at(native)
-    except CutError:
+        opened(source, settings, native)
+    except StitchError:
         return ""
     return (
-        ""
-        if size == native
-        else (
-            f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
-            f"fixed_size=True in its preprocessing, and it gets them resized."
-        )
+        f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
+        f"fixed_size=True in its preprocessing, and it gets them resized."
     )

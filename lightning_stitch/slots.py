@@ -25,9 +25,11 @@ from lightning_stitch.backbones import (
 )
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.head_fitting import shared_head
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.recipe import Recipe
 
 
 class BackboneSlot:
@@ -277,6 +279,20 @@ def is_restored(trainer: pl.Trainer, place: StitchedClassifier | BackboneSlot) -
     else:
         place.on_load_checkpoint(checkpoint)
     return True
+
+
+def agree(trainer: pl.Trainer, module: StitchedClassifier) -> None:
+    """Take rank zero's recipe on every rank; the strategy copies rank zero's weights."""
+    own = module.hparams["recipe"]
+    recipe = trainer.strategy.broadcast(own, src=0)
+    if recipe != own:
+        module.hparams["recipe"] = recipe
+        if module.network is not None and {**recipe, "scores": own["scores"]} == own:
+            # The same network, of which each rank has measured the latency itself.
+            module.network.recipe = Recipe.from_dict(recipe)
+        module.configure_model()
+    assert module.head is not None
+    shared_head(module.head, trainer.strategy)
 
 
 @contextmanager

@@ -127,6 +127,7 @@ def preflight(
     *,
     image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None = None,
     settings: CalibrationSettings | None = None,
+    regardless: bool = False,
 ) -> Preflight:
     """Check sources without their weights: names, files, shapes, formats, input sizes, licences and disk space.
 
@@ -138,12 +139,14 @@ def preflight(
         image_shape: (channels, height, width) of the images to compose for, or a function that finds it out, which is
             called only if every source was found; None: each source's own size.
         settings: How the sources will be cut, and where networks end; None: the defaults.
+        regardless: Whether to call that function where some sources were not found, too, for those that were.
 
     Returns:
         One row for each source, with every reason against it.
 
     Raises:
         SourceError: If `sources` is no list, or empty.
+        StitchError: What `image_shape` raises, unless sources have problems too; then it is one of the `problems`.
 
     Example:
         >>> checked = preflight([{"spec": "test_resnet", "pretrained": False}], image_shape=(3, 64, 64))
@@ -156,21 +159,29 @@ def preflight(
     chosen = settings or CalibrationSettings()
     options = [dict(given) if isinstance(given, Mapping) else {"spec": given} for given in sources]
     found = [_found(given) for given in options]
+    missing = [bool(problems) for _, problems in found]
+    unread: tuple[str, ...] = ()
     if callable(image_shape):
-        image_shape = None if any(problems for _, problems in found) else image_shape()
+        try:
+            image_shape = None if all(missing) or (any(missing) and not regardless) else image_shape()
+        except StitchError as error:
+            if not any(missing):
+                raise
+            image_shape, unread = None, (f"The images cannot be used: {error}",)
     names = distinct([_name(given, blueprint) for given, (blueprint, _) in zip(options, found, strict=True)])
     rows, files, silences = [], [], Counter[str]()
     for given, name, (blueprint, problems) in zip(options, names, found, strict=True):
-        row = SourceCheck(name, _spec(given), problems=problems)
+        download = 0 if given.get("pretrained") is False else None
+        row = SourceCheck(name, _spec(given), download=download, problems=problems)
         file = blueprint.weights if blueprint and not problems else None
         if blueprint is not None:
             row, file = _checked(row, replace(blueprint, name=name), file, chosen, image_shape)
-        if file is not None and file.unreachable:
+        if file is not None and file.unreachable and file.file is not None:
             silences[file.unreachable] += 1
         rows.append(row)
         files.append(file if row.fits else None)
     disks, shortages = _disks(files)
-    problems = (*shortages, *_joint_problems(rows, chosen, image_shape))
+    problems = (*unread, *shortages, *_joint_problems(rows, chosen, image_shape))
     notes = tuple(
         f"{reason}: for {count} of {len(rows)} sources the cache was taken." for reason, count in silences.items()
     )
@@ -206,6 +217,8 @@ def _checked(
     source = None
     try:
         shapes = tensor_shapes(file) if file is not None and not problems else None
+        if shapes is None and not problems and file is not None and file.hub is not None:
+            notes.append("its weights' shapes could not be read yet: whether they fit is checked when they are loaded")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the search will say it again
             source = outline(blueprint, shapes)
@@ -218,7 +231,7 @@ def _checked(
         problems += more
     if file is not None:
         row = replace(row, weights=file.size, download=0 if file.file is not None else file.size)
-    elif blueprint.outline is None or not problems:
+    elif blueprint.outline is None or not row.problems:
         row = replace(row, download=0)
     return replace(row, problems=tuple(problems), notes=(*_licence_notes(row.licence), *notes)), file
 
@@ -275,6 +288,7 @@ def _licence_notes(licence: str | None) -> list[str]:
 def _disks(files: Sequence[WeightFile | None]) -> tuple[tuple[Disk, ...], list[str]]:
     """What is to be downloaded to each file system, each file once, and where there is no room for it."""
     needs = {file.hub or file.url: file for file in files if file is not None and file.file is None}
+    closed = sorted({file.folder for file in needs.values() if not _writable(_existing(file.folder))})
     by_device: dict[int, list[WeightFile]] = {}
     for file in needs.values():
         by_device.setdefault(os.stat(_existing(file.folder)).st_dev, []).append(file)
@@ -286,16 +300,26 @@ def _disks(files: Sequence[WeightFile | None]) -> tuple[tuple[Disk, ...], list[s
         )
         for group in by_device.values()
     )
-    return disks, [_shortage(disk) for disk in disks if disk.download > disk.free]
+    refusals = [
+        f"Weights are to be downloaded to {folder}, but {_existing(folder)} is no folder that can be written. Let "
+        f"HF_HOME (or HF_HUB_CACHE) and TORCH_HOME name folders that can."
+        for folder in closed
+    ]
+    return disks, [*refusals, *(_shortage(disk) for disk in disks if disk.download > disk.free)]
 
 
 def _shortage(disk: Disk) -> str:
-    need, free = disk.download / 1e9, disk.free / 1e9
+    unit, name = (1e9, "GB") if disk.download >= 1e9 else (1e6, "MB")
+    need, free = disk.download / unit, disk.free / unit
     return (
-        f"The weights need {need:.2f} GB more in {disk.folder}, where {free:.2f} GB are free. Free "
-        f"{math.ceil(100 * (need - free)) / 100:.2f} GB, take fewer sources, or let HF_HOME and TORCH_HOME name "
+        f"The weights need {need:.2f} {name} more in {disk.folder}, where {free:.2f} {name} are free. Free "
+        f"{math.ceil(100 * (need - free)) / 100:.2f} {name}, take fewer sources, or let HF_HOME and TORCH_HOME name "
         f"folders with more room."
     )
+
+
+def _writable(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
 
 
 def _existing(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_stitch import _timm_sources as timm_sources
-from lightning_stitch._blueprint import Blueprint, checked_preprocessing, reserved_arguments
+from lightning_stitch._blueprint import Blueprint, checked_licence, checked_preprocessing, reserved_arguments
 from lightning_stitch._finding import SPECS, distinct, find_mapping, find_source
 from lightning_stitch._meta import build_on_meta
 from lightning_stitch._module_sources import (
@@ -169,6 +169,20 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     Raises:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
     """
+    blueprints = find_sources(specs)
+    names = distinct([blueprint.name for blueprint in blueprints])
+    return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
+
+
+def find_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Blueprint]:
+    """Find several sources, without their weights.
+
+    Args:
+        specs: As in `load_sources`.
+
+    Raises:
+        SourceError: If there are none, or some cannot be found; all of those are named.
+    """
     if isinstance(specs, str | nn.Module | Mapping) or not specs:
         raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {specs!r}.")
     blueprints, failures = [], []
@@ -180,8 +194,7 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     if failures:
         listed = "\n".join(f"- {failure}" for failure in failures)
         raise SourceError(f"{len(failures)} of {len(specs)} sources cannot be had; nothing was loaded.\n{listed}")
-    names = distinct([blueprint.name for blueprint in blueprints])
-    return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
+    return blueprints
 
 
 def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Source | None:
@@ -273,9 +286,9 @@ def _load(blueprint: Blueprint) -> Source:
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
         preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
+        return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
-    return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
 
 
 def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, module: nn.Module) -> SourceRef:
@@ -288,7 +301,7 @@ def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, m
         preprocessing=preprocessing,
         arguments=blueprint.arguments,
         revision=blueprint.revision,
-        licence=blueprint.licence or declared_config(module).get("license"),
+        licence=blueprint.licence or checked_licence(declared_config(module).get("license")),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 
 from lightning_stitch._lightning import pl
+from lightning_stitch.callback_order import check_order
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.contenders import METHODS, Method
 from lightning_stitch.data import CalibrationDataModule
@@ -52,22 +54,38 @@ class StitchTrainer(pl.Trainer):
 
         Raises:
             SourceError: After printing, if a source cannot be used and the search would not go on without it.
-            StitchError: If there is no FragmentSearch among the callbacks.
+            StitchError: If there is no FragmentSearch among the callbacks; after printing, if the images, the module
+                and the search do not suit each other.
         """
         search = self._search("inspect")
-        shape = None
-        if datamodule is not None:
-            datamodule.prepare_data()
-            shape = datamodule.image_shape
+        check_order(self, search)
         place = place_for_network(model, search.attribute, search.head_attribute)
+        unfit: list[StitchError] = []
+
+        def image_shape() -> tuple[int, int, int] | None:
+            shape = None
+            try:
+                if isinstance(datamodule, CalibrationDataModule):
+                    datamodule.prepare_data()
+                    shape = datamodule.image_shape
+                if datamodule is not None:
+                    search.check_run(self, model, datamodule)
+            except StitchError as error:
+                unfit.append(error)
+            return shape
+
         settings = search.settings(place.head_settings.until)
-        checked = preflight(search.sources, image_shape=shape, settings=settings)
+        checked = preflight(search.sources, image_shape=image_shape, settings=settings, regardless=True)
+        beside = checked  # what is said of the sources alone
+        checked = replace(checked, problems=(*checked.problems, *map(str, unfit)))
         if json:
             print(dumps(checked.to_dict(), indent=2))
         else:
             print_preflight(checked)
-        if checked.problems or not (checked.fits or search.skip_rejected):
-            raise SourceError(refusal(checked))
+        if beside.problems or not (beside.fits or search.skip_rejected):
+            raise SourceError(refusal(beside))
+        if unfit:
+            raise unfit[0]
         return checked
 
     def _search(self, command: str) -> FragmentSearch:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stitch import (
     Beam,
     CalibrationDataModule,
+    CalibrationError,
     CalibrationSettings,
     FineTuning,
     FragmentSearch,
     SourceError,
     StitchedClassifier,
+    StitchError,
     compare_methods,
     preflight,
 )
@@ -94,6 +97,82 @@ def test_a_module_with_a_recipe_needs_no_sources(tmp_path: Path) -> None:
     trainer(tmp_path, search(["test_resnt"])).test(model, data(), verbose=False)
 
 
+# What is left when some are rejected
+
+
+ALEXNET = {"spec": "torchvision:alexnet", "pretrained": False}  # takes no images of 32 pixels
+
+
+def test_sizes_are_checked_where_another_source_is_not_found(tmp_path: Path) -> None:
+    callback = search(["resnt", ALEXNET, RANDOM], skip_rejected=True)
+    trainer(tmp_path, callback).fit(StitchedClassifier(3), data())
+    assert callback.pool is not None
+    assert [part.name for part in callback.pool.parts] == ["test_resnet"]
+
+
+def test_where_sources_are_missing_images_are_read_only_if_others_shall_do() -> None:
+    def image_shape() -> None:
+        raise AssertionError("the images were asked for")
+
+    assert not preflight(["resnt", "alexnt"], image_shape=image_shape, regardless=True).fits
+    assert not preflight(["resnt", RANDOM], image_shape=image_shape).fits
+
+
+def test_images_that_cannot_be_used_are_told_beside_sources_that_cannot(tmp_path: Path) -> None:
+    missing = CalibrationDataModule(image_folder=str(tmp_path / "nowhere"))
+    with pytest.raises(SourceError, match=r"(?s)no model 'resnt'.*nowhere does not exist"):
+        trainer(tmp_path, search(["resnt", RANDOM], skip_rejected=True)).fit(StitchedClassifier(3), missing)
+    with pytest.raises(CalibrationError, match="nowhere does not exist"):
+        trainer(tmp_path, search([RANDOM])).fit(StitchedClassifier(3), missing)
+
+
+def test_names_of_sources_are_looked_up_before_images_are_downloaded(tmp_path: Path) -> None:
+    class Downloading(LightningDataModule):
+        def prepare_data(self) -> None:
+            raise AssertionError("images were downloaded")
+
+    wrapper = CalibrationDataModule(datamodule=Downloading())
+    with pytest.raises(SourceError, match=r"(?s)1 of 2 sources cannot be had; nothing was loaded.*no model 'resnt'"):
+        trainer(tmp_path, search(["resnt", RANDOM])).fit(StitchedClassifier(3), wrapper)
+
+
+@pytest.mark.parametrize(
+    ("sources", "granularity", "kept"),
+    [
+        (["resnt", RANDOM], {"resnt": "stages", "test_resnet": "stages"}, ["test_resnet"]),
+        ([ALEXNET, RANDOM], {"alexnet": "all", "test_resnet": "stages"}, ["test_resnet"]),
+        (
+            [{**RANDOM, "arguments": {"in_chans": 1}}, RANDOM],
+            {"test_resnet": "all", "test_resnet#2": "stages"},
+            ["test_resnet#2"],
+        ),
+    ],
+)
+def test_names_of_sources_stay_what_the_table_says(
+    sources: list[Any], granularity: dict[str, Any], kept: list[str], tmp_path: Path
+) -> None:
+    callback = search(sources, skip_rejected=True, granularity=granularity)
+    trainer(tmp_path, callback).fit(StitchedClassifier(3), data())
+    assert callback.pool is not None
+    (row,) = preflight([RANDOM], image_shape=(3, 32, 32), settings=CalibrationSettings(granularity="stages")).rows
+    assert [part.name for part in callback.pool.parts] == kept
+    assert row.formats is not None
+    assert len(callback.pool.parts[0].cuts) == sum(row.formats.values())
+
+
+def test_a_stranger_in_the_granularity_is_an_error_all_the_same(tmp_path: Path) -> None:
+    callback = search(["resnt", RANDOM], skip_rejected=True, granularity={"other": "stages"})
+    with pytest.raises(SourceError, match=r"granularity= names \['other'\]"):
+        trainer(tmp_path, callback).fit(StitchedClassifier(3), data())
+
+
+def test_two_searches_for_the_same_place_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, search([RANDOM]))
+    run.callbacks.append(search([ALEXNET]))  # type: ignore[attr-defined]
+    with pytest.raises(StitchError, match=r"2 callbacks .* \(FragmentSearch, FragmentSearch\) .*the whole module"):
+        run.fit(StitchedClassifier(3), data())
+
+
 # Once for each node
 
 SCRIPT = """
@@ -126,6 +205,31 @@ class Waiting(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(images(), batch_size=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True])
+def test_ranks_reject_sizes_as_one_process_does(skip: bool, tmp_path: Path) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(
+        SCRIPT.replace(
+            '["hf-hub:org/mine"], ', f"['resnt', {ALEXNET}, {RANDOM}][{int(not skip)}:], skip_rejected={skip}, "
+        )
+        + "    print(f'[{run.global_rank}: {[part.name for part in callback.pool.parts]}]')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if skip:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [f"[{rank}: ['test_resnet']]" in done.stdout for rank in (0, 1)] == [True, True]
+    else:
+        assert done.returncode != 0
+        assert "1 of 2 sources cannot be used." in done.stderr
+        assert "alexnet is rejected: " in done.stderr
 
 
 @pytest.mark.slow
@@ -221,3 +325,33 @@ def test_inspect_fails_where_the_search_would(
     assert printed.err.endswith("error: 1 of 2 sources cannot be used.\n")
     main(["inspect", "--config", config, "--trainer.callbacks.skip_rejected=true", *json_option])
     assert "knows no model 'test_resnt'" in capsys.readouterr().out
+
+
+class Missing(CalibrationDataModule):
+    def __init__(self) -> None:
+        super().__init__(image_folder="nowhere")
+
+
+class Foreign(LightningDataModule):
+    """What the search would refuse, because it is no CalibrationDataModule."""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": f"{__name__}.Missing"}, "nowhere does not exist"),
+        ({"data": f"{__name__}.Foreign"}, "needs a CalibrationDataModule, .* found Foreign"),
+        ({"model.num_classes": "5"}, "The data have 3 classes, StitchedClassifier has num_classes=5"),
+        ({"trainer.callbacks.ranking": "foo"}, "Unknown ranking 'foo'"),
+    ],
+)
+def test_inspect_tells_of_sources_and_of_what_else_the_search_would_refuse(
+    options: dict[str, str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(config_file(tmp_path, ["resnt", RANDOM], skip_rejected=True))
+    with pytest.raises(SystemExit):
+        main(["inspect", "--config", config, *(f"--{key}={value}" for key, value in options.items())])
+    printed = capsys.readouterr()
+    assert "knows no model 'resnt'" in printed.out
+    assert re.search(words, printed.out)
+    assert re.search(f"^error: .*{words}", printed.err)

@@ -74,7 +74,8 @@ GROUPS = (
     {"training_plan"},
     {"_labels", "_image_files"},
     {"module", "data", "finetuning"},
-    {"head_fitting", "slots", "search_report"},
+    {"head_fitting", "search_report"},
+    {"slots"},
     {"callbacks", "predicting"},
     {"predict_command", "publish_callback", "publish_command"},
     # what compares methods, and runs trainers of its own

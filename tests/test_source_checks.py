@@ -177,7 +177,10 @@ def test_too_little_room_is_told_before_the_download(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         checked = preflight(["hf-hub:org/mine"])
         assert checked.fits == fits
-    assert "where 0.00 GB are free. Free 0.01 GB, take fewer sources, or let HF_HOME" in checked.problems[0]
+    assert f"need {size / 1e6:.2f} MB more" in checked.problems[0]
+    assert (
+        f"where {size / 1e6:.2f} MB are free. Free 0.01 MB, take fewer sources, or let HF_HOME" in checked.problems[0]
+    )
     with pytest.raises(SourceError, match=r"cannot be used together. No weights were downloaded.\n"):
         require(checked, skip_rejected=True)
     assert hub.downloads("model.safetensors") == 0
