@@ -19,7 +19,7 @@ ARCHITECTURE = "lightning_stitch"
 FORMAT = 1
 
 _KNOWN = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "shared", "versions"}
-_MOST_CONFIG_BYTES = 64 * 2**20
+MOST_CONFIG_BYTES = 64 * 2**20
 
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: If it is no config of a stitched network, or of another format.
     """
-    if path.stat().st_size > _MOST_CONFIG_BYTES:
+    if path.stat().st_size > MOST_CONFIG_BYTES:
         raise RecipeError(f"{CONFIG} of {where!r} has {path.stat().st_size} bytes; that is no recipe.")
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))

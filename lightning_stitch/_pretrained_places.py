@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_stitch._hub_files import hub_file
-from lightning_stitch._pretrained_config import CONFIG, WEIGHTS
+from lightning_stitch._pretrained_config import CONFIG, MOST_CONFIG_BYTES, WEIGHTS
 from lightning_stitch.errors import SourceError, StitchError
 
 
@@ -72,7 +72,8 @@ class SavedRepository:
 
     def fetch(self, name: str, *, size: int | None = None) -> Path:
         """The file in the cache of the hub's client, which links to its own files there."""
-        path = hub_file(self.repo, name, revision=self.revision, size=size)
+        most = MOST_CONFIG_BYTES if name == CONFIG else None
+        path = hub_file(self.repo, name, revision=self.revision, size=size, most=most)
         self.revision = path.parent.name  # the cache names the folder of a snapshot after its commit
         return path.resolve(strict=True)
 

@@ -302,6 +302,14 @@ def test_a_file_of_another_size_is_refused_before_it_is_downloaded(hub: HubDoubl
     assert hub.downloads("model.safetensors") == 0
 
 
+def test_a_giant_config_is_refused_before_it_is_downloaded(hub: HubDouble, model: StitchedClassifier) -> None:
+    publish(model, REPO)
+    hub.put(REPO, {**hub.files(REPO), "config.json": bytes(70 * 2**20)})
+    with pytest.raises(SourceError, match=r"config\.json of hub repository 'me/digits'.* has 73400320 bytes"):
+        StitchedClassifier.from_pretrained(REPO)
+    assert hub.downloads("config.json") == 0
+
+
 def test_weights_are_fetched_only_for_a_config_that_can_be_read(hub: HubDouble, model: StitchedClassifier) -> None:
     publish(model, REPO)
     files = hub.files(REPO)
