@@ -35,12 +35,15 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         build: Makes a network; it is called again where it wanted to read numbers.
 
     Raises:
-        Exception: Whatever `build` raises the second time.
+        Exception: Whatever `build` raises.
     """
     try:
         with torch.device("meta"):
             return build()
-    except Exception:  # each network fails in its own way where it reads a number that is not there
+    except Exception as error:
+        # Torch's words where a number is read that is not there; who builds the network may have wrapped the error.
+        if "meta tensor" not in str(error):
+            raise
         with torch.device("meta"), _ListsInMemory():
             return build()
 

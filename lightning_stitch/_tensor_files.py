@@ -31,7 +31,7 @@ _WORDS = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {word: dtype for dtype, word in _WORDS.items()}
+DTYPES = {word: dtype for dtype, word in _WORDS.items()}
 
 UNFINISHED = ".unfinished"
 
@@ -134,7 +134,7 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU, in memory of its own."""
         entry = self._header[name]
-        x = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        x = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         self._file.seek(self._begin + entry["data_offsets"][0])
         self._file.readinto(raw_bytes(x))
         return x

@@ -22,6 +22,7 @@ from lightning_stitch._hub_files import sha256_of
 from lightning_stitch._meta import build_on_meta, give_memory
 from lightning_stitch._pretrained_config import CONFIG, WEIGHTS, read_config, read_recipe
 from lightning_stitch._pretrained_places import find_place
+from lightning_stitch._tensor_files import DTYPES
 from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.pretrained_files import tensors_of, versions
@@ -30,18 +31,6 @@ from lightning_stitch.sources import build_architecture
 
 # A fragment that is used again and again is written once; nobody's network is nearly as many times its file.
 _MOST_EXPANSION = 16
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +136,7 @@ class PretrainedFolder:
         try:
             with safe_open(weights, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                found = {name: (_DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+                found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
         except SafetensorError as error:
             raise RecipeError(f"{WEIGHTS} of {self.where!r} is no safetensors file ({error}).") from error
         shared = self.own["shared"]
