@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lightning_stitch.class_maps import class_map_from_names
     from lightning_stitch.cost import Budget, Cost, network_cost
     from lightning_stitch.data import CalibrationDataModule
-    from lightning_stitch.ensemble_recipe import EnsembleRecipe
     from lightning_stitch.ensembles import Ensemble, ensemble
     from lightning_stitch.errors import (
         BudgetError,
@@ -43,10 +42,10 @@ if TYPE_CHECKING:
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
     from lightning_stitch.publish_callback import PublishAfterFit
     from lightning_stitch.publishing import Publication, publish
-    from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
+    from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst
-    from lightning_stitch.segments import CalibrationSettings
+    from lightning_stitch.settings import CalibrationSettings
     from lightning_stitch.shrinking import shrink
     from lightning_stitch.similarity import LinearCKA
     from lightning_stitch.source_checks import Preflight, preflight

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,18 +73,6 @@ class Blueprint:
     revision: str | None = None
     weights: WeightFile | None = None
     outline: Callable[[Mapping[str, Tensor] | None], nn.Module] | None = None
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The three most similar of the known words, quoted, best first."""
-    return ", ".join(repr(name) for name in difflib.get_close_matches(word, list(known), n=3, cutoff=0.0))
-
-
-def first_lines(error: BaseException) -> str:
-    """The start of a long error; `load_state_dict` of a wrong file names hundreds of keys."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    shown = [line if len(line) <= 200 else line[:200] + " ..." for line in lines[:4]]
-    return f"{type(error).__name__}: {' '.join(shown)}{' ...' if len(lines) > 4 else ''}"
 
 
 def reserved_arguments(builder: str, arguments: Mapping[str, Any]) -> list[str]:

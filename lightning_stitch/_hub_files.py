@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lightning_stitch._blueprint import WeightFile, first_lines, offline
-from lightning_stitch.errors import SourceError
+from lightning_stitch._blueprint import WeightFile, offline
+from lightning_stitch.errors import SourceError, first_lines
 
 _TRIES = 4
 _LONGEST_WAIT = 60.0

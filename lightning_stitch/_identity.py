@@ -14,7 +14,8 @@ from torch import Tensor
 import lightning_stitch
 from lightning_stitch._tensor_files import raw_bytes
 from lightning_stitch.cost import Budget
-from lightning_stitch.segments import CalibrationSettings, Segmented
+from lightning_stitch.segments import Segmented
+from lightning_stitch.settings import CalibrationSettings
 
 
 def plain(value: Any) -> Any:

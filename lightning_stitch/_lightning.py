@@ -138,3 +138,19 @@ def _mend() -> str:
         f"Import everything from {NAMESPACE!r}; or import {_other()!r} before lightning_stitch, or set "
         f"{_VARIABLE}={_other().split('.')[0]}."
     )
+
+
+def find_sources_of_searches(trainer: pl.Trainer) -> None:
+    """Let the callbacks that search look up the names of their sources, before a data module downloads its images."""
+    for callback in getattr(trainer, "callbacks", []):
+        find = getattr(callback, "look_up_sources", None)
+        if find is not None:
+            find(trainer)
+
+
+def prepare_searches(trainer: pl.Trainer) -> None:
+    """Let the callbacks that search check and fetch their sources; Lightning calls this once for each node."""
+    for callback in getattr(trainer, "callbacks", []):
+        prepare = getattr(callback, "prepare_sources", None)
+        if prepare is not None:
+            prepare(trainer)

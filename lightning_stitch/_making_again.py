@@ -7,9 +7,8 @@ from typing import Any
 
 from lightning_stitch._markdown import fenced
 from lightning_stitch._timm_sources import hub_repository
-from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.pretrained_files import shown_recipe, shown_spec
-from lightning_stitch.recipe import Recipe, SourceRef
+from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
 
 
 def hub_name(ref: SourceRef) -> str | None:

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch._blueprint import checked_preprocessing
-from lightning_stitch.ensemble_recipe import Branch, EnsembleRecipe, Member, any_recipe
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef, StitchSpec
+from lightning_stitch.recipe import (
+    Branch,
+    EnsembleRecipe,
+    FragmentRef,
+    Member,
+    Preprocessing,
+    Recipe,
+    SourceRef,
+    StitchSpec,
+    any_recipe,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "lightning_stitch"

@@ -10,14 +10,14 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.settings import Keeping
 
-Keeping = Literal["disk", "memory"]
 Portion = Callable[[], Tensor]
 
 

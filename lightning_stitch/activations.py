@@ -20,7 +20,8 @@ from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import CentredRows, centre_rows
 from lightning_stitch.graph import Cut
 from lightning_stitch.progress import Progress
-from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
+from lightning_stitch.segments import Segmented, chunks
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitches import resample, to_map
 
 Grid = tuple[int, int] | None

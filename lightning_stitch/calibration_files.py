@@ -22,7 +22,8 @@ from lightning_stitch._spool import Carried
 from lightning_stitch._tensor_files import UNFINISHED, TensorFile, write_json, write_tensors
 from lightning_stitch.activations import Calibrated, CutStatistics, centred_or_none
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.segments import CalibrationSettings, Segmented
+from lightning_stitch.segments import Segmented
+from lightning_stitch.settings import CalibrationSettings
 
 SCHEMA_VERSION = 1
 _DESCRIPTION = "calibration.json"

@@ -11,14 +11,12 @@ import torch
 
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch._resuming import is_resumed
-from lightning_stitch._spool import Keeping
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
-from lightning_stitch.functional import Estimator
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.pool import Pool
@@ -28,7 +26,8 @@ from lightning_stitch.ranking import find_ranking
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.search_report import report_search
-from lightning_stitch.segments import CalibrationSettings, without_strangers
+from lightning_stitch.segments import without_strangers
+from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
 from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
 from lightning_stitch.sources import Source, find_sources, load_sources
 

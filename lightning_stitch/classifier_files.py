@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_settings import HeadSettings
@@ -16,6 +15,7 @@ from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.neighbours import NearestNeighbourHead
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pretrained_reading import PretrainedFolder
+from lightning_stitch.recipe import EnsembleRecipe
 from lightning_stitch.saving import open_folder, save_folder
 
 

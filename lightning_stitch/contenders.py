@@ -22,7 +22,8 @@ from lightning_stitch.flops import Meter
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.segments import CalibrationSettings, chunks, segment
+from lightning_stitch.segments import chunks, segment
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 
 Method = Literal[

@@ -133,7 +133,7 @@ class Budget:
         """
         if self.max_macs is not None:
             for name, operations in uncounted.items():
-                _warn_of_uncounted(name, operations)
+                warn_of_uncounted(name, operations)
 
     def __str__(self) -> str:
         limits = [f"at most {in_words(measure, limit)}" for measure, limit in self.limits.items()]
@@ -160,7 +160,7 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """
     traced, _, _ = trace_somehow(network, input_size)
     yields = probe(traced, input_size, batch_size=1)
-    _warn_of_uncounted(type(network).__name__, uncounted_work(yields))
+    warn_of_uncounted(type(network).__name__, uncounted_work(yields))
     footprints = {node: seen.footprint for node, seen in yields.items()}
     output = next(node for node in yields if node.op == "output")
     return Cost(
@@ -170,7 +170,7 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     )
 
 
-def _warn_of_uncounted(name: str, operations: Sequence[str]) -> None:
+def warn_of_uncounted(name: str, operations: Sequence[str]) -> None:
     if operations:
         more = f" and {len(operations) - 3} more" if len(operations) > 3 else ""
         warnings.warn(

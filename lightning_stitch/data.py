@@ -21,8 +21,13 @@ from lightning_stitch._labels import (
     number_of,
     stratified,
 )
-from lightning_stitch._lightning import CheckedDataModule, check_same_namespace, pl
-from lightning_stitch._preparing import find_sources_of_searches, prepare_searches
+from lightning_stitch._lightning import (
+    CheckedDataModule,
+    check_same_namespace,
+    find_sources_of_searches,
+    pl,
+    prepare_searches,
+)
 from lightning_stitch._shuffling import EpochShuffle
 from lightning_stitch._target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError

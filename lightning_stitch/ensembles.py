@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from lightning_stitch._copying import copied, reference_tensor, with_tensors
 from lightning_stitch.batches import Batch
 from lightning_stitch.candidates import Candidate, Step
-from lightning_stitch.ensemble_recipe import Branch, EnsembleRecipe, Mean, Member
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
 from lightning_stitch.graph import CutGraph
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
@@ -23,7 +22,7 @@ from lightning_stitch.network import placed_stitch
 from lightning_stitch.pool import Pool
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.progress import Silent
-from lightning_stitch.recipe import FragmentRef, SourceRef
+from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.segments import Segmented

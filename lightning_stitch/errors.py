@@ -1,5 +1,8 @@
 """What can go wrong, in the user's words: one base class and one class for each thing that a user hands over."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class StitchError(RuntimeError):
     """Base of every error that lightning_stitch raises on purpose."""
@@ -27,3 +30,15 @@ class RecipeError(StitchError):
 
 class JournalError(StitchError):
     """A search's journal is another search's, cannot be read, or cannot be written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The three most similar of the known words, quoted, best first."""
+    return ", ".join(repr(name) for name in difflib.get_close_matches(word, list(known), n=3, cutoff=0.0))
+
+
+def first_lines(error: BaseException) -> str:
+    """The start of a long error; `load_state_dict` of a wrong file names hundreds of keys."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = [line if len(line) <= 200 else line[:200] + " ..." for line in lines[:4]]
+    return f"{type(error).__name__}: {' '.join(shown)}{' ...' if len(lines) > 4 else ''}"

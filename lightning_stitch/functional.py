@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_stitch._rows import centred, check_varies, paired, rows
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.settings import Estimator
 
-Estimator = Literal["debiased", "biased"]
 _MIN_ROWS = {"debiased": 4, "biased": 2}  # n(n-3) must not be zero; a single row does not deviate from its mean
 _CANCELLED = 1e-12  # a debiased self-similarity that is a smaller share of the biased one is rounding error
 

@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -28,8 +28,8 @@ from lightning_stitch._probing import value_for_batch
 from lightning_stitch._tracing import follow_device
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
+from lightning_stitch.settings import Granularity
 
-Granularity = Literal["stages", "blocks", "reference", "all"]
 _MOST_PREFIX_TOKENS = 8  # a class token, one of distillation, and a handful of registers
 
 

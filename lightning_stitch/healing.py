@@ -66,7 +66,7 @@ from lightning_stitch.candidates import Candidate, Step
 from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.layer_healing import Healable, Sampling, layers_of, norm_behind, solve_layer
 from lightning_stitch.layerwise import run_layerwise
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.trials import entered
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0)

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from lightning_stitch._lightning import check_parts, pl, warn_where_both_are_loaded
-from lightning_stitch._preparing import prepare_searches
+from lightning_stitch._lightning import check_parts, pl, prepare_searches, warn_where_both_are_loaded
 from lightning_stitch.classifier_files import load_classifier, save_classifier
-from lightning_stitch.ensemble_recipe import EnsembleRecipe, any_recipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.model_card import CardDetails
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.recipe import Recipe
+from lightning_stitch.recipe import EnsembleRecipe, Recipe, any_recipe
 from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training_plan import TrainingPlan
 

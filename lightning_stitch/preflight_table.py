@@ -12,7 +12,8 @@ from rich.text import Text
 from torch import nn
 
 from lightning_stitch.errors import SourceError, StitchError
-from lightning_stitch.segments import CalibrationSettings, opened
+from lightning_stitch.segments import opened
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.source_checks import Preflight, SourceCheck, preflight
 from lightning_stitch.sources import Source
 

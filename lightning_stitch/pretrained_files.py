@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lightning_stitch._hub_files import sha256_of
 from lightning_stitch._pretrained_config import ARCHITECTURE, CONFIG, FORMAT, WEIGHTS
 from lightning_stitch._tensor_files import UNFINISHED, raw_bytes, write_json
-from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.recipe import Recipe, SourceRef
+from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
 
 CARD, PICTURE = "README.md", "composition.png"
 # Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.

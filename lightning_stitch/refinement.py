@@ -20,7 +20,7 @@ from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import heal
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.progress import Progress, Silent
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.trials import Numbers, divided, entered, held_out_images, held_out_r2, with_numbers
 
 Moments = tuple[Tensor, Tensor]

@@ -16,7 +16,8 @@ from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.refinement import Refiner
-from lightning_stitch.segments import CalibrationSettings, Segmented
+from lightning_stitch.segments import Segmented
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitches import Stitch
 
 

@@ -13,7 +13,7 @@ from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.functional import RowBank, cka_with_many, row_bank
 from lightning_stitch.graph import Cut
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.shortlist import Shortlist
 
 

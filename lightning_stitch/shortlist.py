@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import Estimator, centre_rows
+from lightning_stitch.functional import centre_rows
+from lightning_stitch.settings import Estimator
 
 
 def gram_vector(rows: Tensor, *, estimator: Estimator = "debiased") -> Tensor:

@@ -19,7 +19,7 @@ from lightning_stitch.ranking import SelectionData
 from lightning_stitch.regression import r2
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 
 

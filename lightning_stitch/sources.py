@@ -26,8 +26,9 @@ from lightning_stitch._module_sources import (
     declared_preprocessing,
 )
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.graph import Cut, CutGraph, Granularity
+from lightning_stitch.graph import Cut, CutGraph
 from lightning_stitch.recipe import Preprocessing, SourceRef
+from lightning_stitch.settings import Granularity
 
 
 @dataclass(slots=True)

@@ -25,7 +25,8 @@ from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.scoring import Scorer
-from lightning_stitch.segments import CalibrationSettings, Segmented, chunks
+from lightning_stitch.segments import Segmented, chunks
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitches import GlobalAverage, Stitch, is_bridgeable
 from lightning_stitch.stopping import NO_LIMIT, TimeLimit
 

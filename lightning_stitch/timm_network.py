@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_stitch.classifier_files import read_classifier
-from lightning_stitch.ensemble_recipe import EnsembleRecipe
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pretrained_reading import open_pretrained
+from lightning_stitch.recipe import EnsembleRecipe
 
 
 class TimmNetwork(nn.Module):

@@ -30,7 +30,8 @@ from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult
-from lightning_stitch.segments import CalibrationSettings, segment
+from lightning_stitch.segments import segment
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source, load_source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import Stitch

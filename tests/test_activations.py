@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_stitch.activations import calibrate, positions, sampled_rows
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.segments import CalibrationSettings, Segmented, segment
+from lightning_stitch.segments import Segmented, segment
+from lightning_stitch.settings import CalibrationSettings
 
 IMAGES = digits(8, 64)[0]
 

@@ -29,7 +29,7 @@ from lightning_stitch import (
     network_cost,
 )
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.ensemble_recipe import Branch, Member, any_recipe
+from lightning_stitch.recipe import Branch, Member, any_recipe
 
 SIZE = (3, 32, 32)
 IMAGES, LABELS = digits(72, 32, classes=3)

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CutError
-from lightning_stitch.graph import CutGraph, Granularity
+from lightning_stitch.graph import CutGraph
+from lightning_stitch.settings import Granularity
 from lightning_stitch.sources import Source
 
 FIXED_SIZE = ["test_coatnet", "test_maxvit", "test_vit3", "test_vit_relpos"]

@@ -17,7 +17,7 @@ from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Beam, DepthFirst
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.space import SearchSpace
 
 IMAGES = digits(8, 64)[0]

@@ -21,7 +21,7 @@ from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 
 SHAPE = (3, 16, 16)

@@ -19,7 +19,7 @@ from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search import DepthFirst
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.space import SearchSpace
 
 LABELS = torch.tensor([0, 1, 2] * 10)

@@ -6,7 +6,7 @@ import pytest
 from helpers import digits, noise, plain, space_of
 
 from lightning_stitch.candidates import Edge, State
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.space import SearchSpace
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)

@@ -19,7 +19,7 @@ from lightning_stitch.network import assemble
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.search import Beam, DepthFirst
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_stitch.cost import Cost, network_cost
 from lightning_stitch.errors import CutError, StitchError
-from lightning_stitch.segments import CalibrationSettings, Segmented, chunks, segment
+from lightning_stitch.segments import Segmented, chunks, segment
+from lightning_stitch.settings import CalibrationSettings
 
 IMAGES = noise(6, 3, 64, 64)
 

@@ -16,7 +16,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.functional import linear_cka
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
-from lightning_stitch.segments import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace
 
