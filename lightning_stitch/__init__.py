@@ -29,10 +29,11 @@ if TYPE_CHECKING:
         StitchError,
     )
     from lightning_stitch.finetuning import FineTuning
-    from lightning_stitch.functional import linear_cka
     from lightning_stitch.graph import Cut, CutGraph
     from lightning_stitch.head_settings import fit_head
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
+    from lightning_stitch.maths.cka import linear_cka
+    from lightning_stitch.maths.cka_metric import LinearCKA
     from lightning_stitch.methods import compare_methods
     from lightning_stitch.model_card import CardDetails
     from lightning_stitch.module import StitchedClassifier
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from lightning_stitch.search import Beam, DepthFirst
     from lightning_stitch.settings import CalibrationSettings
     from lightning_stitch.shrinking import shrink
-    from lightning_stitch.similarity import LinearCKA
     from lightning_stitch.source_checks import Preflight, preflight
     from lightning_stitch.sources import Source, load_source, load_sources
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_stitch import held_out
 from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import CentredRows, centre_rows
 from lightning_stitch.graph import Cut
+from lightning_stitch.maths.cka import CentredRows, centre_rows
 from lightning_stitch.progress import Progress
 from lightning_stitch.segments import Segmented, chunks
 from lightning_stitch.settings import CalibrationSettings

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.maths.regression import AffineMap
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.regression import AffineMap
 from lightning_stitch.stitches import fit_rows
 
 _STATE = "_extra_state"

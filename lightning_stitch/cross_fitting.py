@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_stitch.activations import Calibrated, rows_to_fit
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.regression import AffineMap
+from lightning_stitch.maths.regression import AffineMap
 from lightning_stitch.segments import chunks
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitches import Stitch, fitted_stitch

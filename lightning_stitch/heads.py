@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_stitch.confidence import class_temperature, label_calibration
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.regression import LooRidge, loo_ridge, r2, ridge_weights
+from lightning_stitch.maths.regression import LooRidge, loo_ridge, r2, ridge_weights
 from lightning_stitch.targets import Task, standardised, target_columns
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))

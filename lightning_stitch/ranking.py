@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.functional import centre_rows, linear_cka
 from lightning_stitch.heads import DEFAULT_STRENGTHS, loo_scores
-from lightning_stitch.regression import loo_ridge, r2
+from lightning_stitch.maths.cka import centre_rows, linear_cka
+from lightning_stitch.maths.regression import loo_ridge, r2
 from lightning_stitch.targets import comparable_columns, count_of, task_of
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import centre_rows
+from lightning_stitch.maths.cka import centre_rows
 from lightning_stitch.settings import Estimator
 
 

@@ -12,11 +12,11 @@ from lightning_stitch.batches import images_of
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import SelectionData
-from lightning_stitch.regression import r2
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.settings import CalibrationSettings

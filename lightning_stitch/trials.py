@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_stitch._copying import with_tensors
 from lightning_stitch.activations import Calibrated
 from lightning_stitch.candidates import Candidate, Step
-from lightning_stitch.regression import r2
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.segments import chunks
 
 Numbers = Mapping[str, Tensor]

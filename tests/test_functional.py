@@ -8,9 +8,9 @@ import torch
 from helpers import normal, related
 from torch import Tensor
 
-from lightning_stitch import functional
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.functional import (
+from lightning_stitch.maths import cka as functional
+from lightning_stitch.maths.cka import (
     centre_rows,
     cka_from_moments,
     cka_moments,

@@ -20,13 +20,13 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
 from lightning_stitch.healing import heal
 from lightning_stitch.layer_healing import layers_of
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import Refiner, finalists, refined
-from lightning_stitch.regression import r2
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.space import SearchSpace

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.functional import linear_cka
+from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking

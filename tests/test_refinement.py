@@ -14,13 +14,13 @@ from lightning_stitch._copying import with_tensors
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.layerwise import run_layerwise
+from lightning_stitch.maths.regression import r2, ridge_least_squares
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import batch_norm_statistics, refined
-from lightning_stitch.regression import r2, ridge_least_squares
 from lightning_stitch.search import Beam
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source

@@ -6,7 +6,7 @@ from helpers import noise, seeded
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import linear_cka
+from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.shortlist import Shortlist, gram_vector
 
 

@@ -9,7 +9,7 @@ from helpers import digits, donor, noise
 from lightning_stitch import shrinking
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError
-from lightning_stitch.regression import r2
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.search import Beam
 from lightning_stitch.shrinking import Shrunk, shrink
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_stitch import similarity
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.functional import linear_cka
-from lightning_stitch.similarity import LinearCKA
+from lightning_stitch.maths import cka_metric as similarity
+from lightning_stitch.maths.cka import linear_cka
+from lightning_stitch.maths.cka_metric import LinearCKA
 
 BEFORE_UPDATE = "ignore:The ``compute`` method of metric LinearCKA was called before"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_stitch._spool import Carried
 from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Budget
-from lightning_stitch.functional import linear_cka
+from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.settings import CalibrationSettings

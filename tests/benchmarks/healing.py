@@ -37,9 +37,9 @@ from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResu
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.maths.regression import loo_ridge, r2, ridge_weights
 from lightning_stitch.paths import early_exits
 from lightning_stitch.progress import Silent
-from lightning_stitch.regression import loo_ridge, r2, ridge_weights
 from lightning_stitch.shrinking import by_fidelity
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.trials import divided, entered, held_out_r2

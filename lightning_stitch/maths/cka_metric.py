@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.functional import CKAMoments, cka_from_moments, cka_moments, merge_cka_moments
+from lightning_stitch.maths.cka import CKAMoments, cka_from_moments, cka_moments, merge_cka_moments
 from lightning_stitch.settings import Estimator
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_stitch._rows import centred, paired
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.rows import centred, paired
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_stitch._rows import centred, check_varies, paired, rows
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.rows import centred, check_varies, paired, rows
 from lightning_stitch.settings import Estimator
 
 _MIN_ROWS = {"debiased": 4, "biased": 2}  # n(n-3) must not be zero; a single row does not deviate from its mean
