@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, hub, nn
+from torch import Tensor, nn
 
 from lightning_stitch.errors import SourceError
+from lightning_stitch.io.hub_download import WeightFile
 from lightning_stitch.recipe import Builder, Preprocessing
 
 # Arguments with which a builder would read files or the network. A recipe may come from a stranger.
@@ -18,29 +18,6 @@ RESERVED_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "timm": frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}),
     "torchvision": frozenset({"pretrained", "weights", "weights_backbone", "pretrained_backbone"}),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """A file of weights, on disk or still to be downloaded.
-
-    Attributes:
-        file: Where it is; None: it has to be downloaded.
-        folder: The folder, which may not exist yet, that it is in or would come to.
-        size: Its bytes; None where nobody has been asked.
-        hub: Repository, file name and commit, where it comes from the hub.
-        url: Where else it comes from.
-        unreachable: Why the network could not be asked about it; None: it was asked, or need not be.
-        sha256: Of its bytes, where the hub tells.
-    """
-
-    file: Path | None
-    folder: Path
-    size: int | None = None
-    hub: tuple[str, str, str] | None = None
-    url: str | None = None
-    unreachable: str | None = None
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,27 +141,3 @@ def checked_licence(licence: object) -> str | None:
     if licence is None or isinstance(licence, str):
         return licence
     raise SourceError(f"its licence should be one word, such as 'apache-2.0'; found {licence!r}. Give licence='...'.")
-
-
-def offline() -> bool:
-    """Whether the user told Hugging Face's client, and so everything here, to stay off the network."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def download_of(url: str) -> WeightFile:
-    """The file that torch.hub keeps of a URL's weights; the network is not asked.
-
-    Raises:
-        SourceError: If it is not cached and the user asked to stay offline.
-    """
-    file = Path(hub.get_dir()) / "checkpoints" / Path(url).name
-    if file.is_file():
-        return WeightFile(file, file.parent, file.stat().st_size, url=url)
-    if offline():
-        raise SourceError(
-            f"its weights are not in the local cache ({file}) and HF_HUB_OFFLINE is set. Get them once with a "
-            f"connection: `curl -L --create-dirs -o {file} {url}`; or take pretrained=False for random weights."
-        )
-    return WeightFile(None, file.parent, url=url)

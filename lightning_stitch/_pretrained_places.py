@@ -6,9 +6,9 @@ import stat
 from pathlib import Path
 from typing import Protocol
 
-from lightning_stitch._hub_files import hub_file
 from lightning_stitch._pretrained_config import CONFIG, MOST_CONFIG_BYTES, WEIGHTS
 from lightning_stitch.errors import SourceError, StitchError
+from lightning_stitch.io.hub_download import hub_file
 
 
 class SavedPlace(Protocol):

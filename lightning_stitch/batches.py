@@ -9,10 +9,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_stitch._identity import key_of, tensors_hash
-from lightning_stitch._spool import Carried, Portion, Spool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.held_out import held_out_groups, num_held_out
+from lightning_stitch.io.activation_store import Carried, Portion, Spool
+from lightning_stitch.io.fingerprints import key_of, tensors_hash
 from lightning_stitch.ranking import MISSING_LABELS, Ranking, check_ranking_fits
 from lightning_stitch.targets import task_of
 

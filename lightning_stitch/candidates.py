@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_stitch._spool import Carried
 from lightning_stitch.cost import Cost
+from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.recipe import Recipe, StitchSpec
 from lightning_stitch.stitches import Stitch
 

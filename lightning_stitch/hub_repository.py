@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lightning_stitch._blueprint import offline
-from lightning_stitch._hub_files import client_errors, patiently, status_of
 from lightning_stitch.errors import SourceError, StitchError, first_lines
+from lightning_stitch.io.hub_download import client_errors, offline, patiently, status_of
 from lightning_stitch.pretrained_files import CARD
 
 _Answer = TypeVar("_Answer")

@@ -33,9 +33,9 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-from lightning_stitch._identity import differences, in_words, key_of, plain
-from lightning_stitch._tensor_files import UNFINISHED, TensorFile, write_tensors
 from lightning_stitch.errors import JournalError
+from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
+from lightning_stitch.io.tensor_files import UNFINISHED, TensorFile, write_tensors
 
 SCHEMA_VERSION = 1
 _RECORDS, _TENSORS, _CALIBRATION = "answers.jsonl", "tensors", "calibration"

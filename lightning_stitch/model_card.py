@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_stitch._making_again import how_to_make_again, hub_name
 from lightning_stitch._markdown import cell, fenced, inline, span
-from lightning_stitch._tensor_files import complete_or_absent
 from lightning_stitch.composition_plot import can_draw, draw_composition
 from lightning_stitch.errors import StitchError
+from lightning_stitch.io.tensor_files import complete_or_absent
 from lightning_stitch.licences import CombinedLicence, combine_licences, hub_words
 from lightning_stitch.pretrained_files import CARD, PICTURE, shown_spec
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lightning_stitch._identity import search_identity
-from lightning_stitch._spool import Spool
 from lightning_stitch.activations import Calibrated, calibrate_all
 from lightning_stitch.batches import Batch, labelled, put_down, read_again
 from lightning_stitch.calibration_files import calibrate_once, load_calibration, save_calibration, saved_settings
@@ -26,6 +25,7 @@ from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.compositions import CompositionCosts, costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.io.activation_store import Spool
 from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
 from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.network import StitchedNetwork, assemble

@@ -12,10 +12,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_stitch._hub_files import sha256_of
 from lightning_stitch._pretrained_config import ARCHITECTURE, CONFIG, FORMAT, WEIGHTS
-from lightning_stitch._tensor_files import UNFINISHED, raw_bytes, write_json
 from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.io.hub_download import sha256_of
+from lightning_stitch.io.tensor_files import UNFINISHED, raw_bytes, write_json
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
 
 CARD, PICTURE = "README.md", "composition.png"

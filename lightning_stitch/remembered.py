@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch._identity import key_of, tensors_hash
 from lightning_stitch.activations import Calibrated
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.io.fingerprints import key_of, tensors_hash
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe

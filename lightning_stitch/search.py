@@ -14,9 +14,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
-from lightning_stitch._spool import Carried
 from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.errors import StitchError
+from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.space import SearchSpace
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch._blueprint import Blueprint, WeightFile
+from lightning_stitch._blueprint import Blueprint
 from lightning_stitch._finding import SPECS, distinct, find_mapping
-from lightning_stitch._hub_files import tensor_shapes
 from lightning_stitch.errors import SourceError, StitchError, first_lines
+from lightning_stitch.io.hub_download import WeightFile, tensor_shapes
 from lightning_stitch.preprocessing import view_size
 from lightning_stitch.segments import check_names, opened
 from lightning_stitch.settings import CalibrationSettings

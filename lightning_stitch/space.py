@@ -16,12 +16,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_stitch._spool import Carried, Deferred, Spool, carry
 from lightning_stitch.activations import Calibrated, Grid
 from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.fitting import fit_stitch
+from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.scoring import Scorer

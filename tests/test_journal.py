@@ -23,10 +23,10 @@ from helpers import digits, noise, pieces_run, plain, records
 from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool, calibration_files
-from lightning_stitch._spool import Carried
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, JournalError
+from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst, Strategy
 from lightning_stitch.sources import Source

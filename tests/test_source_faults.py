@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from lightning_stitch import CalibrationSettings, SourceError, load_source, load_sources, preflight
-from lightning_stitch._hub_files import hub_file
+from lightning_stitch.io.hub_download import hub_file
 from lightning_stitch.preflight_table import preflight_text, print_preflight
 from lightning_stitch.recipe import Preprocessing
 

@@ -10,9 +10,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from lightning_stitch._spool import Carried
 from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Budget
+from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree

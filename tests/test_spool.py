@@ -12,8 +12,8 @@ from helpers import digits, noise, plain
 from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool
-from lightning_stitch._spool import Carried, Deferred, Spool, carry
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
 
 
 @pytest.mark.parametrize("keeping", ["disk", "memory"])

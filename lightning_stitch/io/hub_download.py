@@ -8,11 +8,13 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lightning_stitch._blueprint import WeightFile, offline
+from torch import hub
+
 from lightning_stitch.errors import SourceError, first_lines
 
 _TRIES = 4
@@ -314,3 +316,50 @@ def client_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of weights, on disk or still to be downloaded.
+
+    Attributes:
+        file: Where it is; None: it has to be downloaded.
+        folder: The folder, which may not exist yet, that it is in or would come to.
+        size: Its bytes; None where nobody has been asked.
+        hub: Repository, file name and commit, where it comes from the hub.
+        url: Where else it comes from.
+        unreachable: Why the network could not be asked about it; None: it was asked, or need not be.
+        sha256: Of its bytes, where the hub tells.
+    """
+
+    file: Path | None
+    folder: Path
+    size: int | None = None
+    hub: tuple[str, str, str] | None = None
+    url: str | None = None
+    unreachable: str | None = None
+    sha256: str | None = None
+
+
+def offline() -> bool:
+    """Whether the user told Hugging Face's client, and so everything here, to stay off the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def download_of(url: str) -> WeightFile:
+    """The file that torch.hub keeps of a URL's weights; the network is not asked.
+
+    Raises:
+        SourceError: If it is not cached and the user asked to stay offline.
+    """
+    file = Path(hub.get_dir()) / "checkpoints" / Path(url).name
+    if file.is_file():
+        return WeightFile(file, file.parent, file.stat().st_size, url=url)
+    if offline():
+        raise SourceError(
+            f"its weights are not in the local cache ({file}) and HF_HUB_OFFLINE is set. Get them once with a "
+            f"connection: `curl -L --create-dirs -o {file} {url}`; or take pretrained=False for random weights."
+        )
+    return WeightFile(None, file.parent, url=url)

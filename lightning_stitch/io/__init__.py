@@ -1,0 +1,1 @@
+"""Downloads, tensor files, activations that wait on disk."""
