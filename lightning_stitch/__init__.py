@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lightning_stitch.backbones import StitchedBackbone, restore_backbones
     from lightning_stitch.callbacks import FragmentSearch
     from lightning_stitch.class_maps import class_map_from_names
-    from lightning_stitch.cost import Budget, Cost, network_cost
+    from lightning_stitch.cost import Budget, Cost
+    from lightning_stitch.cutting.graph import Cut, CutGraph
+    from lightning_stitch.cutting.probing import network_cost
     from lightning_stitch.data import CalibrationDataModule
     from lightning_stitch.ensembles import Ensemble, ensemble
     from lightning_stitch.errors import (
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
         StitchError,
     )
     from lightning_stitch.finetuning import FineTuning
-    from lightning_stitch.graph import Cut, CutGraph
     from lightning_stitch.head_settings import fit_head
     from lightning_stitch.heads import RidgeHead, fit_ridge_head
     from lightning_stitch.maths.cka import linear_cka

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_stitch import held_out
+from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.graph import Cut
 from lightning_stitch.io.activation_store import Carried, Portion, Spool
 from lightning_stitch.maths.cka import CentredRows, centre_rows
 from lightning_stitch.progress import Progress

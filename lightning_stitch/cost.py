@@ -19,11 +19,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from lightning_stitch._example_tracing import trace_somehow
-from lightning_stitch._memory import occupancy
-from lightning_stitch._probing import probe, uncounted_work
 from lightning_stitch.errors import BudgetError
 
 _SLACK = 1.25  # by which an estimated latency may exceed its limit
@@ -146,28 +141,6 @@ def in_words(measure: str, value: float, *, digits: int = 6, bare: bool = False)
     """A figure of a cost in words, as "2.5 M parameters"; bare, as "2.5 M"."""
     unit, one, thing = _UNITS[measure]
     return f"{value / one:.{digits}g} {unit}" + ("" if bare else f" {thing}")
-
-
-def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count a network's parameters, and its MACs and activation bytes for one image of (channels, height, width).
-
-    The MACs are half of what `torch.utils.flop_counter` counts where attention and recurrent layers run as matrix
-    products. A UserWarning names the operators that have no formula; their work is not in the count. The activation
-    bytes are the most that operators have allocated and something has yet to read, at any time of such a run.
-
-    Raises:
-        CutError: If the network cannot be traced or does not accept that size.
-    """
-    traced, _, _ = trace_somehow(network, input_size)
-    yields = probe(traced, input_size, batch_size=1)
-    warn_of_uncounted(type(network).__name__, uncounted_work(yields))
-    footprints = {node: seen.footprint for node, seen in yields.items()}
-    output = next(node for node in yields if node.op == "output")
-    return Cost(
-        params=sum(parameter.numel() for parameter in network.parameters()),
-        macs=sum(seen.macs for seen in yields.values()),
-        activation_bytes=occupancy(list(yields), output, footprints).peak(),
-    )
 
 
 def warn_of_uncounted(name: str, operations: Sequence[str]) -> None:

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch._copying import copied, reference_tensor, with_tensors
 from lightning_stitch.batches import Batch
 from lightning_stitch.candidates import Candidate, Step
+from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
-from lightning_stitch.graph import CutGraph
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.network import placed_stitch

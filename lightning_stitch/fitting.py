@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from lightning_stitch.activations import CutStatistics, rows_to_fit
-from lightning_stitch.graph import Cut
+from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch

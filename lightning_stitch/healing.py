@@ -60,9 +60,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stitch._copying import with_tensors
 from lightning_stitch.activations import Calibrated
 from lightning_stitch.candidates import Candidate, Step
+from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.layer_healing import Healable, Sampling, layers_of, norm_behind, solve_layer
 from lightning_stitch.layerwise import run_layerwise

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch._copying import copied, reference_tensor, with_tensors
+from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
-from lightning_stitch.graph import CutGraph
 from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.recipe import Recipe, StitchSpec

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch._copying import with_tensors
 from lightning_stitch.activations import Calibrated
 from lightning_stitch.candidates import Candidate
+from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import heal
 from lightning_stitch.layerwise import run_layerwise

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
+from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.graph import Cut
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import RowBank, cka_with_many, row_bank
 from lightning_stitch.settings import CalibrationSettings

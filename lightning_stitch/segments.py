@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx
 
-from lightning_stitch._memory import Occupancy
 from lightning_stitch.cost import Cost
+from lightning_stitch.cutting.activation_memory import Occupancy
+from lightning_stitch.cutting.graph import Cut, CutGraph
 from lightning_stitch.errors import CutError, StitchError
 from lightning_stitch.folding import producer_layers
-from lightning_stitch.graph import Cut, CutGraph
 from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source

@@ -25,8 +25,8 @@ from lightning_stitch._module_sources import (
     declared_config,
     declared_preprocessing,
 )
+from lightning_stitch.cutting.graph import Cut, CutGraph
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.graph import Cut, CutGraph
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity
 

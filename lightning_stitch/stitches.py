@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_stitch import held_out
+from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.graph import Cut
 from lightning_stitch.maths.regression import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import Fit, Format, Placement, StitchSpec
 

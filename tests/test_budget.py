@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.cost import Budget, Cost, network_cost
+from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import SelectionData

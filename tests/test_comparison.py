@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_stitch.comparison import Comparison, compare, finalists
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.pool import Pool

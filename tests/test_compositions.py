@@ -11,7 +11,8 @@ from helpers import live, noise, path, plain, shake, space_of
 from torch import nn
 
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.cost import Budget, Cost, network_cost
+from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import references

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, fit_ridge_head, load_sources
 from lightning_stitch.contenders import METHODS, Contenders, Method
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.finetuning import quiet_trainers
 
 SHAPE = (3, 16, 16)

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.cost import Budget, network_cost
+from lightning_stitch.cost import Budget
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.flops import Meter
 
 

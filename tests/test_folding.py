@@ -11,7 +11,8 @@ import torch
 from helpers import donor, filled, joined, noise, seeded, shake
 from torch import Tensor, fx, nn
 
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError
 from lightning_stitch.folding import (
     choose_placement,
@@ -21,7 +22,6 @@ from lightning_stitch.folding import (
     producer_layers,
     stitch_cost,
 )
-from lightning_stitch.graph import Cut, CutGraph
 from lightning_stitch.recipe import Format, Placement, StitchSpec
 from lightning_stitch.stitches import is_bridgeable, stitch_spec
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from lightning_stitch.cutting.graph import Cut, CutGraph
 from lightning_stitch.errors import CutError
-from lightning_stitch.graph import Cut, CutGraph
 
 TIMM = timm.list_models("test_*")
 OTHER_SIZE = [name for name in TIMM if name not in ("test_coatnet", "test_maxvit", "test_vit3", "test_vit_relpos")]

@@ -12,8 +12,8 @@ from helpers import donor, noise, shake
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CutError
-from lightning_stitch.graph import CutGraph
 from lightning_stitch.settings import Granularity
 from lightning_stitch.sources import Source
 

@@ -11,7 +11,7 @@ from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, fx, nn
 
 from lightning_stitch import layer_healing
-from lightning_stitch._copying import with_tensors
+from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.healing import heal_piece
 from lightning_stitch.layer_healing import Sampling, solve_layer
 

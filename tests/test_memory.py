@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.cost import network_cost
-from lightning_stitch.graph import CutGraph
+from lightning_stitch.cutting.graph import CutGraph
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.preprocessing import Preprocess
 from lightning_stitch.recipe import Preprocessing

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from lightning_stitch.graph import CutGraph
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.sources import load_source
 
 SIZE = (3, 16, 16)

@@ -10,7 +10,7 @@ from helpers import digits, donor, live, noise, plain, shake, space_of
 from torch import Tensor, nn
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import references

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from lightning_stitch.graph import CutGraph
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
 from lightning_stitch.sources import Source, load_source

@@ -10,8 +10,8 @@ import torch
 from helpers import live
 from torch import Tensor, nn
 
+from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CutError, SourceError
-from lightning_stitch.graph import CutGraph
 
 SIZE = (3, 16, 16)
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.cost import Budget, network_cost
+from lightning_stitch.cost import Budget
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
 from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking

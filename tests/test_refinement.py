@@ -10,8 +10,8 @@ from helpers import digits, live, noise, normal, path, pieces_run, records, shak
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from lightning_stitch._copying import with_tensors
 from lightning_stitch.candidates import Candidate
+from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.maths.regression import r2, ridge_least_squares

@@ -13,7 +13,8 @@ from helpers import digits, donor, images_seen, noise, path, plain, space_of
 from torch import Tensor, nn
 
 from lightning_stitch.candidates import Candidate
-from lightning_stitch.cost import Budget, network_cost
+from lightning_stitch.cost import Budget
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import references

@@ -8,7 +8,8 @@ import torch
 from helpers import donor, live, noise, plain
 from torch import nn
 
-from lightning_stitch.cost import Cost, network_cost
+from lightning_stitch.cost import Cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError, StitchError
 from lightning_stitch.segments import Segmented, chunks, segment
 from lightning_stitch.settings import CalibrationSettings

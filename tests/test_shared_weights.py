@@ -13,9 +13,9 @@ from helpers import live, noise, seeded, shake
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
-from lightning_stitch.cost import network_cost
+from lightning_stitch.cutting.graph import CutGraph
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.folding import fold_into_consumer, fold_into_producer
-from lightning_stitch.graph import CutGraph
 from lightning_stitch.heads import RidgeHead
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork, assemble

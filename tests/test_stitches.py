@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_stitch.graph import Cut
+from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.maths.regression import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import Format, StitchSpec
 from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch, is_bridgeable, resample, stitch_spec, to_map

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from lightning_stitch._memory import Footprint, Occupancy, occupancy
-from lightning_stitch._probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
-from lightning_stitch._tracing import is_in_place
+from lightning_stitch.cutting.activation_memory import Footprint, Occupancy, occupancy
+from lightning_stitch.cutting.probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
+from lightning_stitch.cutting.tracing import is_in_place
 from lightning_stitch.errors import CutError
 
 

@@ -17,15 +17,14 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch._copying import copied
-from lightning_stitch._dataflow import Dataflow
-from lightning_stitch._example_tracing import trace_somehow
-from lightning_stitch._granularity import block_outputs, reference_inputs, with_weights_between
-from lightning_stitch._layout import layout_of
-from lightning_stitch._memory import Occupancy
-from lightning_stitch._modes import warn_where_modes_differ
-from lightning_stitch._probing import value_for_batch
-from lightning_stitch._tracing import follow_device
+from lightning_stitch.cutting.activation_memory import Occupancy
+from lightning_stitch.cutting.copies import copied
+from lightning_stitch.cutting.dataflow import Dataflow
+from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
+from lightning_stitch.cutting.layouts import layout_of
+from lightning_stitch.cutting.probing import value_for_batch
+from lightning_stitch.cutting.tracing import follow_device, trace_somehow
+from lightning_stitch.cutting.train_mode import warn_where_modes_differ
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 from lightning_stitch.settings import Granularity

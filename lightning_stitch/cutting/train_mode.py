@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightning_stitch._example_tracing import Way, tracer_for
-from lightning_stitch._tracing import DROPOUT_NAMES, FUNCTIONAL_DROPOUT, ScopeTracer, is_in_place, trace
+from lightning_stitch.cutting.tracing import (
+    DROPOUT_NAMES,
+    FUNCTIONAL_DROPOUT,
+    ScopeTracer,
+    Way,
+    is_in_place,
+    trace,
+    tracer_for,
+)
 from lightning_stitch.errors import CutError
 
 # What follows an argument in bytecode, in some version of Python.

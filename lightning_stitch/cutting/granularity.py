@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from lightning_stitch._tracing import ModuleCall
+from lightning_stitch.cutting.tracing import ModuleCall
 
 
 @dataclass(slots=True)
