@@ -29,8 +29,8 @@ import lightning_stitch as ls
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.comparison import compare
 from lightning_stitch.paths import follow
-from lightning_stitch.preprocessing import Preprocess
 from lightning_stitch.report import print_table, write_table
+from lightning_stitch.sources.views import Preprocess
 from lightning_stitch.space import SearchSpace
 
 SIZE = 32

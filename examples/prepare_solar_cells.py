@@ -112,7 +112,7 @@ def convert(name: str, folder: Path) -> None:
     import timm
     import torch
 
-    from lightning_stitch.sources import load_source
+    from lightning_stitch.sources.source import load_source
 
     packaged = WEIGHTS[name]
     locator = getattr(import_package(packaged.package), packaged.locator)

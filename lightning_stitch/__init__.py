@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from lightning_stitch.search import Beam, DepthFirst
     from lightning_stitch.settings import CalibrationSettings
     from lightning_stitch.shrinking import shrink
-    from lightning_stitch.source_checks import Preflight, preflight
-    from lightning_stitch.sources import Source, load_source, load_sources
+    from lightning_stitch.sources.preflight_checks import Preflight, preflight
+    from lightning_stitch.sources.source import Source, load_source, load_sources
 
 __version__ = "0.1.0"
 

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from lightning_stitch._markdown import fenced
-from lightning_stitch._timm_sources import hub_repository
 from lightning_stitch.pretrained_files import shown_recipe, shown_spec
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
+from lightning_stitch.sources.timm_models import hub_repository
 
 
 def hub_name(ref: SourceRef) -> str | None:

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_stitch._blueprint import checked_preprocessing
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import (
     Branch,
@@ -22,6 +21,7 @@ from lightning_stitch.recipe import (
     StitchSpec,
     any_recipe,
 )
+from lightning_stitch.sources.blueprint import checked_preprocessing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "lightning_stitch"

@@ -20,16 +20,16 @@ from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.pool import Pool
-from lightning_stitch.preflight_table import fitting_sources, usable_sources
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.ranking import find_ranking
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.search_report import report_search
-from lightning_stitch.segments import without_strangers
 from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
 from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
-from lightning_stitch.sources import Source, find_sources, load_sources
+from lightning_stitch.sources.preflight_table import fitting_sources, usable_sources
+from lightning_stitch.sources.source import Source, find_sources, load_sources
+from lightning_stitch.sources.views import without_strangers
 
 
 class FragmentSearch(pl.Callback):

@@ -19,7 +19,7 @@ from lightning_stitch import predict_command, publish_command
 from lightning_stitch._lightning import NAMESPACE, mixture, pl
 from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import StitchError
-from lightning_stitch.sources import SPECS, Source, load_source
+from lightning_stitch.sources.source import SPECS, Source, load_source
 from lightning_stitch.trainer import StitchTrainer
 
 if TYPE_CHECKING:

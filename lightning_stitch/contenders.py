@@ -24,7 +24,7 @@ from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.segments import chunks, segment
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 Method = Literal[
     "linear probe",

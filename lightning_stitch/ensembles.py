@@ -20,13 +20,13 @@ from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.network import placed_stitch
 from lightning_stitch.pool import Pool
-from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.segments import Segmented
-from lightning_stitch.sources import build_architecture
+from lightning_stitch.sources.source import build_architecture
+from lightning_stitch.sources.views import Preprocess, view_size
 from lightning_stitch.stitches import GlobalAverage, Stitch
 
 

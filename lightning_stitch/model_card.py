@@ -15,9 +15,9 @@ from lightning_stitch._markdown import cell, fenced, inline, span
 from lightning_stitch.composition_plot import can_draw, draw_composition
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io.tensor_files import complete_or_absent
-from lightning_stitch.licences import CombinedLicence, combine_licences, hub_words
 from lightning_stitch.pretrained_files import CARD, PICTURE, shown_spec
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
+from lightning_stitch.sources.licences import CombinedLicence, combine_licences, hub_words
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -38,9 +38,10 @@ from lightning_stitch.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
 from lightning_stitch.results import SearchResult, choose, measured, rank
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import check_names, check_same_outputs, segment
+from lightning_stitch.segments import check_same_outputs, segment
 from lightning_stitch.settings import LEAN, CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
+from lightning_stitch.sources.views import check_names
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stopping import TimeLimit, until_stopped
 

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lightning_stitch._meta import build_on_meta, give_memory
 from lightning_stitch._pretrained_config import CONFIG, WEIGHTS, read_config, read_recipe
 from lightning_stitch._pretrained_places import find_place
 from lightning_stitch.errors import RecipeError, first_lines
@@ -25,7 +24,8 @@ from lightning_stitch.io.hub_download import sha256_of
 from lightning_stitch.io.tensor_files import DTYPES
 from lightning_stitch.pretrained_files import tensors_of, versions
 from lightning_stitch.recipe import EnsembleRecipe, Recipe
-from lightning_stitch.sources import build_architecture
+from lightning_stitch.sources.meta_device import build_on_meta, give_memory
+from lightning_stitch.sources.source import build_architecture
 
 # A fragment that is used again and again is written once; nobody's network is nearly as many times its file.
 _MOST_EXPANSION = 16

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from lightning_stitch.cost import Cost
 from lightning_stitch.cutting.activation_memory import Occupancy
 from lightning_stitch.cutting.graph import Cut, CutGraph
-from lightning_stitch.errors import CutError, StitchError
+from lightning_stitch.errors import StitchError
 from lightning_stitch.folding import producer_layers
-from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
+from lightning_stitch.sources.views import Preprocess, opened
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
@@ -87,34 +87,6 @@ def chunks(images: Tensor, images_at_once: int) -> Sequence[Tensor]:
     return images.split(images_at_once) if images.device.type == "cpu" else (images,)
 
 
-def opened(
-    source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
-) -> tuple[CutGraph, list[Cut], str | None]:
-    """Where a source can be cut for images of a shape: its graph, the cuts, and the cut where networks end in it.
-
-    Raises:
-        CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
-    """
-    if image_shape[0] != source.preprocessing.input_size[0]:
-        raise CutError(
-            f"Source {source.name!r} takes images of {source.preprocessing.input_size[0]} channels; the calibration "
-            f"images have {image_shape[0]}."
-        )
-    size = view_size(source.preprocessing, image_shape)
-    try:
-        graph = source.graph_at(size)
-        end_cut = graph.feature_cut() if settings.until == "features" else None
-        cuts = graph.cuts(settings.granularity_of(source.name))
-    except CutError as error:
-        raise CutError(
-            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, settings, size)}"
-        ) from error
-    if end_cut is not None:
-        # What lies between a cut and the features must have weights, or there is nothing to stitch to.
-        cuts = [cut for cut in cuts if cut.macs < end_cut.macs]
-    return graph, cuts, None if end_cut is None else end_cut.name
-
-
 def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]) -> Segmented:
     """Take a source apart at its cuts for images of a shape.
 
@@ -145,30 +117,6 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     )
 
 
-def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
-    """Refuse a pool without sources, sources that share a name, and settings for sources that are not there.
-
-    Raises:
-        StitchError: Naming them.
-    """
-    if not names:
-        raise StitchError("A pool needs at least one source.")
-    if len(set(names)) < len(names):
-        raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
-    named = settings.granularity
-    if isinstance(named, Mapping) and (strangers := sorted(set(named) - set(names))):
-        raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
-
-
-def without_strangers(settings: CalibrationSettings, names: Sequence[str]) -> CalibrationSettings:
-    """The same settings for those of the sources that are left, where some were rejected."""
-    if not isinstance(settings.granularity, Mapping):
-        return settings
-    return replace(
-        settings, granularity={key: settings.granularity[key] for key in names if key in settings.granularity}
-    )
-
-
 def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings) -> None:
     """Refuse sources whose outputs differ in width, where networks end at outputs.
 
@@ -181,18 +129,3 @@ def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings
             f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
             f"Leave the odd ones out, or end at the features and fit a head."
         )
-
-
-def _mend(source: Source, settings: CalibrationSettings, size: tuple[int, int, int]) -> str:
-    """What a source that does not take images of a size may need."""
-    native = source.preprocessing.input_size
-    if size == native:
-        return ""
-    try:
-        opened(source, settings, native)
-    except StitchError:
-        return ""
-    return (
-        f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
-        f"fixed_size=True in its preprocessing, and it gets them resized."
-    )

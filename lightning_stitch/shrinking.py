@@ -20,7 +20,7 @@ from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 
 @dataclass(frozen=True, slots=True)

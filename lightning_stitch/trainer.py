@@ -16,10 +16,10 @@ from lightning_stitch.finetuning import FineTuning
 from lightning_stitch.method_table import Row, print_methods
 from lightning_stitch.methods import compare_methods
 from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.preflight_table import print_preflight, refusal
 from lightning_stitch.progress import Bar, Silent
 from lightning_stitch.slots import place_for_network
-from lightning_stitch.source_checks import Preflight, preflight
+from lightning_stitch.sources.preflight_checks import Preflight, preflight
+from lightning_stitch.sources.preflight_table import print_preflight, refusal
 
 _RECIPE = FineTuning()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from helpers import live, shake
 from torch import Tensor, nn
 
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 
 class Clock:

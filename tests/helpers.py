@@ -32,7 +32,7 @@ from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recip
 from lightning_stitch.results import SearchResult
 from lightning_stitch.segments import segment
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source, load_source
+from lightning_stitch.sources.source import Source, load_source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import Stitch
 

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_stitch import CalibrationDataModule, FragmentSearch
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 QUIET = {"accelerator": "cpu"}
 

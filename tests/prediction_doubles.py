@@ -13,7 +13,7 @@ from torch import nn
 from lightning_stitch import CutGraph, FragmentRef, Recipe, RidgeHead, StitchedClassifier, load_source
 from lightning_stitch._lightning import pl
 from lightning_stitch.network import assemble
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 SIZE = 16
 NAMES = ["digit_0", "digit_1", "digit_2"]

@@ -13,7 +13,7 @@ from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, 
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.network import assemble
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 SIZE = 32
 IMAGES = noise(2, 3, SIZE, SIZE, seed=5)

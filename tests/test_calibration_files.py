@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.results import SearchResult
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

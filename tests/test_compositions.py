@@ -20,7 +20,7 @@ from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.segments import Segmented, segment
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import is_bridgeable
 

@@ -22,7 +22,7 @@ from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError
 from lightning_stitch.pool import Pool
-from lightning_stitch.sources import load_source
+from lightning_stitch.sources.source import load_source
 
 
 def test_examples_in_the_docstrings() -> None:

@@ -21,7 +21,7 @@ from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 
 SIZE = 32

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CutError
 from lightning_stitch.settings import Granularity
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 FIXED_SIZE = ["test_coatnet", "test_maxvit", "test_vit3", "test_vit_relpos"]
 ANY_SIZE = [name for name in timm.list_models("test_*") if name not in FIXED_SIZE]

@@ -28,7 +28,7 @@ from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import Refiner, finalists, refined
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.trials import held_out_images, held_out_r2
 

@@ -29,7 +29,7 @@ from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst, Strategy
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 
 SHAPE = (3, 16, 16)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lightning_stitch.licences import combine_licences, hub_words
+from lightning_stitch.sources.licences import combine_licences, hub_words
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from lightning_stitch.cutting.graph import CutGraph
-from lightning_stitch.sources import load_source
+from lightning_stitch.sources.source import load_source
 
 SIZE = (3, 16, 16)
 

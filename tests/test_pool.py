@@ -23,7 +23,7 @@ from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -6,8 +6,8 @@ from helpers import noise
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
-from lightning_stitch.preprocessing import Preprocess, view_size
 from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.sources.views import Preprocess, view_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

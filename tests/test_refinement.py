@@ -23,7 +23,7 @@ from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.refinement import batch_norm_statistics, refined
 from lightning_stitch.search import Beam
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitches import fit_rows
 from lightning_stitch.trials import run_on

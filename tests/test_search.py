@@ -21,7 +21,7 @@ from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)

@@ -20,7 +20,7 @@ from lightning_stitch.heads import RidgeHead
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe
-from lightning_stitch.sources import Source, load_source
+from lightning_stitch.sources.source import Source, load_source
 from lightning_stitch.stitches import Stitch, stitch_spec
 
 IMAGES = noise(4, 3, 16, 16)

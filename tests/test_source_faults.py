@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lightning_stitch import CalibrationSettings, SourceError, load_source, load_sources, preflight
 from lightning_stitch.io.hub_download import hub_file
-from lightning_stitch.preflight_table import preflight_text, print_preflight
 from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.sources.preflight_table import preflight_text, print_preflight
 
 RANDOM = {"spec": "test_resnet", "pretrained": False}
 MEANS = {"mean": [0.5] * 3, "std": [0.5] * 3}

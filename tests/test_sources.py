@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.sources import build_architecture, check_source, load_source, load_sources
+from lightning_stitch.sources.source import build_architecture, check_source, load_source, load_sources
 
 DONORS = timm.list_models("test_*")
 GREY = Preprocessing(input_size=(1, 8, 8), mean=(0.5,), std=(0.25,))

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.sources import build_architecture, check_source, load_source, load_sources
+from lightning_stitch.sources.source import build_architecture, check_source, load_source, load_sources
 
 
 def donor(name: str, **options: Any) -> Any:

@@ -26,7 +26,7 @@ from lightning_stitch import (
 )
 from lightning_stitch.candidates import Candidate
 from lightning_stitch.paths import follow
-from lightning_stitch.preprocessing import Preprocess
+from lightning_stitch.sources.views import Preprocess
 from lightning_stitch.space import SearchSpace
 
 Batches = Sequence[tuple[Tensor, Tensor]]

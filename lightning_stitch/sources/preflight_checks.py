@@ -21,14 +21,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch._blueprint import Blueprint
-from lightning_stitch._finding import SPECS, distinct, find_mapping
 from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.io.hub_download import WeightFile, tensor_shapes
-from lightning_stitch.preprocessing import view_size
-from lightning_stitch.segments import check_names, opened
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Source, outline
+from lightning_stitch.sources.blueprint import Blueprint
+from lightning_stitch.sources.finding import SPECS, distinct, find_mapping
+from lightning_stitch.sources.source import Source, outline
+from lightning_stitch.sources.views import check_names, opened, view_size
 
 _SECONDS_TO_ANSWER = 10
 

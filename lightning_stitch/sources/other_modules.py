@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch._blueprint import Blueprint, plain_arguments, preprocessing_from
 from lightning_stitch.cutting.copies import copied
 from lightning_stitch.errors import SourceError, first_lines, nearest
 from lightning_stitch.io.hub_download import download_of
 from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
 
 
 def from_torchvision(

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_stitch import _timm_sources as timm_sources
-from lightning_stitch._blueprint import Blueprint, checked_licence, checked_preprocessing, reserved_arguments
-from lightning_stitch._finding import SPECS, distinct, find_mapping, find_source
-from lightning_stitch._meta import build_on_meta
-from lightning_stitch._module_sources import (
+from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.errors import RecipeError, SourceError
+from lightning_stitch.recipe import Preprocessing, SourceRef
+from lightning_stitch.settings import Granularity
+from lightning_stitch.sources import timm_models as timm_sources
+from lightning_stitch.sources.blueprint import Blueprint, checked_licence, checked_preprocessing, reserved_arguments
+from lightning_stitch.sources.finding import SPECS, distinct, find_mapping, find_source
+from lightning_stitch.sources.meta_device import build_on_meta
+from lightning_stitch.sources.other_modules import (
     call_factory,
     create_torchvision,
     declared_config,
     declared_preprocessing,
 )
-from lightning_stitch.cutting.graph import Cut, CutGraph
-from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.recipe import Preprocessing, SourceRef
-from lightning_stitch.settings import Granularity
 
 
 @dataclass(slots=True)

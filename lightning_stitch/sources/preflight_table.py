@@ -12,10 +12,10 @@ from rich.text import Text
 from torch import nn
 
 from lightning_stitch.errors import SourceError, StitchError
-from lightning_stitch.segments import opened
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.source_checks import Preflight, SourceCheck, preflight
-from lightning_stitch.sources import Source
+from lightning_stitch.sources.preflight_checks import Preflight, SourceCheck, preflight
+from lightning_stitch.sources.source import Source
+from lightning_stitch.sources.views import opened
 
 _WIDE = 1000  # in a pipe or a log there is no width to go by
 _COLUMNS = ("source", "fits", "sees", "cuts", "M params", "M MACs", "licence", "download")

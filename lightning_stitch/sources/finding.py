@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch import _timm_sources as timm_sources
-from lightning_stitch._blueprint import Blueprint, checked_licence, checked_preprocessing
-from lightning_stitch._module_sources import from_factory, from_module, from_torchvision
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.sources import timm_models as timm_sources
+from lightning_stitch.sources.blueprint import Blueprint, checked_licence, checked_preprocessing
+from lightning_stitch.sources.other_modules import from_factory, from_module, from_torchvision
 
 SPECS = (
     "a timm name ('resnet50.a1_in1k'), 'torchvision:NAME', 'local-dir:PATH', 'hf-hub:ORG/NAME[@REVISION]', "

@@ -1,0 +1,130 @@
+"""A source's own view of an image: its size where that is fixed, its mean and standard deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.errors import CutError, StitchError
+from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.sources.source import Source
+
+# torch resamples tensors in these; what else a source was trained with (lanczos, random) comes nearest to bicubic.
+_MODES = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest"}
+
+
+class Preprocess(nn.Module):
+    """Images in [0, 1], (batch, channels, height, width), to what a source was trained on.
+
+    Images keep their size unless the source accepts only its own; then they are resized with anti-aliasing.
+
+    Args:
+        preprocessing: The source's preprocessing.
+    """
+
+    traced_whole = True
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.size = preprocessing.input_size[1:] if preprocessing.fixed_size else None
+        self.mode = _MODES.get(preprocessing.interpolation, "bicubic")
+        # Not in the state dict: the recipe holds them.
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize where the size is fixed, then normalise."""
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            antialias = self.mode != "nearest"
+            align = None if self.mode == "nearest" else False
+            images = functional.interpolate(
+                images, size=self.size, mode=self.mode, align_corners=align, antialias=antialias
+            )
+        return (images - self.mean) / self.std
+
+    def activation_bytes(self, image_shape: tuple[int, int, int]) -> int:
+        """Most bytes alive at once while one image of a shape goes through: it, its view, and what is subtracted."""
+        given, viewed = math.prod(image_shape), math.prod((image_shape[0], *(self.size or image_shape[1:])))
+        resized = viewed if self.size not in (None, tuple(image_shape[1:])) else 0
+        return 4 * (given + resized + 2 * viewed)
+
+
+def view_size(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) in which a source sees images of a shape."""
+    return preprocessing.input_size if preprocessing.fixed_size else image_shape
+
+
+def opened(
+    source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
+) -> tuple[CutGraph, list[Cut], str | None]:
+    """Where a source can be cut for images of a shape: its graph, the cuts, and the cut where networks end in it.
+
+    Raises:
+        CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
+    """
+    if image_shape[0] != source.preprocessing.input_size[0]:
+        raise CutError(
+            f"Source {source.name!r} takes images of {source.preprocessing.input_size[0]} channels; the calibration "
+            f"images have {image_shape[0]}."
+        )
+    size = view_size(source.preprocessing, image_shape)
+    try:
+        graph = source.graph_at(size)
+        end_cut = graph.feature_cut() if settings.until == "features" else None
+        cuts = graph.cuts(settings.granularity_of(source.name))
+    except CutError as error:
+        raise CutError(
+            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, settings, size)}"
+        ) from error
+    if end_cut is not None:
+        # What lies between a cut and the features must have weights, or there is nothing to stitch to.
+        cuts = [cut for cut in cuts if cut.macs < end_cut.macs]
+    return graph, cuts, None if end_cut is None else end_cut.name
+
+
+def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
+    """Refuse a pool without sources, sources that share a name, and settings for sources that are not there.
+
+    Raises:
+        StitchError: Naming them.
+    """
+    if not names:
+        raise StitchError("A pool needs at least one source.")
+    if len(set(names)) < len(names):
+        raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
+    named = settings.granularity
+    if isinstance(named, Mapping) and (strangers := sorted(set(named) - set(names))):
+        raise StitchError(f"granularity= names {strangers}, but the sources are {names}.")
+
+
+def without_strangers(settings: CalibrationSettings, names: Sequence[str]) -> CalibrationSettings:
+    """The same settings for those of the sources that are left, where some were rejected."""
+    if not isinstance(settings.granularity, Mapping):
+        return settings
+    return replace(
+        settings, granularity={key: settings.granularity[key] for key in names if key in settings.granularity}
+    )
+
+
+def _mend(source: Source, settings: CalibrationSettings, size: tuple[int, int, int]) -> str:
+    """What a source that does not take images of a size may need."""
+    native = source.preprocessing.input_size
+    if size == native:
+        return ""
+    try:
+        opened(source, settings, native)
+    except StitchError:
+        return ""
+    return (
+        f"\nIt does take its native {native[0]}x{native[1]}x{native[2]}: use images of that size, or say "
+        f"fixed_size=True in its preprocessing, and it gets them resized."
+    )
