@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_stitch as ls
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.comparison import compare
 from lightning_stitch.paths import follow
 from lightning_stitch.report import print_table, write_table
 from lightning_stitch.sources.views import Preprocess
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = 32
 PREPROCESSING = ls.Preprocessing((3, SIZE, SIZE), mean=(0.3,) * 3, std=(0.35,) * 3, fixed_size=True)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 import lightning_stitch as ls
-from lightning_stitch.candidates import Candidate
+from lightning_stitch.stitching.candidates import Candidate
 
 
 @dataclass

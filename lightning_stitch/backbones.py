@@ -12,7 +12,7 @@ from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.maths.regression import AffineMap
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.stitches import fit_rows
+from lightning_stitch.stitching.fitting import fit_rows
 
 _STATE = "_extra_state"
 _FORMAT = "lightning_stitch.StitchedBackbone"

@@ -12,7 +12,6 @@ import torch
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch._resuming import is_resumed
 from lightning_stitch.callback_order import check_order
-from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
@@ -30,6 +29,7 @@ from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_fi
 from lightning_stitch.sources.preflight_table import fitting_sources, usable_sources
 from lightning_stitch.sources.source import Source, find_sources, load_sources
 from lightning_stitch.sources.views import without_strangers
+from lightning_stitch.stitching.candidates import Candidate, Kind
 
 
 class FragmentSearch(pl.Callback):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.head_settings import HeadSettings
@@ -19,6 +18,7 @@ from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.results import SearchResult
+from lightning_stitch.stitching.candidates import Candidate
 
 Loader = Iterable[Any]
 

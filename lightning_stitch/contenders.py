@@ -22,9 +22,9 @@ from lightning_stitch.flops import Meter
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.segments import chunks, segment
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
+from lightning_stitch.stitching.segments import chunks, segment
 
 Method = Literal[
     "linear probe",

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated, rows_to_fit
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.maths.regression import AffineMap
-from lightning_stitch.segments import chunks
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitches import Stitch, fitted_stitch
+from lightning_stitch.stitching.activations import Calibrated, rows_to_fit
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.fitting import fitted_stitch
+from lightning_stitch.stitching.segments import chunks
+from lightning_stitch.stitching.stitches import Stitch
 
 
 def dealt(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:

@@ -11,8 +11,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.batches import Batch
-from lightning_stitch.candidates import Candidate, Step
 from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
@@ -24,10 +22,12 @@ from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.saving import open_folder, save_folder
-from lightning_stitch.segments import Segmented
 from lightning_stitch.sources.source import build_architecture
 from lightning_stitch.sources.views import Preprocess, view_size
-from lightning_stitch.stitches import GlobalAverage, Stitch
+from lightning_stitch.stitching.candidates import Candidate, Step
+from lightning_stitch.stitching.images import Batch
+from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching.stitches import GlobalAverage, Stitch
 
 
 class Ensemble(nn.Module):

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_stitch.batches import Batch, WithoutLabels
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.head_settings import HeadSettings
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import NEED_LABELS, Ranking, check_ranking_fits
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.images import Batch, WithoutLabels
 
 
 def check_targets(

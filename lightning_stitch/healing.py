@@ -23,7 +23,7 @@ held-out R2 lower (.92 -> .90, .94 -> .93, .74 -> .71 on three stitches). A laye
 BatchNorm moves that one's running mean instead; another one is solved uncentred.
 
 Chosen, not set: l, relative to the mean diagonal of Xc'Xc, is the one of `STRENGTHS` that explains the layer's output
-best on calibration images held out of the fit (`lightning_stitch.held_out`: whole groups where groups are given). From
+best on calibration images held out of the fit (`lightning_stitch.stitching.images`: whole groups where groups are given). From
 the strongest on, weaker ones are tried until that error rises; if none is better than the layer as it is, it stays.
 Stitches are fitted anew without the held-out images, too, and behind a healed fragment on what that one sends: a wide
 stitch that has seen them leaves nothing to be learnt from them (R2 .99 of the final features where its own R2 on images
@@ -60,13 +60,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stitch.activations import Calibrated
-from lightning_stitch.candidates import Candidate, Step
 from lightning_stitch.cutting.copies import with_tensors
-from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.layer_healing import Healable, Sampling, layers_of, norm_behind, solve_layer
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.activations import Calibrated
+from lightning_stitch.stitching.candidates import Candidate, Step
+from lightning_stitch.stitching.fitting import fit_stitch
 from lightning_stitch.trials import entered
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0)

@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CutError, RecipeError
-from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.recipe import Recipe, StitchSpec
 from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.sources.source import build_architecture
 from lightning_stitch.sources.views import Preprocess, view_size
-from lightning_stitch.stitches import GlobalAverage, Stitch
+from lightning_stitch.stitching.folding import fold_into_consumer, fold_into_producer
+from lightning_stitch.stitching.stitches import GlobalAverage, Stitch
 
 
 class StitchedNetwork(nn.Module):

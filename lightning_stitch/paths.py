@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.segments import Segmented
 from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitches import is_bridgeable
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching.stitches import is_bridgeable
 
 
 def references(space: SearchSpace) -> list[Candidate]:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._images import Decoder
-from lightning_stitch.activations import Calibrated, calibrate_all
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.compositions import costs_of_pairs
 from lightning_stitch.cost import Budget
@@ -32,8 +30,10 @@ from lightning_stitch.ranking import Ranking, SelectionData
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.results import SearchResult, choose, rank
 from lightning_stitch.search import Beam
-from lightning_stitch.segments import chunks
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.activations import Calibrated, calibrate_all
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.segments import chunks
 from lightning_stitch.trials import run_on
 
 _FOLDS = 4  # three quarters of the images fit each fold's stitch

@@ -17,11 +17,6 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_stitch._identity import search_identity
-from lightning_stitch.activations import Calibrated, calibrate_all
-from lightning_stitch.batches import Batch, labelled, put_down, read_again
-from lightning_stitch.calibration_files import calibrate_once, load_calibration, save_calibration, saved_settings
-from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.compositions import CompositionCosts, costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
@@ -32,17 +27,27 @@ from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits, follow, self_stitched, unmodified
 from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
-from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking
+from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking, labelled
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
 from lightning_stitch.results import SearchResult, choose, measured, rank
 from lightning_stitch.search import Beam, Strategy
-from lightning_stitch.segments import check_same_outputs, segment
 from lightning_stitch.settings import LEAN, CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import check_names
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.activations import Calibrated, calibrate_all
+from lightning_stitch.stitching.candidates import Candidate, Kind
+from lightning_stitch.stitching.identity import search_identity
+from lightning_stitch.stitching.images import Batch, put_down, read_again
+from lightning_stitch.stitching.saved_calibration import (
+    calibrate_once,
+    load_calibration,
+    save_calibration,
+    saved_settings,
+)
+from lightning_stitch.stitching.segments import check_same_outputs, segment
 from lightning_stitch.stopping import TimeLimit, until_stopped
 
 
@@ -218,7 +223,7 @@ class Pool:
                 are not where networks end at an output, nor under the ranking "cka_product", which would give each of
                 them the highest score, as they have no stitch.
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
-                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitches.fit_rows`), and after
+                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`), and after
                 it is composed its "batch_norm" statistics and "healing" (`lightning_stitch.refinement`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.segments import Segmented, chunks
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.segments import Segmented, chunks
+from lightning_stitch.stitching.stitches import Stitch
 
 
 @dataclass(slots=True)

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import DEFAULT_STRENGTHS, loo_scores
 from lightning_stitch.maths.cka import centre_rows, linear_cka
 from lightning_stitch.maths.regression import loo_ridge, r2
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.images import Batch
 from lightning_stitch.targets import comparable_columns, count_of, task_of
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
@@ -254,3 +256,21 @@ def _naming(sources: Iterable[str]) -> Iterator[None]:
 
 def _last_source(candidate: Candidate) -> str:
     return candidate.recipe.fragments[-1].source
+
+
+def labelled(batches: Iterable[Batch], ranking: str | Ranking) -> Iterable[Batch]:
+    """The same batches, once the first is seen to have labels that a ranking can use.
+
+    Raises:
+        CalibrationError: If it has none, or the ranking counts classes and they are none.
+    """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if isinstance(first, Tensor) or (first is not None and len(first) < 2):
+        raise CalibrationError(MISSING_LABELS)
+    if first is not None:
+        check_ranking_fits(ranking, task_of(torch.as_tensor(first[1])))
+    if iterator is not batches:
+        # What can be read anew is: a loader's workers would wait through the whole search, and Ctrl-C would end them.
+        return batches
+    return chain([] if first is None else [first], iterator)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.activations import Calibrated
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import heal
 from lightning_stitch.layerwise import run_layerwise
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.activations import Calibrated
+from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.trials import Numbers, divided, entered, held_out_images, held_out_r2, with_numbers
 
 Moments = tuple[Tensor, Tensor]

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.fingerprints import key_of, tensors_hash
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.refinement import Refiner
-from lightning_stitch.segments import Segmented
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitching.activations import Calibrated
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching.stitches import Stitch
 
 
 def candidate_keys(candidates: Iterable[Candidate]) -> list[str]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated, Grid, centred_or_none, rows_on_grids
 from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import RowBank, cka_with_many, row_bank
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.shortlist import Shortlist
+from lightning_stitch.stitching.activations import Calibrated, Grid, centred_or_none, rows_on_grids
 
 
 class Scorer:

@@ -14,10 +14,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
-from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate, Edge, State
 
 
 class Strategy(Protocol):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_stitch.batches import images_of
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.maths.regression import r2
@@ -21,6 +19,8 @@ from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, Strategy
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.images import images_of
 
 
 @dataclass(frozen=True, slots=True)

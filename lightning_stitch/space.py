@@ -16,18 +16,18 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated, Grid
-from lightning_stitch.candidates import Candidate, Edge, Kind, State, Step
 from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.fitting import fit_stitch
 from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.scoring import Scorer
-from lightning_stitch.segments import Segmented, chunks
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitches import GlobalAverage, Stitch, is_bridgeable
+from lightning_stitch.stitching.activations import Calibrated, Grid
+from lightning_stitch.stitching.candidates import Candidate, Edge, Kind, State, Step
+from lightning_stitch.stitching.fitting import fit_stitch
+from lightning_stitch.stitching.segments import Segmented, chunks
+from lightning_stitch.stitching.stitches import GlobalAverage, Stitch, is_bridgeable
 from lightning_stitch.stopping import NO_LIMIT, TimeLimit
 
 

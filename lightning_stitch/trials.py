@@ -9,11 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_stitch.activations import Calibrated
-from lightning_stitch.candidates import Candidate, Step
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.segments import chunks
+from lightning_stitch.stitching.activations import Calibrated
+from lightning_stitch.stitching.candidates import Candidate, Step
+from lightning_stitch.stitching.segments import chunks
 
 Numbers = Mapping[str, Tensor]
 

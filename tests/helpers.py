@@ -20,21 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_stitch.activations import calibrate
-from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.heads import DEFAULT_STRENGTHS
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult
-from lightning_stitch.segments import segment
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source, load_source
 from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitching.activations import calibrate
+from lightning_stitch.stitching.candidates import Candidate, Kind
+from lightning_stitch.stitching.folding import fold_into_consumer, fold_into_producer
+from lightning_stitch.stitching.segments import segment
+from lightning_stitch.stitching.stitches import Stitch
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -5,10 +5,10 @@ import torch
 from helpers import digits, donor, images_seen, live, noise, plain, shake
 from torch import Tensor, nn
 
-from lightning_stitch.activations import calibrate, positions, sampled_rows
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.segments import Segmented, segment
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.activations import calibrate, positions, sampled_rows
+from lightning_stitch.stitching.segments import Segmented, segment
 
 IMAGES = digits(8, 64)[0]
 

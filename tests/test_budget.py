@@ -10,7 +10,6 @@ from clock_double import Clock, timed
 from helpers import Recorder, digits, images_seen, noise, path, plain
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.probing import network_cost
@@ -19,6 +18,7 @@ from lightning_stitch.pool import Pool
 from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import Ranked, SearchResult
 from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -11,8 +11,8 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from test_callbacks import digits, search, trainer
 
 from lightning_stitch import Beam, JournalError, StitchedClassifier
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 
 def test_a_run_that_was_stopped_goes_on_with_its_journal(tmp_path: Path) -> None:

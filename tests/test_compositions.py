@@ -18,11 +18,11 @@ from lightning_stitch.network import assemble
 from lightning_stitch.paths import references
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search import DepthFirst
-from lightning_stitch.segments import Segmented, segment
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitches import is_bridgeable
+from lightning_stitch.stitching.segments import Segmented, segment
+from lightning_stitch.stitching.stitches import is_bridgeable
 
 Path = list[tuple[int, int, int]]  # source, first piece, last piece + 1
 

@@ -11,7 +11,6 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
@@ -23,6 +22,7 @@ from lightning_stitch.recipe import Recipe
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = 32
 CALIBRATION = 0.7 * digits(12, SIZE)[0] + 0.3 * noise(12, 3, SIZE, SIZE)

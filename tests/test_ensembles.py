@@ -28,8 +28,8 @@ from lightning_stitch import (
     load_source,
     network_cost,
 )
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.recipe import Branch, Member, any_recipe
+from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = (3, 32, 32)
 IMAGES, LABELS = digits(72, 32, classes=3)

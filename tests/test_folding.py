@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cutting.graph import Cut, CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError
-from lightning_stitch.folding import (
+from lightning_stitch.recipe import Format, Placement, StitchSpec
+from lightning_stitch.stitching.folding import (
     choose_placement,
     consumer_layers,
     fold_into_consumer,
@@ -22,8 +23,7 @@ from lightning_stitch.folding import (
     producer_layers,
     stitch_cost,
 )
-from lightning_stitch.recipe import Format, Placement, StitchSpec
-from lightning_stitch.stitches import is_bridgeable, stitch_spec
+from lightning_stitch.stitching.stitches import is_bridgeable, stitch_spec
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
 from lightning_stitch.healing import heal
@@ -30,6 +29,7 @@ from lightning_stitch.refinement import Refiner, finalists, refined
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.trials import held_out_images, held_out_r2
 
 IMAGES = 0.7 * digits(32, 12)[0] + 0.3 * noise(32, 3, 12, 12)

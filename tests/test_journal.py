@@ -22,8 +22,7 @@ from clock_double import Clock, timed
 from helpers import digits, noise, pieces_run, plain, records
 from torch import Tensor
 
-from lightning_stitch import CalibrationSettings, Pool, calibration_files
-from lightning_stitch.candidates import Candidate
+from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
@@ -31,6 +30,8 @@ from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst, Strategy
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching import saved_calibration as calibration_files
+from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -8,8 +8,8 @@ from clock_double import Clock, timed
 from torch import Tensor, nn
 
 from lightning_stitch.latency import RUNS, WARM_UP, network_latency, piece_latencies
-from lightning_stitch.segments import segment
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.segments import segment
 
 CPU = torch.device("cpu")
 

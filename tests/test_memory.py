@@ -15,10 +15,10 @@ from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.segments import segment
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.views import Preprocess
-from lightning_stitch.stitches import is_bridgeable
+from lightning_stitch.stitching.segments import segment
+from lightning_stitch.stitching.stitches import is_bridgeable
 
 MAP = 4 * 4 * 8 * 8  # bytes of 4 channels of 8 x 8
 

@@ -9,7 +9,6 @@ import torch
 from helpers import digits, donor, live, noise, plain, shake, space_of
 from torch import Tensor, nn
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.network import StitchedNetwork, assemble
@@ -19,6 +18,7 @@ from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = digits(8, 64)[0]
 

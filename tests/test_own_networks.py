@@ -19,7 +19,7 @@ from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
 from lightning_stitch.sources.source import Source, load_source
-from lightning_stitch.stitches import Stitch, is_bridgeable, stitch_spec
+from lightning_stitch.stitching.stitches import Stitch, is_bridgeable, stitch_spec
 
 GREYISH = Preprocessing(SIZE, (0.4,) * 3, (0.3,) * 3)
 

@@ -13,7 +13,6 @@ from helpers import Recorder, digits, images_seen, live, noise, path, plain, sha
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
@@ -24,6 +23,7 @@ from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
+from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from lightning_stitch.candidates import Candidate, Kind
 from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths.cka import linear_cka
@@ -21,6 +20,7 @@ from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_
 from lightning_stitch.search import DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate, Kind
 
 LABELS = torch.tensor([0, 1, 2] * 10)
 

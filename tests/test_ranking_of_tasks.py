@@ -6,12 +6,12 @@ from helpers import bare_candidate as candidate
 from helpers import digits, left_out_predictions, left_out_r2, normal, plain
 from torch import Tensor
 
-from lightning_stitch.batches import WithoutLabels
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent, num_images
 from lightning_stitch.ranking import RANKINGS, SelectionData
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.images import WithoutLabels
 
 SIGNAL = normal(30, 3)
 LABELS = (SIGNAL + normal(30, 3, seed=1) > 0).long()

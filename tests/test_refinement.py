@@ -10,7 +10,6 @@ from helpers import digits, live, noise, normal, path, pieces_run, records, shak
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.layerwise import run_layerwise
@@ -25,7 +24,8 @@ from lightning_stitch.search import Beam
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitches import fit_rows
+from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching.fitting import fit_rows
 from lightning_stitch.trials import run_on
 
 IMAGES = 0.7 * digits(16, 8)[0] + 0.3 * noise(16, 3, 8, 8)

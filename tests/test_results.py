@@ -7,13 +7,13 @@ import pytest
 from clock_double import Clock, timed
 from helpers import digits, noise, plain
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.results import Ranked, SearchResult, choose
 from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -12,7 +12,6 @@ import torch
 from helpers import digits, donor, images_seen, noise, path, plain, space_of
 from torch import Tensor, nn
 
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
@@ -23,6 +22,7 @@ from lightning_stitch.search import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 PAPER = CalibrationSettings(granularity="reference", estimator="biased", rows_per_image=256, until="output")

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_stitch.cost import Cost
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError, StitchError
-from lightning_stitch.segments import Segmented, chunks, segment
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.segments import Segmented, chunks, segment
 
 IMAGES = noise(6, 3, 64, 64)
 

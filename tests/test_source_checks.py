@@ -17,8 +17,8 @@ from torch import nn
 
 from lightning_stitch import CalibrationSettings, Preflight, SourceError, load_source, load_sources, preflight
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.segments import segment
 from lightning_stitch.sources.preflight_table import preflight_text, require
+from lightning_stitch.stitching.segments import segment
 
 RANDOM = {"spec": "test_resnet", "pretrained": False}
 

@@ -10,7 +10,6 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
@@ -19,6 +18,7 @@ from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate, Edge, State
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 ALL_ROWS = CalibrationSettings(rows_per_image=256, until="output")

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.maths.regression import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import Format, StitchSpec
-from lightning_stitch.stitches import Stitch, fit_rows, fitted_stitch, is_bridgeable, resample, stitch_spec, to_map
+from lightning_stitch.stitching.fitting import fit_rows, fitted_stitch
+from lightning_stitch.stitching.stitches import Stitch, is_bridgeable, resample, stitch_spec, to_map
 
 FORMATS: list[Format] = ["NCHW", "NHWC", "tokens", "vector"]
 

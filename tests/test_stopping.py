@@ -14,7 +14,6 @@ from helpers import Recorder, pieces_run, records
 from test_journal import BEAM, SELECTION, never, new_pool, search
 
 from lightning_stitch import stopping
-from lightning_stitch.candidates import Candidate, Edge, State
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.io.activation_store import Carried
@@ -22,6 +21,7 @@ from lightning_stitch.ranking import SelectionData
 from lightning_stitch.results import SearchResult
 from lightning_stitch.search import Strategy
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate, Edge, State
 
 
 @pytest.fixture

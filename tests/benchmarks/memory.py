@@ -23,8 +23,8 @@ import torch
 from lightning_stitch import Beam, CalibrationSettings, Pool, load_source
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.paths import references
-from lightning_stitch.segments import chunks
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.segments import chunks
 
 
 def images(size: int, count: int) -> Iterator[torch.Tensor]:

@@ -24,10 +24,10 @@ from lightning_stitch import (
     load_source,
     load_sources,
 )
-from lightning_stitch.candidates import Candidate
 from lightning_stitch.paths import follow
 from lightning_stitch.sources.views import Preprocess
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 

@@ -57,11 +57,11 @@ from reference_side import (
 from torch import Tensor, nn
 
 from lightning_stitch import Beam, CalibrationSettings, DepthFirst, Pool, load_sources
-from lightning_stitch.candidates import Candidate, State
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.paths import references
-from lightning_stitch.segments import chunks
 from lightning_stitch.space import SearchSpace
+from lightning_stitch.stitching.candidates import Candidate, State
+from lightning_stitch.stitching.segments import chunks
 
 # The package's seaborn needs the older matplotlib; timm writes the sources for it.
 REQUIREMENTS = ("stitchnet==0.2.2", "matplotlib<3.9", "timm==1.0.31")

@@ -14,15 +14,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_stitch import held_out
 from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.activation_store import Carried, Portion, Spool
 from lightning_stitch.maths.cka import CentredRows, centre_rows
 from lightning_stitch.progress import Progress
-from lightning_stitch.segments import Segmented, chunks
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitches import resample, to_map
+from lightning_stitch.stitching import images as held_out
+from lightning_stitch.stitching.segments import Segmented, chunks
+from lightning_stitch.stitching.stitches import resample, to_map
 
 Grid = tuple[int, int] | None
 
@@ -60,7 +60,7 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
-        num_held_out: How many of the images, the last ones, judge fits and refinements (`lightning_stitch.held_out`).
+        num_held_out: How many of the images, the last ones, judge fits and refinements (`lightning_stitch.stitching.images`).
         stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
 

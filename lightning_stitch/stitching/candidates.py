@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Cost
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.recipe import Recipe, StitchSpec
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitching.stitches import Stitch
 
 Kind = Literal["source", "self-stitched", "early exit", "stitched"]
 

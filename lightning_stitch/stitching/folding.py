@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Placement, StitchSpec
-from lightning_stitch.stitches import Stitch
+from lightning_stitch.stitching.stitches import Stitch
 
 
 def consumer_layers(fragment: fx.GraphModule, *, bias: bool) -> list[nn.Conv2d | nn.Linear] | None:

@@ -11,8 +11,8 @@ import torch
 import lightning_stitch
 from lightning_stitch.cost import Budget
 from lightning_stitch.io.fingerprints import plain
-from lightning_stitch.segments import Segmented
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.segments import Segmented
 
 
 def versions() -> dict[str, str]:

@@ -13,10 +13,10 @@ from lightning_stitch.cost import Cost
 from lightning_stitch.cutting.activation_memory import Occupancy
 from lightning_stitch.cutting.graph import Cut, CutGraph
 from lightning_stitch.errors import StitchError
-from lightning_stitch.folding import producer_layers
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import Preprocess, opened
+from lightning_stitch.stitching.folding import producer_layers
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20

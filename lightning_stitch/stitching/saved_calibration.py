@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stitch._identity import settings_identity, source_identity, versions
-from lightning_stitch.activations import Calibrated, CutStatistics, centred_or_none
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.io.fingerprints import differences, in_words
 from lightning_stitch.io.tensor_files import UNFINISHED, TensorFile, write_json, write_tensors
-from lightning_stitch.segments import Segmented
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.activations import Calibrated, CutStatistics, centred_or_none
+from lightning_stitch.stitching.identity import settings_identity, source_identity, versions
+from lightning_stitch.stitching.segments import Segmented
 
 SCHEMA_VERSION = 1
 _DESCRIPTION = "calibration.json"

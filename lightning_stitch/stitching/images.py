@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.held_out import held_out_groups, num_held_out
 from lightning_stitch.io.activation_store import Carried, Portion, Spool
 from lightning_stitch.io.fingerprints import key_of, tensors_hash
-from lightning_stitch.ranking import MISSING_LABELS, Ranking, check_ranking_fits
-from lightning_stitch.targets import task_of
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -68,7 +64,7 @@ class CalibrationImages:
     Attributes:
         images: They in float32, those that are held out last.
         count: Their number.
-        num_held_out: How many of them are held out (`lightning_stitch.held_out`).
+        num_held_out: How many of them are held out (`lightning_stitch.stitching.images`).
         hash: Of them as they came, whatever batches they came in, and of which are held out.
     """
 
@@ -128,24 +124,6 @@ def put_down(
     return CalibrationImages(Carried([*fitted, *judging]), count, sum(held_out), images_hash)
 
 
-def labelled(batches: Iterable[Batch], ranking: str | Ranking) -> Iterable[Batch]:
-    """The same batches, once the first is seen to have labels that a ranking can use.
-
-    Raises:
-        CalibrationError: If it has none, or the ranking counts classes and they are none.
-    """
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if isinstance(first, Tensor) or (first is not None and len(first) < 2):
-        raise CalibrationError(MISSING_LABELS)
-    if first is not None:
-        check_ranking_fits(ranking, task_of(torch.as_tensor(first[1])))
-    if iterator is not batches:
-        # What can be read anew is: a loader's workers would wait through the whole search, and Ctrl-C would end them.
-        return batches
-    return chain([] if first is None else [first], iterator)
-
-
 @dataclass(frozen=True, slots=True)
 class WithoutLabels:
     """Batches of images alone, of batches that may have labels.
@@ -163,3 +141,38 @@ class WithoutLabels:
     def dataset(self) -> object:
         """What the batches are of, whose length a progress bar shows."""
         return getattr(self.batches, "dataset", None)
+
+
+def num_held_out(num_images: int) -> int:
+    """How many images are held out of so many."""
+    return num_images // 4
+
+
+def held_out_groups(groups: Sequence[Hashable]) -> list[bool]:
+    """Which images are held out where groups must not be split, for each image.
+
+    Whole groups, those met last first, as long as they hold no more than a quarter of the images; the smallest group
+    where each holds more.
+
+    Args:
+        groups: The label of each image's group: the photograph, patient or module that it shows.
+
+    Raises:
+        CalibrationError: If all images are of one group.
+    """
+    members: dict[Hashable, int] = {}
+    for group in groups:
+        members[group] = members.get(group, 0) + 1
+    if len(members) < 2:
+        raise CalibrationError(
+            f"Holding out whole groups needs images of at least 2 groups; found {list(members) or 'no images'}. Leave "
+            f"groups= out, and the last quarter of the images is held out."
+        )
+    chosen: set[Hashable] = set()
+    taken = 0
+    for group in reversed(members):
+        if taken + members[group] <= num_held_out(len(groups)):
+            chosen.add(group)
+            taken += members[group]
+    chosen = chosen or {min(reversed(members), key=members.__getitem__)}
+    return [group in chosen for group in groups]

@@ -1,0 +1,1 @@
+"""Activations, stitches and how they are fitted."""
