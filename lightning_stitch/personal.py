@@ -21,6 +21,7 @@ from lightning_stitch.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.cutting.copies import reference_tensor
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.healing.trials import run_on
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.paths import early_exits, unmodified
 from lightning_stitch.pool import Pool
@@ -34,7 +35,6 @@ from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.activations import Calibrated, calibrate_all
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.segments import chunks
-from lightning_stitch.trials import run_on
 
 _FOLDS = 4  # three quarters of the images fit each fold's stitch
 _BEAM = Beam(width=2, max_fragments=2)

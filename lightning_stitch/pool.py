@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_stitch.compositions import CompositionCosts, costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.healing.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.io.activation_store import Spool
 from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
 from lightning_stitch.latency import network_latency, piece_latencies
@@ -29,7 +30,6 @@ from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking, labelled
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
 from lightning_stitch.results import SearchResult, choose, measured, rank
 from lightning_stitch.search import Beam, Strategy
@@ -224,7 +224,7 @@ class Pool:
                 them the highest score, as they have no stitch.
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
                 other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`), and after
-                it is composed its "batch_norm" statistics and "healing" (`lightning_stitch.refinement`).
+                it is composed its "batch_norm" statistics and "healing" (`lightning_stitch.healing.refinement`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.
             journal: A directory where the search remembers what it found, its calibration too, so that the same search

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.healing.refinement import Refiner
 from lightning_stitch.io.fingerprints import key_of, tensors_hash
 from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.refinement import Refiner
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated
 from lightning_stitch.stitching.candidates import Candidate

@@ -56,7 +56,7 @@ def shrink(
     """The short version of one network that stays truest to it, without labels or back-propagation.
 
     The source is searched alone: its parts are skipped, what is left is stitched, and the layers behind the stitch are
-    healed (`lightning_stitch.healing`). (With skips alone, unhealed, and in a transformer, this is ReplaceMe's method,
+    healed (`lightning_stitch.healing.healing`). (With skips alone, unhealed, and in a transformer, this is ReplaceMe's method,
     arXiv 2505.02819.)
 
     Args:

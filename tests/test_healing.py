@@ -17,20 +17,20 @@ from torch.utils.data import TensorDataset
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
-from lightning_stitch.healing import heal
-from lightning_stitch.layer_healing import layers_of
+from lightning_stitch.healing.healing import heal
+from lightning_stitch.healing.layers import layers_of
+from lightning_stitch.healing.refinement import Refiner, finalists, refined
+from lightning_stitch.healing.trials import held_out_images, held_out_r2
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
-from lightning_stitch.refinement import Refiner, finalists, refined
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.trials import held_out_images, held_out_r2
 
 IMAGES = 0.7 * digits(32, 12)[0] + 0.3 * noise(32, 3, 12, 12)
 SETTINGS = CalibrationSettings(rows_per_image=256)

@@ -7,11 +7,11 @@ import torch
 from helpers import digits, noise, path, plain
 
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.healing.trials import held_out_images
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.pool import Pool
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.images import held_out_groups, num_held_out
-from lightning_stitch.trials import held_out_images
 
 IMAGES = 0.7 * digits(16, 16)[0] + 0.3 * noise(16, 3, 16, 16)
 SETTINGS = CalibrationSettings(rows_per_image=8, until="output")

@@ -10,10 +10,10 @@ from sklearn.linear_model import Ridge
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, fx, nn
 
-from lightning_stitch import layer_healing
 from lightning_stitch.cutting.copies import with_tensors
-from lightning_stitch.healing import heal_piece
-from lightning_stitch.layer_healing import Sampling, solve_layer
+from lightning_stitch.healing import layers as layer_healing
+from lightning_stitch.healing.healing import heal_piece
+from lightning_stitch.healing.layers import Sampling, solve_layer
 
 # -- one layer -------------------------------------------------------------------------------------------------------
 

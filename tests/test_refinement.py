@@ -12,21 +12,20 @@ from torch import Tensor, nn
 
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import JournalError, StitchError
-from lightning_stitch.layerwise import run_layerwise
+from lightning_stitch.healing.refinement import batch_norm_statistics, refined
+from lightning_stitch.healing.trials import run_layerwise, run_on
 from lightning_stitch.maths.regression import r2, ridge_least_squares
 from lightning_stitch.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
-from lightning_stitch.refinement import batch_norm_statistics, refined
 from lightning_stitch.search import Beam
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.fitting import fit_rows
-from lightning_stitch.trials import run_on
 
 IMAGES = 0.7 * digits(16, 8)[0] + 0.3 * noise(16, 3, 8, 8)
 SETTINGS = CalibrationSettings(rows_per_image=256, until="output")

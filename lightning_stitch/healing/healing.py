@@ -30,7 +30,7 @@ stitch that has seen them leaves nothing to be learnt from them (R2 .99 of the f
 that it has not seen is -.5). Their strength, too, is the one of `RIDGES` times the given one that explains most on
 these images. In the end the final features must agree more with those of the network's last source on
 the held-out images than with the same stitches and nothing healed (R2), or all of it is undone
-(`lightning_stitch.refinement`). What was fitted without them stays: with the stitch of all images in its place, R2 on
+(`lightning_stitch.healing.refinement`). What was fitted without them stays: with the stitch of all images in its place, R2 on
 other images moved by -.06 to +.02 (16 images), and solving everything once more on all of them takes as long again for
 -.08 to +.03 (16 images) or -.00 to +.02 (64).
 
@@ -61,13 +61,12 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch.cutting.copies import with_tensors
-from lightning_stitch.layer_healing import Healable, Sampling, layers_of, norm_behind, solve_layer
-from lightning_stitch.layerwise import run_layerwise
+from lightning_stitch.healing.layers import Healable, Sampling, layers_of, norm_behind, solve_layer
+from lightning_stitch.healing.trials import entered, run_layerwise
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated
 from lightning_stitch.stitching.candidates import Candidate, Step
 from lightning_stitch.stitching.fitting import fit_stitch
-from lightning_stitch.trials import entered
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
 

@@ -2,7 +2,7 @@
 
 After composing and before ranking, each network is measured on calibration images that were held out of the change:
 R2 of its final features against those that its last source, unmodified, gives of the same images. Where the change does
-not raise it the network stays as it was. Healing (`lightning_stitch.healing`) is kept as it was measured; statistics of
+not raise it the network stays as it was. Healing (`lightning_stitch.healing.healing`) is kept as it was measured; statistics of
 BatchNorm are, where they help, estimated anew on all calibration images.
 """
 
@@ -15,13 +15,20 @@ from torch import Tensor, nn
 
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.healing import heal
-from lightning_stitch.layerwise import run_layerwise
+from lightning_stitch.healing.healing import heal
+from lightning_stitch.healing.trials import (
+    Numbers,
+    divided,
+    entered,
+    held_out_images,
+    held_out_r2,
+    run_layerwise,
+    with_numbers,
+)
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated
 from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.trials import Numbers, divided, entered, held_out_images, held_out_r2, with_numbers
 
 Moments = tuple[Tensor, Tensor]
 

@@ -1,6 +1,6 @@
 """Healing of one layer: which layers can be solved, the rows that they are fed, and the solution.
 
-`lightning_stitch.healing` says what is solved and why.
+`lightning_stitch.healing.healing` says what is solved and why.
 """
 
 from __future__ import annotations
