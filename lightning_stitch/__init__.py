@@ -15,7 +15,6 @@ from lightning_stitch import _timm_hook
 if TYPE_CHECKING:
     from lightning_stitch.backbones import StitchedBackbone, restore_backbones
     from lightning_stitch.callbacks import FragmentSearch
-    from lightning_stitch.class_maps import class_map_from_names
     from lightning_stitch.cost import Budget, Cost
     from lightning_stitch.cutting.graph import Cut, CutGraph
     from lightning_stitch.cutting.probing import network_cost
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
         StitchError,
     )
     from lightning_stitch.finetuning import FineTuning
-    from lightning_stitch.head_settings import fit_head
-    from lightning_stitch.heads import RidgeHead, fit_ridge_head
+    from lightning_stitch.heads.class_maps import class_map_from_names
+    from lightning_stitch.heads.head_settings import fit_head
+    from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
     from lightning_stitch.maths.cka import linear_cka
     from lightning_stitch.maths.cka_metric import LinearCKA
     from lightning_stitch.methods import compare_methods

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.heads.head_settings import HeadSettings
+from lightning_stitch.heads.neighbours import NearestNeighbourHead
 from lightning_stitch.model_card import CardDetails, CardSubject
-from lightning_stitch.neighbours import NearestNeighbourHead
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.pretrained_reading import PretrainedFolder
 from lightning_stitch.recipe import EnsembleRecipe

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict

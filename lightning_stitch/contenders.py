@@ -19,7 +19,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, train_best
 from lightning_stitch.flops import Meter
-from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.settings import CalibrationSettings

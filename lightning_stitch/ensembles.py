@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
-from lightning_stitch.heads import RidgeHead, fit_ridge_head
+from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
 from lightning_stitch.model_card import CardDetails, CardSubject
 from lightning_stitch.network import placed_stitch
 from lightning_stitch.pool import Pool

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
-from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import NEED_LABELS, Ranking, check_ranking_fits

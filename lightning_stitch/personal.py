@@ -20,7 +20,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.cutting.copies import reference_tensor
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
-from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.healing.trials import run_on
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.paths import early_exits, unmodified

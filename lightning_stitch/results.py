@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError
+from lightning_stitch.heads.targets import count_of
 from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import Ranking, SelectionData, find_ranking
 from lightning_stitch.stitching.candidates import Candidate, Kind
 from lightning_stitch.stopping import Stopped
-from lightning_stitch.targets import count_of
 
 _IN_WORDS: dict[Stopped, str] = {
     "time limit": "The time limit ended the search early.",

@@ -26,7 +26,7 @@ from lightning_stitch.backbones import (
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_fitting import shared_head
-from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, StitchedNetwork, ensemble
 from lightning_stitch.ensembles import Ensemble
-from lightning_stitch.head_settings import HeadSettings
+from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.network import assemble
 from lightning_stitch.sources.source import Source
 

@@ -8,9 +8,9 @@ import torch
 from helpers import normal
 from timm.data import ImageNetInfo
 
-from lightning_stitch import class_maps
-from lightning_stitch.class_maps import ClassMapHead, class_map_from_names, parse_class_map
 from lightning_stitch.errors import StitchError
+from lightning_stitch.heads import class_maps
+from lightning_stitch.heads.class_maps import ClassMapHead, class_map_from_names, parse_class_map
 
 LOGITS = 3 * normal(7, 12)
 BOATS = ["tabby, tabby cat", "catamaran", "Persian cat", "cat bear, panda", "trimaran", "crane", "crane, derrick"]

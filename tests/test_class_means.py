@@ -10,10 +10,10 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_stitch import class_means
-from lightning_stitch.class_means import ClassMeanHead, fit_class_mean_head
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.neighbours import Metric
+from lightning_stitch.heads import class_means
+from lightning_stitch.heads.class_means import ClassMeanHead, fit_class_mean_head
+from lightning_stitch.heads.neighbours import Metric
 
 TARGETS = torch.tensor([0, 1, 2, 1, 2, 2] * 8)
 FEATURES = normal(3, 5, seed=1)[TARGETS] * 1.5 + normal(48, 5) + 20

@@ -7,7 +7,7 @@ from helpers import normal
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from lightning_stitch.confidence import class_temperature, label_calibration
+from lightning_stitch.heads.score_calibration import class_temperature, label_calibration
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0, 100.0])

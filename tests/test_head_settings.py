@@ -9,13 +9,14 @@ import torch
 from helpers import normal
 from torch import Tensor, nn
 
-from lightning_stitch import fit_head, head_settings
-from lightning_stitch.class_maps import ClassMapHead
-from lightning_stitch.class_means import ClassMeanHead, fit_class_mean_head
+from lightning_stitch import fit_head
 from lightning_stitch.errors import StitchError
-from lightning_stitch.head_settings import HEADS, HeadSettings
-from lightning_stitch.heads import RidgeHead, fit_ridge_head
-from lightning_stitch.neighbours import NearestNeighbourHead, fit_neighbour_head
+from lightning_stitch.heads import head_settings
+from lightning_stitch.heads.class_maps import ClassMapHead
+from lightning_stitch.heads.class_means import ClassMeanHead, fit_class_mean_head
+from lightning_stitch.heads.head_settings import HEADS, HeadSettings
+from lightning_stitch.heads.neighbours import NearestNeighbourHead, fit_neighbour_head
+from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
 
 FEATURES = normal(30, 6).float()
 CLASSES = torch.arange(30) % 3

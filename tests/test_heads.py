@@ -10,9 +10,9 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_stitch import heads
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head, loo_scores
+from lightning_stitch.heads import ridge as heads
+from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head, loo_scores
 
 
 def blobs(n: int, d: int, num_classes: int, *, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.heads import fit_ridge_head, loo_scores
+from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
 
 FEATURES = normal(50, 8)
 TRUTH = FEATURES @ normal(8, 3, seed=1) + 2 * normal(50, 3, seed=2)

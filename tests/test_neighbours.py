@@ -11,10 +11,10 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_stitch import neighbours
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
-from lightning_stitch.targets import Task
+from lightning_stitch.heads import neighbours
+from lightning_stitch.heads.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
+from lightning_stitch.heads.targets import Task
 
 FEATURES = normal(40, 6) * torch.tensor([1, 10, 0.1, 3, 1, 1]) + 4
 QUERIES = normal(15, 6, seed=1) * torch.tensor([1, 10, 0.1, 3, 1, 1]) + 4

@@ -26,7 +26,7 @@ from lightning_stitch import (
     network_cost,
 )
 from lightning_stitch.cross_fitting import cross_fitted_features, dealt
-from lightning_stitch.heads import fit_ridge_head, loo_scores
+from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
 
 IMAGES, LABELS = digits(40, 32, classes=3)
 MINE, MY_LABELS = IMAGES[:24], LABELS[:24]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier, StitchError, fit_head
-from lightning_stitch.class_maps import ClassMapHead
 from lightning_stitch.errors import CalibrationError, RecipeError
+from lightning_stitch.heads.class_maps import ClassMapHead
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 ANIMALS = {"name": "class_map", "classes": {"dog": "151-268", "cat": "281-285", "fox": [277, 278]}}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.heads import RidgeHead
+from lightning_stitch.heads.ridge import RidgeHead
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.targets import Task, comparable_columns, count_of, target_columns, task_of
+from lightning_stitch.heads.targets import Task, comparable_columns, count_of, target_columns, task_of
 
 CLASSES = torch.tensor([0, 2, 1, 2])
 LABELS = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1]])

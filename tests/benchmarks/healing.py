@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResult, fit_ridge_head
 from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.heads import DEFAULT_STRENGTHS
+from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.healing.trials import divided, entered, held_out_r2
 from lightning_stitch.maths.regression import loo_ridge, r2, ridge_weights
 from lightning_stitch.paths import early_exits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.targets import Task, standardised, target_columns
+from lightning_stitch.heads.targets import Task, standardised, target_columns
 
 Metric = Literal["cosine", "euclidean"]
 

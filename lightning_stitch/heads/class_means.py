@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_stitch.confidence import class_temperature
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.neighbours import Metric
-from lightning_stitch.targets import target_columns
+from lightning_stitch.heads.neighbours import Metric
+from lightning_stitch.heads.score_calibration import class_temperature
+from lightning_stitch.heads.targets import target_columns
 
 
 class ClassMeanHead(nn.Module):

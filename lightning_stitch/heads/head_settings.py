@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from lightning_stitch.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
-from lightning_stitch.class_means import ClassMeanHead, fit_class_mean_head
 from lightning_stitch.errors import StitchError
-from lightning_stitch.heads import RidgeHead, fit_ridge_head
-from lightning_stitch.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
-from lightning_stitch.targets import Task, count_of, task_of
+from lightning_stitch.heads.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
+from lightning_stitch.heads.class_means import ClassMeanHead, fit_class_mean_head
+from lightning_stitch.heads.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
+from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
+from lightning_stitch.heads.targets import Task, count_of, task_of
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "ridge": ("strengths",),
