@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_stitch.cost import Budget, Cost
     from lightning_stitch.cutting.graph import Cut, CutGraph
     from lightning_stitch.cutting.probing import network_cost
-    from lightning_stitch.data import CalibrationDataModule
+    from lightning_stitch.data.datamodule import CalibrationDataModule
     from lightning_stitch.ensembles import Ensemble, ensemble
     from lightning_stitch.errors import (
         BudgetError,

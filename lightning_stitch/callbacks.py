@@ -14,7 +14,7 @@ from lightning_stitch._resuming import is_resumed
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.cost import Budget
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.module import StitchedClassifier

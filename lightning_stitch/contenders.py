@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.cost import Budget
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, train_best
 from lightning_stitch.flops import Meter
 from lightning_stitch.heads.ridge import fit_ridge_head

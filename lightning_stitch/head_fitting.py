@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.pool import Pool

@@ -15,7 +15,7 @@ from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.contenders import METHODS, Contenders, Made, Method
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.latency import network_latency

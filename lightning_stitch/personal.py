@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch._images import Decoder
 from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.compositions import costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.cutting.copies import reference_tensor
+from lightning_stitch.data.images import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.healing.trials import run_on

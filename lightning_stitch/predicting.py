@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_stitch._image_files import ImageFileSet, list_images, readable
 from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same_namespace, pl
+from lightning_stitch.data.image_files import ImageFileSet, list_images, readable
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.prediction_table import check_output, prediction_rows, write_predictions

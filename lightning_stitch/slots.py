@@ -23,7 +23,7 @@ from lightning_stitch.backbones import (
     restore_backbones,
     saved_backbones,
 )
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_fitting import shared_head
 from lightning_stitch.heads.head_settings import HeadSettings

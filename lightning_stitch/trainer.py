@@ -10,7 +10,7 @@ from lightning_stitch._lightning import pl
 from lightning_stitch.callback_order import check_order
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.contenders import METHODS, Method
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.finetuning import FineTuning
 from lightning_stitch.method_table import Row, print_methods

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 
 PARTS = ("calibration", "train", "selection", "test")
 
@@ -289,7 +289,7 @@ def test_it_is_configured_from_plain_values(tmp_path):
     root = write_folder(tmp_path, {"a": 20, "b": 20})
     values = {"image_folder": root, "image_size": [8, 9], "calibration_samples": 5, "test_samples": 0.5}
     config = parser.parse_object(
-        {"data": {"class_path": "lightning_stitch.data.CalibrationDataModule", "init_args": values}}
+        {"data": {"class_path": "lightning_stitch.data.datamodule.CalibrationDataModule", "init_args": values}}
     )
     module = parser.instantiate_classes(config).data
     assert module.image_shape == (3, 8, 9)

@@ -7,7 +7,7 @@ from data_doubles import Normalising, Pairs, drawn, numbered, write_folder
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import CalibrationError
 
 GOOD = [torch.zeros(3, 4, 4)] * 20

@@ -9,7 +9,7 @@ import torch
 from data_doubles import Pairs, drawn, loader_of, numbered, write_folder
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import CalibrationError
 
 PARTS = ("calibration", "train", "selection", "test")

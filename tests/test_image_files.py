@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_stitch._image_files import ImageFileSet, list_images, readable
+from lightning_stitch.data.image_files import ImageFileSet, list_images, readable
 from lightning_stitch.errors import CalibrationError
 
 

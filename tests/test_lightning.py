@@ -15,7 +15,7 @@ from lightning_stitch import _lightning
 from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.cli import main
-from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.predicting import ImageFiles, predict_files

@@ -24,8 +24,8 @@ from lightning_stitch import (
     StitchError,
     predict_files,
 )
-from lightning_stitch._image_files import ImageFileSet
 from lightning_stitch._lightning import pl
+from lightning_stitch.data.image_files import ImageFileSet
 
 
 @pytest.fixture(scope="module")

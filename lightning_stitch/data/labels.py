@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_stitch._images import Items, origin
-from lightning_stitch._target_values import TargetReader, TargetValue, stacked
+from lightning_stitch.data.images import Items, origin
+from lightning_stitch.data.target_values import TargetReader, TargetValue, stacked
 from lightning_stitch.errors import CalibrationError
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder
 
-from lightning_stitch._target_values import TargetReader, TargetValue
+from lightning_stitch.data.target_values import TargetReader, TargetValue
 from lightning_stitch.errors import CalibrationError
 
 _PROBES = 8

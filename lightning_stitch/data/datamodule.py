@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision.datasets import ImageFolder
 
-from lightning_stitch._images import CheckedImages, Decoder, Items, open_image, probe
-from lightning_stitch._labels import (
+from lightning_stitch._lightning import (
+    CheckedDataModule,
+    check_same_namespace,
+    find_sources_of_searches,
+    pl,
+    prepare_searches,
+)
+from lightning_stitch.data.images import CheckedImages, Decoder, Items, open_image, probe
+from lightning_stitch.data.labels import (
     all_targets,
     check_disjoint,
     check_varied,
@@ -21,15 +28,7 @@ from lightning_stitch._labels import (
     number_of,
     stratified,
 )
-from lightning_stitch._lightning import (
-    CheckedDataModule,
-    check_same_namespace,
-    find_sources_of_searches,
-    pl,
-    prepare_searches,
-)
-from lightning_stitch._shuffling import EpochShuffle
-from lightning_stitch._target_values import DataTask, TargetReader
+from lightning_stitch.data.target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
 
 _DEFAULT_SHARE = 0.2
@@ -397,3 +396,33 @@ def _borrowed(datamodule: pl.LightningDataModule) -> dict[str, Any]:
     if "train" not in found:
         raise CalibrationError(f"{type(datamodule).__name__} has no train_dataloader; pass its datasets as train=.")
     return found
+
+
+_STRIDE = 1_000_003  # Keeps the epochs of one seed apart from those of its neighbours.
+
+
+class EpochShuffle(RandomSampler):
+    """Random order, another one in each epoch.
+
+    A Trainer tells it the epoch; without that every pass is the next epoch. It is a `RandomSampler` because that is how
+    Lightning knows that a loader shuffles.
+
+    Args:
+        dataset: What is sampled from.
+        seed: The seed.
+    """
+
+    def __init__(self, dataset: Sized, seed: int) -> None:
+        super().__init__(dataset)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of an epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The order; the epoch is read when the first index is taken, which may be after `set_epoch`."""
+        generator = torch.Generator().manual_seed(self._seed + _STRIDE * self._epoch)
+        self._epoch += 1
+        yield from torch.randperm(len(self), generator=generator).tolist()

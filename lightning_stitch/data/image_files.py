@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_stitch._images import Decoder, open_image
+from lightning_stitch.data.images import Decoder, open_image
 from lightning_stitch.errors import CalibrationError
 
 _SHOWN = 5
