@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from lightning_stitch.heads.class_maps import class_map_from_names
     from lightning_stitch.heads.head_settings import fit_head
     from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
+    from lightning_stitch.hub.card import CardDetails
+    from lightning_stitch.hub.publishing import Publication, publish
     from lightning_stitch.maths.cka import linear_cka
     from lightning_stitch.maths.cka_metric import LinearCKA
     from lightning_stitch.methods import compare_methods
-    from lightning_stitch.model_card import CardDetails
     from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.network import StitchedNetwork
     from lightning_stitch.personal import Composition, compose
     from lightning_stitch.pool import Pool
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
     from lightning_stitch.publish_callback import PublishAfterFit
-    from lightning_stitch.publishing import Publication, publish
     from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
     from lightning_stitch.results import SearchResult
     from lightning_stitch.search import Beam, DepthFirst

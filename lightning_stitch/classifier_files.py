@@ -12,11 +12,11 @@ from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.heads.neighbours import NearestNeighbourHead
-from lightning_stitch.model_card import CardDetails, CardSubject
+from lightning_stitch.hub.card import CardDetails, CardSubject
+from lightning_stitch.hub.loading import PretrainedFolder, open_folder
+from lightning_stitch.hub.saving import save_folder
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.pretrained_reading import PretrainedFolder
 from lightning_stitch.recipe import EnsembleRecipe
-from lightning_stitch.saving import open_folder, save_folder
 
 
 class Classifier(Protocol):

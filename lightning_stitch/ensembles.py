@@ -15,13 +15,14 @@ from lightning_stitch.cutting.copies import copied, reference_tensor, with_tenso
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.errors import CalibrationError, CutError, RecipeError, StitchError
 from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
-from lightning_stitch.model_card import CardDetails, CardSubject
+from lightning_stitch.hub.card import CardDetails, CardSubject
+from lightning_stitch.hub.loading import open_folder
+from lightning_stitch.hub.saving import save_folder
 from lightning_stitch.network import placed_stitch
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
 from lightning_stitch.results import Ranked, SearchResult
-from lightning_stitch.saving import open_folder, save_folder
 from lightning_stitch.sources.source import build_architecture
 from lightning_stitch.sources.views import Preprocess, view_size
 from lightning_stitch.stitching.candidates import Candidate, Step

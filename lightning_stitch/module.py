@@ -16,7 +16,7 @@ from lightning_stitch.classifier_files import load_classifier, save_classifier
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.model_card import CardDetails
+from lightning_stitch.hub.card import CardDetails
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, any_recipe
 from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions

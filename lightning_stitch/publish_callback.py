@@ -11,10 +11,8 @@ from typing import Any
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub_repository import HubRepository
-from lightning_stitch.model_card import CardDetails
-from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.publishing import (
+from lightning_stitch.hub.card import CardDetails
+from lightning_stitch.hub.publishing import (
     ExistingCard,
     Publication,
     check_destination,
@@ -23,6 +21,8 @@ from lightning_stitch.publishing import (
     check_repo_id,
     publish,
 )
+from lightning_stitch.hub.repository import HubRepository
+from lightning_stitch.module import StitchedClassifier
 
 
 class PublishAfterFit(pl.Callback):

@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import StitchError
-from lightning_stitch.model_card import CardDetails
+from lightning_stitch.hub.card import CardDetails
+from lightning_stitch.hub.loading import open_pretrained
+from lightning_stitch.hub.publishing import publish
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.network import StitchedNetwork
 from lightning_stitch.predicting import open_classifier
-from lightning_stitch.pretrained_reading import open_pretrained
-from lightning_stitch.publishing import publish
 
 USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."
 

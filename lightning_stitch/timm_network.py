@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_stitch.classifier_files import read_classifier
 from lightning_stitch.ensembles import Ensemble
+from lightning_stitch.hub.loading import open_pretrained
 from lightning_stitch.network import StitchedNetwork
-from lightning_stitch.pretrained_reading import open_pretrained
 from lightning_stitch.recipe import EnsembleRecipe
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from published_networks import classifier, network
 
 from lightning_stitch import CardDetails, StitchedNetwork, StitchError
-from lightning_stitch.model_card import CardSubject, model_card, write_card
+from lightning_stitch.hub.card import CardSubject, model_card, write_card
 
 BAD = "x\n```\n````\n---\n# Owned\n- <img src=y>|[a](b)![c](d)`z $\\frac$\n<script>"
 

@@ -12,8 +12,8 @@ from published_networks import STITCHED, network, together
 
 import lightning_stitch as ls
 from lightning_stitch import CardDetails, Recipe, StitchError, load_sources
-from lightning_stitch.composition_plot import draw_composition
-from lightning_stitch.model_card import CardSubject, model_card, write_card
+from lightning_stitch.hub.card import CardSubject, model_card, write_card
+from lightning_stitch.hub.picture import draw_composition
 
 
 def subject(recipe: Recipe | None = None, **options: object) -> CardSubject:

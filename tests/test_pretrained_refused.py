@@ -263,7 +263,7 @@ def test_an_overwrite_that_fails_leaves_the_network_that_was_there(
     def full(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_stitch.pretrained_files.write_json", full)
+    monkeypatch.setattr("lightning_stitch.hub.saving.write_json", full)
     files = {file.name for file in folder.iterdir()}
     with pytest.raises(OSError, match="No space left"):
         network(twice=True).save_pretrained(folder, overwrite=True)

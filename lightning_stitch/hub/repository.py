@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightning_stitch.errors import SourceError, StitchError, first_lines
+from lightning_stitch.hub.folder import CARD
 from lightning_stitch.io.hub_download import client_errors, offline, patiently, status_of
-from lightning_stitch.pretrained_files import CARD
 
 _Answer = TypeVar("_Answer")
 

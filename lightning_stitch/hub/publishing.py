@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub_repository import ExistingCard, HubRepository, Place, Publication
-from lightning_stitch.model_card import CardDetails, check_licence, check_whole
-from lightning_stitch.pretrained_files import CARD, CONFIG, PICTURE, WEIGHTS, check_rebuildable
+from lightning_stitch.hub.card import CardDetails, check_licence, check_whole
+from lightning_stitch.hub.folder import CARD, PICTURE
+from lightning_stitch.hub.repository import ExistingCard, HubRepository, Place, Publication
+from lightning_stitch.hub.saving import CONFIG, WEIGHTS, check_rebuildable
 
 _FILES = [CONFIG, WEIGHTS, PICTURE, CARD]
 

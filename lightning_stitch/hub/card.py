@@ -10,17 +10,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_stitch._making_again import how_to_make_again, hub_name
-from lightning_stitch._markdown import cell, fenced, inline, span
-from lightning_stitch.composition_plot import can_draw, draw_composition
 from lightning_stitch.errors import StitchError
+from lightning_stitch.hub.folder import CARD, PICTURE, shown_spec
+from lightning_stitch.hub.picture import can_draw, draw_composition
 from lightning_stitch.io.tensor_files import complete_or_absent
-from lightning_stitch.pretrained_files import CARD, PICTURE, shown_spec
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
 from lightning_stitch.sources.licences import CombinedLicence, combine_licences, hub_words
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+import re
+
+from lightning_stitch.hub.folder import shown_recipe
+from lightning_stitch.sources.timm_models import hub_repository
 
 _COLUMNS = ("name", "kind", "budget", "accuracy", "balanced_accuracy", "auroc", "params", "macs", "seconds", "labels")
 _HEADINGS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "params": "M params", "macs": "M MACs"}
@@ -355,3 +358,91 @@ def check_whole(value: Any, what: str) -> None:
             f"{what} hold half a character ({text[error.start]!a} in {around!a}), which no file can hold. Write that "
             f"text anew."
         ) from error
+
+
+def hub_name(ref: SourceRef) -> str | None:
+    """The source's repository on the hub, where it came from there."""
+    prefix, colon, rest = ref.spec.partition(":")
+    if colon:
+        return rest.partition("@")[0] if prefix == "hf-hub" else None
+    return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
+
+
+def how_to_make_again(recipe: Recipe | EnsembleRecipe, command: str | None) -> str:
+    """In Markdown; the Python is left out where it would not make the same network."""
+    from huggingface_hub.utils import yaml_dump
+
+    words = []
+    if command:
+        words.append(fenced(command, "bash"))
+    if isinstance(recipe, Recipe) and not recipe.pooled and None not in recipe.stitches:
+        words.append("Or, with images of the task, in Python:" if command else "With images of the task:")
+        words.append(fenced(_composing(recipe), "python"))
+    words.append(
+        "<details><summary>The recipe, from which its structure is built</summary>\n\n"
+        f"{fenced(yaml_dump(shown_recipe(recipe)).rstrip(), 'yaml')}\n\n</details>"
+    )
+    return "\n\n".join(words)
+
+
+def _pinned(ref: SourceRef) -> str:
+    """What to give `load_sources` for the same weights."""
+    repo = hub_name(ref)
+    # Some of timm's weights are in repositories of another layout, which only timm's own names lead to.
+    pinned = ref.revision and repo and (ref.spec.startswith("hf-hub:") or repo.endswith(f"/{ref.architecture}"))
+    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else shown_spec(ref)
+    options: dict[str, Any] = {"spec": spec}
+    if ref.name != re.split("[/:]", spec.partition("@")[0])[-1]:
+        options["name"] = ref.name
+    if ref.arguments:
+        options["arguments"] = ref.arguments
+    return repr(options if len(options) > 1 else spec)
+
+
+def _composing(recipe: Recipe) -> str:
+    """The same network, made by hand."""
+    sources = "".join(f"    {_pinned(ref)},\n" for ref in recipe.sources)
+    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
+    refined = f", refinements={list(recipe.refinements)}" if recipe.refinements else ""
+    shared = ", share_weights=True" if recipe.share_weights else ""
+    until = ', until="output"' if recipe.fragments[-1].end is None else ""
+    return "\n".join(
+        (
+            "import lightning_stitch as ls",
+            "",
+            f'settings = ls.CalibrationSettings(granularity="all"{until})',
+            f"sources = ls.load_sources([\n{sources}])",
+            f"pool = ls.Pool(sources, {recipe.input_size}, settings=settings)",
+            "pool.calibrate(batches)  # floats in [0, 1], not normalised",
+            f"found = pool.stitch([\n{pieces}]{refined})",
+            f"network = pool.assemble(found{shared})",
+        )
+    )
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code; its fence is longer than any run of backticks in it, so the text cannot end it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def span(text: object) -> str:
+    """A span of code, in a line or in a table's cell; a pipe in it would end the cell, a backtick the span."""
+    return f"`{_one_line(text).replace('|', '/').replace('`', chr(39)) or ' '}`"
+
+
+def inline(text: object) -> str:
+    """Words in a line, or a paragraph of their own: neither markup nor HTML, and no heading or list."""
+    escaped = re.sub(r"[\\`*\[\]<>|~]", r"\\\g<0>", _one_line(text))
+    # What only the start of a line makes a heading, a list or a rule.
+    return re.sub(r"^(\d*)([#+=_.)-])", r"\1\\\2", escaped)
+
+
+def cell(text: object) -> str:
+    """Words in a table's cell, which end neither it nor the row."""
+    return inline(_one_line(text).replace("|", "/"))
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_stitch._pretrained_config import ARCHITECTURE, CONFIG, FORMAT, WEIGHTS
 from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.hub.card import CardDetails, CardSubject, write_card
+from lightning_stitch.hub.folder import (
+    _LOADERS,
+    ARCHITECTURE,
+    CARD,
+    CONFIG,
+    FORMAT,
+    PICTURE,
+    WEIGHTS,
+    shown_recipe,
+    tensors_of,
+    versions,
+)
 from lightning_stitch.io.hub_download import sha256_of
 from lightning_stitch.io.tensor_files import UNFINISHED, raw_bytes, write_json
-from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
+from lightning_stitch.recipe import EnsembleRecipe, Recipe
 
-CARD, PICTURE = "README.md", "composition.png"
 # Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.
 _LEAST_SHARED_BYTES = 1024
 
@@ -111,25 +121,6 @@ def _config(recipe: Recipe | EnsembleRecipe, kind: str, num_outputs: int, facts:
     }
 
 
-def shown_spec(ref: SourceRef) -> str:
-    """A source's spec without the folders of the machine it was made on."""
-    prefix, colon, rest = ref.spec.partition(":")
-    return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
-
-
-def shown_recipe(recipe: Recipe | EnsembleRecipe) -> dict[str, Any]:
-    """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
-    plain = recipe.to_dict()
-    for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
-        entry["spec"] = shown_spec(ref)
-    return plain
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own tensors by name: those of the state dict, and buffers that it leaves out."""
-    return {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
-
-
 def _state_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": tensor.detach()
@@ -160,12 +151,36 @@ def _without_doubles(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return tensors, shared
 
 
-def versions() -> dict[str, str]:
-    """Of what builds the structure."""
-    found = {}
-    for package in ("lightning_stitch", "torch", "torchvision", "timm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def save_folder(
+    parts: Mapping[str, nn.Module],
+    directory: str | Path,
+    subject: CardSubject,
+    *,
+    num_outputs: int,
+    task: Mapping[str, Any] | None = None,
+    details: CardDetails | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write config.json, model.safetensors, README.md and, with matplotlib, composition.png.
+
+    Args:
+        parts: "network", and "head" where there is one.
+        directory: The folder; made if it does not exist.
+        subject: What is saved.
+        num_outputs: Width of the output.
+        task: For a classifier its head, task, num_classes and class_names.
+        details: What the author says; None: nothing.
+        name: For the card; None: the folder's.
+        overwrite: Replace files of these names.
+
+    Raises:
+        RecipeError: If a source is a live module, which cannot be built elsewhere.
+        StitchError: If the folder holds such files already.
+    """
+    folder = Path(directory).expanduser()
+    check_rebuildable(subject.recipe)
+    check_writable(folder, overwrite=overwrite)
+    kind = next(kind for kind, loader in _LOADERS.items() if loader == subject.loader)
+    write_pretrained(parts, folder, recipe=subject.recipe, kind=kind, num_outputs=num_outputs, task=task)
+    write_card(subject, folder, details or CardDetails(), name=name or folder.resolve().name)

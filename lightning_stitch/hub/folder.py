@@ -6,8 +6,11 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import (
@@ -124,3 +127,39 @@ def _warn_unknown(what: str, names: list[str]) -> None:
         f"one may have written it.",
         stacklevel=5,
     )
+
+
+CARD, PICTURE = "README.md", "composition.png"
+
+
+def shown_spec(ref: SourceRef) -> str:
+    """A source's spec without the folders of the machine it was made on."""
+    prefix, colon, rest = ref.spec.partition(":")
+    return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
+
+
+def shown_recipe(recipe: Recipe | EnsembleRecipe) -> dict[str, Any]:
+    """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
+    plain = recipe.to_dict()
+    for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
+        entry["spec"] = shown_spec(ref)
+    return plain
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own tensors by name: those of the state dict, and buffers that it leaves out."""
+    return {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
+
+
+def versions() -> dict[str, str]:
+    """Of what builds the structure."""
+    found = {}
+    for package in ("lightning_stitch", "torch", "torchvision", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_LOADERS = {"network": "StitchedNetwork", "ensemble": "Ensemble", "classifier": "StitchedClassifier"}
