@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_stitch import _timm_hook
 
 if TYPE_CHECKING:
-    from lightning_stitch.backbones import StitchedBackbone, restore_backbones
     from lightning_stitch.callbacks import FragmentSearch
+    from lightning_stitch.composing.ensembling import ensemble
     from lightning_stitch.cost import Budget, Cost
     from lightning_stitch.cutting.graph import Cut, CutGraph
     from lightning_stitch.cutting.probing import network_cost
     from lightning_stitch.data.datamodule import CalibrationDataModule
-    from lightning_stitch.ensembles import Ensemble, ensemble
     from lightning_stitch.errors import (
         BudgetError,
         CalibrationError,
@@ -39,7 +38,9 @@ if TYPE_CHECKING:
     from lightning_stitch.maths.cka_metric import LinearCKA
     from lightning_stitch.methods import compare_methods
     from lightning_stitch.module import StitchedClassifier
-    from lightning_stitch.network import StitchedNetwork
+    from lightning_stitch.networks.backbone import StitchedBackbone, restore_backbones
+    from lightning_stitch.networks.ensemble import Ensemble
+    from lightning_stitch.networks.network import StitchedNetwork
     from lightning_stitch.personal import Composition, compose
     from lightning_stitch.pool import Pool
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files

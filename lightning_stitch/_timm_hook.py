@@ -50,4 +50,4 @@ class _Watcher(MetaPathFinder):
 
 
 def _register() -> None:
-    import_module("lightning_stitch._timm_entry").register()
+    import_module("lightning_stitch.networks.timm_entry").register()

@@ -21,7 +21,7 @@ from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, 
 from lightning_stitch.flops import Meter
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.stitching.segments import chunks, segment

@@ -22,7 +22,7 @@ from lightning_stitch.data.images import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.healing.trials import run_on
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.paths import early_exits, unmodified
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import Outcome

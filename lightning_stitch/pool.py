@@ -24,7 +24,7 @@ from lightning_stitch.healing.refinement import FITS, Refiner, check_refinements
 from lightning_stitch.io.activation_store import Spool
 from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
 from lightning_stitch.latency import network_latency, piece_latencies
-from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits, follow, self_stitched, unmodified
 from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.ranking import SelectionData

@@ -13,23 +13,16 @@ from torch import Tensor, nn
 
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch._resuming import resumed_checkpoint
-from lightning_stitch.backbones import (
-    HOOK,
-    StitchedBackbone,
-    announce,
-    imitation,
-    put,
-    resized,
-    restore_backbones,
-    saved_backbones,
-)
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.head_fitting import shared_head
 from lightning_stitch.heads.head_settings import HeadSettings
+from lightning_stitch.maths.regression import AffineMap
 from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.backbone import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.stitching.fitting import fit_rows
 
 
 class BackboneSlot:
@@ -304,3 +297,40 @@ def one_rank_first(trainer: pl.Trainer, place: StitchedClassifier | BackboneSlot
     yield
     if waits and trainer.local_rank == 0:
         trainer.strategy.barrier("one_rank_first")
+
+
+@torch.no_grad()
+def imitation(features: Tensor, wanted: Tensor, *, ridge: float) -> tuple[nn.Linear, float | None]:
+    """The linear layer from features (images x width) to another network's, and its R2 on images held out of the fit.
+
+    Raises:
+        CalibrationError: If they have NaN or infinite values.
+    """
+    affine, explained, _ = fit_rows(features, wanted, num_images=len(features), ridge=ridge, bias=True)
+    return _linear(affine), explained
+
+
+@torch.no_grad()
+def resized(features: Tensor, width: int) -> nn.Linear | None:
+    """The linear layer that brings features (images x their width) to another width; None where they have it.
+
+    Fewer: the first principal components, not scaled. More: all features, and zeros.
+    """
+    given = features.shape[1]
+    if width == given:
+        return None
+    if width > given:
+        return _linear(AffineMap(torch.eye(width, given), torch.zeros(width), given, 1.0, 0.0))
+    rows = features.double()
+    mean = rows.mean(0)
+    directions = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors.flip(1)[:, :width].T
+    return _linear(AffineMap(directions, -directions @ mean, width, 1.0, 0.0))
+
+
+def _linear(affine: AffineMap) -> nn.Linear:
+    with torch.inference_mode(False), torch.no_grad():
+        layer = nn.Linear(affine.weight.shape[1], affine.weight.shape[0])
+        layer.weight.copy_(affine.weight)
+        if affine.bias is not None:
+            layer.bias.copy_(affine.bias)
+    return layer

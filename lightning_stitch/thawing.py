@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.errors import StitchError
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.ensemble import Ensemble
+from lightning_stitch.networks.network import StitchedNetwork
 
 STAGES = ("head", "stitches", "neighbours", "all")
 """What can be thawed, each with all that stands before it."""

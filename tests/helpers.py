@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
-from lightning_stitch.network import StitchedNetwork
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.results import SearchResult

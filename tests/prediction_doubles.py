@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_stitch import CutGraph, FragmentRef, Recipe, RidgeHead, StitchedClassifier, load_source
 from lightning_stitch._lightning import pl
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.sources.source import Source
 
 SIZE = 16

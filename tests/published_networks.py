@@ -10,9 +10,9 @@ from helpers import calibrated_pool, composed, digits, noise, shake
 from torch import Tensor, nn
 
 from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, StitchedNetwork, ensemble
-from lightning_stitch.ensembles import Ensemble
 from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.ensemble import Ensemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.sources.source import Source
 
 SIZE = 32

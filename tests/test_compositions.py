@@ -14,7 +14,7 @@ from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.paths import references
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search import DepthFirst

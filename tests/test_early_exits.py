@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.paths import early_exits
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree

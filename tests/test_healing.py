@@ -22,7 +22,7 @@ from lightning_stitch.healing.layers import layers_of
 from lightning_stitch.healing.refinement import Refiner, finalists, refined
 from lightning_stitch.healing.trials import held_out_images, held_out_r2
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree

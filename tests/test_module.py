@@ -20,7 +20,7 @@ from lightning_stitch import (
     load_source,
 )
 from lightning_stitch._lightning import pl
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef
 
 SIZE = (3, 64, 64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import RecipeError
-from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe

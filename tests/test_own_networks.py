@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from lightning_stitch.cutting.graph import CutGraph
-from lightning_stitch.network import StitchedNetwork, assemble
+from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe
 from lightning_stitch.sources.source import Source, load_source
 from lightning_stitch.stitching.stitches import Stitch, is_bridgeable, stitch_spec

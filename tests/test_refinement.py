@@ -15,7 +15,7 @@ from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.healing.refinement import batch_norm_statistics, refined
 from lightning_stitch.healing.trials import run_layerwise, run_on
 from lightning_stitch.maths.regression import r2, ridge_least_squares
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
 from lightning_stitch.prefix_tree import PrefixTree

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
-from lightning_stitch.network import assemble
+from lightning_stitch.networks.network import assemble
 from lightning_stitch.paths import references
 from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.search import Beam, DepthFirst

@@ -9,8 +9,8 @@ from helpers import composed, digits
 from torch import nn
 
 from lightning_stitch import RecipeError, StitchedBackbone, StitchError
-from lightning_stitch import backbones as backbones_module
-from lightning_stitch.backbones import resized
+from lightning_stitch.networks import backbone as backbones_module
+from lightning_stitch.slots import resized
 
 MEAN = (0.4, 0.5, 0.6)
 
