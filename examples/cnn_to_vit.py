@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_stitch as ls
 from lightning_stitch.comparison import compare
-from lightning_stitch.paths import follow
 from lightning_stitch.report import print_table, write_table
+from lightning_stitch.search.paths import follow
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.sources.views import Preprocess
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = 32

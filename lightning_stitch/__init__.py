@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
     from lightning_stitch.publish_callback import PublishAfterFit
     from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
-    from lightning_stitch.results import SearchResult
-    from lightning_stitch.search import Beam, DepthFirst
+    from lightning_stitch.search.results import SearchResult
+    from lightning_stitch.search.strategies import Beam, DepthFirst
     from lightning_stitch.settings import CalibrationSettings
     from lightning_stitch.shrinking import shrink
     from lightning_stitch.sources.preflight_checks import Preflight, preflight

@@ -20,9 +20,9 @@ from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_h
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Bar, Progress, Silent
-from lightning_stitch.ranking import find_ranking
-from lightning_stitch.results import Ranked, SearchResult
-from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.search.ranking import find_ranking
+from lightning_stitch.search.results import Ranked, SearchResult
+from lightning_stitch.search.strategies import Beam, Strategy
 from lightning_stitch.search_report import report_search
 from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
 from lightning_stitch.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 
 
 def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_stitch.ranking import SelectionData, by_loo_soft_r2, left_out, softened_labels
+from lightning_stitch.search.ranking import SelectionData, by_loo_soft_r2, left_out, softened_labels
 from lightning_stitch.stitching.candidates import Candidate
 
 _STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due

@@ -17,7 +17,7 @@ from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 from lightning_stitch.stitching.candidates import Candidate
 
 Loader = Iterable[Any]

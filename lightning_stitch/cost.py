@@ -75,7 +75,7 @@ class Budget:
         max_params: Most parameters; None: no limit.
         max_macs: Most multiply-accumulates for one image; None: no limit.
         max_latency_ms: Most milliseconds for one image, a batch of its own, on the device of the search: the median of
-            several runs after some to warm up (`lightning_stitch.latency`). The search goes by an estimate, and may
+            several runs after some to warm up (`lightning_stitch.search.latency`). The search goes by an estimate, and may
             exceed the limit by a quarter; what it finds is then assembled and measured, and kept only within the limit.
             Measured times vary, so that under this limit, and no other, a search need not repeat. None: no limit.
         max_activation_bytes: Most bytes of activations alive at once for one image, in eval mode and float32, as

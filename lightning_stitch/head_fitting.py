@@ -13,7 +13,7 @@ from lightning_stitch.errors import StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
-from lightning_stitch.ranking import NEED_LABELS, Ranking, check_ranking_fits
+from lightning_stitch.search.ranking import NEED_LABELS, Ranking, check_ranking_fits
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.images import Batch, WithoutLabels
 

@@ -18,11 +18,11 @@ from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.finetuning import FineTuning, quiet_trainers
-from lightning_stitch.latency import network_latency
 from lightning_stitch.method_plot import check_can_plot, plot_methods
 from lightning_stitch.method_table import Row, write_methods
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report import Evaluation, score
+from lightning_stitch.search.latency import network_latency
 from lightning_stitch.sources.source import load_sources
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.careful_ranking import by_careful_r2
-from lightning_stitch.compositions import costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.cutting.copies import reference_tensor
@@ -23,15 +22,16 @@ from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.healing.trials import run_on
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.paths import early_exits, unmodified
 from lightning_stitch.pool import Pool
-from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import timed
-from lightning_stitch.ranking import Ranking, SelectionData
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.results import SearchResult, choose, rank
-from lightning_stitch.search import Beam
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.costs import costs_of_pairs
+from lightning_stitch.search.evaluation import Outcome
+from lightning_stitch.search.paths import early_exits, unmodified
+from lightning_stitch.search.ranking import Ranking, SelectionData
+from lightning_stitch.search.results import SearchResult, choose, rank
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam
 from lightning_stitch.stitching.activations import Calibrated, calibrate_all
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.segments import chunks

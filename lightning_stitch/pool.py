@@ -17,29 +17,28 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_stitch.compositions import CompositionCosts, costs_of_pairs
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing.refinement import FITS, Refiner, check_refinements, refine
 from lightning_stitch.io.activation_store import Spool
-from lightning_stitch.journal import Answer, Answers, Journal, NoJournal, answered
-from lightning_stitch.latency import network_latency, piece_latencies
 from lightning_stitch.networks.network import StitchedNetwork, assemble
-from lightning_stitch.paths import early_exits, follow, self_stitched, unmodified
-from lightning_stitch.prefix_tree import Outcome
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
-from lightning_stitch.ranking import NEED_LABELS, Ranking, find_ranking, labelled
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.remembered import RememberingRefiner, milliseconds, outcomes
-from lightning_stitch.results import SearchResult, choose, measured, rank
-from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.search.costs import CompositionCosts, costs_of_pairs
+from lightning_stitch.search.evaluation import Outcome, RememberingRefiner, milliseconds, outcomes
+from lightning_stitch.search.journal import Answer, Answers, Journal, NoJournal, answered, search_identity
+from lightning_stitch.search.latency import network_latency, piece_latencies
+from lightning_stitch.search.paths import early_exits, follow, self_stitched, unmodified
+from lightning_stitch.search.ranking import NEED_LABELS, Ranking, find_ranking, labelled
+from lightning_stitch.search.results import SearchResult, choose, measured, rank
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.stopping import TimeLimit, until_stopped
+from lightning_stitch.search.strategies import Beam, Strategy
 from lightning_stitch.settings import LEAN, CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import check_names
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.activations import Calibrated, calibrate_all
 from lightning_stitch.stitching.candidates import Candidate, Kind
-from lightning_stitch.stitching.identity import search_identity
 from lightning_stitch.stitching.images import Batch, put_down, read_again
 from lightning_stitch.stitching.saved_calibration import (
     calibrate_once,
@@ -48,7 +47,6 @@ from lightning_stitch.stitching.saved_calibration import (
     saved_settings,
 )
 from lightning_stitch.stitching.segments import check_same_outputs, segment
-from lightning_stitch.stopping import TimeLimit, until_stopped
 
 
 class Pool:

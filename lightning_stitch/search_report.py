@@ -10,7 +10,7 @@ from lightning_stitch._lightning import pl
 from lightning_stitch.candidate_table import write_candidates
 from lightning_stitch.comparison import Comparison
 from lightning_stitch.report import print_table, write_table
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 
 
 def report_search(

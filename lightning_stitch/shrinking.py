@@ -14,9 +14,9 @@ from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
-from lightning_stitch.ranking import SelectionData
-from lightning_stitch.results import Ranked, SearchResult
-from lightning_stitch.search import Beam, Strategy
+from lightning_stitch.search.ranking import SelectionData
+from lightning_stitch.search.results import Ranked, SearchResult
+from lightning_stitch.search.strategies import Beam, Strategy
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.stitching.candidates import Candidate

@@ -11,7 +11,7 @@ from clock_double import CLOCK, Clock
 from hub_double import HubDouble
 from hub_server import point_client_at, serve_hub
 
-from lightning_stitch import latency
+from lightning_stitch.search import latency
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,16 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source, load_source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.activations import calibrate
 from lightning_stitch.stitching.candidates import Candidate, Kind
 from lightning_stitch.stitching.folding import fold_into_consumer, fold_into_producer

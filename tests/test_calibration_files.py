@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 from lightning_stitch.sources.source import Source
 
 SHAPE = (3, 16, 16)

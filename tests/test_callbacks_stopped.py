@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from test_callbacks import digits, search, trainer
 
 from lightning_stitch import Beam, JournalError, StitchedClassifier
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 

@@ -10,7 +10,7 @@ from helpers import digits, noise
 from lightning_stitch.candidate_table import candidate_rows, write_candidates
 from lightning_stitch.cost import Budget
 from lightning_stitch.pool import Pool
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

@@ -17,7 +17,7 @@ from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent
 from lightning_stitch.report import Evaluation, verdict
-from lightning_stitch.results import SearchResult
+from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)

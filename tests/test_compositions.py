@@ -10,17 +10,17 @@ import pytest
 from helpers import live, noise, path, plain, shake, space_of
 from torch import nn
 
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.paths import references
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
-from lightning_stitch.search import DepthFirst
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.segments import Segmented, segment
 from lightning_stitch.stitching.stitches import is_bridgeable
 

@@ -15,13 +15,13 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
-from lightning_stitch.paths import early_exits
 from lightning_stitch.pool import Pool
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import early_exits
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = 32

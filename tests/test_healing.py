@@ -23,13 +23,13 @@ from lightning_stitch.healing.refinement import Refiner, finalists, refined
 from lightning_stitch.healing.trials import held_out_images, held_out_r2
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = 0.7 * digits(32, 12)[0] + 0.3 * noise(32, 3, 12, 12)

@@ -11,9 +11,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from lightning_stitch import CalibrationSettings, Pool, Preprocessing, Source, load_source
-from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.paths import references
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace
 
 
 def live(network: nn.Module, size: int, *, fixed_size: bool = False) -> Source:

@@ -26,10 +26,10 @@ from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
-from lightning_stitch.results import SearchResult
-from lightning_stitch.search import Beam, DepthFirst, Strategy
+from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching import saved_calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -298,7 +298,7 @@ def test_another_searchs_journal_is_refused_with_what_differs(
 
 
 def test_a_newer_versions_journal_is_refused(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_stitch.journal.SCHEMA_VERSION", 0)
+    monkeypatch.setattr("lightning_stitch.search.journal.SCHEMA_VERSION", 0)
     with pytest.raises(JournalError, match=r"has schema 1; this version of lightning_stitch reads schema 0\. Upgrade"):
         search(new_pool(), calibration=never(), journal=journal)
 

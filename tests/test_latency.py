@@ -7,7 +7,7 @@ import torch
 from clock_double import Clock, timed
 from torch import Tensor, nn
 
-from lightning_stitch.latency import RUNS, WARM_UP, network_latency, piece_latencies
+from lightning_stitch.search.latency import RUNS, WARM_UP, network_latency, piece_latencies
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.segments import segment
 
@@ -49,7 +49,7 @@ def test_an_accelerator_is_waited_for_before_each_look_at_the_clock(monkeypatch:
     device = SimpleNamespace(synchronize=lambda: events.append("wait"))
     monkeypatch.setattr(torch, "meta", device, raising=False)
     clock = SimpleNamespace(perf_counter=lambda: events.append("look") or 0.0)
-    monkeypatch.setattr("lightning_stitch.latency.time", clock)
+    monkeypatch.setattr("lightning_stitch.search.latency.time", clock)
     assert network_latency(Noting(), (3, 4, 4), torch.device("meta")) == 0
     assert events == ["wait", "look", "run on meta", "wait", "look"] * (WARM_UP + RUNS)
 

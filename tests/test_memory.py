@@ -10,11 +10,11 @@ from helpers import counted_bytes, donor, filled, joined, live, noise, shake, sp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.views import Preprocess
 from lightning_stitch.stitching.segments import segment

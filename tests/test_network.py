@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
-from lightning_stitch.paths import references
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = digits(8, 64)[0]

@@ -13,14 +13,14 @@ from helpers import Recorder, digits, images_seen, live, noise, path, plain, sha
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
 from lightning_stitch.pool import Pool
-from lightning_stitch.ranking import RANKINGS, SelectionData, find_ranking
-from lightning_stitch.results import SearchResult
-from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.ranking import RANKINGS, SelectionData, find_ranking
+from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.stitching.candidates import Candidate

@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_stitch.careful_ranking import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths.cka import linear_cka
-from lightning_stitch.paths import references
-from lightning_stitch.prefix_tree import PrefixTree
-from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
-from lightning_stitch.search import DepthFirst
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import DepthFirst
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate, Kind
 
 LABELS = torch.tensor([0, 1, 2] * 10)

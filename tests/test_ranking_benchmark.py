@@ -10,9 +10,9 @@ import torch
 from helpers import digits, path, plain, space_of
 from scipy.stats import spearmanr
 
-from lightning_stitch.ranking import NEED_LABELS, RANKINGS
-from lightning_stitch.search import Beam
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from ranking import measure, report

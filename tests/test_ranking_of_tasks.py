@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent, num_images
-from lightning_stitch.ranking import RANKINGS, SelectionData
+from lightning_stitch.search.ranking import RANKINGS, SelectionData
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.images import WithoutLabels
 

@@ -16,14 +16,14 @@ from lightning_stitch.healing.refinement import batch_norm_statistics, refined
 from lightning_stitch.healing.trials import run_layerwise, run_on
 from lightning_stitch.maths.regression import r2, ridge_least_squares
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.paths import follow, references
 from lightning_stitch.pool import Pool
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.recipe import FragmentRef, Recipe
-from lightning_stitch.search import Beam
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.fitting import fit_rows
 

@@ -11,8 +11,8 @@ from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.results import Ranked, SearchResult, choose
-from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.search.results import Ranked, SearchResult, choose
+from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)

@@ -5,9 +5,8 @@ from collections import Counter
 import pytest
 from helpers import digits, noise, plain, space_of
 
+from lightning_stitch.search.space import Edge, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitching.candidates import Edge, State
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 FEW_ROWS = CalibrationSettings(granularity="all", rows_per_image=8)  # no more than a shortlist compares

@@ -16,12 +16,12 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.paths import references
-from lightning_stitch.prefix_tree import PrefixTree
-from lightning_stitch.search import Beam, DepthFirst
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.maths.cka import linear_cka
-from lightning_stitch.shortlist import Shortlist, gram_vector
+from lightning_stitch.search.scoring import Shortlist, gram_vector
 
 
 def views(count: int, rows: int) -> list[Tensor]:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
-from lightning_stitch.paths import references
-from lightning_stitch.prefix_tree import PrefixTree
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import Edge, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
-from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitching.candidates import Candidate, Edge, State
+from lightning_stitch.stitching.candidates import Candidate
 
 IMAGES = 0.7 * digits(12, 8)[0] + 0.3 * noise(12, 3, 8, 8)
 ALL_ROWS = CalibrationSettings(rows_per_image=256, until="output")

@@ -13,15 +13,15 @@ from clock_double import CLOCK, Clock
 from helpers import Recorder, pieces_run, records
 from test_journal import BEAM, SELECTION, never, new_pool, search
 
-from lightning_stitch import stopping
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.io.activation_store import Carried
-from lightning_stitch.ranking import SelectionData
-from lightning_stitch.results import SearchResult
-from lightning_stitch.search import Strategy
-from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitching.candidates import Candidate, Edge, State
+from lightning_stitch.search import stopping
+from lightning_stitch.search.ranking import SelectionData
+from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search.space import Edge, SearchSpace, State
+from lightning_stitch.search.strategies import Strategy
+from lightning_stitch.stitching.candidates import Candidate
 
 
 @pytest.fixture

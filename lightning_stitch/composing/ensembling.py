@@ -15,7 +15,7 @@ from lightning_stitch.networks.ensemble import Ensemble, _assembled
 from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
-from lightning_stitch.results import Ranked, SearchResult
+from lightning_stitch.search.results import Ranked, SearchResult
 from lightning_stitch.stitching.candidates import Candidate, Step
 from lightning_stitch.stitching.images import Batch
 from lightning_stitch.stitching.segments import Segmented

@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lightning_stitch.cost import Cost
-from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.recipe import Recipe, StitchSpec
 from lightning_stitch.stitching.stitches import Stitch
 
@@ -55,60 +54,3 @@ class Candidate:
     def cka_product(self) -> float:
         """Product of the CKAs of its stitches."""
         return self.recipe.scores["cka_product"]
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A running network, at the entry of a piece.
-
-    Attributes:
-        steps: The fragments that are complete.
-        source: Index of the source it runs in.
-        entry: Index of the piece that runs next.
-        stitch: The stitch before that piece; None: it begins at the image.
-        spec: That stitch's structure in the assembled network.
-        entry_bytes: What that stitch gives for one image.
-        activation: What the stitch takes, for all calibration images; None: it begins at the image.
-        product: Product of the CKAs so far.
-        cost: Cost of the steps and the stitch.
-    """
-
-    steps: tuple[Step, ...]
-    source: int
-    entry: int
-    stitch: Stitch | None
-    spec: StitchSpec | None
-    entry_bytes: int | None
-    activation: Carried | None
-    product: float
-    cost: Cost
-
-    @property
-    def used(self) -> frozenset[tuple[int, int]]:
-        """The (source, piece) pairs of the complete steps."""
-        return frozenset((step.source, piece) for step in self.steps for piece in range(step.first, step.last))
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """A possible stitch: from a state that has run to one of its cuts, to a receiver.
-
-    Attributes:
-        state: The running network.
-        cut: Index of the cut it has run to.
-        source: Index of the receiving source.
-        receiver: Index of the receiving cut.
-        cka: Linear CKA of the two.
-        product: Product of the CKAs, this one included.
-        cost: Cost up to the receiver's piece, the stitch included.
-        total: Cost if the receiver then runs to its end.
-    """
-
-    state: State
-    cut: int
-    source: int
-    receiver: int
-    cka: float
-    product: float
-    cost: Cost
-    total: Cost

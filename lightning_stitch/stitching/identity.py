@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import lightning_stitch
-from lightning_stitch.cost import Budget
 from lightning_stitch.io.fingerprints import plain
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.segments import Segmented
@@ -40,35 +38,3 @@ def settings_identity(settings: CalibrationSettings) -> dict[str, Any]:
     found = dataclasses.asdict(settings)
     del found["keep_activations"]
     return dict(plain(found))
-
-
-def search_identity(
-    parts: Sequence[Segmented],
-    settings: CalibrationSettings,
-    strategy: object,
-    budget: Budget,
-    device: torch.device,
-    *,
-    ridge: float,
-    bias: bool,
-    fits: Sequence[str],
-) -> dict[str, Any]:
-    """All that decides what a search finds, but for the images.
-
-    A strategy of this package is known by its arguments, a user's own by its name, as it may not say more.
-    """
-    ours = type(strategy).__module__.startswith(f"{lightning_stitch.__name__}.")
-    name = getattr(strategy, "__qualname__", type(strategy).__qualname__)
-    return {
-        "versions": versions(),
-        "device": device.type,
-        "image_shape": parts[0].image_shape,
-        "settings": settings_identity(settings),
-        "order": [part.name for part in parts],
-        "sources": {part.name: source_identity(part) for part in parts},
-        "strategy": repr(strategy) if ours else name,
-        "budget": dataclasses.asdict(budget),
-        "ridge": ridge,
-        "bias": bias,
-        "fits": sorted(fits),
-    }

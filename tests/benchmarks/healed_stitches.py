@@ -31,12 +31,12 @@ from ranking_statistics import spearman
 from ranking_tasks import Task
 
 from lightning_stitch import Pool
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.healing.healing import heal
 from lightning_stitch.healing.refinement import Refiner, refined
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.prefix_tree import PrefixTree
 from lightning_stitch.progress import Silent
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.stitching.candidates import Candidate
 
 EARLY, LATE, BEHIND_SKIP = "blocks.1", "blocks.4", "blocks.3"

@@ -15,7 +15,7 @@ import time
 import torch
 
 from lightning_stitch.maths.cka import CentredRows, centre_rows, cka_with_many
-from lightning_stitch.shortlist import Shortlist
+from lightning_stitch.search.scoring import Shortlist
 
 FACTORS, FAMILIES = 64, 100
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import torch
 
 from lightning_stitch import Beam, CalibrationSettings, Pool, load_source
-from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.paths import references
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.stitching.segments import chunks
 
 

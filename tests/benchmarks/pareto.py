@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_stitch import Beam, Budget, CalibrationDataModule, Pool, SearchResult, fit_ridge_head, load_sources
 from lightning_stitch.progress import Silent
-from lightning_stitch.results import Ranked
+from lightning_stitch.search.results import Ranked
 
 STRATEGIES = {
     "Beam()": (Beam(), 64),

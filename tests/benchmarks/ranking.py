@@ -33,7 +33,7 @@ from ranking_tasks import EveryKind, Task, handwritten_digits, solar_cells
 
 from lightning_stitch import Beam, Pool, fit_ridge_head
 from lightning_stitch.progress import Silent
-from lightning_stitch.ranking import NEED_LABELS, RANKINGS, SelectionData
+from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData
 from lightning_stitch.stitching.candidates import Candidate
 
 FEW = 64

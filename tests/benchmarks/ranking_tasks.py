@@ -24,9 +24,9 @@ from lightning_stitch import (
     load_source,
     load_sources,
 )
-from lightning_stitch.paths import follow
+from lightning_stitch.search.paths import follow
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.sources.views import Preprocess
-from lightning_stitch.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 Batches = Sequence[tuple[Tensor, Tensor]]

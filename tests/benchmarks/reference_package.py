@@ -57,10 +57,10 @@ from reference_side import (
 from torch import Tensor, nn
 
 from lightning_stitch import Beam, CalibrationSettings, DepthFirst, Pool, load_sources
-from lightning_stitch.compositions import CompositionCosts
-from lightning_stitch.paths import references
-from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitching.candidates import Candidate, State
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.space import SearchSpace, State
+from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.segments import chunks
 
 # The package's seaborn needs the older matplotlib; timm writes the sources for it.

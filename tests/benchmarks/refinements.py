@@ -23,12 +23,12 @@ import torch
 from ranking_tasks import Task, handwritten_digits, solar_cells
 
 from lightning_stitch import Beam, FragmentRef, Pool, fit_ridge_head, linear_cka
-from lightning_stitch.compositions import CompositionCosts
 from lightning_stitch.healing.refinement import refined, with_statistics
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.paths import follow
 from lightning_stitch.progress import Silent
-from lightning_stitch.space import SearchSpace
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import follow
+from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.stitching.candidates import Candidate
 
 WAYS = ("batch_norm", "batch_norm, forced", "open_loop", "row_weights")

@@ -16,8 +16,8 @@ from typing import Protocol
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io.activation_store import Carried
-from lightning_stitch.space import SearchSpace
-from lightning_stitch.stitching.candidates import Candidate, Edge, State
+from lightning_stitch.search.space import Edge, SearchSpace, State
+from lightning_stitch.stitching.candidates import Candidate
 
 
 class Strategy(Protocol):

@@ -10,25 +10,26 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_stitch.compositions import CompositionCosts, PlacedStitch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
-from lightning_stitch.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
-from lightning_stitch.scoring import Scorer
+from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
+from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
+from lightning_stitch.search.scoring import Scorer
+from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated, Grid
-from lightning_stitch.stitching.candidates import Candidate, Edge, Kind, State, Step
+from lightning_stitch.stitching.candidates import Candidate, Kind, Step
 from lightning_stitch.stitching.fitting import fit_stitch
 from lightning_stitch.stitching.segments import Segmented, chunks
 from lightning_stitch.stitching.stitches import GlobalAverage, Stitch, is_bridgeable
-from lightning_stitch.stopping import NO_LIMIT, TimeLimit
 
 
 class SearchSpace:
@@ -41,7 +42,7 @@ class SearchSpace:
         budget: Limits that every candidate keeps.
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
         shortlist: Most receivers of one grid and size class that are scored exactly at one step. Where there are more,
-            those nearest by CKA on few rows are (`lightning_stitch.shortlist`).
+            those nearest by CKA on few rows are (`lightning_stitch.search.scoring`).
         fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
             "row_weights".
         journal: What remembers CKAs and fitted stitches, and is asked for them first.
@@ -385,3 +386,60 @@ class SearchSpace:
                 "activation_bytes": cost.activation_bytes,
             },
         )
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A running network, at the entry of a piece.
+
+    Attributes:
+        steps: The fragments that are complete.
+        source: Index of the source it runs in.
+        entry: Index of the piece that runs next.
+        stitch: The stitch before that piece; None: it begins at the image.
+        spec: That stitch's structure in the assembled network.
+        entry_bytes: What that stitch gives for one image.
+        activation: What the stitch takes, for all calibration images; None: it begins at the image.
+        product: Product of the CKAs so far.
+        cost: Cost of the steps and the stitch.
+    """
+
+    steps: tuple[Step, ...]
+    source: int
+    entry: int
+    stitch: Stitch | None
+    spec: StitchSpec | None
+    entry_bytes: int | None
+    activation: Carried | None
+    product: float
+    cost: Cost
+
+    @property
+    def used(self) -> frozenset[tuple[int, int]]:
+        """The (source, piece) pairs of the complete steps."""
+        return frozenset((step.source, piece) for step in self.steps for piece in range(step.first, step.last))
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A possible stitch: from a state that has run to one of its cuts, to a receiver.
+
+    Attributes:
+        state: The running network.
+        cut: Index of the cut it has run to.
+        source: Index of the receiving source.
+        receiver: Index of the receiving cut.
+        cka: Linear CKA of the two.
+        product: Product of the CKAs, this one included.
+        cost: Cost up to the receiver's piece, the stitch included.
+        total: Cost if the receiver then runs to its end.
+    """
+
+    state: State
+    cut: int
+    source: int
+    receiver: int
+    cka: float
+    product: float
+    cost: Cost
+    total: Cost

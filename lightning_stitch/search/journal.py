@@ -33,9 +33,16 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
+import dataclasses
+
+import lightning_stitch
+from lightning_stitch.cost import Budget
 from lightning_stitch.errors import JournalError
 from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
 from lightning_stitch.io.tensor_files import UNFINISHED, TensorFile, write_tensors
+from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.identity import settings_identity, source_identity, versions
+from lightning_stitch.stitching.segments import Segmented
 
 SCHEMA_VERSION = 1
 _RECORDS, _TENSORS, _CALIBRATION = "answers.jsonl", "tensors", "calibration"
@@ -263,3 +270,35 @@ def answered(journal: Answers, question: Sequence[Any], compute: Callable[[], An
     answer = compute()
     journal.record(question, answer)
     return answer
+
+
+def search_identity(
+    parts: Sequence[Segmented],
+    settings: CalibrationSettings,
+    strategy: object,
+    budget: Budget,
+    device: torch.device,
+    *,
+    ridge: float,
+    bias: bool,
+    fits: Sequence[str],
+) -> dict[str, Any]:
+    """All that decides what a search finds, but for the images.
+
+    A strategy of this package is known by its arguments, a user's own by its name, as it may not say more.
+    """
+    ours = type(strategy).__module__.startswith(f"{lightning_stitch.__name__}.")
+    name = getattr(strategy, "__qualname__", type(strategy).__qualname__)
+    return {
+        "versions": versions(),
+        "device": device.type,
+        "image_shape": parts[0].image_shape,
+        "settings": settings_identity(settings),
+        "order": [part.name for part in parts],
+        "sources": {part.name: source_identity(part) for part in parts},
+        "strategy": repr(strategy) if ours else name,
+        "budget": dataclasses.asdict(budget),
+        "ridge": ridge,
+        "bias": bias,
+        "fits": sorted(fits),
+    }

@@ -1,24 +1,132 @@
-"""What running candidates gives, from a search's journal as far as it goes: features of images, milliseconds."""
+"""Run many candidates over the same images at once.
+
+Candidates that begin alike share their front: the set of candidates is a prefix tree, and each of its nodes runs once
+for a batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing.refinement import Refiner
 from lightning_stitch.io.fingerprints import key_of, tensors_hash
-from lightning_stitch.journal import Answer, Answers, NoJournal, answered
-from lightning_stitch.prefix_tree import Outcome, PrefixTree
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated
 from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching.segments import Segmented, chunks
 from lightning_stitch.stitching.stitches import Stitch
+
+
+@dataclass(slots=True)
+class _Node:
+    """One piece or stitch, its own time, the candidates that end here and the nodes behind."""
+
+    run: Callable[[Tensor], Tensor] | None
+    seconds: float = 0.0
+    ends: list[int] = field(default_factory=list)
+    children: dict[tuple[object, ...], _Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one candidate gave.
+
+    Attributes:
+        features: (images, features), float32, on the CPU.
+        seconds: Wall time of its own nodes, shared ones included: what it would have cost alone.
+    """
+
+    features: Tensor
+    seconds: float
+
+
+class PrefixTree:
+    """Candidates as a prefix tree.
+
+    Args:
+        candidates: The candidates.
+        parts: The sources that their steps refer to.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], parts: Sequence[Segmented]) -> None:
+        self.parts = parts
+        self.num_candidates = len(candidates)
+        self._images_at_once = min(part.images_at_once for part in parts)
+        self._roots: dict[int, _Node] = {}
+        for index, candidate in enumerate(candidates):
+            first = candidate.steps[0].source
+            node = self._roots.setdefault(first, _Node(parts[first].preprocess))
+            for step in candidate.steps:
+                if step.stitch is not None:
+                    node = self._stitch(node, step.stitch)
+                for piece in range(step.first, step.last):
+                    own = parts[step.source].pieces[piece]
+                    # The same numbers mean the same mapping: each refinement makes one of its own.
+                    key = ("piece", step.source, piece, id(step.tensors) if step.tensors else None)
+                    if key not in node.children:
+                        node.children[key] = _Node(with_tensors(own, step.tensors))
+                    node = node.children[key]
+            if candidate.pool is not None:
+                node = node.children.setdefault(("pool",), _Node(candidate.pool))
+            node.ends.append(index)
+
+    @staticmethod
+    def _stitch(node: _Node, stitch: Stitch) -> _Node:
+        # The same stitch object means the same path: a search fits each only once.
+        return node.children.setdefault(("stitch", id(stitch)), _Node(stitch))
+
+    def run(self, images: Iterable[Tensor], *, on_batch: Callable[[int], None] | None = None) -> list[Outcome]:
+        """Run all candidates over the images.
+
+        Args:
+            images: Batches (batch, channels, height, width) in [0, 1].
+            on_batch: Called with the number of images after each batch.
+
+        Returns:
+            One outcome for each candidate, in their order.
+        """
+        found: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
+        for batch in images:
+            with torch.inference_mode():
+                for chunk in chunks(batch, self._images_at_once):
+                    for root in self._roots.values():
+                        self._descend(root, chunk, found)
+            if on_batch is not None:
+                on_batch(len(batch))
+        if self.num_candidates and not found[0]:
+            raise CalibrationError("There are no images to run the candidates on.")
+        seconds = [0.0] * self.num_candidates
+        for root in self._roots.values():
+            self._add_seconds(root, 0.0, seconds)
+        # Joined outside of inference mode, these are ordinary tensors again, on which a head can be fitted and trained.
+        return [Outcome(torch.cat(batches), own) for batches, own in zip(found, seconds, strict=True)]
+
+    def _descend(self, node: _Node, x: Tensor, found: list[list[Tensor]]) -> None:
+        begun = time.perf_counter()
+        assert node.run is not None
+        x = node.run(x)
+        node.seconds += time.perf_counter() - begun
+        for index in node.ends:
+            found[index].append(x.float().cpu())
+        for child in node.children.values():
+            self._descend(child, x, found)
+
+    def _add_seconds(self, node: _Node, before: float, seconds: list[float]) -> None:
+        total = before + node.seconds
+        for index in node.ends:
+            seconds[index] = total
+        for child in node.children.values():
+            self._add_seconds(child, total, seconds)
 
 
 def candidate_keys(candidates: Iterable[Candidate]) -> list[str]:

@@ -22,7 +22,7 @@ WARM_UP, RUNS = 3, 9
 
 
 def network_latency(network: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> float:
-    """Milliseconds that a network takes for one image, as `lightning_stitch.latency` says.
+    """Milliseconds that a network takes for one image, as `lightning_stitch.search.latency` says.
 
     Args:
         network: The network, in eval mode, on the device.

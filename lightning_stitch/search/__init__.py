@@ -1,0 +1,1 @@
+"""Space, strategies, ranking, results."""
