@@ -15,6 +15,9 @@ from lightning_stitch import _timm_hook
 if TYPE_CHECKING:
     from lightning_stitch.callbacks import FragmentSearch
     from lightning_stitch.composing.ensembling import ensemble
+    from lightning_stitch.composing.personal import Composition, compose
+    from lightning_stitch.composing.pool import Pool
+    from lightning_stitch.composing.shrinking import shrink
     from lightning_stitch.cost import Budget, Cost
     from lightning_stitch.cutting.graph import Cut, CutGraph
     from lightning_stitch.cutting.probing import network_cost
@@ -41,15 +44,12 @@ if TYPE_CHECKING:
     from lightning_stitch.networks.backbone import StitchedBackbone, restore_backbones
     from lightning_stitch.networks.ensemble import Ensemble
     from lightning_stitch.networks.network import StitchedNetwork
-    from lightning_stitch.personal import Composition, compose
-    from lightning_stitch.pool import Pool
     from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
     from lightning_stitch.publish_callback import PublishAfterFit
     from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
     from lightning_stitch.search.results import SearchResult
     from lightning_stitch.search.strategies import Beam, DepthFirst
     from lightning_stitch.settings import CalibrationSettings
-    from lightning_stitch.shrinking import shrink
     from lightning_stitch.sources.preflight_checks import Preflight, preflight
     from lightning_stitch.sources.source import Source, load_source, load_sources
 

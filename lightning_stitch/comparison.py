@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
 from lightning_stitch.search.results import SearchResult

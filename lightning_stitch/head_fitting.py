@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.ranking import NEED_LABELS, Ranking, check_ranking_fits
 from lightning_stitch.stitching.candidates import Candidate

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.results import SearchResult

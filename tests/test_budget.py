@@ -10,10 +10,10 @@ from clock_double import Clock, timed
 from helpers import Recorder, digits, images_seen, noise, path, plain
 from torch import Tensor
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.pool import Pool
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, SearchResult

@@ -17,11 +17,11 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchvision.ops import deform_conv2d
 
 from lightning_stitch import cost
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError
-from lightning_stitch.pool import Pool
 from lightning_stitch.sources.source import load_source
 
 

@@ -11,11 +11,11 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
-from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.paths import early_exits

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
 from lightning_stitch.healing.healing import heal
@@ -23,7 +24,6 @@ from lightning_stitch.healing.refinement import Refiner, finalists, refined
 from lightning_stitch.healing.trials import held_out_images, held_out_r2
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.paths import follow, references

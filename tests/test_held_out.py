@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import digits, noise, path, plain
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing.trials import held_out_images
 from lightning_stitch.maths.regression import r2
-from lightning_stitch.pool import Pool
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.images import held_out_groups, num_held_out
 

@@ -25,7 +25,7 @@ from lightning_stitch import (
     compose,
     network_cost,
 )
-from lightning_stitch.cross_fitting import cross_fitted_features, dealt
+from lightning_stitch.composing.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
 
 IMAGES, LABELS = digits(40, 32, classes=3)

@@ -13,10 +13,10 @@ from helpers import Recorder, digits, images_seen, live, noise, path, plain, sha
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
-from lightning_stitch.pool import Pool
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search.results import SearchResult

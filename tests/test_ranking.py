@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from lightning_stitch.careful_ranking import by_careful_r2
+from lightning_stitch.composing.personal import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree

@@ -6,8 +6,8 @@ from helpers import bare_candidate as candidate
 from helpers import digits, left_out_predictions, left_out_r2, normal, plain
 from torch import Tensor
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent, num_images
 from lightning_stitch.search.ranking import RANKINGS, SelectionData
 from lightning_stitch.stitching.candidates import Candidate

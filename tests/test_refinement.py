@@ -10,13 +10,13 @@ from helpers import digits, live, noise, normal, path, pieces_run, records, shak
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.errors import JournalError, StitchError
 from lightning_stitch.healing.refinement import batch_norm_statistics, refined
 from lightning_stitch.healing.trials import run_layerwise, run_on
 from lightning_stitch.maths.regression import r2, ridge_least_squares
 from lightning_stitch.networks.network import assemble
-from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.paths import follow, references

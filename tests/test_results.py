@@ -7,9 +7,9 @@ import pytest
 from clock_double import Clock, timed
 from helpers import digits, noise, plain
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.pool import Pool
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search.results import Ranked, SearchResult, choose
 from lightning_stitch.search.strategies import Beam, DepthFirst

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import digits, donor, noise
 
-from lightning_stitch import shrinking
+from lightning_stitch.composing import shrinking
+from lightning_stitch.composing.shrinking import Shrunk, shrink
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.search.strategies import Beam
-from lightning_stitch.shrinking import Shrunk, shrink
 
 IMAGES = 0.6 * digits(48, 48)[0] + 0.4 * noise(48, 3, 48, 48)
 CALIBRATION, SELECTION = [IMAGES[:32]], [IMAGES[32:]]

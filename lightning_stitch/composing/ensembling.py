@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting.copies import copied
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
 from lightning_stitch.networks.ensemble import Ensemble, _assembled
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
 from lightning_stitch.search.results import Ranked, SearchResult

@@ -34,6 +34,7 @@ from ranking_tasks import Task
 from torch import Tensor
 
 from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResult, fit_ridge_head
+from lightning_stitch.composing.shrinking import by_fidelity
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.healing.trials import divided, entered, held_out_r2
 from lightning_stitch.maths.regression import loo_ridge, r2, ridge_weights
@@ -41,7 +42,6 @@ from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.paths import early_exits
 from lightning_stitch.search.space import SearchSpace
-from lightning_stitch.shrinking import by_fidelity
 from lightning_stitch.stitching.candidates import Candidate
 
 STEPS, BATCH, LEARNING_RATES, MAX_HEALED = 100, 16, (1e-3, 1e-4), 24

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, SearchResult

@@ -13,22 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.careful_ranking import by_careful_r2
+from lightning_stitch.composing.cross_fitting import cross_fitted_features, dealt
+from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.cutting.copies import reference_tensor
 from lightning_stitch.data.images import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.healing.trials import run_on
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.pool import Pool
 from lightning_stitch.progress import timed
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.costs import costs_of_pairs
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.search.paths import early_exits, unmodified
-from lightning_stitch.search.ranking import Ranking, SelectionData
+from lightning_stitch.search.ranking import Ranking, SelectionData, by_loo_soft_r2, left_out, softened_labels
 from lightning_stitch.search.results import SearchResult, choose, rank
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam
@@ -93,10 +92,10 @@ def compose(
     the same request gives the same network. The same images fit the stitches, choose, and fit the head, so:
 
     - a stitched candidate is judged by features that stitches gave which had not seen the image
-      (`lightning_stitch.cross_fitting`); sources and early exits are fitted on none of them;
+      (`lightning_stitch.composing.cross_fitting`); sources and early exits are fitted on none of them;
     - with labels each image is left out of the head that classifies it;
     - the best of some twenty candidates on a few images is ahead by luck more often than not, so that none takes the
-      best source's place unless it is ahead by two standard errors (`lightning_stitch.careful_ranking`).
+      best source's place unless it is ahead by two standard errors (`lightning_stitch.composing.personal`).
 
     The scores are a little optimistic all the same: only images of the same person that were not given here tell how
     good the network is.
@@ -298,3 +297,27 @@ def _to_the_output(recipe: Recipe) -> Recipe:
 
 def _last(candidate: Candidate) -> str:
     return candidate.recipe.fragments[-1].source
+
+
+_STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due
+
+
+def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
+    """`ranking.by_loo_soft_r2`, less two standard errors of how far a candidate is ahead of the best source.
+
+    Of twenty candidates on a few images one is always ahead, and mostly by luck. The error is that of the mean over
+    the images of the difference of both squared errors, image by image; it is none for sources. So a candidate comes
+    before the best source where it is ahead by twice the error or more, and among candidates those count for less that
+    are ahead by a few images.
+    """
+    scores = by_loo_soft_r2(candidates, selection)
+    soft = softened_labels(candidates, selection)
+    total = (soft - soft.mean(0)).square().sum()
+    errors = [(left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
+    sources = [number for number, candidate in enumerate(candidates) if candidate.kind == "source"]
+    best = max(sources, key=lambda number: scores[number]["loo_soft_r2"])
+    careful = []
+    for candidate, score, error in zip(candidates, scores, errors, strict=True):
+        spread = 0.0 if candidate.kind == "source" else float((errors[best] - error).std()) * math.sqrt(len(error))
+        careful.append({"careful_r2": score["loo_soft_r2"] - _STANDARD_ERRORS * spread, **score})
+    return careful
