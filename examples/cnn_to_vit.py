@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_stitch as ls
-from lightning_stitch.comparison import compare
-from lightning_stitch.report import print_table, write_table
+from lightning_stitch.report.comparison import compare
+from lightning_stitch.report.tables import print_table, write_table
 from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.sources.views import Preprocess

@@ -12,7 +12,6 @@ import torch
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch._resuming import is_resumed
 from lightning_stitch.callback_order import check_order
-from lightning_stitch.comparison import Comparison, compare
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data.datamodule import CalibrationDataModule
@@ -20,6 +19,7 @@ from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.progress import Bar, Progress, Silent
+from lightning_stitch.report.comparison import Comparison, compare
 from lightning_stitch.search.ranking import find_ranking
 from lightning_stitch.search.results import Ranked, SearchResult
 from lightning_stitch.search.strategies import Beam, Strategy

@@ -21,7 +21,7 @@ from lightning_stitch.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.method_plot import check_can_plot, plot_methods
 from lightning_stitch.method_table import Row, write_methods
 from lightning_stitch.progress import Progress, Silent
-from lightning_stitch.report import Evaluation, score
+from lightning_stitch.report.evaluation import Evaluation, score
 from lightning_stitch.search.latency import network_latency
 from lightning_stitch.sources.source import load_sources
 

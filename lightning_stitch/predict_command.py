@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from lightning_stitch._lightning import NAMESPACE
 from lightning_stitch.predicting import ImageFiles, open_classifier, predict_files
-from lightning_stitch.prediction_table import as_csv
+from lightning_stitch.report.predictions import as_csv
 
 USAGE = "lightning-stitch predict CHECKPOINT IMAGES ... predicts image files; see lightning-stitch predict --help."
 

@@ -16,7 +16,7 @@ from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same
 from lightning_stitch.data.image_files import ImageFileSet, list_images, readable
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.prediction_table import check_output, prediction_rows, write_predictions
+from lightning_stitch.report.predictions import check_output, prediction_rows, write_predictions
 
 
 class ImageFiles(CheckedDataModule):

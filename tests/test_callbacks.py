@@ -26,7 +26,7 @@ from lightning_stitch import (
     fit_ridge_head,
     network_cost,
 )
-from lightning_stitch.candidate_table import candidate_rows
+from lightning_stitch.report.tables import candidate_rows
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 

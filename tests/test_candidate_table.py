@@ -7,9 +7,9 @@ import pytest
 from clock_double import Clock, timed
 from helpers import digits, noise
 
-from lightning_stitch.candidate_table import candidate_rows, write_candidates
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
+from lightning_stitch.report.tables import candidate_rows, write_candidates
 from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)

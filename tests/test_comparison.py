@@ -10,13 +10,13 @@ from helpers import Recorder, digits, images_seen, noise, path, plain
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_stitch.comparison import Comparison, compare, finalists
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.progress import Silent
-from lightning_stitch.report import Evaluation, verdict
+from lightning_stitch.report.comparison import Comparison, compare, finalists
+from lightning_stitch.report.evaluation import Evaluation, verdict
 from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)

@@ -14,7 +14,7 @@ from prediction_doubles import NAMES, classifier, save_checkpoint, write_digits
 from lightning_stitch import StitchedClassifier, predict_files
 from lightning_stitch._lightning import NAMESPACE
 from lightning_stitch.cli import main
-from lightning_stitch.prediction_table import as_csv
+from lightning_stitch.report.predictions import as_csv
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_stitch import StitchError, prediction_table
-from lightning_stitch.prediction_table import check_output, prediction_rows, write_predictions
+from lightning_stitch import StitchError
+from lightning_stitch.report import predictions as prediction_table
+from lightning_stitch.report.predictions import check_output, prediction_rows, write_predictions
 
 FILES = ["a/1.png", "b/1.png"]
 NUMBERS = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]])

@@ -15,15 +15,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_auroc
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.report import (
-    Evaluation,
-    comparison_table,
-    markdown_table,
-    print_table,
-    score,
-    verdict,
-    write_table,
-)
+from lightning_stitch.report.evaluation import Evaluation, score, verdict
+from lightning_stitch.report.tables import comparison_table, markdown_table, print_table, write_table
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 
@@ -105,7 +98,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 def test_blocks_of_resamples_do_not_change_the_result(monkeypatch):
     targets, probabilities = predictions(50, 3)
     whole = score(evaluation(probabilities), targets, num_resamples=30)
-    monkeypatch.setattr("lightning_stitch.report._BLOCK", 50 * 7)
+    monkeypatch.setattr("lightning_stitch.report.evaluation._BLOCK", 50 * 7)
     assert score(evaluation(probabilities), targets, num_resamples=30) == pytest.approx(whole, abs=1e-12)
 
 

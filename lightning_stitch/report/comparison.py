@@ -16,7 +16,8 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
-from lightning_stitch.report import Evaluation, Row, comparison_table, verdict
+from lightning_stitch.report.evaluation import Evaluation, Row, verdict
+from lightning_stitch.report.tables import comparison_table
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.stitching.candidates import Candidate
 

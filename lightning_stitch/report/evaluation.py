@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
@@ -25,7 +19,6 @@ _METRICS = ("accuracy", "balanced_accuracy", "auroc")
 _SIGNIFICANT = 0.05
 # Entries of one resamples x images block: 32 MB in float64.
 _BLOCK = 4_000_000
-_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,38 +114,6 @@ def score(
     return result
 
 
-def comparison_table(
-    evaluations: Sequence[Evaluation], targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
-) -> list[Row]:
-    """One flat row per network, of plain strings, numbers and None: its name, kind and budget, `score`, its costs.
-
-    Args:
-        evaluations: The networks, in the order of the table.
-        targets: True classes, int64, one for each image.
-        num_resamples: Bootstrap resamples.
-        seed: Seed of the resamples.
-
-    Raises:
-        StitchError: If there is no network, or targets and probabilities do not fit each other.
-    """
-    if not evaluations:
-        raise StitchError("A comparison needs at least one evaluated network; the list is empty.")
-    return [
-        {
-            "name": e.name,
-            "kind": e.kind,
-            "budget": e.budget,
-            **score(e, targets, num_resamples=num_resamples, seed=seed),
-            "params": e.params,
-            "macs": e.macs,
-            "seconds": e.seconds,
-            "labels": e.labels,
-            "cka_product": e.cka_product,
-        }
-        for e in evaluations
-    ]
-
-
 def verdict(
     source: Evaluation, stitched: Evaluation | None, targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
 ) -> str:
@@ -194,88 +155,6 @@ def verdict(
     )
 
 
-def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Console | None = None) -> None:
-    """Print the table and the verdict; 120 characters are wide enough. Its column CKA is the product of the CKAs.
-
-    Args:
-        rows: What `comparison_table` returned.
-        sentence: What `verdict` returned.
-        title: Heading of the table.
-        console: Where to print; None: standard output.
-
-    Raises:
-        StitchError: If there are no rows.
-    """
-    console = console or Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width; rich would assume 80.
-        console.width = max(console.width, _WIDTH)
-    roomy = console.width >= _WIDTH
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    cells = _cells(rows)
-    for column in cells[0]:
-        first = column == "network"
-        table.add_column(column, justify="left" if first else "right", no_wrap=roomy and not first, overflow="fold")
-    for row, line in zip(rows, cells, strict=True):
-        about = row["budget"] or row["kind"]
-        table.add_row(Text(f"{line['network']}\n {about}"), *list(line.values())[1:])
-    console.print(table)
-    console.print()
-    console.print(Text(sentence))
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown, for a README or a model card.
-
-    Args:
-        rows: What `comparison_table` returned.
-
-    Raises:
-        StitchError: If there are no rows.
-    """
-    cells = [
-        {"network": line["network"], "kind": row["kind"], "budget": row["budget"] or "-", **line}
-        for row, line in zip(rows, _cells(rows), strict=True)
-    ]
-    columns = [column for column in cells[0] if column != "budget" or any(row["budget"] for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in cells)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_table(
-    rows: Sequence[Row], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
-    """Write `comparison.csv` and `comparison.json`, replacing those that are there.
-
-    Args:
-        rows: What `comparison_table` returned.
-        sentence: What `verdict` returned.
-        directory: Where to; made if it does not exist.
-        settings: What the comparison was run with, as plain JSON values; it goes into the JSON file.
-
-    Returns:
-        The paths of the two files.
-
-    Raises:
-        StitchError: If there are no rows, or rows or settings are not plain finite JSON values; nothing is written.
-    """
-    _require(rows)
-    record = {"verdict": sentence, "settings": dict(settings or {}), "rows": list(rows)}
-    try:
-        text = json.dumps(record, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise StitchError(f"Rows and settings must be plain JSON values, without NaN: {error}.") from error
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    csv_path, json_path = folder / "comparison.csv", folder / "comparison.json"
-    json_path.write_text(text + "\n", encoding="utf-8")
-    with csv_path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return csv_path, json_path
-
-
 def _checked(targets: Tensor, evaluation: Evaluation) -> Tensor:
     """The targets on the CPU, once they are known to fit the evaluation."""
     num_images, num_classes = evaluation.probabilities.shape
@@ -291,11 +170,6 @@ def _checked(targets: Tensor, evaluation: Evaluation) -> Tensor:
             f"{low} to {high}."
         )
     return targets.detach().long().cpu()
-
-
-def _require(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise StitchError("There are no rows to show; `comparison_table` makes them.")
 
 
 def _correct(evaluation: Evaluation, targets: Tensor) -> Tensor:
@@ -352,28 +226,3 @@ def _mcnemar(won: int, lost: int) -> float:
     tosses = won + lost
     tail = sum(math.comb(tosses, k) for k in range(min(won, lost) + 1))
     return min(1.0, 2 * tail / 2**tosses)
-
-
-def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """What both tables show, as text; a column that is empty throughout is left out."""
-    _require(rows)
-    table = [
-        {
-            "network": str(row["name"]),
-            **{metric.replace("_", " ").replace("auroc", "AUROC"): _with_interval(row, metric) for metric in _METRICS},
-            "M params": f"{row['params'] / 1e6:.2f}",
-            "M MACs": f"{row['macs'] / 1e6:.1f}",
-            "seconds": f"{row['seconds']:.1f}",
-            "labels": str(row["labels"]),
-            "CKA": "-" if row["cka_product"] is None else f"{row['cka_product']:.3f}",
-        }
-        for row in rows
-    ]
-    empty = {column for column in table[0] if all(line[column] == "-" for line in table)}
-    return [{column: cell for column, cell in line.items() if column not in empty} for line in table]
-
-
-def _with_interval(row: Row, metric: str) -> str:
-    if row[metric] is None:
-        return "-"
-    return f"{row[metric]:.3f} [{row[f'{metric}_low']:.2f}, {row[f'{metric}_high']:.2f}]"
