@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_stitch import _timm_hook
 
 if TYPE_CHECKING:
-    from lightning_stitch.callbacks import FragmentSearch
     from lightning_stitch.composing.ensembling import ensemble
     from lightning_stitch.composing.personal import Composition, compose
     from lightning_stitch.composing.pool import Pool
@@ -40,18 +39,19 @@ if TYPE_CHECKING:
     from lightning_stitch.maths.cka import linear_cka
     from lightning_stitch.maths.cka_metric import LinearCKA
     from lightning_stitch.methods import compare_methods
-    from lightning_stitch.module import StitchedClassifier
     from lightning_stitch.networks.backbone import StitchedBackbone, restore_backbones
     from lightning_stitch.networks.ensemble import Ensemble
     from lightning_stitch.networks.network import StitchedNetwork
-    from lightning_stitch.predicting import ImageFiles, PredictionWriter, predict_files
-    from lightning_stitch.publish_callback import PublishAfterFit
     from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
     from lightning_stitch.search.results import SearchResult
     from lightning_stitch.search.strategies import Beam, DepthFirst
     from lightning_stitch.settings import CalibrationSettings
     from lightning_stitch.sources.preflight_checks import Preflight, preflight
     from lightning_stitch.sources.source import Source, load_source, load_sources
+    from lightning_stitch.training.fragment_search import FragmentSearch
+    from lightning_stitch.training.module import StitchedClassifier
+    from lightning_stitch.training.predicting import ImageFiles, PredictionWriter, predict_files
+    from lightning_stitch.training.publish_after_fit import PublishAfterFit
 
 __version__ = "0.1.0"
 

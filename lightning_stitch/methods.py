@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.contenders import METHODS, Contenders, Made, Method
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.data.datamodule import CalibrationDataModule
@@ -24,6 +23,7 @@ from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report.evaluation import Evaluation, score
 from lightning_stitch.search.latency import network_latency
 from lightning_stitch.sources.source import load_sources
+from lightning_stitch.training.fragment_search import FragmentSearch
 
 
 def compare_methods(

@@ -13,12 +13,12 @@ from torch.utils.data import TensorDataset
 
 from lightning_stitch import _lightning
 from lightning_stitch._lightning import NAMESPACE, pl
-from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.cli import main
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
-from lightning_stitch.module import StitchedClassifier
-from lightning_stitch.predicting import ImageFiles, predict_files
+from lightning_stitch.training.fragment_search import FragmentSearch
+from lightning_stitch.training.module import StitchedClassifier
+from lightning_stitch.training.predicting import ImageFiles, predict_files
 
 OTHER = next(name for name in ("pytorch_lightning", "lightning.pytorch") if name != NAMESPACE)
 SEARCH = {"sources": [{"spec": "test_resnet", "pretrained": False}]}

@@ -36,7 +36,7 @@ from lightning_stitch import (
     load_source,
     predict_files,
 )
-from lightning_stitch.predicting import open_classifier
+from lightning_stitch.training.checkpoints import open_classifier
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.heads.ridge import RidgeHead
-from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe
 from lightning_stitch.sources.source import Source, load_source
 from lightning_stitch.stitching.folding import fold_into_consumer, fold_into_producer
 from lightning_stitch.stitching.stitches import Stitch, stitch_spec
+from lightning_stitch.training.module import StitchedClassifier
 
 IMAGES = noise(4, 3, 16, 16)
 PREPROCESSING = Preprocessing((3, 16, 16), (0.4,) * 3, (0.3,) * 3)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_stitch import RecipeError, StitchedBackbone, StitchError
 from lightning_stitch.networks import backbone as backbones_module
-from lightning_stitch.slots import resized
+from lightning_stitch.training.slots import resized
 
 MEAN = (0.4, 0.5, 0.6)
 

@@ -6,7 +6,7 @@ from helpers import normal
 from sklearn import metrics as reference
 from torch.nn import functional as F
 
-from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
+from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 
 OUTPUTS = normal(40, 3).float()
 CLASSES = torch.arange(40) % 3

@@ -8,7 +8,7 @@ from helpers import composed
 from torch import nn
 
 from lightning_stitch import StitchedNetwork, StitchError
-from lightning_stitch.thawing import STAGES, KeptBuffers, checked_schedule, parameter_groups, thaw
+from lightning_stitch.training.thawing import STAGES, KeptBuffers, checked_schedule, parameter_groups, thaw
 
 CNN, NET = "test_resnet", "test_efficientnet"
 # By where the stitch's numbers are: the fragments, what holds it, and what is next to it.

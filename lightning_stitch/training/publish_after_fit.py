@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_stitch._lightning import check_same_namespace, pl
-from lightning_stitch.callbacks import FragmentSearch
 from lightning_stitch.errors import StitchError
 from lightning_stitch.hub.card import CardDetails
 from lightning_stitch.hub.publishing import (
@@ -22,7 +21,8 @@ from lightning_stitch.hub.publishing import (
     publish,
 )
 from lightning_stitch.hub.repository import HubRepository
-from lightning_stitch.module import StitchedClassifier
+from lightning_stitch.training.fragment_search import FragmentSearch
+from lightning_stitch.training.module import StitchedClassifier
 
 
 class PublishAfterFit(pl.Callback):

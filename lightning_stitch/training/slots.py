@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._lightning import check_same_namespace, pl
-from lightning_stitch._resuming import resumed_checkpoint
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.head_fitting import shared_head
 from lightning_stitch.heads.head_settings import HeadSettings
 from lightning_stitch.maths.regression import AffineMap
-from lightning_stitch.module import StitchedClassifier
 from lightning_stitch.networks.backbone import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stitching.fitting import fit_rows
+from lightning_stitch.training.head_fitting import shared_head
+from lightning_stitch.training.module import StitchedClassifier
+from lightning_stitch.training.resuming import resumed_checkpoint
 
 
 class BackboneSlot:

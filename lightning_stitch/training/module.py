@@ -19,8 +19,8 @@ from lightning_stitch.networks.classifier import load_classifier, save_classifie
 from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, any_recipe
-from lightning_stitch.task_metrics import loss_of, metric_inputs, metrics_for, predictions
-from lightning_stitch.training_plan import TrainingPlan
+from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
+from lightning_stitch.training.thawing import TrainingPlan
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 

@@ -1,0 +1,45 @@
+"""A finished classifier, out of a checkpoint or a saved folder."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from lightning_stitch._lightning import NAMESPACE, pl
+from lightning_stitch.errors import StitchError
+from lightning_stitch.training.module import StitchedClassifier
+
+
+def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
+    """A classifier from a checkpoint of either Lightning package, on the CPU; nothing in the file is executed.
+
+    Args:
+        checkpoint: A checkpoint, or what `StitchedClassifier.from_pretrained` takes: a folder, or "hf-hub:ORG/NAME".
+
+    Raises:
+        StitchError: If there is no such file, or it is no checkpoint of a StitchedClassifier with a network.
+    """
+    path = Path(checkpoint)
+    if path.is_dir() or str(checkpoint).startswith(("hf-hub:", "local-dir:")):
+        return StitchedClassifier.from_pretrained(str(checkpoint))
+    if not path.is_file():
+        raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        hparams = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        recipe = hparams["recipe"]
+    except Exception as error:  # whatever torch's readers find in a file of another kind
+        raise StitchError(
+            f"{path} is not a checkpoint of a StitchedClassifier that can be read safely: {type(error).__name__}."
+        ) from error
+    if recipe is None:
+        raise StitchError(f"{path} holds no network: it was saved before one was composed.")
+    if "_instantiator" in hparams:
+        # A command line under the other package wrote it; that package's maker of modules would be refused by this one.
+        hparams["_instantiator"] = f"{NAMESPACE}.cli.instantiate_module"
+    copy = io.BytesIO()
+    torch.save(content, copy)
+    copy.seek(0)
+    return StitchedClassifier.load_from_checkpoint(copy, map_location="cpu", weights_only=True)
