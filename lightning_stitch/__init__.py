@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_stitch import _timm_hook
 
 if TYPE_CHECKING:
+    from lightning_stitch.baselines.finetuning import FineTuning
+    from lightning_stitch.baselines.methods import compare_methods
     from lightning_stitch.composing.ensembling import ensemble
     from lightning_stitch.composing.personal import Composition, compose
     from lightning_stitch.composing.pool import Pool
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
         SourceError,
         StitchError,
     )
-    from lightning_stitch.finetuning import FineTuning
     from lightning_stitch.heads.class_maps import class_map_from_names
     from lightning_stitch.heads.head_settings import fit_head
     from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from lightning_stitch.hub.publishing import Publication, publish
     from lightning_stitch.maths.cka import linear_cka
     from lightning_stitch.maths.cka_metric import LinearCKA
-    from lightning_stitch.methods import compare_methods
     from lightning_stitch.networks.backbone import StitchedBackbone, restore_backbones
     from lightning_stitch.networks.ensemble import Ensemble
     from lightning_stitch.networks.network import StitchedNetwork

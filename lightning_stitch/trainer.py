@@ -7,12 +7,12 @@ from json import dumps
 from pathlib import Path
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.contenders import METHODS, Method
+from lightning_stitch.baselines.contenders import METHODS, Method
+from lightning_stitch.baselines.finetuning import FineTuning
+from lightning_stitch.baselines.methods import compare_methods
+from lightning_stitch.baselines.table import Row, print_methods
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
-from lightning_stitch.finetuning import FineTuning
-from lightning_stitch.method_table import Row, print_methods
-from lightning_stitch.methods import compare_methods
 from lightning_stitch.progress import Bar, Silent
 from lightning_stitch.sources.preflight_checks import Preflight, preflight
 from lightning_stitch.sources.preflight_table import print_preflight, refusal

@@ -10,9 +10,9 @@ from method_doubles import bright_halves, half_blind, search_of, spec_of, three_
 from torch import nn
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, fit_ridge_head, load_sources
-from lightning_stitch.contenders import METHODS, Contenders, Method
+from lightning_stitch.baselines.contenders import METHODS, Contenders, Method
+from lightning_stitch.baselines.finetuning import quiet_trainers
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.finetuning import quiet_trainers
 
 SHAPE = (3, 16, 16)
 

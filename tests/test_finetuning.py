@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch._lightning import pl
+from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, quiet_trainers, train_best
 from lightning_stitch.errors import StitchError
-from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, quiet_trainers, train_best
 
 OPTIONS = {
     **QUIET,

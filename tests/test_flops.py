@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_stitch.baselines.flops import Meter
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.flops import Meter
 
 
 def test_a_backward_pass_takes_twice_the_forward_one_but_for_the_first_layers_input_gradient() -> None:

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from lightning_stitch import method_plot
+from lightning_stitch.baselines import table as method_plot
+from lightning_stitch.baselines.table import COUNTED, plot_methods, print_methods, write_methods
 from lightning_stitch.errors import StitchError
-from lightning_stitch.method_plot import plot_methods
-from lightning_stitch.method_table import COUNTED, print_methods, write_methods
 
 
 def row(method: str, *, accuracy: float = 0.8, flops: int = 10**12, labels: int = 32, **changes: Any) -> dict[str, Any]:

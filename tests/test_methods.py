@@ -12,9 +12,10 @@ from method_doubles import QUIET, bright_halves, half_blind, search_of, three_di
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods, method_plot
+from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch._lightning import pl
-from lightning_stitch.contenders import METHODS
+from lightning_stitch.baselines import table as method_plot
+from lightning_stitch.baselines.contenders import METHODS
 from lightning_stitch.errors import BudgetError, CalibrationError, SourceError, StitchError
 
 TINY = FineTuning(epochs=2, probe_epochs=4)
@@ -175,7 +176,7 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
 
     with monkeypatch.context() as patched:
         patched.setattr("lightning_stitch.composing.pool.calibrate_all", refuse)
-        patched.setattr("lightning_stitch.contenders.chunks", refuse)
+        patched.setattr("lightning_stitch.baselines.contenders.chunks", refuse)
         with pytest.raises(error, match=message):
             compared(tmp_path, **options)
     assert not (tmp_path / "methods.csv").exists()

@@ -13,8 +13,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from lightning_stitch import StitchedClassifier
 from lightning_stitch._lightning import pl
+from lightning_stitch.baselines.contenders import METHODS
 from lightning_stitch.cli import main
-from lightning_stitch.contenders import METHODS
 from lightning_stitch.errors import StitchError
 from lightning_stitch.trainer import StitchTrainer
 

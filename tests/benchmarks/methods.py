@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
-from lightning_stitch.contenders import METHODS
-from lightning_stitch.method_plot import plot_methods
+from lightning_stitch.baselines.contenders import METHODS
+from lightning_stitch.baselines.table import plot_methods
 
 # Fewer images make fewer steps in an epoch.
 EPOCHS = {32: 20, 128: 8, 512: 3}

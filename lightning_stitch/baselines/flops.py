@@ -75,7 +75,7 @@ class Meter:
     Attributes:
         seconds: Wall time.
         cpu_seconds: Processor time of this process, over all its threads; what else runs on the machine matters less.
-        flops: Floating-point operations, as `lightning_stitch.flops` says.
+        flops: Floating-point operations, as `lightning_stitch.baselines.flops` says.
 
     Example:
         >>> with Meter() as meter:

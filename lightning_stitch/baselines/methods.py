@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.contenders import METHODS, Contenders, Made, Method
+from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
+from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
+from lightning_stitch.baselines.table import Row, check_can_plot, plot_methods, write_methods
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
-from lightning_stitch.finetuning import FineTuning, quiet_trainers
-from lightning_stitch.method_plot import check_can_plot, plot_methods
-from lightning_stitch.method_table import Row, write_methods
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report.evaluation import Evaluation, score
 from lightning_stitch.search.latency import network_latency
@@ -56,7 +55,7 @@ def compare_methods(
     what it has; methods.png shows accuracy against training FLOPs.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
-    `cpu_seconds` and `flops` of all that the method took (`method_table.COUNTED`, `lightning_stitch.flops`); `labels`;
+    `cpu_seconds` and `flops` of all that the method took (`method_table.COUNTED`, `lightning_stitch.baselines.flops`); `labels`;
     the classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`,
     `learning_rate` and `epoch`, where it has them.
 

@@ -14,10 +14,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch._lightning import isolate_rng, pl
+from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, train_best
+from lightning_stitch.baselines.flops import Meter
 from lightning_stitch.cost import Budget
 from lightning_stitch.data.datamodule import CalibrationDataModule
-from lightning_stitch.finetuning import Classifier, FineTuning, Flips, Trained, train_best
-from lightning_stitch.flops import Meter
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.settings import CalibrationSettings
