@@ -28,7 +28,7 @@ from lightning_stitch import (
     compare_methods,
     preflight,
 )
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 
 RANDOM = {"spec": "test_resnet", "pretrained": False}
 

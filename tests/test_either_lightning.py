@@ -18,7 +18,7 @@ from prediction_doubles import NAMES, quiet_trainer, write_digits
 
 from lightning_stitch import CalibrationDataModule, FragmentSearch, PublishAfterFit, StitchedClassifier, predict_files
 from lightning_stitch._lightning import NAMESPACE, pl
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 SEARCH = {"sources": SOURCES, "max_candidates": 2, "compare": True}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_stitch import StitchedClassifier, load_source
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {"image_size": 64, "train_samples": 48, "selection_samples": 32, "test_samples": 64}

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_stitch import _lightning
 from lightning_stitch._lightning import NAMESPACE, pl
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.training.fragment_search import FragmentSearch

@@ -13,7 +13,7 @@ from prediction_doubles import NAMES, classifier, save_checkpoint, write_digits
 
 from lightning_stitch import StitchedClassifier, predict_files
 from lightning_stitch._lightning import NAMESPACE
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 from lightning_stitch.report.predictions import as_csv
 
 
@@ -48,7 +48,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_predictions_are_printed_as_csv_and_nothing_else(
     checkpoint: Path, model: StitchedClassifier, images: Path
 ) -> None:
-    command = [sys.executable, "-m", "lightning_stitch.cli", "predict", str(checkpoint), str(images)]
+    command = [sys.executable, "-m", "lightning_stitch.cli.main", "predict", str(checkpoint), str(images)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == as_csv(predict_files(model, images))
     assert done.stderr == ""

@@ -13,7 +13,7 @@ from published_networks import network, together
 from test_cli import config_file
 
 from lightning_stitch import StitchedClassifier
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
 
 # The hub's client says this of itself, with newer versions of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

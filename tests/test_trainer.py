@@ -14,9 +14,9 @@ from torchvision.transforms.functional import to_pil_image
 from lightning_stitch import StitchedClassifier
 from lightning_stitch._lightning import pl
 from lightning_stitch.baselines.contenders import METHODS
-from lightning_stitch.cli import main
+from lightning_stitch.cli.main import main
+from lightning_stitch.cli.trainer import StitchTrainer
 from lightning_stitch.errors import StitchError
-from lightning_stitch.trainer import StitchTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
