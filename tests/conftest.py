@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from clock_double import CLOCK, Clock
-from hub_double import HubDouble
-from hub_server import point_client_at, serve_hub
+from doubles.clock import CLOCK, Clock
+from doubles.hub import HubDouble
+from doubles.hub_server import point_client_at, serve_hub
 
 from lightning_stitch.search import latency
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from helpers import counted_bytes, counted_macs, live, noise, shake
+from doubles.helpers import counted_bytes, counted_macs, live, noise, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from prediction_doubles import quiet_trainer
+from doubles.predictions import quiet_trainer
 from torch.utils.data import TensorDataset
 
 from lightning_stitch import _lightning

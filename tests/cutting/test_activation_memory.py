@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from doubles.helpers import counted_bytes, donor, filled, joined, live, noise, shake, space_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_stitch.cutting.graph import CutGraph
+from lightning_stitch.cutting.probing import network_cost
+from lightning_stitch.recipe import Preprocessing
+from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.sources.views import Preprocess
+from lightning_stitch.stitching.segments import segment
+from lightning_stitch.stitching.stitches import is_bridgeable
+
+MAP = 4 * 4 * 8 * 8  # bytes of 4 channels of 8 x 8
+
+
+class Table(nn.Module):
+    """Adds a table that it makes of 8 maps, whatever the number of images."""
+
+    traced_whole = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(8, 4, 8, 8).sum(0)
+
+
+class Layers(nn.Module):
+    """A convolution to 4 channels of 8 x 8, and something of the test's behind it."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.norm, self.silu, self.tabular = nn.BatchNorm2d(4), nn.SiLU(inplace=True), Table()
+        self.table = nn.Parameter(torch.rand(1, 4, 1, 1))
+        self.behind = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self, self.stem(x))
+
+
+BY_HAND: dict[str, tuple[Callable[[Layers, Tensor], Tensor], float]] = {
+    # What is alive at the dearest moment, in maps of 4 channels of 8 x 8; before that it is 1.75, image and first map.
+    "a chain": (lambda net, x: net.a(net.a(x)), 2),
+    "a wider end": (lambda net, x: net.b(x), 3),
+    "a residual block holds its input": (lambda net, x: net.a(net.a(x)) + x, 3),
+    "dense connections hold everything": (lambda net, x: torch.cat([x, net.a(x), net.a(x)], 1), 6),
+    "what is no longer read is gone": (lambda net, x: net.a(net.a(net.a(net.a(x)))), 2),
+    "what is never read goes at once": (lambda net, x: (net.a(x), net.a(x))[1], 2),
+    "a norm makes a tensor": (lambda net, x: net.norm(x), 2),
+    "an operation in place makes none": (lambda net, x: net.silu(net.a(x)), 2),
+    "a view makes none": (lambda net, x: net.a(x).flatten(1).view(-1, 4, 8, 8).transpose(2, 3), 2),
+    "a view holds what it is a view of": (lambda net, x: net.b(x[:, :1].expand(-1, 4, -1, -1)), 3),
+    "chunks hold what they are of": (lambda net, x: net.a(x).chunk(2, 1)[0] * x[:, :2], 2.5),
+    "a parameter is no activation": (lambda net, x: x + net.table.expand(1, 4, 8, 8), 2),
+    "a table that is made is one": (lambda net, x: x + (net.table.expand(1, 4, 8, 8) * 2), 3),
+    "so is one inside a whole layer": (lambda net, x: net.tabular(x), 10),
+    "a norm's statistics count": (lambda net, x: F.softmax(x, 1) + F.layer_norm(F.gelu(x), (8, 8)), 3),
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_activations_are_what_can_be_counted_by_hand(kind: str) -> None:
+    forward, maps = BY_HAND[kind]
+    network = Layers(forward)
+    extra = 2 * 4 * 4 if "statistics" in kind else 0  # mean and spread of 4 rows
+    assert network_cost(network, (3, 8, 8)).activation_bytes == maps * MAP + extra
+    assert CutGraph(network, (3, 8, 8)).occupancy(None, None).peak() == maps * MAP + extra
+
+
+def test_attention_holds_its_weights() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    found = network_cost(Attending(), (4, 16, 16)).activation_bytes
+    assert found == counted_bytes(CutGraph(Attending(), (4, 16, 16)).module, (4, 16, 16))
+    assert found > 2 * 4 * 256 * 256  # before and behind the softmax
+
+
+def test_what_is_trained_needs_no_more_in_eval_mode_and_stays_as_it_was() -> None:
+    network = Layers(lambda net, x: net.silu(net.norm(net.a(x))) + x)
+    network.a.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in network.parameters()]
+    found = network_cost(network, (3, 8, 8))
+    assert [parameter.requires_grad for parameter in network.parameters()] == before
+    assert set(before) == {True, False}
+    assert network_cost(network.requires_grad_(False), (3, 8, 8)) == found
+    assert found.activation_bytes == 3 * MAP
+
+
+@pytest.mark.parametrize(
+    ("native", "fixed_size", "interpolation"),
+    [
+        (8, False, "bilinear"),
+        (8, True, "bilinear"),
+        (12, True, "bicubic"),
+        (16, True, "nearest"),
+        (16, False, "bilinear"),
+    ],
+)
+def test_preprocessing_needs_what_a_real_run_does(native: int, fixed_size: bool, interpolation: str) -> None:
+    preprocess = Preprocess(Preprocessing((3, native, native), (0.4,) * 3, (0.3,) * 3, interpolation, fixed_size))
+    network = nn.Sequential(preprocess, nn.Conv2d(3, 1, 4, 4))
+    expected = counted_bytes(CutGraph(network, (3, 8, 8)).module, (3, 8, 8))
+    assert preprocess.activation_bytes((3, 8, 8)) == expected == network_cost(network, (3, 8, 8)).activation_bytes
+
+
+class Overwriting(nn.Module):
+    """Blocks that begin with an operation in place, behind which their input is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = (
+            nn.Conv2d(3, 6, 3, 2, 1),
+            nn.Conv2d(6, 9, 3, 2, 1),
+            nn.Conv2d(9, 7, 3, padding=1),
+        )
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.stem(x).relu_())
+        x = self.two(x.relu_())
+        return self.head(x.relu_().mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Linear layers that read tokens, which a stitch gives as a view of a map, in another order in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.one = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 9)
+        self.two, self.head = nn.Linear(9, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2).contiguous()
+        return self.head(self.two(F.gelu(self.one(x))).mean(1))
+
+
+OWN = {"overwriting": Overwriting, "tokens": Tokens}
+MIXED = {
+    "maps": ["test_resnet", "test_efficientnet", "test_byobnet"],
+    "all formats": ["test_vit", "test_convnext", "test_mambaout", "test_resnet"],
+    "linear layers first": ["tokens", "test_resnet"],
+    "in place": ["torchvision:resnet18", "torchvision:mobilenet_v3_small", "overwriting"],
+}
+
+
+@pytest.mark.parametrize("names", MIXED)
+@pytest.mark.parametrize("bias", [True, False])
+def test_pieces_and_the_stitch_between_them_hold_what_the_assembled_ones_do(names: str, bias: bool) -> None:
+    sources = [live(shake(OWN[n](), 0), n, size=64) if n in OWN else donor(n) for n in MIXED[names]]
+    parts = [segment(source, CalibrationSettings(granularity="all"), (3, 64, 64)) for source in sources]
+    costs = CompositionCosts(parts, bias=bias, max_fragments=3)
+    draw, placements = random.Random(0), set()
+    for _ in range(40):
+        s, t = draw.choices(range(len(parts)), k=2)
+        sender, receiver = parts[s], parts[t]
+        leaves, enters = draw.randrange(1, len(sender.cuts)), draw.randrange(len(receiver.cuts))
+        if not is_bridgeable(sender.cuts[leaves], receiver.cuts[enters]):
+            continue
+        placed = costs.stitch(s, leaves, t, enters)
+        begun, behind = sender.cuts[leaves - 1], [*(cut.name for cut in receiver.cuts), receiver.end][enters + 1]
+        before = sender.graph.fragment(begun.name, sender.cuts[leaves].name)
+        after = receiver.graph.fragment(receiver.cuts[enters].name, behind)
+        network = joined(before, filled(placed.spec), after, placed.spec.placement)
+        given = 4 * math.prod(begun.shape)
+        runs = (
+            costs.run(s, leaves, leaves + 1, entry=given, exit=placed.exit),
+            costs.run(t, enters + 1, enters + 2, entry=placed.entry),
+        )
+        counted = max(cost.activation_bytes for cost in (*runs, placed.cost))
+        found = network_cost(network, begun.shape).activation_bytes  # type: ignore[arg-type]
+        # Where tokens or maps stay as they are, there is no copy of them.
+        assert counted >= found if names == "linear layers first" else counted == found
+        placements.add(placed.spec.placement)
+    assert placements >= {"explicit", "producer"}
+
+
+class Viewing(nn.Module):
+    """Takes its maps apart by `view`, as many hand-written networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, 4, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.three, self.head = nn.Linear(8 * 8 * 8, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.head(torch.relu(self.three(x.view(x.size(0), -1))))
+
+
+@pytest.mark.parametrize("sender", ["test_convnext", "test_mambaout"])
+def test_a_receiver_may_view_what_a_stitch_gives_in_another_order_of_memory(sender: str) -> None:
+    space = space_of([donor(sender), live(shake(Viewing(), 0), "viewing", size=64)], noise(8, 3, 64, 64))
+    parts = [source.parts for source in space.sources]
+    state, images, entered = space.starts()[0], noise(3, 3, 64, 64, seed=1), 0
+    for cut, x in space.walk(state):
+        for edge in space.edges(state, cut, x, min_cka=-9, min_product=-9):
+            if edge.source == 1:
+                candidate = space.complete(space.enter(edge, x))
+                (outcome,) = PrefixTree([candidate], parts).run([images])
+                assert outcome.features.shape == (3, 10)
+                entered += parts[1].cuts[edge.receiver].format == "NCHW"
+    assert entered > 3

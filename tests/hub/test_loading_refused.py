@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from doubles.helpers import noise
+from doubles.published_networks import classifier, network, outputs, source_network
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_stitch import RecipeError, SourceError, StitchedClassifier, StitchedNetwork, StitchError, load_source
+
+# 4e13 bytes and more of classifier, which no machine has
+GIANT = {"num_classes": 10**11}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "network"
+    network().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in saved.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    return copied
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change what a folder's config holds of this package's."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config["lightning_stitch"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors, with the right hash, as somebody who means harm would have them."""
+    path = folder / "model.safetensors"
+    save_file(tensors, path)
+    weights = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    rewrite(folder, lambda own: own.update(weights=weights))
+
+
+def test_newer_keys_warn_and_are_left_out(folder: Path) -> None:
+    def newer(own: dict[str, Any]) -> None:
+        own["mood"] = "sunny"
+        own["recipe"]["flavour"] = 1
+        own["recipe"]["sources"][0]["preprocessing"]["gamma"] = 2.2
+
+    rewrite(folder, newer)
+    with pytest.warns(UserWarning, match="does not know and leaves out") as caught:
+        loaded = StitchedNetwork.from_pretrained(folder)
+    words = [str(warning.message) for warning in caught]
+    assert ["has mood, which this version" in words[0], "gamma, Recipe.flavour, which" in words[1]] == [True, True]
+    assert len(words) == 2
+    assert torch.equal(outputs(loaded), outputs(network()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda own: own.update(format=2), r"saved in format 2; this version .* reads format 1"),
+        (lambda own: own["recipe"].update(schema=99), r"recipe has schema 99"),
+        (lambda own: own.pop("recipe"), r"A recipe is a dict"),
+        (lambda own: own["recipe"].pop("fragments"), r"no recipe of schema 1: 'fragments'"),
+        (lambda own: own.pop("weights"), r"malformed: kind, weights or shared"),
+        (lambda own: own.update(kind="other"), r"malformed: kind, weights or shared"),
+        (lambda own: own["weights"].update(sha256="0" * 64), r"not the file that its config.json was written with"),
+        (lambda own: own["weights"].update(bytes=5), r"has \d+ bytes; its config.json was written with one of 5"),
+        (lambda own: own["recipe"]["sources"][0].update(architecture="no_such_net"), r"knows no model 'no_such_net'"),
+        (lambda own: own["recipe"]["fragments"][0].update(end="nowhere"), r"does not fit its sources.*'nowhere'"),
+        (lambda own: own["recipe"]["sources"][0]["arguments"].update(pretrained=True), r"read files or the network"),
+        (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(std=[1, 0, 1]), r"one positive std for each"),
+        (lambda own: own.update(shared={"network.x": "network.y"}), r"share \['network.y'\], which are not there"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(change: Any, words: str, folder: Path) -> None:
+    rewrite(folder, change)
+    with pytest.raises(RecipeError, match=words):
+        StitchedNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"architecture": "resnet18"}', "[" * 100_000])
+def test_a_config_of_something_else_is_refused(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(RecipeError, match="is not that of a stitched network"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(("kind", "words"), [("link", "is a link"), ("pipe", "no plain file"), ("none", "holds no")])
+def test_what_is_no_plain_file_in_the_folder_is_refused(file: str, kind: str, words: str, folder: Path) -> None:
+    path = folder / file
+    path.rename(folder.parent / file)
+    if kind == "link":
+        path.symlink_to(folder.parent / file)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(StitchError, match=words):
+        StitchedNetwork.from_pretrained(folder)
+
+
+def test_pickled_weights_are_never_read(folder: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (folder / "sprung",)
+
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    content = (folder / "model.safetensors").read_bytes()
+    weights = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    rewrite(folder, lambda own: own.update(weights=weights))
+    with pytest.raises(RecipeError, match="is no safetensors file"):
+        StitchedNetwork.from_pretrained(folder)
+    assert not (folder / "sprung").exists()
+
+
+@pytest.mark.parametrize("spoil", ["missing", "extra", "shape", "dtype"])
+def test_weights_that_do_not_fit_the_recipe_are_refused(spoil: str, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
+    if spoil == "missing":
+        tensors["network.other"] = tensors.pop(name)
+    elif spoil == "extra":
+        tensors["network.other"] = torch.zeros(3)
+    else:
+        tensors[name] = tensors[name][:, :1].contiguous() if spoil == "shape" else tensors[name].long()
+    replace_weights(folder, tensors)
+    words = {
+        "missing": f"1 tensors are missing \\({name}\\), 1 have no place",
+        "extra": r"0 tensors are missing \(none\), 1 have no place in it \(network\.other\)",
+        "shape": f"{name} is torch.float32 of shape",
+        "dtype": f"{name} is torch.int64 of shape",
+    }[spoil]
+    with pytest.raises(RecipeError, match=words):
+        StitchedNetwork.from_pretrained(folder)
+
+
+def test_an_architecture_that_reads_numbers_while_it_is_built_travels_and_is_checked_alike(tmp_path: Path) -> None:
+    # torchvision computes the widths of its RegNets with tensors
+    built = source_network(load_source("torchvision:regnet_y_400mf", pretrained=False))
+    built.save_pretrained(tmp_path)
+    loaded = StitchedNetwork.from_pretrained(tmp_path)
+    images = noise(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), built(images))
+    # 2e12 bytes of classifier
+    rewrite(tmp_path, lambda own: own["recipe"]["sources"][0].update(arguments={"num_classes": 10**9}))
+    with pytest.raises(RecipeError, match=r"the recipe asks for torch\.float32 of shape \(1000000000, 440\)"):
+        StitchedNetwork.from_pretrained(tmp_path)
+
+
+def test_a_structure_that_cannot_be_built_without_memory_is_not_built_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def reading(architecture: str, **options: Any) -> nn.Module:
+        built.append(torch.empty(()).device.type)
+        return nn.Linear(int(torch.zeros(1).item()), 1)
+
+    monkeypatch.setattr(timm, "create_model", reading)
+    with pytest.raises(RecipeError, match="cannot be rebuilt: timm could not build"):
+        StitchedNetwork.from_pretrained(folder)
+    assert set(built) == {"meta"}
+
+
+def test_folders_of_the_machine_are_not_written(folder: Path, tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "secret" / "one"), safe_serialization=True)
+    built = source_network(load_source(f"local-dir:{tmp_path}/secret/one"))
+    built.save_pretrained(tmp_path / "saved")
+    written = [file.read_bytes() for file in (tmp_path / "saved").iterdir()]
+    assert len(written) == 4
+    assert not any(b"secret" in content for content in written)
+    assert StitchedNetwork.from_pretrained(tmp_path / "saved").recipe.sources[0].spec == "local-dir:one"
+
+
+def test_a_recipe_of_giants_is_refused_before_memory_is_allocated(folder: Path) -> None:
+    # 4e12 bytes of classifier alone, which no machine has
+    rewrite(folder, lambda own: own["recipe"]["sources"][1].update(arguments={"num_classes": 10**10}))
+    rewrite(folder, lambda own: own["recipe"]["fragments"][1].update(end=None))
+    with pytest.raises(RecipeError, match=r"do not fit its recipe: 2 tensors are missing"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+def unused_source(own: dict[str, Any]) -> None:
+    """One more source, giant, that no fragment comes from."""
+    own["recipe"]["sources"].append({**own["recipe"]["sources"][0], "name": "other", "arguments": GIANT})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: own["recipe"]["sources"][0].update(arguments=GIANT),
+        unused_source,
+        lambda own: own["recipe"].update(input_size=[3, 100_000, 100_000]),
+    ],
+    ids=["a classifier that no fragment has", "a source that no fragment has", "giant images"],
+)
+def test_what_the_fragments_do_not_have_takes_no_memory(change: Any, folder: Path) -> None:
+    rewrite(folder, change)
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+
+
+def test_nothing_is_built_for_a_factory_that_is_not_trusted(folder: Path) -> None:
+    rewrite(folder, lambda own: own["recipe"]["sources"][0].update(arguments=GIANT))
+    rewrite(folder, lambda own: own["recipe"]["sources"][1].update(builder="python", architecture="no_such:factory"))
+    with pytest.raises(RecipeError, match=r"import 'no_such' and call .*trust_factory=True"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+def test_a_config_that_makes_much_out_of_little_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    largest = max(tensors, key=lambda name: tensors[name].nbytes)
+    rewrite(folder, lambda own: own["shared"].update({f"network.x{i}": largest for i in range(1000)}))
+    with pytest.raises(RecipeError, match=r"makes \d+ MB of tensors out of \d MB of weights"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head.rows": 0, "head.targets": 0}, "0 images, 0 targets"),
+        ({"head.targets": 5}, "30 images, 5 targets"),
+        ({"head.num_neighbours": torch.tensor(31)}, "30 images, 30 targets, 31 neighbours"),
+        ({"head.num_neighbours": torch.tensor(-3)}, "-3 neighbours"),
+    ],
+)
+def test_a_head_of_neighbours_that_does_not_fit_itself_is_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    classifier("knn").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, value in change.items():
+        tensors[name] = tensors[name][:value].clone() if isinstance(value, int) else value
+    replace_weights(tmp_path, tensors)
+    with pytest.raises(RecipeError, match=words):
+        StitchedClassifier.from_pretrained(tmp_path)
+
+
+def test_a_class_map_in_words_is_refused(tmp_path: Path) -> None:
+    classifier("class_map").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda own: own["head"]["classes"].update(few="0-150000000"))
+    with pytest.raises(RecipeError, match="a saved class map has indices, not words"):
+        StitchedClassifier.from_pretrained(tmp_path)
+
+
+def test_an_overwrite_that_fails_leaves_the_network_that_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_stitch.hub.saving.write_json", full)
+    files = {file.name for file in folder.iterdir()}
+    with pytest.raises(OSError, match="No space left"):
+        network(twice=True).save_pretrained(folder, overwrite=True)
+    assert {file.name for file in folder.iterdir()} == files
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+
+
+def test_a_link_to_nowhere_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StitchError, match=r"already holds README\.md"):
+        network().save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("nowhere", "'nowhere' is neither a folder nor a hub repository"),
+        ("a/b/c", "'a/b/c' is neither a folder nor a hub repository"),
+        ("me/name@", "'me/name@' is neither"),
+        ("local-dir:nowhere", "There is no folder 'nowhere'"),
+        (Path("me/name"), "There is no folder 'me/name'"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(where: str | Path, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        StitchedNetwork.from_pretrained(where)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.helpers import calibrated_pool, live
+from doubles.predictions import write_digits
+from doubles.published_networks import (
+    IMAGES,
+    NAMES,
+    STITCHED,
+    classifier,
+    network,
+    outputs,
+    own_factory,
+    source_network,
+    together,
+)
+from safetensors.torch import load_file
+
+from lightning_stitch import (
+    Ensemble,
+    FragmentRef,
+    Preprocessing,
+    Recipe,
+    RecipeError,
+    StitchedClassifier,
+    StitchedNetwork,
+    StitchError,
+    load_source,
+    predict_files,
+)
+from lightning_stitch.training.checkpoints import open_classifier
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "network"
+    network().save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_network_gives_the_same_outputs(saved: Path) -> None:
+    loaded = StitchedNetwork.from_pretrained(saved)
+    assert torch.equal(outputs(loaded), outputs(network()))
+    assert loaded.recipe == network().recipe
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = config["lightning_stitch"]
+    assert own["recipe"] == model.recipe.to_dict()
+    assert own["recipe"]["schema"] == 1
+    assert [source["preprocessing"]["mean"] for source in own["recipe"]["sources"]] == [
+        list(ref.preprocessing.mean) for ref in model.recipe.sources
+    ]
+    assert (own["kind"], own["task"], own["class_names"], config["label_names"]) == (
+        "classifier",
+        "multiclass",
+        NAMES,
+        NAMES,
+    )
+    assert own["versions"].keys() == {"lightning_stitch", "torch", "torchvision", "timm"}
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert own["weights"] == {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+
+
+def test_another_process_loads_it_with_neither_sources_nor_a_network_connection(saved: Path) -> None:
+    script = f"""
+import socket, sys, torch
+def refused(*arguments): raise AssertionError("no connection is needed")
+socket.socket.connect = refused
+import lightning_stitch as ls
+network = ls.StitchedNetwork.from_pretrained({str(saved)!r})
+with torch.no_grad():
+    print(network(torch.load(sys.stdin.buffer)).flatten().tolist())
+"""
+    with (saved.parent / "images.pt").open("wb") as file:
+        torch.save(IMAGES, file)
+    with (saved.parent / "images.pt").open("rb") as images:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(saved.parent / "empty")}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, stdin=images, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = torch.tensor(json.loads(done.stdout)).reshape(outputs(network()).shape)
+    torch.testing.assert_close(found, outputs(network()))
+
+
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        ("ridge", "multiclass"),
+        ("ridge", "multilabel"),
+        ("ridge", "regression"),
+        ("knn", "multiclass"),
+        ("class_mean", "multiclass"),
+        ("none", "multiclass"),
+        ("class_map", "multiclass"),
+    ],
+)
+def test_a_classifier_travels_with_head_task_and_class_names(head: str, task: str, tmp_path: Path) -> None:
+    model = classifier(head, task)
+    model.save_pretrained(tmp_path)
+    loaded = StitchedClassifier.from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert loaded.class_names == model.class_names
+    assert loaded.head_settings == model.head_settings
+    assert loaded.recipe == model.recipe
+
+
+def test_an_ensemble_travels_alone_and_as_a_classifier(tmp_path: Path) -> None:
+    members = together()
+    members.save_pretrained(tmp_path / "alone")
+    assert torch.equal(outputs(Ensemble.from_pretrained(tmp_path / "alone")), outputs(members))
+    model = classifier(kind="ensemble")
+    model.save_pretrained(tmp_path / "classifier")
+    assert torch.equal(outputs(StitchedClassifier.from_pretrained(tmp_path / "classifier")), outputs(model))
+    with pytest.raises(RecipeError, match=r"holds what Ensemble\.from_pretrained loads, not StitchedNetwork"):
+        StitchedNetwork.from_pretrained(tmp_path / "alone")
+
+
+def test_a_classifiers_folder_also_gives_the_network_without_its_head(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path)
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(tmp_path)), outputs(network()))
+
+
+def test_a_networks_folder_is_no_classifier(saved: Path) -> None:
+    with pytest.raises(RecipeError, match=r"StitchedNetwork\.from_pretrained loads, not StitchedClassifier"):
+        StitchedClassifier.from_pretrained(saved)
+
+
+def test_images_files_are_predicted_from_a_saved_folder_alike(tmp_path: Path) -> None:
+    images = write_digits(tmp_path / "images", 3)
+    model = classifier()
+    model.save_pretrained(tmp_path / "model")
+    rows = predict_files(open_classifier(tmp_path / "model"), images)
+    assert rows == predict_files(model, images)
+    assert {row["class"] for row in rows} <= set(NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_precision_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    original = StitchedNetwork.from_recipe(network().recipe).to(dtype)
+    original.save_pretrained(tmp_path)
+    loaded = StitchedNetwork.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES.to(dtype)), original(IMAGES.to(dtype)))
+
+
+@pytest.mark.parametrize("refinements", [["healing"], ["batch_norm", "healing"]])
+def test_a_refined_network_travels_with_what_was_changed(refinements: list[str], tmp_path: Path) -> None:
+    pool = calibrated_pool("test_convnext", "test_resnet")
+    refined = pool.assemble(pool.stitch(STITCHED, refinements=refinements))
+    assert refined.recipe.refinements
+    assert not torch.equal(outputs(refined), outputs(network()))
+    refined.save_pretrained(tmp_path)
+    loaded = StitchedNetwork.from_pretrained(tmp_path)
+    assert loaded.recipe == refined.recipe
+    assert torch.equal(outputs(loaded), outputs(refined))
+
+
+def test_an_early_exit_travels(tmp_path: Path) -> None:
+    ref = load_source("test_resnet", pretrained=False).ref
+    recipe = Recipe((ref,), (FragmentRef(ref.name, None, "layer3"),), input_size=(3, 32, 32), pooled=True)
+    exit_ = StitchedNetwork.from_recipe(recipe).eval()
+    exit_.save_pretrained(tmp_path)
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(tmp_path)), outputs(exit_))
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_a_fragment_that_is_used_twice_is_written_once(share_weights: bool, tmp_path: Path) -> None:
+    original = network(twice=True, share_weights=share_weights)
+    original.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    large = [t for t in tensors if t.nbytes >= 1024]
+    assert len({hashlib.sha256(t.numpy().tobytes()).digest() for t in large}) == len(large)
+    assert sum(t.numel() for t in tensors) < sum(t.numel() for t in original.state_dict().values())
+    loaded = StitchedNetwork.from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded), outputs(original))
+    # what was one parameter is one again, what were two alike are two
+    assert len(list(loaded.parameters())) == len(list(original.parameters()))
+
+
+def test_only_the_fragments_that_are_used_are_written(saved: Path) -> None:
+    written = sum(t.numel() for t in load_file(saved / "model.safetensors").values())
+    own = {**dict(network().named_buffers()), **network().state_dict()}
+    assert written == sum(t.numel() for t in own.values())
+
+
+def test_saving_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    model = classifier().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    model.save_pretrained(tmp_path)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_there_is_not_overwritten_untold(tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(
+        StitchError, match=r"already holds config\.json, model\.safetensors, README\.md.*overwrite=True"
+    ):
+        network().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    network().save_pretrained(tmp_path, overwrite=True)
+    assert (tmp_path / "README.md").read_text() != "mine"
+
+
+def test_a_module_without_a_network_has_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(StitchError, match="has no network yet, so there is nothing to save"):
+        StitchedClassifier(num_classes=2).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_live_module_cannot_be_saved_and_the_exported_program_can(tmp_path: Path) -> None:
+    built = source_network(live(own_factory(), "mine", size=16))
+    with pytest.raises(RecipeError, match=r"'mine' was given as a live module.*python:.*torch\.export\.save") as error:
+        built.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    images = IMAGES[..., :16, :16]
+    offered = str(error.value)[str(error.value).index("torch.export.save") :].rstrip(".")
+    path = tmp_path / "network.pt2"
+    exec(offered.replace("'network.pt2'", "path"), {"torch": torch, "network": built, "images": images, "path": path})
+    torch.testing.assert_close(torch.export.load(path).module()(images), built(images))
+
+
+def test_a_factory_is_called_only_where_it_is_trusted(tmp_path: Path) -> None:
+    preprocessing = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    built = source_network(load_source("python:doubles.published_networks:own_factory", preprocessing=preprocessing))
+    built.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"import 'doubles.published_networks' and call .*trust_factory=True"):
+        StitchedNetwork.from_pretrained(tmp_path)
+    loaded = StitchedNetwork.from_pretrained(tmp_path, trust_factory=True)
+    images = IMAGES[..., :16, :16]
+    assert torch.equal(loaded(images), built(images))

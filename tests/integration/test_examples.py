@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lightning_stitch import StitchedClassifier, load_source
+from lightning_stitch.cli.main import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = {"image_size": 64, "train_samples": 48, "selection_samples": 32, "test_samples": 64}
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_example("prepare_solar_cells")
+
+
+@pytest.fixture(scope="module")
+def workplace(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    script.main(["--output", str(folder / "solar_cells")])
+    return folder
+
+
+def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
+    images = workplace / "solar_cells" / "images"
+    assert {folder.name: len(list(folder.glob("*.png"))) for folder in images.iterdir()} == {
+        "functional": 1803,
+        "defective": 821,
+    }
+    # the probability in a file's name decides its folder
+    shares = {folder.name: {file.stem[-3:] for file in folder.iterdir()} for folder in images.iterdir()}
+    assert shares == {"functional": {"000", "033"}, "defective": {"067", "100"}}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, size: int) -> None:
+    source = load_source(f"local-dir:{workplace}/solar_cells/efficientnet_lite{size}")
+    assert source.ref.architecture == f"tf_efficientnet_lite{size}"
+    assert source.licence == "apache-2.0"
+    assert (source.preprocessing.mean, source.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    # BatchNorm statistics of a trained network fit what reaches them: activations neither die out nor explode
+    with torch.no_grad():
+        features = source.module.forward_head(
+            source.module.forward_features(torch.randn(2, 3, 224, 224)), pre_logits=True
+        )
+    assert 0.01 < features.mean() < 10
+
+
+def test_a_second_run_leaves_everything_alone(
+    script: ModuleType, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((workplace / "solar_cells").rglob("*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in files]
+    script.main(["--output", str(workplace / "solar_cells")])
+    assert "Nothing to do" in capsys.readouterr().out
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_weights_of_another_hash_are_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    wrong = dataclasses.replace(script.WEIGHTS["efficientnet_lite0"], sha256="0" * 64)
+    monkeypatch.setitem(script.WEIGHTS, "efficientnet_lite0", wrong)
+    with pytest.raises(SystemExit, match="is not the file this script knows: sha256 5793"):
+        script.main(["--output", str(tmp_path)])
+    assert not (tmp_path / "efficientnet_lite0").exists()
+
+
+def test_a_folder_of_someone_elses_is_not_touched(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="not as this script writes it"):
+        script.make_once(tmp_path / "images", script.is_complete, script.write_images)
+    assert (tmp_path / "images" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["solar_cells", "solar_cells_full"])
+def test_the_configuration_runs_and_writes_its_table(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
+    options = [f"--data.init_args.{key}={value}" for key, value in SMALL.items()]
+    options += ["--trainer.callbacks.init_args.max_candidates=6", "--trainer.enable_model_summary=false"]
+    main(["fit", "--config", str(EXAMPLES / f"{name}.yaml"), *options])
+    printed = capsys.readouterr().out
+    folder = workplace / "logs" / name / "version_0"
+    assert f"The stitched network is in {folder.relative_to(workplace)}/stitched.ckpt." in " ".join(printed.split())
+    with (folder / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sources = {f"efficientnet_lite{size}" for size in range(3)}
+    for kind in ("source", "self-stitched"):
+        assert {row["name"] for row in rows if row["kind"] == kind} == sources
+    assert {row["kind"] for row in rows} == {"source", "self-stitched", "stitched", "early exit"}
+    with (folder / "candidates.csv").open() as file:
+        assert len(list(csv.DictReader(file))) > len(rows)
+    assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
+    model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_example("cnn_to_vit").main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    joints = re.findall(r"(\S+) +│ (\S+) +│ NCHW \d+ -> (tokens|NHWC) 64, explicit", printed)
+    fronts = {"conv1.2", "conv1.5", "maxpool", "layer1", "layer2", "layer3"}
+    tails = {"patch_embed", "norm_pre", "blocks.0", "blocks.1", "blocks.2"}
+    assert {(front, tail) for front, tail, _ in joints} == {(front, tail) for front in fronts for tail in tails}
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["kind"]) for row in rows[-1:]] == [("StitchNet", "stitched")]
+    assert {row["name"] for row in rows[:-1]} == {"cnn", "vit"}
+    assert rows[-1]["labels"] == "384"
+
+
+def accuracies(printed: str) -> dict[str, float]:
+    """The mean accuracy of each kind of network, as examples/personal.py prints them."""
+    return {kind: float(mean) for kind, mean in re.findall(r"^(\w+): accuracy ([\d.]+)", printed, flags=re.MULTILINE)}
+
+
+PERSONAL = {"chosen", "StitchNet", "ensemble", "general", "source"}
+
+
+def test_people_get_networks_for_their_own_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("personal").main(["--people", "3", "--images", "15", "--epochs", "4"])
+    printed = capsys.readouterr().out
+    people = re.findall(r"\d: digits (\d), (\d), (\d) ", printed)
+    assert len(people) == 3
+    assert all(len(set(classes)) == 3 for classes in people)
+    # Of three digits one in three is right by chance.
+    assert {kind for kind, mean in accuracies(printed).items() if mean > 0.6} == PERSONAL
+
+
+@pytest.mark.slow
+def test_people_get_networks_for_their_own_solar_cells(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--people", "2", "--images", "16", "--image-size", "64", "--test-images", "24"]
+    load_example("personal").main(["--task", "solar-cells", "--solar-cells", str(workplace / "solar_cells"), *small])
+    printed = capsys.readouterr().out
+    assert re.findall(r"\d: (mono|poly) ", printed) == ["mono", "poly"]
+    assert accuracies(printed).keys() == PERSONAL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "finetune_stitched"])
+def test_the_fine_tuning_scripts_run_on_real_images(
+    name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "solar_cells").symlink_to(workplace / "solar_cells")
+    monkeypatch.chdir(tmp_path)
+    options = "--size 32 --labels 96 --epochs 1"
+    load_example(name).main(options.split())
+    accuracy, *_ = re.findall(r"test_accuracy\W+([0-9.]+)", capsys.readouterr().out)
+    assert 0.5 < float(accuracy) <= 1
+
+
+def test_an_ordinary_script_is_stitched_by_a_few_lines() -> None:
+    plain, stitched = ((EXAMPLES / f"{name}.py").read_text().splitlines() for name in ("finetune", "finetune_stitched"))
+    changed = [line for line in difflib.ndiff(plain[1:], stitched[1:]) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    assert len([line for line in changed if line.startswith("+")]) <= 6
+    assert len([line for line in changed if line.startswith("-")]) <= 4
+
+
+def blocks_of_readme(language: str) -> list[str]:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readmes_first_commands_are_one_line_each_and_ci_runs_the_second() -> None:
+    first, second = (block.strip() for block in blocks_of_readme("bash")[:2])
+    assert "\n" not in first + second
+    assert re.search(r"install .+ && .+", first)
+    assert re.search(r"install .+ && .+", second)
+    assert second in (EXAMPLES.parent / ".ci" / "run").read_text()
+    named = re.findall(r"examples/[\w.]+", " ".join(blocks_of_readme("bash")))
+    assert named
+    assert all((EXAMPLES.parent / name).is_file() for name in named)
+
+
+@pytest.mark.slow
+def test_the_readmes_first_python_example_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    code = blocks_of_readme("python")[0]
+    smaller = code.replace("image_size=128", "image_size=48, train_samples=64, selection_samples=32")
+    quiet = smaller.replace("max_epochs=0", "max_epochs=0, logger=False, log_every_n_steps=1").replace("100e6", "14e6")
+    assert quiet.count("48") == quiet.count("14e6") == 1
+    exec(compile(quiet, "README.md", "exec"), {})
+    assert "Stitched network of " in capsys.readouterr().out

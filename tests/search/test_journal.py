@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from doubles.clock import Clock, timed
+from doubles.helpers import digits, noise, pieces_run, plain, records
+from torch import Tensor
+
+from lightning_stitch import CalibrationSettings, Pool
+from lightning_stitch.cost import Budget
+from lightning_stitch.errors import CalibrationError, JournalError
+from lightning_stitch.io.activation_store import Carried
+from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
+from lightning_stitch.sources.source import Source
+from lightning_stitch.stitching import saved_calibration as calibration_files
+from lightning_stitch.stitching.candidates import Candidate
+
+SHAPE = (3, 16, 16)
+CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)
+IMAGES, LABELS = digits(40, 16, first=20, classes=3)
+SELECTION = list(zip(IMAGES.split(16), LABELS.split(16), strict=True))
+ALL = DepthFirst(span=2, threshold=-9, edge_threshold=-9, max_fragments=4)
+
+
+def backwards(space: SearchSpace) -> Iterator[Candidate]:
+    """A user's own strategy: from the last cut of each source, the worst stitches first."""
+    for state in space.starts():
+        for cut, x in reversed(list(space.walk(state))):
+            for edge in sorted(space.edges(state, cut, x, min_product=-9), key=lambda edge: edge.cka)[:3]:
+                entered = space.enter(edge, x)
+                yield space.complete(entered)
+                for later, y in space.walk(entered):
+                    if later == 1:
+                        yield from (space.complete(space.enter(e, y)) for e in space.edges(entered, later, y)[:1])
+
+
+def pair(seed: int = 1) -> list[Source]:
+    return [plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=seed, strides=(2, 2, 1))]
+
+
+def new_pool(sources: list[Source] | None = None, **settings: Any) -> Pool:
+    return Pool(sources or pair(), SHAPE, settings=CalibrationSettings(**settings))
+
+
+BEAM = Beam(max_upsampling=math.inf)
+
+
+def search(pool: Pool, **options: Any) -> SearchResult:
+    return pool.search(
+        **{"calibration": [CALIBRATION], "selection": SELECTION, "strategy": BEAM, "max_candidates": 12, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> SearchResult:
+    return search(new_pool())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    search(new_pool(), journal=(folder := tmp_path_factory.mktemp("journal") / "finished"))
+    return folder
+
+
+@pytest.fixture
+def journal(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "journal"))
+
+
+def never() -> Iterator[Tensor]:
+    raise AssertionError("an image was read")
+    yield
+
+
+@pytest.mark.parametrize("strategy", [BEAM, ALL, backwards], ids=["beam", "depth first", "own"])
+def test_a_finished_journal_gives_the_whole_result_and_nothing_runs(tmp_path: Path, strategy: Strategy) -> None:
+    expected = search(new_pool(), strategy=strategy)
+    first = search(new_pool(), strategy=strategy, journal=tmp_path)
+    pool = new_pool()
+    with pieces_run(pool) as ran:
+        again = search(pool, strategy=strategy, journal=tmp_path)
+    assert ran == []
+    assert sum(r.candidate.kind == "stitched" for r in again.ranked) > 6
+    assert records(again) == records(first) == records(expected)
+    assert again.rejected == first.rejected == expected.rejected
+    assert [r.seconds for r in again.ranked] == [r.seconds for r in first.ranked]
+    networks = [pool.assemble(result.best.candidate)(IMAGES) for result in (expected, again)]
+    assert torch.equal(*networks)
+
+
+def test_what_was_turned_down_is_remembered_too(tmp_path: Path) -> None:
+    def blind(space: SearchSpace) -> Iterator[Candidate]:
+        blank = Carried([lambda: torch.zeros_like(space.sources[0].activations[0].whole())])
+        assert space.edges(space.starts()[0], 0, blank) == []
+        return iter(())
+
+    journals = (None, tmp_path, tmp_path)
+    rejected = [search(new_pool(), strategy=blind, journal=journal).rejected for journal in journals]
+    assert rejected[0]["activation of the sender does not vary"] > 1
+    assert rejected[0] == rejected[1] == rejected[2]
+
+
+def test_a_search_goes_on_where_its_journal_ends(journal: Path, uninterrupted: SearchResult) -> None:
+    lines = (journal / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 30
+    runs = []
+    for count in (3, 10, 25, len(lines) - 3, len(lines) - 1, len(lines)):
+        (journal / "answers.jsonl").write_text("".join(lines[:count]))
+        pool = new_pool()
+        with pieces_run(pool) as ran:
+            result = search(pool, journal=journal)
+        assert records(result) == records(uninterrupted)
+        assert result.rejected == uninterrupted.rejected
+        assert set(lines[:count]) <= set((journal / "answers.jsonl").read_text().splitlines(keepends=True))
+        runs.append(len(ran))
+    assert runs == sorted(set(runs), reverse=True)
+    assert runs[-1] == 0
+
+
+def test_without_its_last_record_only_the_last_batch_is_run_again(journal: Path) -> None:
+    *lines, last = (journal / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(last)["record"]["kind"] == "features"
+    pools = []
+    for text in ("".join(lines), ""):
+        (journal / "answers.jsonl").write_text(text)
+        pools.append(new_pool())
+        with pieces_run(pools[-1]) as ran:
+            search(pools[-1], selection=SELECTION[-1:] if not text else SELECTION, journal=journal)
+        if text:
+            last_batch = len(ran)
+    assert 0 < last_batch < len(ran)
+
+
+def test_a_line_that_was_cut_short_is_dropped_wherever_it_ends(journal: Path, uninterrupted: SearchResult) -> None:
+    whole = (journal / "answers.jsonl").read_bytes()
+    last = len(whole) - whole.rindex(b"\n", 0, -1) - 1
+    for missing in (1, last // 2, last - 1):
+        (journal / "answers.jsonl").write_bytes(whole[:-missing])
+        for _ in range(2):
+            assert records(search(new_pool(), journal=journal)) == records(uninterrupted)
+        # What came behind it is whole.
+        assert (journal / "answers.jsonl").read_bytes().count(b"\n") == whole.count(b"\n")
+
+
+def another_cka(journal: Path) -> None:
+    text = (journal / "answers.jsonl").read_text()
+    changed = re.sub(r'("ckas".*? 0\.)\d', r"\g<1>1", text, count=1)
+    assert changed != text
+    (journal / "answers.jsonl").write_text(changed)
+
+
+def other_tensors(journal: Path) -> None:
+    flip_bytes(sorted((journal / "tensors").iterdir()))
+
+
+def other_activations(journal: Path) -> None:
+    flip_bytes(sorted((journal / "calibration").glob("source-*")))
+
+
+def flip_bytes(files: list[Path]) -> None:
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [another_cka, other_tensors, other_activations])
+def test_what_was_damaged_is_found_and_computed_anew(
+    journal: Path, uninterrupted: SearchResult, damage: Callable[[Path], None]
+) -> None:
+    damage(journal)
+    assert records(search(new_pool(), journal=journal)) == records(uninterrupted)
+    pool = new_pool()
+    with pieces_run(pool) as ran:
+        assert records(search(pool, journal=journal)) == records(uninterrupted)
+    assert ran == []
+
+
+def test_networks_of_one_path_and_other_weights_are_told_apart(tmp_path: Path) -> None:
+    def twins(space: SearchSpace) -> Iterator[Candidate]:
+        candidate = next(BEAM(space))
+        yield candidate
+        *before, last = candidate.steps
+        assert last.stitch is not None
+        assert last.stitch.weight is not None
+        stitch = copy.deepcopy(last.stitch)
+        with torch.inference_mode():
+            stitch.weight.neg_()
+        yield dataclasses.replace(candidate, steps=(*before, dataclasses.replace(last, stitch=stitch)))
+
+    def scores(**options: Any) -> set[tuple[float, ...]]:
+        ranked = search(new_pool(), strategy=twins, **options).ranked
+        return {tuple(r.scores.values()) for r in ranked if r.candidate.kind == "stitched"}
+
+    assert len(scores()) == 2
+    assert scores() == scores(journal=tmp_path) == scores(journal=tmp_path)
+
+
+def test_a_count_is_raised_later_and_what_was_ranked_is_not_run_again(
+    tmp_path: Path, uninterrupted: SearchResult
+) -> None:
+    few = search(new_pool(), max_candidates=3, journal=tmp_path)
+    assert sum(r.candidate.kind == "stitched" for r in few.ranked) == 3
+    alone, pool = new_pool(), new_pool()
+    with pieces_run(alone) as all_runs:
+        search(alone)
+    with pieces_run(pool) as ran:
+        assert records(search(pool, journal=tmp_path)) == records(uninterrupted)
+    assert 0 < len(ran) < len(all_runs)
+    # The ranking, labels and counts are no part of what is remembered.
+    with pieces_run(pool) as ran:
+        search(pool, journal=tmp_path, ranking="agreement", max_candidates=5)
+        search(pool, journal=tmp_path, selection=IMAGES.split(16))
+    assert ran == []
+
+
+def test_a_journal_takes_an_opened_pool_too(tmp_path: Path, uninterrupted: SearchResult) -> None:
+    pool = new_pool()
+    pool.calibrate(CALIBRATION.split(5))
+    pool.save(tmp_path / "pool")
+    for _ in range(2):
+        opened = Pool.open(tmp_path / "pool", pair())
+        with pieces_run(opened) as ran:
+            found = search(opened, calibration=None, journal=tmp_path / "journal")
+        assert [r.candidate.recipe.fragments for r in found.ranked] == [
+            r.candidate.recipe.fragments for r in uninterrupted.ranked
+        ]
+    assert ran == []
+    opened.calibrate([CALIBRATION.flip(0)])
+    with pytest.raises(JournalError, match="calibration images"):
+        search(opened, calibration=None, journal=tmp_path / "journal")
+
+
+def test_measured_latencies_are_remembered(tmp_path: Path, clock: Clock) -> None:
+    def found(milliseconds: float) -> SearchResult:
+        clock.reset()
+        names = ("a", "b")
+        sources = [timed(name, (5, 6, 7), [milliseconds] * 3, seed=seed) for seed, name in enumerate(names)]
+        return search(new_pool(sources), budget=Budget(max_latency_ms=16), journal=tmp_path)
+
+    first, again = found(5), found(8)
+    assert first.best.latency_ms == pytest.approx(15)
+    assert records(again) == records(first)
+
+
+CHANGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda j: search(new_pool(pair(seed=2)), calibration=never(), journal=j), r'sources\.b\.weights: "sha256:'),
+    (lambda j: search(new_pool(pair()[::-1]), calibration=never(), journal=j), r'order: \["a", "b"\] there'),
+    (lambda j: search(new_pool(pair()[:1]), calibration=never(), journal=j), r"sources\.b: .* there, nothing here"),
+    (
+        lambda j: search(new_pool(rows_per_image=9, seed=5), calibration=never(), journal=j),
+        r"settings\.rows_per_image: 32 there, 9 here; settings\.seed: 0 there, 5 here\. Search with what it was begun",
+    ),
+    (lambda j: search(new_pool(), strategy=Beam(width=9), calibration=never(), journal=j), r"strategy: .*width=9"),
+    (lambda j: search(new_pool(), strategy=backwards, calibration=never(), journal=j), r'strategy: .*"backwards" here'),
+    (
+        lambda j: search(new_pool(), budget=Budget(max_macs=1e9), calibration=never(), journal=j),
+        r"budget\.max_macs: nothing there, 1000000000\.0 here",
+    ),
+    (lambda j: search(new_pool(), ridge=0.5, calibration=never(), journal=j), r"ridge: 0\.001 there, 0\.5 here"),
+    (lambda j: search(new_pool(), bias=False, calibration=never(), journal=j), "bias: true there, false here"),
+    (lambda j: search(new_pool(), calibration=[CALIBRATION.flip(0)], journal=j), "calibration images: "),
+    (
+        lambda j: search(new_pool(), selection=[*SELECTION[:1], (IMAGES[24:40], LABELS[24:40])], journal=j),
+        r"selection images, batch 1: ",
+    ),
+    (lambda j: search(new_pool(), selection=[(IMAGES, LABELS)], journal=j), r"selection images, batch 0: \[\[16, 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+def test_another_searchs_journal_is_refused_with_what_differs(
+    journal: Path, change: Callable[[Path], object], words: str
+) -> None:
+    before = (journal / "answers.jsonl").read_bytes()
+    with pytest.raises(JournalError, match=rf"The journal in .*journal is of another search: .*{words}"):
+        change(journal)
+    assert (journal / "answers.jsonl").read_bytes() == before
+
+
+def test_a_newer_versions_journal_is_refused(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_stitch.search.journal.SCHEMA_VERSION", 0)
+    with pytest.raises(JournalError, match=r"has schema 1; this version of lightning_stitch reads schema 0\. Upgrade"):
+        search(new_pool(), calibration=never(), journal=journal)
+
+
+def test_a_directory_that_cannot_be_written_to_is_found_out_before_an_image_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "journal"):
+        with pytest.raises(JournalError, match=r"The journal in .*file.* cannot be written: .*name another directory"):
+            search(new_pool(), calibration=never(), selection=never(), journal=path)
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int | None], None]]:
+    """How many bytes any file may have from now on; None: as many as ever."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limited
+    limited(None)
+
+
+def test_a_full_disk_is_found_out_before_an_image_is_read(
+    tmp_path: Path, room: Callable[[int | None], None], uninterrupted: SearchResult
+) -> None:
+    pool = new_pool()
+    for size in (0, 10, 100, 1000):
+        room(size)
+        with pytest.raises(JournalError, match=r"cannot be written: .*Make room or name another directory"):
+            search(pool, calibration=never(), selection=never(), journal=tmp_path)
+    room(None)
+    assert records(search(pool, journal=tmp_path)) == records(uninterrupted)
+
+
+def test_a_disk_that_fills_up_loses_nothing_that_was_found(
+    tmp_path: Path, room: Callable[[int | None], None], uninterrupted: SearchResult
+) -> None:
+    search(new_pool(), max_candidates=0, journal=tmp_path)
+    size = (tmp_path / "answers.jsonl").stat().st_size
+    for more in (1, 700, 2500):
+        room(size + more)
+        with pytest.raises(JournalError, match="cannot be written"):
+            search(new_pool(keep_activations="memory"), journal=tmp_path)
+        room(None)
+    assert records(search(new_pool(), journal=tmp_path)) == records(uninterrupted)
+
+
+def test_a_disk_without_room_for_the_activations_is_found_out_before_a_source_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_345))
+    pool = new_pool()
+    needed = 12 * sum(4 * torch.Size(cut.shape).numel() for part in pool.parts for cut in part.cuts)
+    with (
+        pieces_run(pool) as ran,
+        pytest.raises(CalibrationError, match=rf"of 12 images need {needed:,} bytes, and 12,345 are free"),
+    ):
+        search(pool, journal=tmp_path)
+    assert ran == []
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
+    held = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    with holder:
+        holder.stdout.readline()
+        with pytest.raises(JournalError, match="is in use by another process"):
+            search(new_pool(), calibration=never(), journal=tmp_path)
+        holder.kill()
+    search(new_pool(), max_candidates=0, journal=os.fspath(tmp_path))
+
+
+def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
+    # Each cut of a walk is looked at in whatever order, or never.
+    found = []
+    for order in ([0, 1], [1, 0], [1]):
+        seen: dict[int, Tensor] = {}
+
+        def walked(space: SearchSpace, order: list[int], seen: dict[int, Tensor]) -> Iterator[Candidate]:
+            state = space.starts()[0]
+            cut, x = next(iter(space.walk(state)))
+            edge = next(e for e in space.edges(state, cut, x, min_product=-9) if (e.source, e.receiver) == (1, 0))
+            reached = dict(space.walk(space.enter(edge, x)))
+            seen |= {at: reached[at + 1].whole() for at in order if at + 1 in reached}
+            return iter(())
+
+        search(
+            new_pool([pair()[0], plain("b", (4, 7, 12), seed=1)], granularity="all"),
+            strategy=partial(walked, order=order, seen=seen),
+        )
+        found.append(seen)
+    assert len(found[0]) == 2
+    for seen in found[1:]:
+        assert all(torch.equal(x, found[0][at]) for at, x in seen.items())

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from doubles.helpers import bare_candidate as candidate
+from doubles.helpers import digits, images_seen, left_out_predictions, left_out_r2, noise, plain, space_of
+from scipy.stats import spearmanr
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from lightning_stitch.composing.personal import by_careful_r2
+from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.cka import linear_cka
+from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.paths import references
+from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
+from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.strategies import DepthFirst
+from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching.candidates import Candidate, Kind
+
+LABELS = torch.tensor([0, 1, 2] * 10)
+
+
+def features(signal: float, seed: int, channels: int = 6) -> Tensor:
+    """Features that tell the classes apart the better, the stronger the signal."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, channels, generator=generator)
+    return signal * centres[LABELS] + torch.randn(len(LABELS), channels, generator=generator)
+
+
+FEATURES = [features(signal, seed) for seed, signal in enumerate((0.3, 2.0, 0.0, 0.8, 0.5))]
+SELECTION = SelectionData(FEATURES, LABELS, [FEATURES[1]] * 5, 3)
+
+
+ONE_HOT = np.eye(3)[LABELS.numpy()]
+
+
+def test_leave_one_out_scores_are_those_of_fitting_again_without_each_image() -> None:
+    scores = RANKINGS["loo_accuracy"]([candidate()] * 5, SELECTION)
+    predictions = [left_out_predictions(x, ONE_HOT) for x in FEATURES]
+    found = [score["loo_accuracy"] for score in scores]
+    assert found == pytest.approx([float((p.argmax(1) == LABELS.numpy()).mean()) for p in predictions])
+    assert [score["loo_r2"] for score in scores] == pytest.approx([left_out_r2(x, ONE_HOT) for x in FEATURES])
+    for name in ("loo_accuracy", "loo_r2", "neg_loo_log_loss"):
+        order = sorted(range(5), key=lambda i: scores[i][name])
+        assert (order[0], order[-1]) == (2, 1), name
+    # Where nothing can be learnt, no worse than guessing by much.
+    assert scores[2]["neg_loo_log_loss"] == pytest.approx(-np.log(3), abs=0.1)
+    assert scores[2]["loo_r2"] == pytest.approx(0, abs=0.1)
+
+
+def test_softened_labels_are_half_what_the_sources_say_of_an_image_they_have_not_seen() -> None:
+    a, b = FEATURES[1], FEATURES[3]
+    said = [left_out_predictions(own, ONE_HOT) for own in (a, b)]
+    soft = ONE_HOT / 2 + (said[0] + said[1]) / 4
+    scores = RANKINGS["loo_soft_r2"](
+        [candidate(source) for source in "aaabb"], replace(SELECTION, own_features=[a, a, a, b, b])
+    )
+    assert [score["loo_soft_r2"] for score in scores] == pytest.approx([left_out_r2(x, soft) for x in FEATURES])
+    assert all(score["loo_soft_r2"] > score["loo_r2"] for score in scores[1::2])
+
+
+def test_softened_labels_rank_better_than_few_labels_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    seen = torch.randn(40, 12, generator=generator) + labels[:, None] * 0.7
+    strengths = torch.linspace(0.2, 3, 40)
+    worse = [seen + torch.randn(40, 12, generator=generator) / strength for strength in strengths]
+    selection = SelectionData([seen, *worse], labels, [seen] * 41, 2)
+    candidates = [candidate(kind="source"), *[candidate()] * 40]
+
+    def spearman_of(ranking: str) -> float:
+        scores = [next(iter(score.values())) for score in RANKINGS[ranking](candidates, selection)]
+        return float(spearmanr(scores[1:], strengths)[0])
+
+    assert spearman_of("loo_soft_r2") > spearman_of("loo_r2") + 0.05
+
+
+@pytest.mark.parametrize(
+    ("ranking", "names"),
+    [
+        ("loo_soft_r2", ["loo_soft_r2", "loo_r2", "loo_accuracy", "neg_loo_log_loss"]),
+        ("loo_r2", ["loo_r2", "loo_accuracy", "neg_loo_log_loss"]),
+        ("loo_accuracy", ["loo_accuracy", "loo_r2", "neg_loo_log_loss"]),
+        ("loo_log_loss", ["neg_loo_log_loss", "loo_r2", "loo_accuracy"]),
+        ("consensus", ["consensus", "agreement"]),
+        ("agreement_r2", ["agreement_r2", "agreement"]),
+        ("agreement", ["agreement", "agreement_r2"]),
+    ],
+)
+def test_a_rankings_own_score_comes_first_and_the_others_break_ties(ranking: str, names: list[str]) -> None:
+    scores = RANKINGS[ranking]([candidate()] * 5, SELECTION)
+    assert [list(score) for score in scores] == [names] * 5
+    same = RANKINGS["loo_r2" if "loo" in ranking else "agreement"]([candidate()] * 5, SELECTION)
+    assert all(one[name] == other[name] for one, other in zip(scores, same, strict=True) for name in one.keys() & other)
+
+
+UNLABELLED = replace(SELECTION, targets=None, num_classes=None)
+
+
+def test_agreement_is_the_debiased_cka_with_the_last_sources_own_features() -> None:
+    scores = RANKINGS["agreement"]([candidate()] * 5, UNLABELLED)
+    expected = [float(linear_cka(x, FEATURES[1])) for x in FEATURES]
+    assert [score["agreement"] for score in scores] == pytest.approx(expected)
+    assert scores[1]["agreement"] == pytest.approx(1)
+
+
+def test_agreement_r2_is_how_well_left_out_images_own_features_are_predicted() -> None:
+    selection = replace(UNLABELLED, own_features=[100 * FEATURES[1] + 7, *[FEATURES[1]] * 2, *[FEATURES[3]] * 2])
+    scores = RANKINGS["agreement_r2"]([*[candidate("a")] * 3, *[candidate("b")] * 2], selection)
+    expected = [left_out_r2(x, FEATURES[own].numpy()) for x, own in zip(FEATURES, (1, 1, 1, 3, 3), strict=True)]
+    assert [score["agreement_r2"] for score in scores] == pytest.approx(expected, abs=1e-6)
+    assert scores[1]["agreement_r2"] == pytest.approx(1, abs=1e-3)
+    assert scores[3]["agreement_r2"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("ranking", ["agreement_r2", "agreement"])
+def test_an_unmodified_source_agrees_with_itself_fully_and_nothing_else_does(ranking: str) -> None:
+    scores = RANKINGS[ranking](
+        [candidate(kind="source"), candidate()], SelectionData([FEATURES[1]] * 2, None, [FEATURES[1]] * 2, None)
+    )
+    assert scores[0]["agreement_r2"] == 1 > scores[1]["agreement_r2"] > 0.99
+
+
+def unit(x: Tensor) -> np.ndarray:
+    centred = x.double() - x.double().mean(0)
+    return (centred / centred.norm()).numpy()
+
+
+def test_consensus_is_how_well_all_sources_own_features_are_predicted_each_weighing_the_same() -> None:
+    a, b = FEATURES[1], features(2.0, 9, channels=11)
+    selection = replace(UNLABELLED, own_features=[a, a, b, b, b])
+    candidates = [candidate(source) for source in "aabbb"]
+    found = [score["consensus"] for score in RANKINGS["consensus"](candidates, selection)]
+    everything = np.concatenate([unit(a), unit(b)], axis=1)
+    assert found == pytest.approx([left_out_r2(x, everything) for x in FEATURES], abs=1e-6)
+    scaled = replace(selection, own_features=[a, a, *[1000 * b + 5] * 3])
+    assert [s["consensus"] for s in RANKINGS["consensus"](candidates, scaled)] == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_wide_features_count_by_their_64_leading_directions(width: int) -> None:
+    wide = noise(90, width, seed=1) @ (noise(width, width, seed=2) - 0.5)
+    narrow = wide[:, :5]
+    (score,) = RANKINGS["consensus"]([candidate()], SelectionData([narrow], None, [wide], None))
+    assert score["consensus"] == pytest.approx(left_out_r2(narrow, PCA(64).fit_transform(unit(wide))), abs=1e-6)
+
+
+def test_without_labels_no_candidate_scores_higher_than_the_best_source() -> None:
+    a, b = features(1.0, 5), features(1.0, 6)
+    both = torch.cat([a, b], dim=1)
+    candidates = [candidate("a", kind="source"), candidate("b", kind="source"), candidate("b")]
+    selection = SelectionData([a, b, both], None, [a, b, b], None)
+    scores = RANKINGS["consensus"](candidates, selection)
+    alone = RANKINGS["consensus"]([candidate("b"), candidate("a")], SelectionData([both, a], None, [b, a], None))
+    assert alone[0]["consensus"] > alone[1]["consensus"] + 0.1
+    assert scores[2]["consensus"] == max(scores[0]["consensus"], scores[1]["consensus"])
+    assert scores[2]["agreement"] < scores[0]["agreement"] == pytest.approx(1)
+
+
+def test_the_product_of_ckas_is_the_candidates_own() -> None:
+    products = [0.3, 0.9, 0.5]
+    found = RANKINGS["cka_product"]([candidate(product=p) for p in products], SELECTION)
+    assert found == [{"cka_product": p} for p in products]
+
+
+@pytest.mark.parametrize("ranking", NEED_LABELS)
+def test_rankings_by_labels_need_labels(ranking: str) -> None:
+    with pytest.raises(CalibrationError, match="needs labels for the selection images; use ranking='consensus'"):
+        RANKINGS[ranking]([candidate()] * 5, replace(SELECTION, targets=None))
+
+
+def test_agreement_says_whose_features_it_cannot_compare() -> None:
+    selection = replace(SELECTION, features=[torch.ones(30, 4)], own_features=[FEATURES[1]])
+    with pytest.raises(CalibrationError, match=r"features of source 'resnet' on the selection images: x is constant"):
+        RANKINGS["agreement"]([candidate("resnet")], selection)
+
+
+@pytest.mark.parametrize("ranking", ["consensus", "agreement_r2"])
+@pytest.mark.parametrize(("value", "problem"), [(0.1, "x is constant"), (torch.nan, "x has NaN or infinite values")])
+def test_a_source_whose_own_features_say_nothing_is_named(ranking: str, value: float, problem: str) -> None:
+    own = [FEATURES[0], torch.full((30, 6), value)]
+    selection = replace(UNLABELLED, features=FEATURES[:2], own_features=own)
+    with pytest.raises(CalibrationError, match=f"features of source 'vit' on the selection images: {problem}"):
+        RANKINGS[ranking]([candidate("resnet"), candidate("vit")], selection)
+
+
+def test_rankings_are_found_by_name() -> None:
+    assert find_ranking("auto", labelled=True) is RANKINGS["loo_soft_r2"]
+    assert find_ranking("auto", labelled=False) is RANKINGS["consensus"]
+    for name, ranking in RANKINGS.items():
+        assert find_ranking(name, labelled=False) is ranking
+
+    def mine(candidates: object, selection: object) -> list[dict[str, float]]:
+        return []
+
+    assert find_ranking(mine, labelled=True) is mine
+    with pytest.raises(
+        StitchError, match=r"Unknown ranking 'accuracy'; choose from \['auto', 'loo_soft_r2', .*'cka_prod"
+    ):
+        find_ranking("accuracy", labelled=True)
+
+
+@pytest.fixture(scope="module")
+def space() -> SearchSpace:
+    sources = [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1, strides=(2, 2, 1))]
+    return space_of(sources, digits(10, 16)[0], settings=CalibrationSettings(until="output"))
+
+
+def tree(space: SearchSpace, candidates: list[Candidate]) -> PrefixTree:
+    return PrefixTree(candidates, [source.parts for source in space.sources])
+
+
+def test_a_prefix_tree_gives_what_each_candidate_gives_alone(space: SearchSpace) -> None:
+    found = [*references(space), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
+    images = noise(7, 3, 16, 16)
+    together = tree(space, found).run(images.split(3))
+    assert len(found) > 8
+    for one, outcome in zip(found, together, strict=True):
+        x = images
+        with torch.no_grad():
+            for step in one.steps:
+                parts = space.sources[step.source].parts
+                x = parts.preprocess(x) if step.stitch is None else step.stitch(x)
+                for piece in parts.pieces[step.first : step.last]:
+                    x = piece(x)
+        torch.testing.assert_close(outcome.features, x, rtol=1e-4, atol=1e-5)
+        assert not outcome.features.is_inference()
+        assert outcome.features.dtype == torch.float32
+    alone = tree(space, found[:1]).run([images])[0]
+    torch.testing.assert_close(alone.features, together[0].features, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_fronts_run_once(space: SearchSpace) -> None:
+    found = [*references(space), *DepthFirst(threshold=-9, edge_threshold=-9, max_fragments=3)(space)]
+    starts = [candidate.steps[0].source for candidate in found]
+    assert min(starts.count(0), starts.count(1)) > 2
+    one, other = (source.parts.source for source in space.sources)
+    with images_seen(one) as first, images_seen(other) as second:
+        tree(space, [*found, found[0]]).run(noise(8, 3, 16, 16).split(3))
+    assert sum(first) == sum(second) == 8
+
+
+def test_seconds_are_what_a_candidate_costs_alone(space: SearchSpace) -> None:
+    start = space.starts()[0]
+    edge = space.edges(start, 0, space.sources[0].activations[0], min_cka=-9, min_product=-9)[0]
+    longer = space.complete(space.enter(edge, space.sources[0].activations[0]))
+    prefix_tree = tree(space, [space.complete(start), longer])
+    seen: list[int] = []
+    first = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)], on_batch=seen.append)]
+    assert min(first) > 0
+    assert seen == [4]
+    # Time adds up from batch to batch.
+    second = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)])]
+    assert all(after > before for before, after in zip(first, second, strict=True))
+
+
+def test_no_images_to_run_on_is_said(space: SearchSpace) -> None:
+    with pytest.raises(CalibrationError, match="no images to run the candidates on"):
+        tree(space, references(space)).run([])
+
+
+def test_careful_r2_takes_off_two_standard_errors_of_the_lead_over_the_best_source() -> None:
+    kinds: tuple[Kind, ...] = ("source", "source", "stitched", "early exit", "stitched")
+    candidates = [candidate(source, kind=kind) for source, kind in zip("abaab", kinds, strict=True)]
+    own = [FEATURES[1], FEATURES[3], FEATURES[1], FEATURES[1], FEATURES[3]]
+    scores = by_careful_r2(candidates, SelectionData(own[:2] + FEATURES[2:], LABELS, own, 3))
+    soft = (ONE_HOT + sum(left_out_predictions(x, ONE_HOT) for x in own[:2]) / 2) / 2
+    total = ((soft - soft.mean(0)) ** 2).sum()
+    errors = [((left_out_predictions(x, soft) - soft) ** 2).sum(1) / total for x in own[:2] + FEATURES[2:]]
+    for score, kind, error in zip(scores, kinds, errors, strict=True):
+        lead = errors[0] - error
+        spread = 0.0 if kind == "source" else np.sqrt(len(lead)) * lead.std(ddof=1)
+        assert score["loo_soft_r2"] == pytest.approx(1 - error.sum(), abs=1e-6)
+        assert next(iter(score.items())) == ("careful_r2", pytest.approx(1 - error.sum() - 2 * spread, abs=1e-6))
+
+
+def test_by_careful_r2_noise_does_not_come_before_a_source_and_a_clear_lead_does() -> None:
+    source, better = features(0.3, 3), features(3.0, 1)
+    given = [source, *(features(0.3, seed) for seed in range(4, 34)), better]
+    candidates = [candidate(kind="source"), *[candidate()] * 31]
+    selection = SelectionData(given, LABELS, [source] * 32, 3)
+    plain_scores = [score["loo_soft_r2"] for score in RANKINGS["loo_soft_r2"](candidates, selection)]
+    careful = [score["careful_r2"] for score in by_careful_r2(candidates, selection)]
+    assert max(plain_scores[1:-1]) > plain_scores[0]
+    assert max(careful[1:-1]) < careful[0] == plain_scores[0]
+    assert careful[-1] > careful[0]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+import pytest
+from doubles.clock import Clock, timed
+from doubles.helpers import digits, noise, plain
+
+from lightning_stitch.composing.pool import Pool
+from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.errors import BudgetError
+from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
+from lightning_stitch.search.results import Ranked, SearchResult, choose
+from lightning_stitch.search.strategies import Beam, DepthFirst
+from lightning_stitch.stitching.candidates import Candidate
+
+SHAPE = (3, 16, 16)
+CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)
+SELECTION = [digits(40, 16, first=20, classes=3)]
+EVERYTHING = DepthFirst(span=99, threshold=-9, edge_threshold=-9, max_fragments=4)
+SOURCE = SourceRef("a", "a", "timm", "a", "sha256:0", Preprocessing(SHAPE, (0.5,) * 3, (0.5,) * 3))
+
+
+def random_result(seed: int) -> SearchResult:
+    """Sixty networks, the dearer the better on the whole, of so few costs and scores that there are ties."""
+    draw = random.Random(seed)
+    recipe = Recipe((SOURCE,), (FragmentRef("a", None, None),), input_size=SHAPE)
+    found = []
+    for _ in range(60):
+        size = draw.randrange(9)
+        cost = Cost(*(size + draw.randrange(4) for _ in range(3)))
+        scores = {"accuracy": (size + draw.randrange(5)) // 2 / 6, "certainty": draw.randrange(3) / 2}
+        found.append(Ranked(Candidate(recipe, "source", (), cost), scores, features=1, seconds=0.0))
+    found.sort(key=lambda r: tuple(-value for value in r.scores.values()))
+    return choose(found, Budget(), rejected={}, seconds={}, num_selection_labels=0)
+
+
+@pytest.mark.parametrize("measure", ["macs", "params", "activation_bytes"])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_pareto_set_is_what_nothing_else_beats(
+    seed: int, measure: Literal["macs", "params", "activation_bytes"]
+) -> None:
+    result = random_result(seed)
+
+    def beats(one: Ranked, other: Ranked) -> bool:
+        costs = [getattr(r.candidate.cost, measure) for r in (one, other)]
+        scores = [r.scores["accuracy"] for r in (one, other)]
+        if costs[0] == costs[1] and scores[0] == scores[1]:
+            return result.ranked.index(one) < result.ranked.index(other)
+        return costs[0] <= costs[1] and scores[0] >= scores[1]
+
+    # By identity: two of the sixty may be alike in every figure.
+    expected = [r for r in result.ranked if not any(beats(other, r) for other in result.ranked if other is not r)]
+    found = result.pareto(measure)
+    assert len(found) > 2
+    assert {id(r) for r in found} == {id(r) for r in expected}
+    costs = [getattr(r.candidate.cost, measure) for r in found]
+    assert costs == sorted(set(costs))
+    assert [r.score for r in found] == sorted({r.score for r in found})
+
+
+def test_the_pareto_set_is_by_macs_where_nothing_is_said() -> None:
+    result = random_result(0)
+    assert result.pareto() == result.pareto("macs") != result.pareto("params")
+
+
+# -- another budget afterwards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    return Pool([plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=1, strides=(2, 2, 1))], SHAPE)
+
+
+@pytest.fixture(scope="module")
+def free(pool: Pool) -> SearchResult:
+    return pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING)
+
+
+@pytest.mark.parametrize("min_score", [None, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_budget_afterwards_gives_what_a_search_under_it_gives(
+    pool: Pool, free: SearchResult, seed: int, min_score: float | None
+) -> None:
+    draw = random.Random(seed)
+    measures = draw.sample(["params", "macs", "activation_bytes"], seed % 3 + 1)
+    limits = {f"max_{m}": draw.choice([getattr(r.candidate.cost, m) for r in free.ranked]) for m in measures}
+    budget = Budget(**limits, min_score=min_score)
+    found = free.within(budget)
+    if found is None:
+        with pytest.raises(BudgetError):
+            pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+        return
+    again = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+    assert found.candidate.recipe == again.best.candidate.recipe
+    if again.best_stitched is not None and min_score is None:
+        stitched = free.within(budget, kind="stitched")
+        assert stitched is not None
+        assert stitched.candidate.recipe == again.best_stitched.candidate.recipe
+
+
+def test_without_a_limit_it_is_the_best_and_of_a_kind_the_best_of_that_kind(free: SearchResult) -> None:
+    assert free.within(Budget()) is free.best
+    assert free.within(Budget(), kind="source") is free.best_source
+    assert free.within(Budget(), kind="self-stitched") is free.best_self_stitched
+    assert free.within(Budget(), kind="stitched") is free.best_stitched
+    first = next(r for r in free.ranked if r.candidate.kind == "early exit")
+    assert free.within(Budget(), kind="early exit") is first
+
+
+def test_where_nothing_keeps_the_budget_there_is_none(free: SearchResult) -> None:
+    assert free.within(Budget(max_macs=1)) is None
+    cheapest = min(r.candidate.cost.macs for r in free.ranked)
+    assert free.within(Budget(max_macs=cheapest)) is not None
+    assert free.within(Budget(max_macs=cheapest), kind="source") is None
+
+
+def test_with_a_least_score_it_is_the_one_of_the_fewest_macs(free: SearchResult) -> None:
+    accuracies = {id(r): r.scores["loo_accuracy"] for r in free.ranked}
+    least = sorted(accuracies.values())[len(accuracies) // 2]
+    found = free.within(Budget(min_score=least))
+    assert found is not None
+    reaching = [r for r in free.ranked if accuracies[id(r)] >= least]
+    assert found.candidate.cost.macs == min(r.candidate.cost.macs for r in reaching)
+    assert len(reaching) < len(free.ranked)
+    assert free.within(Budget(min_score=max(accuracies.values()) + 1e-6)) is None
+
+
+def test_a_limit_on_latency_needs_a_search_that_measured_it(free: SearchResult, clock: Clock) -> None:
+    with pytest.raises(BudgetError, match=r"measured no latencies; search with a budget that limits max_latency_ms"):
+        free.within(Budget(max_latency_ms=10))
+    slow, fast = timed("slow", (8, 9, 10), (1, 10, 1)), timed("fast", (8, 9, 12), (1, 1, 1), seed=1)
+    result = Pool([slow, fast], SHAPE).search(
+        [CALIBRATION], SELECTION, strategy=Beam(), budget=Budget(max_latency_ms=6)
+    )
+    found = result.within(Budget(max_latency_ms=2.5))
+    assert found is next(r for r in result.ranked if r.latency_ms is not None and r.latency_ms <= 2.5)
+    assert found is not None
+    assert result.within(Budget(max_latency_ms=0.5)) is None
+    # What was over the first budget was not measured, and is in no other.
+    assert result.within(Budget(max_latency_ms=99), kind="source") is not None
+    assert all(r.latency_ms is None for r in result.ranked if r.candidate.recipe.path.startswith("slow: image .. 2"))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from doubles.published_networks import IMAGES, NAMES, classifier, network, outputs
+
+from lightning_stitch import SourceError, load_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "classifier"
+    classifier().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("first", ["timm", "lightning_stitch"])
+def test_timm_knows_saved_networks_whichever_is_imported_first(first: str, folder: Path) -> None:
+    second = {"timm": "lightning_stitch", "lightning_stitch": "timm"}[first]
+    script = f"""
+import sys
+import {first}
+assert {first!r} == "timm" or "timm" not in sys.modules
+import {second}
+print(timm.create_model("local-dir:{folder}", pretrained=True).num_classes)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(len(NAMES)), "")
+
+
+def test_timm_gives_the_saved_outputs_for_images_as_its_own_transform_makes_them(folder: Path) -> None:
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(outputs(loaded), outputs(classifier()))
+    config = timm.data.resolve_model_data_config(loaded)
+    assert (config["input_size"], config["mean"], config["std"]) == ([3, 32, 32], [0.0] * 3, [1.0] * 3)
+    assert loaded.pretrained_cfg["label_names"] == loaded.class_names == NAMES
+
+
+def test_timm_gives_features_and_new_heads(folder: Path) -> None:
+    features = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    assert torch.equal(outputs(features), outputs(network()))
+    wider = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
+    assert outputs(wider).shape == (len(IMAGES), 7)
+    assert torch.equal(wider.forward_head(wider.forward_features(IMAGES), pre_logits=True), outputs(network()))
+
+
+def test_timm_without_weights_gives_the_structure_alone(folder: Path) -> None:
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    saved = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in saved.state_dict().items()}
+    assert not torch.equal(outputs(plain.eval()), outputs(saved.eval()))
+
+
+def test_the_number_of_classes_is_the_heads_whatever_the_config_says(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 10
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10).eval()
+    assert outputs(loaded).shape == (len(IMAGES), 10)
+
+
+def test_what_would_change_its_structure_is_refused(folder: Path) -> None:
+    with pytest.raises(SourceError, match="cannot change features_only of it"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    with pytest.raises(SourceError, match="is not built by name"):
+        timm.create_model("lightning_stitch", pretrained=True)
+
+
+def test_a_saved_network_is_no_source_of_another_search(folder: Path) -> None:
+    with pytest.raises(SourceError, match="cannot be a source of another search"):
+        load_source(f"local-dir:{folder}")
