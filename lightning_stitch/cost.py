@@ -75,9 +75,10 @@ class Budget:
         max_params: Most parameters; None: no limit.
         max_macs: Most multiply-accumulates for one image; None: no limit.
         max_latency_ms: Most milliseconds for one image, a batch of its own, on the device of the search: the median of
-            several runs after some to warm up (`lightning_stitch.search.latency`). The search goes by an estimate, and may
-            exceed the limit by a quarter; what it finds is then assembled and measured, and kept only within the limit.
-            Measured times vary, so that under this limit, and no other, a search need not repeat. None: no limit.
+            several runs after some to warm up (`lightning_stitch.search.latency`). The search goes by an estimate, and
+            may exceed the limit by a quarter; what it finds is then assembled and measured, and kept only within the
+            limit. Measured times vary, so that under this limit, and no other, a search need not repeat. None: no
+            limit.
         max_activation_bytes: Most bytes of activations alive at once for one image, in eval mode and float32, as
             `network_cost` counts them; None: no limit.
         min_score: Least leave-one-out accuracy on the selection images, where the ranking has one (all by labels have),
@@ -144,6 +145,7 @@ def in_words(measure: str, value: float, *, digits: int = 6, bare: bool = False)
 
 
 def warn_of_uncounted(name: str, operations: Sequence[str]) -> None:
+    """Warn of what a count of multiply-accumulates leaves out, if there is anything."""
     if operations:
         more = f" and {len(operations) - 3} more" if len(operations) > 3 else ""
         warnings.warn(

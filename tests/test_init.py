@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from importlib import import_module
@@ -10,15 +9,7 @@ import pytest
 
 import lightning_stitch
 
-TREE = ast.parse(Path(lightning_stitch.__file__).read_text())
-
-
-def names_for_type_checkers() -> dict[str, str]:
-    """Public name -> module, as the block under TYPE_CHECKING imports them."""
-    block = next(n for n in TREE.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    assert len(imports) == len(block.body)
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
+WINGS = sorted(face.parent.name for face in Path(lightning_stitch.__file__).parent.glob("*/__init__.py"))
 
 
 def loaded_after(code: str) -> set[str]:
@@ -31,7 +22,16 @@ def loaded_after(code: str) -> set[str]:
 def test_importing_the_package_loads_no_heavy_library() -> None:
     loaded = loaded_after("import lightning_stitch")
     assert "lightning_stitch" in loaded
-    assert not loaded & {"timm", "matplotlib", "pytorch_lightning", "lightning", "torch", "torchvision", "rich"}
+    assert not loaded & {
+        "timm",
+        "matplotlib",
+        "pytorch_lightning",
+        "lightning",
+        "torch",
+        "torchvision",
+        "rich",
+        "numpy",
+    }
 
 
 def test_composing_without_a_trainer_loads_neither_lightning_nor_matplotlib() -> None:
@@ -40,18 +40,22 @@ def test_composing_without_a_trainer_loads_neither_lightning_nor_matplotlib() ->
     assert not loaded & {"matplotlib", "pytorch_lightning", "lightning"}
 
 
-def test_type_checkers_see_exactly_the_public_names() -> None:
-    assert sorted(names_for_type_checkers()) == sorted(lightning_stitch.__all__)
-    assert len(set(lightning_stitch.__all__)) == len(lightning_stitch.__all__)
-
-
-@pytest.mark.parametrize("name", lightning_stitch.__all__)
-def test_a_public_name_is_the_one_that_type_checkers_see(name: str) -> None:
-    home = import_module(names_for_type_checkers()[name])
-    assert getattr(lightning_stitch, name) is getattr(home, name)
-    assert name in dir(lightning_stitch)
+@pytest.mark.parametrize("face", ["lightning_stitch", *(f"lightning_stitch.{wing}" for wing in WINGS)])
+def test_every_name_of_a_face_is_there_and_listed(face: str) -> None:
+    module = import_module(face)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name).__class__.__name__ != "module"
+        assert name in dir(module)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'lightning_stitch' has no attribute 'Stitcher'"):
+    with pytest.raises(AttributeError, match="No lightning_stitch attribute Stitcher"):
         lightning_stitch.Stitcher  # noqa: B018
+
+
+def test_timm_knows_the_architecture_only_when_asked_to() -> None:
+    ask = "import timm, lightning_stitch{}; print(timm.is_model('lightning_stitch'))"
+    for wanted, known in (("", "False"), (".timm", "True")):
+        run = subprocess.run([sys.executable, "-c", ask.format(wanted)], check=True, capture_output=True, text=True)
+        assert run.stdout.split()[-1] == known

@@ -1,7 +1,9 @@
+"""The house: a wing imports only from wings before it, and from their faces; inside a wing, files import files."""
+
 from __future__ import annotations
 
 import ast
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,138 +11,51 @@ import pytest
 import lightning_stitch
 
 PACKAGE = Path(lightning_stitch.__file__).parent
-FILES = {file.stem: file for file in sorted(PACKAGE.glob("**/*.py")) if file.stem != "__init__"}
-
-# The order of DESIGN section 3, each of its groups drawn out into as many lines as its modules' own imports need.
-# A module imports only from lines above its own.
-GROUPS = (
-    {"errors"},
-    {"recipe", "held_out"},
-    {"ensemble_recipe"},
-    {
-        "_rows",
-        "targets",
-        "confidence",
-        "class_maps",
-        "progress",
-        "stopping",
-        "_lightning",
-        "_spool",
-        "_copying",
-        "_tensor_files",
-        "_markdown",
-    },
-    {"_shuffling", "_resuming", "_preparing", "callback_order", "_target_values"},
-    {"_meta"},
-    {"functional", "regression", "layerwise", "neighbours", "_images"},
-    {"class_means"},
-    {"shortlist"},
-    # similarity, sources, graph, activations, stitches, healing, cost
-    {"similarity", "preprocessing", "_memory", "_operators", "_tracing", "_layout", "_blueprint"},
-    {"_probing", "flops"},
-    {"_dataflow", "_example_tracing", "_granularity", "_hub_files", "_module_sources"},
-    {"_modes"},
-    {"cost", "graph", "_timm_sources"},
-    {"_finding"},
-    {"sources", "stitches"},
-    {"folding"},
-    {"segments"},
-    {"activations", "compositions", "latency", "_identity", "source_checks"},
-    {"calibration_files", "journal", "fitting", "layer_healing"},
-    # what is saved of a network: files and card
-    {"licences", "composition_plot", "_pretrained_config", "_timm_hook"},
-    {"_pretrained_places"},
-    {"pretrained_files"},
-    {"pretrained_reading"},
-    {"_making_again"},
-    {"model_card"},
-    {"saving"},
-    # network, heads, search
-    {"candidates", "heads", "network"},
-    {"scoring", "prefix_tree", "trials", "head_settings", "cross_fitting"},
-    {"space", "healing"},
-    {"search", "ranking", "paths", "refinement"},
-    {"remembered", "careful_ranking"},
-    {"results", "batches"},
-    # compose, report, hub, export
-    {"pool", "report", "candidate_table", "method_table", "preflight_table"},
-    {"comparison", "shrinking", "personal", "ensembles", "method_plot"},
-    {"classifier_files", "hub_repository"},
-    {"publishing"},
-    {"timm_network"},
-    {"_timm_entry"},
-    # module, data
-    {"backbones", "thawing", "task_metrics", "prediction_table"},
-    {"training_plan"},
-    {"_labels", "_image_files"},
-    {"module", "data", "finetuning"},
-    {"head_fitting", "search_report"},
-    {"slots"},
-    {"callbacks", "predicting"},
-    {"predict_command", "publish_callback", "publish_command"},
-    # what compares methods, and runs trainers of its own
-    {"contenders"},
-    {"methods"},
-    {"trainer"},
-    {"cli"},
+ORDER = (
+    *("root", "maths", "io", "cutting", "sources", "stitching", "healing", "heads", "data", "hub", "networks"),
+    *("search", "composing", "report", "training", "baselines", "cli"),
 )
-RANK = {module: rank for rank, group in enumerate(GROUPS) for module in group}
-MAY_IMPORT_LIGHTNING = {
-    "_lightning",
-    *("_images", "_labels", "_resuming", "_preparing", "callback_order"),
-    *("module", "data", "slots", "search_report", "callbacks", "predicting", "predict_command", "cli"),
-    *("publish_callback", "publish_command"),
-    *("finetuning", "contenders", "methods", "trainer"),
-}
-LIGHTNING = {"lightning", "pytorch_lightning", "lightning_stitch._lightning"}
+LIGHTNING = {"root": ["_lightning"], "data": ..., "training": ..., "baselines": ..., "cli": ...}
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "timm.py")
 
 
-def imported(module: str) -> set[str]:
-    """Dotted names of the modules that a module imports anywhere: at its top, in functions, for type checkers."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+def imported(file: Path) -> Iterator[list[str]]:
+    """Dotted names of the modules that a file imports anywhere, as their parts."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            # `from lightning_stitch import x` means the module x.
             whole = node.module == "lightning_stitch"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {str(node.module)}
-    return found
+            yield from ([node.module, alias.name] if whole else str(node.module).split(".") for alias in node.names)
 
 
-def imported_here(module: str) -> set[str]:
-    """Those of this package, without its name."""
-    return {name.removeprefix("lightning_stitch.") for name in imported(module) if name.startswith("lightning_stitch.")}
+def wing_of(file: Path) -> str:
+    return file.parent.name if file.parent != PACKAGE else "root"
 
 
-def test_every_module_has_its_place() -> None:
-    assert sorted(FILES) == sorted(module for group in GROUPS for module in group)
+def test_every_wing_has_its_place_and_a_face_whose_names_hide_no_file() -> None:
+    wings = {face.parent for face in PACKAGE.glob("*/__init__.py")}
+    assert {wing.name for wing in wings} | {"root"} == set(ORDER)
+    for wing in wings:
+        face = ast.parse((wing / "__init__.pyi").read_text())
+        names = {alias.name for node in face.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not names & {file.stem for file in wing.glob("*.py")}
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
-    assert {other for other in imported_here(module) if RANK[other] >= RANK[module]} == set()
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_imports_only_wings_before_its_own_and_only_their_faces(file: Path) -> None:
+    wing = wing_of(file)
+    for package, *rest in imported(file):
+        if package in ("lightning", "pytorch_lightning") or rest == ["_lightning"]:
+            allowed = LIGHTNING.get(wing, [])
+            assert allowed is ... or file.stem in allowed, "only what Lightning runs may import it"
+        if package == "lightning_stitch" and rest[0] in ORDER and rest[0] != wing:
+            assert ORDER.index(rest[0]) < ORDER.index(wing), f"{rest[0]} stands above {wing}"
+            assert len(rest) == 1, f"from {'.'.join(rest)}, not from its wing's face"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_only_modules_for_the_trainer_import_lightning(module: str) -> None:
-    names = {name for name in imported(module) if LIGHTNING & {name, name.split(".")[0]}}
-    assert not names or module in MAY_IMPORT_LIGHTNING
-
-
-def test_recipe_needs_the_standard_library_alone() -> None:
-    outside = {name for name in imported("recipe") if name.split(".")[0] not in sys.stdlib_module_names}
-    assert outside == {"lightning_stitch.errors"}
-
-
-@pytest.mark.parametrize(
-    ("module", "other"),
-    [("sources", "graph"), ("callbacks", "_lightning"), ("sources", "_timm_sources"), ("_labels", "_images")],
-)
-def test_the_reading_of_imports_sees_those_that_are_there(module: str, other: str) -> None:
-    assert other in imported_here(module)
-
-
-def test_the_reading_of_imports_sees_those_inside_functions() -> None:
-    assert "timm" in imported("_timm_sources")
+def test_recipes_need_neither_torch_nor_another_file_than_errors() -> None:
+    roots = {".".join(name) for name in imported(PACKAGE / "recipe.py")}
+    assert not {name for name in roots if name.split(".")[0] in ("torch", "timm", "numpy")}
+    assert {name for name in roots if name.startswith("lightning_stitch")} == {"lightning_stitch.errors"}

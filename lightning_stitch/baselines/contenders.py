@@ -17,14 +17,13 @@ from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, train_best
 from lightning_stitch.baselines.flops import Meter
 from lightning_stitch.cost import Budget
-from lightning_stitch.data.datamodule import CalibrationDataModule
-from lightning_stitch.heads.ridge import fit_ridge_head
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources.source import Source
-from lightning_stitch.stitching.segments import chunks, segment
-from lightning_stitch.training.fragment_search import FragmentSearch
-from lightning_stitch.training.module import StitchedClassifier
+from lightning_stitch.sources import Source
+from lightning_stitch.stitching import chunks, segment
+from lightning_stitch.training import FragmentSearch, StitchedClassifier
 
 Method = Literal[
     "linear probe",

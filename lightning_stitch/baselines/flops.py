@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_stitch.cutting.probing import FORMULAS
+from lightning_stitch.cutting import FORMULAS
 
 _EIGEN_FLOPS = 9  # times n^3, vectors included
 

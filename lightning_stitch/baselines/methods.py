@@ -15,14 +15,14 @@ from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.table import Row, check_can_plot, plot_methods, write_methods
-from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.cutting import network_cost
+from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.progress import Progress, Silent
-from lightning_stitch.report.evaluation import Evaluation, score
-from lightning_stitch.search.latency import network_latency
-from lightning_stitch.sources.source import load_sources
-from lightning_stitch.training.fragment_search import FragmentSearch
+from lightning_stitch.report import Evaluation, score
+from lightning_stitch.search import network_latency
+from lightning_stitch.sources import load_sources
+from lightning_stitch.training import FragmentSearch
 
 
 def compare_methods(
@@ -55,8 +55,8 @@ def compare_methods(
     what it has; methods.png shows accuracy against training FLOPs.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
-    `cpu_seconds` and `flops` of all that the method took (`method_table.COUNTED`, `lightning_stitch.baselines.flops`); `labels`;
-    the classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`,
+    `cpu_seconds` and `flops` of all that the method took (`method_table.COUNTED`, `lightning_stitch.baselines.flops`);
+    `labels`; the classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`,
     `learning_rate` and `epoch`, where it has them.
 
     Args:

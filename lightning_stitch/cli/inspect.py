@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_stitch._lightning import NAMESPACE
-from lightning_stitch.cutting.graph import Cut
+from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import StitchError
-from lightning_stitch.sources.source import SPECS, Source, load_source
+from lightning_stitch.sources import SPECS, Source, load_source
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI

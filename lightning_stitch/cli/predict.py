@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_stitch._lightning import NAMESPACE
-from lightning_stitch.report.predictions import as_csv
-from lightning_stitch.training.checkpoints import open_classifier
-from lightning_stitch.training.predicting import ImageFiles, predict_files
+from lightning_stitch.report import as_csv
+from lightning_stitch.training import ImageFiles, open_classifier, predict_files
 
 USAGE = "lightning-stitch predict CHECKPOINT IMAGES ... predicts image files; see lightning-stitch predict --help."
 

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub.card import CardDetails
-from lightning_stitch.hub.loading import open_pretrained
-from lightning_stitch.hub.publishing import publish
-from lightning_stitch.networks.ensemble import Ensemble
-from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.training.checkpoints import open_classifier
-from lightning_stitch.training.module import StitchedClassifier
+from lightning_stitch.hub import CardDetails, open_pretrained, publish
+from lightning_stitch.networks import Ensemble, StitchedNetwork
+from lightning_stitch.training import StitchedClassifier, open_classifier
 
 USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."
 

@@ -7,19 +7,12 @@ from json import dumps
 from pathlib import Path
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.baselines.contenders import METHODS, Method
-from lightning_stitch.baselines.finetuning import FineTuning
-from lightning_stitch.baselines.methods import compare_methods
-from lightning_stitch.baselines.table import Row, print_methods
-from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.baselines import METHODS, FineTuning, Method, Row, compare_methods, print_methods
+from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.progress import Bar, Silent
-from lightning_stitch.sources.preflight_checks import Preflight, preflight
-from lightning_stitch.sources.preflight_table import print_preflight, refusal
-from lightning_stitch.training.callback_order import check_order
-from lightning_stitch.training.fragment_search import FragmentSearch
-from lightning_stitch.training.module import StitchedClassifier
-from lightning_stitch.training.slots import place_for_network
+from lightning_stitch.sources import Preflight, preflight, print_preflight, refusal
+from lightning_stitch.training import FragmentSearch, StitchedClassifier, check_order, place_for_network
 
 _RECIPE = FineTuning()
 

@@ -16,13 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch.maths.regression import AffineMap
+from lightning_stitch.maths import AffineMap
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated, rows_to_fit
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.fitting import fitted_stitch
-from lightning_stitch.stitching.segments import chunks
-from lightning_stitch.stitching.stitches import Stitch
+from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, fitted_stitch, rows_to_fit
 
 
 def dealt(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:

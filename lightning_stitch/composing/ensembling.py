@@ -9,17 +9,14 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from lightning_stitch.composing.pool import Pool
-from lightning_stitch.cutting.copies import copied
+from lightning_stitch.cutting import copied
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
-from lightning_stitch.networks.ensemble import Ensemble, _assembled
+from lightning_stitch.heads import RidgeHead, fit_ridge_head
+from lightning_stitch.networks import Ensemble, _assembled
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
-from lightning_stitch.search.results import Ranked, SearchResult
-from lightning_stitch.stitching.candidates import Candidate, Step
-from lightning_stitch.stitching.images import Batch
-from lightning_stitch.stitching.segments import Segmented
-from lightning_stitch.stitching.stitches import Stitch
+from lightning_stitch.search import Ranked, SearchResult
+from lightning_stitch.stitching import Batch, Candidate, Segmented, Step, Stitch
 
 
 def ensemble(

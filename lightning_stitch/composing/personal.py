@@ -16,24 +16,31 @@ from torch import Tensor, nn
 from lightning_stitch.composing.cross_fitting import cross_fitted_features, dealt
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.cutting.copies import reference_tensor
-from lightning_stitch.data.images import Decoder
+from lightning_stitch.cutting import reference_tensor
+from lightning_stitch.data import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
-from lightning_stitch.heads.ridge import fit_ridge_head
-from lightning_stitch.healing.trials import run_on
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.healing import run_on
+from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.progress import timed
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.search.costs import costs_of_pairs
-from lightning_stitch.search.evaluation import Outcome
-from lightning_stitch.search.paths import early_exits, unmodified
-from lightning_stitch.search.ranking import Ranking, SelectionData, by_loo_soft_r2, left_out, softened_labels
-from lightning_stitch.search.results import SearchResult, choose, rank
-from lightning_stitch.search.space import SearchSpace
-from lightning_stitch.search.strategies import Beam
-from lightning_stitch.stitching.activations import Calibrated, calibrate_all
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.segments import chunks
+from lightning_stitch.search import (
+    Beam,
+    Outcome,
+    Ranking,
+    SearchResult,
+    SearchSpace,
+    SelectionData,
+    by_loo_soft_r2,
+    choose,
+    costs_of_pairs,
+    early_exits,
+    left_out,
+    rank,
+    softened_labels,
+    unmodified,
+)
+from lightning_stitch.stitching import Calibrated, Candidate, calibrate_all, chunks
 
 _FOLDS = 4  # three quarters of the images fit each fold's stitch
 _BEAM = Beam(width=2, max_fragments=2)

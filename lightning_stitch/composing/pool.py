@@ -19,34 +19,61 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.healing.refinement import FITS, Refiner, check_refinements, refine
-from lightning_stitch.io.activation_store import Spool
-from lightning_stitch.networks.network import StitchedNetwork, assemble
+from lightning_stitch.healing import FITS, Refiner, check_refinements, refine
+from lightning_stitch.io import Spool
+from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.recipe import FragmentRef
-from lightning_stitch.search.costs import CompositionCosts, costs_of_pairs
-from lightning_stitch.search.evaluation import Outcome, RememberingRefiner, milliseconds, outcomes
-from lightning_stitch.search.journal import Answer, Answers, Journal, NoJournal, answered, search_identity
-from lightning_stitch.search.latency import network_latency, piece_latencies
-from lightning_stitch.search.paths import early_exits, follow, self_stitched, unmodified
-from lightning_stitch.search.ranking import NEED_LABELS, Ranking, find_ranking, labelled
-from lightning_stitch.search.results import SearchResult, choose, measured, rank
-from lightning_stitch.search.space import SearchSpace
-from lightning_stitch.search.stopping import TimeLimit, until_stopped
-from lightning_stitch.search.strategies import Beam, Strategy
+from lightning_stitch.search import (
+    NEED_LABELS,
+    Answer,
+    Answers,
+    Beam,
+    CompositionCosts,
+    Journal,
+    NoJournal,
+    Outcome,
+    Ranking,
+    RememberingRefiner,
+    SearchResult,
+    SearchSpace,
+    Strategy,
+    TimeLimit,
+    answered,
+    choose,
+    costs_of_pairs,
+    early_exits,
+    find_ranking,
+    follow,
+    labelled,
+    measured,
+    milliseconds,
+    network_latency,
+    outcomes,
+    piece_latencies,
+    rank,
+    search_identity,
+    self_stitched,
+    unmodified,
+    until_stopped,
+)
 from lightning_stitch.settings import LEAN, CalibrationSettings
-from lightning_stitch.sources.source import Source
-from lightning_stitch.sources.views import check_names
-from lightning_stitch.stitching.activations import Calibrated, calibrate_all
-from lightning_stitch.stitching.candidates import Candidate, Kind
-from lightning_stitch.stitching.images import Batch, put_down, read_again
-from lightning_stitch.stitching.saved_calibration import (
+from lightning_stitch.sources import Source, check_names
+from lightning_stitch.stitching import (
+    Batch,
+    Calibrated,
+    Candidate,
+    Kind,
+    calibrate_all,
     calibrate_once,
+    check_same_outputs,
     load_calibration,
+    put_down,
+    read_again,
     save_calibration,
     saved_settings,
+    segment,
 )
-from lightning_stitch.stitching.segments import check_same_outputs, segment
 
 
 class Pool:
@@ -221,8 +248,9 @@ class Pool:
                 are not where networks end at an output, nor under the ranking "cka_product", which would give each of
                 them the highest score, as they have no stitch.
             refinements: What to try on each network, and keep where it explains more on held-out calibration images:
-                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`), and after
-                it is composed its "batch_norm" statistics and "healing" (`lightning_stitch.healing.refinement`).
+                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`),
+                and after it is composed its "batch_norm" statistics and "healing"
+                (`lightning_stitch.healing.refinement`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.
             journal: A directory where the search remembers what it found, its calibration too, so that the same search

@@ -11,16 +11,13 @@ from torch import Tensor
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.maths.regression import r2
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.maths import r2
+from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.progress import Progress
-from lightning_stitch.search.ranking import SelectionData
-from lightning_stitch.search.results import Ranked, SearchResult
-from lightning_stitch.search.strategies import Beam, Strategy
+from lightning_stitch.search import Beam, Ranked, SearchResult, SelectionData, Strategy
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources.source import Source
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.images import images_of
+from lightning_stitch.sources import Source
+from lightning_stitch.stitching import Candidate, images_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +53,8 @@ def shrink(
     """The short version of one network that stays truest to it, without labels or back-propagation.
 
     The source is searched alone: its parts are skipped, what is left is stitched, and the layers behind the stitch are
-    healed (`lightning_stitch.healing.healing`). (With skips alone, unhealed, and in a transformer, this is ReplaceMe's method,
-    arXiv 2505.02819.)
+    healed (`lightning_stitch.healing.healing`). (With skips alone, unhealed, and in a transformer, this is ReplaceMe's
+    method, arXiv 2505.02819.)
 
     Args:
         source: The network.

@@ -106,6 +106,7 @@ class ScopeTracer(fx.Tracer):
         self.calls: list[ModuleCall] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy of a node."""
         return WritableProxy(node, self)
 
     def parts_followed(self, network: nn.Module) -> Iterator[nn.Module]:
@@ -120,12 +121,14 @@ class ScopeTracer(fx.Tracer):
         yield from followed(network, _PREFIX)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one node."""
         # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
         whole = isinstance(m, self._whole) or getattr(m, "traced_whole", False) or _is_random(m)
         is_network = module_qualified_name == _PREFIX
         return not is_network and (super().is_leaf_module(m, module_qualified_name) or whole)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The module's call as a node, in its scope."""
         path = self.path_of_module(m)
         first = len(self.graph.nodes)
         output = super().call_module(m, forward, args, kwargs)
@@ -368,9 +371,11 @@ class ExampleTracer(ScopeTracer):
         self._evaluating = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy of a node."""
         return _ExampleProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node, evaluated on the example as it is made."""
         node = super().create_node(*args, **kwargs)
         self._evaluating = True
         try:
@@ -382,16 +387,20 @@ class ExampleTracer(ScopeTracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The module's call as a node; itself while a node is evaluated."""
         return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer: itself while a node is evaluated."""
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        """The example's answer."""
         value = self.values[obj.node]
         return super().to_bool(obj) if isinstance(value, Tensor) else bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As many proxies as the example has parts."""
         return (obj[index] for index in range(len(self.values[obj.node])))  # type: ignore[index]
 
     def _evaluate(self, node: fx.Node) -> Any:

@@ -79,6 +79,7 @@ class Decoder:
         return cls(num_channels, size, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
 
     def __call__(self, image: Any) -> Tensor:
+        """An image as it is read: float32 in [0, 1], channels x height x width."""
         pixels = self._scaled(_channels_first(image))
         low, high = (float(value) for value in pixels.aminmax())
         if not math.isfinite(low + high):

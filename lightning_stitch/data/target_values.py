@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.heads.targets import Task
+from lightning_stitch.heads import Task
 
 DataTask = Task | Literal["none"]
 TargetValue = int | Tensor | None

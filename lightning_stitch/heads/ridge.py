@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads.score_calibration import class_temperature, label_calibration
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths.regression import LooRidge, loo_ridge, r2, ridge_weights
+from lightning_stitch.maths import LooRidge, loo_ridge, r2, ridge_weights
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""

@@ -23,16 +23,16 @@ held-out R2 lower (.92 -> .90, .94 -> .93, .74 -> .71 on three stitches). A laye
 BatchNorm moves that one's running mean instead; another one is solved uncentred.
 
 Chosen, not set: l, relative to the mean diagonal of Xc'Xc, is the one of `STRENGTHS` that explains the layer's output
-best on calibration images held out of the fit (`lightning_stitch.stitching.images`: whole groups where groups are given). From
-the strongest on, weaker ones are tried until that error rises; if none is better than the layer as it is, it stays.
-Stitches are fitted anew without the held-out images, too, and behind a healed fragment on what that one sends: a wide
-stitch that has seen them leaves nothing to be learnt from them (R2 .99 of the final features where its own R2 on images
-that it has not seen is -.5). Their strength, too, is the one of `RIDGES` times the given one that explains most on
-these images. In the end the final features must agree more with those of the network's last source on
+best on calibration images held out of the fit (`lightning_stitch.stitching.images`: whole groups where groups are
+given). From the strongest on, weaker ones are tried until that error rises; if none is better than the layer as it is,
+it stays. Stitches are fitted anew without the held-out images, too, and behind a healed fragment on what that one
+sends: a wide stitch that has seen them leaves nothing to be learnt from them (R2 .99 of the final features where its
+own R2 on images that it has not seen is -.5). Their strength, too, is the one of `RIDGES` times the given one that
+explains most on these images. In the end the final features must agree more with those of the network's last source on
 the held-out images than with the same stitches and nothing healed (R2), or all of it is undone
-(`lightning_stitch.healing.refinement`). What was fitted without them stays: with the stitch of all images in its place, R2 on
-other images moved by -.06 to +.02 (16 images), and solving everything once more on all of them takes as long again for
--.08 to +.03 (16 images) or -.00 to +.02 (64).
+(`lightning_stitch.healing.refinement`). What was fitted without them stays: with the stitch of all images in its place,
+R2 on other images moved by -.06 to +.02 (16 images), and solving everything once more on all of them takes as long
+again for -.08 to +.03 (16 images) or -.00 to +.02 (64).
 
 Cost, for n images: one pass of the source's own fragments behind the stitch, one and a bit of the network's, and the
 solves. A layer of d inputs per group has `ROWS_PER_INPUT` d rows, all images together at most `MAX_ROWS`, but at least
@@ -60,13 +60,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stitch.cutting.copies import with_tensors
+from lightning_stitch.cutting import with_tensors
 from lightning_stitch.healing.layers import Healable, Sampling, layers_of, norm_behind, solve_layer
 from lightning_stitch.healing.trials import entered, run_layerwise
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated
-from lightning_stitch.stitching.candidates import Candidate, Step
-from lightning_stitch.stitching.fitting import fit_stitch
+from lightning_stitch.stitching import Calibrated, Candidate, Step, fit_stitch
 
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
 

@@ -15,7 +15,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from lightning_stitch.stitching.activations import positions
+from lightning_stitch.stitching import positions
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 MAX_INPUTS = 2304

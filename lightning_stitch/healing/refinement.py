@@ -2,8 +2,8 @@
 
 After composing and before ranking, each network is measured on calibration images that were held out of the change:
 R2 of its final features against those that its last source, unmodified, gives of the same images. Where the change does
-not raise it the network stays as it was. Healing (`lightning_stitch.healing.healing`) is kept as it was measured; statistics of
-BatchNorm are, where they help, estimated anew on all calibration images.
+not raise it the network stays as it was. Healing (`lightning_stitch.healing.healing`) is kept as it was measured;
+statistics of BatchNorm are, where they help, estimated anew on all calibration images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.cutting.copies import with_tensors
+from lightning_stitch.cutting import with_tensors
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing.healing import heal
 from lightning_stitch.healing.trials import (
@@ -27,8 +27,7 @@ from lightning_stitch.healing.trials import (
 )
 from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated
-from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching import Calibrated, Candidate
 
 Moments = tuple[Tensor, Tensor]
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.cutting.copies import with_tensors
-from lightning_stitch.maths.regression import r2
-from lightning_stitch.stitching.activations import Calibrated
-from lightning_stitch.stitching.candidates import Candidate, Step
-from lightning_stitch.stitching.segments import chunks
+from lightning_stitch.cutting import with_tensors
+from lightning_stitch.maths import r2
+from lightning_stitch.stitching import Calibrated, Candidate, Step, chunks
 
 Numbers = Mapping[str, Tensor]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_stitch.errors import StitchError
 from lightning_stitch.hub.folder import CARD, PICTURE, shown_spec
 from lightning_stitch.hub.picture import can_draw, draw_composition
-from lightning_stitch.io.tensor_files import complete_or_absent
+from lightning_stitch.io import complete_or_absent
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
-from lightning_stitch.sources.licences import CombinedLicence, combine_licences, hub_words
+from lightning_stitch.sources import CombinedLicence, combine_licences, hub_words
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 import re
 
 from lightning_stitch.hub.folder import shown_recipe
-from lightning_stitch.sources.timm_models import hub_repository
+from lightning_stitch.sources import hub_repository
 
 _COLUMNS = ("name", "kind", "budget", "accuracy", "balanced_accuracy", "auroc", "params", "macs", "seconds", "labels")
 _HEADINGS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "params": "M params", "macs": "M MACs"}

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lightning_stitch.recipe import (
     StitchSpec,
     any_recipe,
 )
-from lightning_stitch.sources.blueprint import checked_preprocessing
+from lightning_stitch.sources import checked_preprocessing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "lightning_stitch"
@@ -129,6 +128,7 @@ def _warn_unknown(what: str, names: list[str]) -> None:
     )
 
 
+BUILDERS = ("lightning_stitch", "torch", "torchvision", "timm")  # what builds a structure
 CARD, PICTURE = "README.md", "composition.png"
 
 
@@ -149,17 +149,6 @@ def shown_recipe(recipe: Recipe | EnsembleRecipe) -> dict[str, Any]:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """The module's own tensors by name: those of the state dict, and buffers that it leaves out."""
     return {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
-
-
-def versions() -> dict[str, str]:
-    """Of what builds the structure."""
-    found = {}
-    for package in ("lightning_stitch", "torch", "torchvision", "timm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 _LOADERS = {"network": "StitchedNetwork", "ensemble": "Ensemble", "classifier": "StitchedClassifier"}

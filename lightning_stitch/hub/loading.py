@@ -21,19 +21,17 @@ from torch import nn
 from lightning_stitch.errors import RecipeError, SourceError, StitchError, first_lines
 from lightning_stitch.hub.folder import (
     _LOADERS,
+    BUILDERS,
     CONFIG,
     MOST_CONFIG_BYTES,
     WEIGHTS,
     read_config,
     read_recipe,
     tensors_of,
-    versions,
 )
-from lightning_stitch.io.hub_download import hub_file, sha256_of
-from lightning_stitch.io.tensor_files import DTYPES
+from lightning_stitch.io import DTYPES, hub_file, sha256_of, versions
 from lightning_stitch.recipe import EnsembleRecipe, Recipe
-from lightning_stitch.sources.meta_device import build_on_meta, give_memory
-from lightning_stitch.sources.source import build_architecture
+from lightning_stitch.sources import build_architecture, build_on_meta, give_memory
 
 # A fragment that is used again and again is written once; nobody's network is nearly as many times its file.
 _MOST_EXPANSION = 16
@@ -186,7 +184,7 @@ class PretrainedFolder:
 
     def _other_versions(self) -> str:
         """What it was written with, where that is not what is here."""
-        given, here = self.own.get("versions"), versions()
+        given, here = self.own.get("versions"), versions(*BUILDERS)
         if not isinstance(given, dict):
             return ""
         others = [

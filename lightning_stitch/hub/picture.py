@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.io.tensor_files import complete_or_absent
+from lightning_stitch.io import complete_or_absent
 from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Recipe, StitchSpec
 
 # Okabe and Ito's colours, told apart by the colour-blind, light enough for black letters; a box's first line names its

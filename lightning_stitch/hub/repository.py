@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.hub.folder import CARD
-from lightning_stitch.io.hub_download import client_errors, offline, patiently, status_of
+from lightning_stitch.io import client_errors, offline, patiently, status_of
 
 _Answer = TypeVar("_Answer")
 

@@ -16,6 +16,7 @@ from lightning_stitch.hub.card import CardDetails, CardSubject, write_card
 from lightning_stitch.hub.folder import (
     _LOADERS,
     ARCHITECTURE,
+    BUILDERS,
     CARD,
     CONFIG,
     FORMAT,
@@ -23,10 +24,8 @@ from lightning_stitch.hub.folder import (
     WEIGHTS,
     shown_recipe,
     tensors_of,
-    versions,
 )
-from lightning_stitch.io.hub_download import sha256_of
-from lightning_stitch.io.tensor_files import UNFINISHED, raw_bytes, write_json
+from lightning_stitch.io import UNFINISHED, raw_bytes, sha256_of, versions, write_json
 from lightning_stitch.recipe import EnsembleRecipe, Recipe
 
 # Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.
@@ -101,7 +100,7 @@ def write_pretrained(
 
 
 def _config(recipe: Recipe | EnsembleRecipe, kind: str, num_outputs: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"format": FORMAT, "kind": kind, "recipe": shown_recipe(recipe), **facts, "versions": versions()}
+    own = {"format": FORMAT, "kind": kind, "recipe": shown_recipe(recipe), **facts, "versions": versions(*BUILDERS)}
     names = own.get("class_names")
     return {
         # What timm.create_model("local-dir:...") reads. The network normalises its images itself: mean 0, std 1.

@@ -9,11 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.heads.neighbours import NearestNeighbourHead
-from lightning_stitch.hub.card import CardDetails, CardSubject
-from lightning_stitch.hub.loading import PretrainedFolder, open_folder
-from lightning_stitch.hub.saving import save_folder
+from lightning_stitch.heads import HeadSettings, NearestNeighbourHead
+from lightning_stitch.hub import CardDetails, CardSubject, PretrainedFolder, open_folder, save_folder
 from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import EnsembleRecipe

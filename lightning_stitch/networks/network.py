@@ -11,17 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.cutting.copies import copied, reference_tensor, with_tensors
-from lightning_stitch.cutting.graph import CutGraph
+from lightning_stitch.cutting import CutGraph, copied, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
-from lightning_stitch.hub.card import CardDetails, CardSubject
-from lightning_stitch.hub.loading import open_folder
-from lightning_stitch.hub.saving import save_folder
+from lightning_stitch.hub import CardDetails, CardSubject, open_folder, save_folder
 from lightning_stitch.recipe import Recipe, StitchSpec
-from lightning_stitch.sources.source import build_architecture
-from lightning_stitch.sources.views import Preprocess, view_size
-from lightning_stitch.stitching.folding import fold_into_consumer, fold_into_producer
-from lightning_stitch.stitching.stitches import GlobalAverage, Stitch
+from lightning_stitch.sources import Preprocess, build_architecture, view_size
+from lightning_stitch.stitching import GlobalAverage, Stitch, fold_into_consumer, fold_into_producer
 
 
 class StitchedNetwork(nn.Module):

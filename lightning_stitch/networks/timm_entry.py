@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_stitch.hub.loading import open_pretrained
+from lightning_stitch.hub import open_pretrained
 from lightning_stitch.networks.classifier import read_classifier
 from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import StitchedNetwork

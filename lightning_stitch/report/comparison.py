@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stitch.composing.pool import Pool
+from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads.head_settings import HeadSettings
+from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report.evaluation import Evaluation, Row, verdict
 from lightning_stitch.report.tables import comparison_table
-from lightning_stitch.search.results import SearchResult
-from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.search import SearchResult
+from lightning_stitch.stitching import Candidate
 
 Loader = Iterable[Any]
 

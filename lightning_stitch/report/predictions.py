@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.io.tensor_files import complete_or_absent
+from lightning_stitch.io import complete_or_absent
 
 SUFFIXES = (".csv", ".jsonl")
 _LIKELY = 0.5

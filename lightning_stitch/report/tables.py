@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.report.evaluation import _METRICS, Evaluation, Row, score
-from lightning_stitch.search.results import SearchResult
+from lightning_stitch.search import SearchResult
 
 _WIDTH = 120
 

@@ -20,9 +20,15 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cost import Budget, Cost, in_words
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.recipe import StitchSpec
-from lightning_stitch.stitching.folding import choose_placement, consumer_layers, stitch_cost
-from lightning_stitch.stitching.segments import Segmented
-from lightning_stitch.stitching.stitches import is_bridgeable, stitch_memory, stitch_spec
+from lightning_stitch.stitching import (
+    Segmented,
+    choose_placement,
+    consumer_layers,
+    is_bridgeable,
+    stitch_cost,
+    stitch_memory,
+    stitch_spec,
+)
 
 
 class PlacedStitch(NamedTuple):

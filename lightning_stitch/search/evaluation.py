@@ -14,17 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_stitch.cutting.copies import with_tensors
+from lightning_stitch.cutting import with_tensors
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.healing.refinement import Refiner
-from lightning_stitch.io.fingerprints import key_of, tensors_hash
+from lightning_stitch.healing import Refiner
+from lightning_stitch.io import key_of, tensors_hash
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.segments import Segmented, chunks
-from lightning_stitch.stitching.stitches import Stitch
+from lightning_stitch.stitching import Calibrated, Candidate, Segmented, Stitch, chunks
 
 
 @dataclass(slots=True)

@@ -35,14 +35,11 @@ except ImportError:  # Windows has none
 
 import dataclasses
 
-import lightning_stitch
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import JournalError
-from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
-from lightning_stitch.io.tensor_files import UNFINISHED, TensorFile, write_tensors
+from lightning_stitch.io import UNFINISHED, TensorFile, differences, in_words, key_of, plain, versions, write_tensors
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.identity import settings_identity, source_identity, versions
-from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching import Segmented, settings_identity, source_identity
 
 SCHEMA_VERSION = 1
 _RECORDS, _TENSORS, _CALIBRATION = "answers.jsonl", "tensors", "calibration"
@@ -287,10 +284,10 @@ def search_identity(
 
     A strategy of this package is known by its arguments, a user's own by its name, as it may not say more.
     """
-    ours = type(strategy).__module__.startswith(f"{lightning_stitch.__name__}.")
+    ours = type(strategy).__module__.startswith("lightning_stitch.")
     name = getattr(strategy, "__qualname__", type(strategy).__qualname__)
     return {
-        "versions": versions(),
+        "versions": versions("lightning_stitch", "torch"),
         "device": device.type,
         "image_shape": parts[0].image_shape,
         "settings": settings_identity(settings),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.stitching.segments import Segmented
+from lightning_stitch.stitching import Segmented
 
 WARM_UP, RUNS = 3, 9
 

@@ -9,9 +9,7 @@ from itertools import pairwise
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search.space import SearchSpace
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.segments import Segmented
-from lightning_stitch.stitching.stitches import is_bridgeable
+from lightning_stitch.stitching import Candidate, Segmented, is_bridgeable
 
 
 def references(space: SearchSpace) -> list[Candidate]:

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS, loo_scores
-from lightning_stitch.heads.targets import comparable_columns, count_of, task_of
-from lightning_stitch.maths.cka import centre_rows, linear_cka
-from lightning_stitch.maths.regression import loo_ridge, r2
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.images import Batch
+from lightning_stitch.heads import DEFAULT_STRENGTHS, comparable_columns, count_of, loo_scores, task_of
+from lightning_stitch.maths import centre_rows, linear_cka, loo_ridge, r2
+from lightning_stitch.stitching import Batch, Candidate
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
 

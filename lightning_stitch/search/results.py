@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.heads.targets import count_of
+from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.search.ranking import Ranking, SelectionData, find_ranking
 from lightning_stitch.search.stopping import Stopped
-from lightning_stitch.stitching.candidates import Candidate, Kind
+from lightning_stitch.stitching import Candidate, Kind
 
 _IN_WORDS: dict[Stopped, str] = {
     "time limit": "The time limit ended the search early.",
@@ -35,8 +35,8 @@ class Ranked:
         scores: What the ranking measured on the selection images, by name.
         features: Width of its output.
         seconds: Wall time of running it over the selection images.
-        latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.search.latency`); None: no
-            limit asked for it, or another limit was not kept.
+        latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.search.latency`);
+            None: no limit asked for it, or another limit was not kept.
     """
 
     candidate: Candidate

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_stitch.cutting.graph import Cut
+from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io.activation_store import Carried
-from lightning_stitch.maths.cka import RowBank, centre_rows, cka_with_many, row_bank
+from lightning_stitch.io import Carried
+from lightning_stitch.maths import RowBank, centre_rows, cka_with_many, row_bank
 from lightning_stitch.settings import CalibrationSettings, Estimator
-from lightning_stitch.stitching.activations import Calibrated, Grid, centred_or_none, rows_on_grids
+from lightning_stitch.stitching import Calibrated, Grid, centred_or_none, rows_on_grids
 
 
 class Scorer:

@@ -18,18 +18,26 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
+from lightning_stitch.io import Carried, Deferred, Spool, carry
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
 from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.search.scoring import Scorer
 from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated, Grid
-from lightning_stitch.stitching.candidates import Candidate, Kind, Step
-from lightning_stitch.stitching.fitting import fit_stitch
-from lightning_stitch.stitching.segments import Segmented, chunks
-from lightning_stitch.stitching.stitches import GlobalAverage, Stitch, is_bridgeable
+from lightning_stitch.stitching import (
+    Calibrated,
+    Candidate,
+    GlobalAverage,
+    Grid,
+    Kind,
+    Segmented,
+    Step,
+    Stitch,
+    chunks,
+    fit_stitch,
+    is_bridgeable,
+)
 
 
 class SearchSpace:

@@ -15,9 +15,9 @@ from itertools import pairwise
 from typing import Protocol
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.io.activation_store import Carried
+from lightning_stitch.io import Carried
 from lightning_stitch.search.space import Edge, SearchSpace, State
-from lightning_stitch.stitching.candidates import Candidate
+from lightning_stitch.stitching import Candidate
 
 
 class Strategy(Protocol):

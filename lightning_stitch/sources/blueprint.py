@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_stitch.errors import SourceError
-from lightning_stitch.io.hub_download import WeightFile
+from lightning_stitch.io import WeightFile
 from lightning_stitch.recipe import Builder, Preprocessing
 
 # Arguments with which a builder would read files or the network. A recipe may come from a stranger.

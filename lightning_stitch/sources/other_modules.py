@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch.cutting.copies import copied
+from lightning_stitch.cutting import copied
 from lightning_stitch.errors import SourceError, first_lines, nearest
-from lightning_stitch.io.hub_download import download_of
+from lightning_stitch.io import download_of
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
 

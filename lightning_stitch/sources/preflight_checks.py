@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from lightning_stitch.errors import SourceError, StitchError, first_lines
-from lightning_stitch.io.hub_download import WeightFile, tensor_shapes
+from lightning_stitch.io import WeightFile, tensor_shapes
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.finding import SPECS, distinct, find_mapping

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.cutting import Cut, CutGraph
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_stitch.errors import SourceError, first_lines, nearest
-from lightning_stitch.io.hub_download import WeightFile, download_of, find_hub_file, hub_file
+from lightning_stitch.io import WeightFile, download_of, find_hub_file, hub_file
 from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
 
 # Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.cutting import Cut, CutGraph
 from lightning_stitch.errors import CutError, StitchError
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.settings import CalibrationSettings

@@ -14,10 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_stitch.cutting.graph import Cut
+from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io.activation_store import Carried, Portion, Spool
-from lightning_stitch.maths.cka import CentredRows, centre_rows
+from lightning_stitch.io import Carried, Portion, Spool
+from lightning_stitch.maths import CentredRows, centre_rows
 from lightning_stitch.progress import Progress
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import images as held_out
@@ -60,7 +60,8 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
-        num_held_out: How many of the images, the last ones, judge fits and refinements (`lightning_stitch.stitching.images`).
+        num_held_out: How many of the images, the last ones, judge fits and refinements
+        (`lightning_stitch.stitching.images`).
         stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_stitch.cutting.graph import Cut
+from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.maths.regression import AffineMap, r2, ridge_least_squares
+from lightning_stitch.maths import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import Fit, StitchSpec
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import images as held_out

@@ -5,17 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
-import lightning_stitch
-from lightning_stitch.io.fingerprints import plain
+from lightning_stitch.io import plain
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.segments import Segmented
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that compute."""
-    return {"lightning_stitch": lightning_stitch.__version__, "torch": str(torch.__version__)}
 
 
 def source_identity(parts: Segmented) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io.activation_store import Carried, Portion, Spool
-from lightning_stitch.io.fingerprints import key_of, tensors_hash
+from lightning_stitch.io import Carried, Portion, Spool, key_of, tensors_hash
 
 Batch = Tensor | Sequence[Tensor]
 

@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io.activation_store import Carried
-from lightning_stitch.io.fingerprints import differences, in_words
-from lightning_stitch.io.tensor_files import UNFINISHED, TensorFile, write_json, write_tensors
+from lightning_stitch.io import (
+    UNFINISHED,
+    Carried,
+    TensorFile,
+    differences,
+    in_words,
+    versions,
+    write_json,
+    write_tensors,
+)
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated, CutStatistics, centred_or_none
-from lightning_stitch.stitching.identity import settings_identity, source_identity, versions
+from lightning_stitch.stitching.identity import settings_identity, source_identity
 from lightning_stitch.stitching.segments import Segmented
 
 SCHEMA_VERSION = 1
@@ -63,7 +70,7 @@ def _save(directory: Path, calibrated: Sequence[Calibrated], settings: Calibrati
         sources[source.name] = {"identity": source_identity(source.parts), "checksum": checksum}
     description = {
         "schema": SCHEMA_VERSION,
-        "versions": versions(),
+        "versions": versions("lightning_stitch", "torch"),
         "image_shape": calibrated[0].parts.image_shape,
         "num_images": len(calibrated[0].features),
         "images": images_hash,

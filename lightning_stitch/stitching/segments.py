@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from lightning_stitch.cost import Cost
-from lightning_stitch.cutting.activation_memory import Occupancy
-from lightning_stitch.cutting.graph import Cut, CutGraph
+from lightning_stitch.cutting import Cut, CutGraph, Occupancy
 from lightning_stitch.errors import StitchError
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources.source import Source
-from lightning_stitch.sources.views import Preprocess, opened
+from lightning_stitch.sources import Preprocess, Source, opened
 from lightning_stitch.stitching.folding import producer_layers
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.

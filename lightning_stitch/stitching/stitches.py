@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_stitch.cutting.graph import Cut
+from lightning_stitch.cutting import Cut
 from lightning_stitch.recipe import Format, Placement, StitchSpec
 
 

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
-from lightning_stitch.composing.pool import Pool
+from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.progress import Bar, Progress, Silent
-from lightning_stitch.report.comparison import Comparison, compare
-from lightning_stitch.search.ranking import find_ranking
-from lightning_stitch.search.results import Ranked, SearchResult
-from lightning_stitch.search.strategies import Beam, Strategy
+from lightning_stitch.report import Comparison, compare
+from lightning_stitch.search import Beam, Ranked, SearchResult, Strategy, find_ranking
 from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
-from lightning_stitch.sources.preflight_table import fitting_sources, usable_sources
-from lightning_stitch.sources.source import Source, find_sources, load_sources
-from lightning_stitch.sources.views import without_strangers
-from lightning_stitch.stitching.candidates import Candidate, Kind
+from lightning_stitch.sources import (
+    Source,
+    find_sources,
+    fitting_sources,
+    load_sources,
+    usable_sources,
+    without_strangers,
+)
+from lightning_stitch.stitching import Candidate, Kind
 from lightning_stitch.training.callback_order import check_order
 from lightning_stitch.training.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.training.module import StitchedClassifier

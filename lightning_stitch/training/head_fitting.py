@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_stitch.composing.pool import Pool
-from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.composing import Pool
+from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
-from lightning_stitch.heads.head_settings import HeadSettings
+from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress
-from lightning_stitch.search.ranking import NEED_LABELS, Ranking, check_ranking_fits
-from lightning_stitch.stitching.candidates import Candidate
-from lightning_stitch.stitching.images import Batch, WithoutLabels
+from lightning_stitch.search import NEED_LABELS, Ranking, check_ranking_fits
+from lightning_stitch.stitching import Batch, Candidate, WithoutLabels
 
 
 def check_targets(

@@ -13,11 +13,9 @@ from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import check_parts, pl, prepare_searches, warn_where_both_are_loaded
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.hub.card import CardDetails
-from lightning_stitch.networks.classifier import load_classifier, save_classifier
-from lightning_stitch.networks.ensemble import Ensemble
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.heads import HeadSettings
+from lightning_stitch.hub import CardDetails
+from lightning_stitch.networks import Ensemble, StitchedNetwork, load_classifier, save_classifier
 from lightning_stitch.recipe import EnsembleRecipe, Recipe, any_recipe
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training.thawing import TrainingPlan

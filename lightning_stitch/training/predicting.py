@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same_namespace, pl
-from lightning_stitch.data.image_files import ImageFileSet, list_images, readable
+from lightning_stitch.data import ImageFileSet, list_images, readable
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.report.predictions import check_output, prediction_rows, write_predictions
+from lightning_stitch.report import check_output, prediction_rows, write_predictions
 
 
 class ImageFiles(CheckedDataModule):

@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub.card import CardDetails
-from lightning_stitch.hub.publishing import (
+from lightning_stitch.hub import (
+    CardDetails,
     ExistingCard,
+    HubRepository,
     Publication,
     check_destination,
     check_existing_card,
@@ -20,7 +21,6 @@ from lightning_stitch.hub.publishing import (
     check_repo_id,
     publish,
 )
-from lightning_stitch.hub.repository import HubRepository
 from lightning_stitch.training.fragment_search import FragmentSearch
 from lightning_stitch.training.module import StitchedClassifier
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.report.comparison import Comparison
-from lightning_stitch.report.tables import print_table, write_candidates, write_table
-from lightning_stitch.search.results import SearchResult
+from lightning_stitch.report import Comparison, print_table, write_candidates, write_table
+from lightning_stitch.search import SearchResult
 
 
 def report_search(

@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._lightning import check_same_namespace, pl
-from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.maths.regression import AffineMap
-from lightning_stitch.networks.backbone import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.heads import HeadSettings
+from lightning_stitch.maths import AffineMap
+from lightning_stitch.networks import (
+    HOOK,
+    StitchedBackbone,
+    StitchedNetwork,
+    announce,
+    put,
+    restore_backbones,
+    saved_backbones,
+)
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.stitching.fitting import fit_rows
+from lightning_stitch.stitching import fit_rows
 from lightning_stitch.training.head_fitting import shared_head
 from lightning_stitch.training.module import StitchedClassifier
 from lightning_stitch.training.resuming import resumed_checkpoint

@@ -14,7 +14,7 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from lightning_stitch.heads.targets import Task
+from lightning_stitch.heads import Task
 
 
 def metrics_for(task: Task, num_classes: int) -> MetricCollection:

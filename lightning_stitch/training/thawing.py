@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.networks.ensemble import Ensemble
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.networks import Ensemble, StitchedNetwork
 
 STAGES = ("head", "stitches", "neighbours", "all")
 """What can be thawed, each with all that stands before it."""

@@ -48,7 +48,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_predictions_are_printed_as_csv_and_nothing_else(
     checkpoint: Path, model: StitchedClassifier, images: Path
 ) -> None:
-    command = [sys.executable, "-m", "lightning_stitch.cli.main", "predict", str(checkpoint), str(images)]
+    command = [sys.executable, "-m", "lightning_stitch.cli", "predict", str(checkpoint), str(images)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == as_csv(predict_files(model, images))
     assert done.stderr == ""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cli.test_main import config_file
 from doubles.hub import HubDouble
 from doubles.predictions import classifier, save_checkpoint, write_digits
 from doubles.published_networks import network, together
 from huggingface_hub import ModelCard
-from test_cli import config_file
 
 from lightning_stitch import StitchedClassifier
 from lightning_stitch.cli.main import main

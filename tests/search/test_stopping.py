@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from doubles.clock import CLOCK, Clock
 from doubles.helpers import Recorder, pieces_run, records
-from test_journal import BEAM, SELECTION, never, new_pool, search
+from search.test_journal import BEAM, SELECTION, never, new_pool, search
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, StitchError
@@ -235,7 +235,7 @@ import json, os, random, signal, sys
 sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
-from test_journal import new_pool, records, search
+from search.test_journal import new_pool, records, search
 
 os.chdir(sys.argv[1])
 pool = new_pool()

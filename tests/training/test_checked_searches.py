@@ -180,8 +180,8 @@ import sys
 from pathlib import Path
 folder, tests = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, tests)
-from test_backbones import Classifier
-from test_checked_searches import Waiting, search, trainer
+from networks.test_backbone import Classifier
+from training.test_checked_searches import Waiting, search, trainer
 from lightning_stitch import CalibrationDataModule, FragmentSearch
 
 class Watched(FragmentSearch):

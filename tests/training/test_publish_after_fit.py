@@ -17,8 +17,8 @@ from doubles.hub_server import environment_of
 from doubles.predictions import classifier, quiet_trainer
 from huggingface_hub import ModelCard
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from test_callbacks import digits as small_digits
-from test_callbacks import search, trainer
+from training.test_fragment_search import digits as small_digits
+from training.test_fragment_search import search, trainer
 
 from lightning_stitch import CardDetails, PublishAfterFit, StitchedClassifier, StitchError, load_source
 

@@ -306,7 +306,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_training import Watch, classifier, images, trainer
+from training.test_training import Watch, classifier, images, trainer
 if __name__ == "__main__":
     model, watch = classifier(thaw={0: "head", 1: "stitches", 2: "all"}), Watch()
     run = trainer(Path(sys.argv[1]), watch, max_epochs=3, strategy="ddp", devices=2)

@@ -1,0 +1,46 @@
+from .activation_store import Carried, Deferred, Portion, Spool, carry
+from .fingerprints import differences, in_words, key_of, plain, tensors_hash, versions
+from .hub_download import (
+    WeightFile,
+    client_errors,
+    download_of,
+    find_hub_file,
+    hub_file,
+    offline,
+    patiently,
+    sha256_of,
+    status_of,
+    tensor_shapes,
+)
+from .tensor_files import DTYPES, UNFINISHED, TensorFile, complete_or_absent, raw_bytes, write_json, write_tensors
+
+__all__ = [
+    "Carried",
+    "DTYPES",
+    "Deferred",
+    "Portion",
+    "Spool",
+    "TensorFile",
+    "UNFINISHED",
+    "WeightFile",
+    "carry",
+    "client_errors",
+    "complete_or_absent",
+    "differences",
+    "download_of",
+    "find_hub_file",
+    "hub_file",
+    "in_words",
+    "key_of",
+    "offline",
+    "patiently",
+    "plain",
+    "raw_bytes",
+    "sha256_of",
+    "status_of",
+    "tensor_shapes",
+    "tensors_hash",
+    "versions",
+    "write_json",
+    "write_tensors",
+]
