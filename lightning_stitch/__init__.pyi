@@ -7,8 +7,8 @@ from .errors import BudgetError, CalibrationError, CutError, JournalError, Recip
 from .heads import RidgeHead, class_map_from_names, fit_head, fit_ridge_head
 from .hub import CardDetails, Publication, publish
 from .maths import LinearCKA, linear_cka
-from .networks import Ensemble, StitchedBackbone, StitchedNetwork, restore_backbones
-from .recipe import EnsembleRecipe, FragmentRef, Preprocessing, Recipe
+from .networks import StitchedBackbone, StitchedNetwork, restore_backbones
+from .recipe import FragmentRef, Preprocessing, Recipe
 from .search import Beam, DepthFirst, SearchResult
 from .settings import CalibrationSettings
 from .sources import Preflight, Source, load_source, load_sources, preflight
@@ -48,8 +48,6 @@ __all__ = [
     "compose",
     "Composition",
     "ensemble",
-    "Ensemble",
-    "EnsembleRecipe",
     "Source",
     "Preprocessing",
     "load_source",

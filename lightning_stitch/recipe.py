@@ -1,4 +1,8 @@
-"""The recipe: a frozen, plain-JSON description from which a stitched network's structure is rebuilt.
+"""The recipe: a frozen, plain-JSON description from which a composition's structure is rebuilt.
+
+A composition is a tree of fragments with taps. A chain with one tap at its end is the paper's StitchNet; a root whose
+tap lies at a cut is an early exit; several roots are sources side by side; several ends under an `Average` are an
+ensemble. All of them are a `Recipe`.
 
 Standard library only. A recipe holds structure; the state dict holds numbers. It is the only thing that search,
 checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string, number, bool or None.
@@ -7,17 +11,21 @@ checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from lightning_stitch.errors import RecipeError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Format = Literal["NCHW", "NHWC", "tokens", "vector"]
 Placement = Literal["explicit", "producer", "consumer"]
 Fit = Literal["closed_loop", "open_loop", "row_weights"]
+Statistic = Literal["mean", "std", "prefix"]
+Mean = Literal["arithmetic", "geometric"]
 Builder = Literal["timm", "torchvision", "python", "live"]
 
 
@@ -65,21 +73,6 @@ class SourceRef:
     arguments: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     licence: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FragmentRef:
-    """The part of one source between two cuts.
-
-    Attributes:
-        source: Name of a source of the recipe.
-        start: Name of the cut where it begins; None: at the image.
-        end: Name of the cut where it ends; None: at the source's output.
-    """
-
-    source: str
-    start: str | None
-    end: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +124,85 @@ class StitchSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class FragmentRef:
+    """The part of one source between two cuts, and what leads into it.
+
+    Attributes:
+        source: Name of a source of the recipe.
+        start: Name of the cut where it begins; None: at the image.
+        end: Name of the cut where it ends; None: at the source's output.
+        parent: Number of the fragment that it continues; None: it begins at the image.
+        stitch: What leads from its parent into it; None: it begins at the image, or goes on where its parent ends.
+    """
+
+    source: str
+    start: str | None
+    end: str | None
+    parent: int | None = None
+    stitch: StitchSpec | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.start or 'image'} .. {self.end or 'output'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where a composition is read: the activation at the end of one of its fragments.
+
+    Attributes:
+        fragment: Number of the fragment.
+        channels: Channels of the activation; of a vector its width.
+        statistics: What is read of a map or of tokens, in this order: "mean" and "std" over positions (of tokens: over
+            patch tokens), and "prefix", the prefix tokens themselves. Empty: the activation is a vector and is read as
+            it is.
+        prefix_tokens: How many prefix tokens "prefix" stands for.
+    """
+
+    fragment: int
+    channels: int
+    statistics: tuple[Statistic, ...] = ()
+    prefix_tokens: int = 0
+
+    @property
+    def num_features(self) -> int:
+        """Width of what it gives."""
+        vectors = sum(self.prefix_tokens if statistic == "prefix" else 1 for statistic in self.statistics)
+        return self.channels * (vectors if self.statistics else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """Heads inside a composition, each on taps of its own, whose probabilities are averaged: an ensemble.
+
+    Attributes:
+        members: For each member the numbers of the taps that it reads, side by side.
+        num_classes: Width of the output.
+        mean: Of the members' probabilities ("arithmetic"), or of their log-probabilities, normalised again.
+        with_heads: Whether a linear head reads each member's taps; False: its tap gives logits already.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    num_classes: int
+    mean: Mean = "arithmetic"
+    with_heads: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """A stitched network's structure: fragments in order, a stitch or None between each two of them.
+    """A composition's structure: a tree of fragments, and the taps where it is read.
 
     Attributes:
         sources: The sources that the fragments come from, each once.
-        fragments: In forward order; the first begins at the image.
-        stitches: One entry between each two fragments; None where a fragment simply goes on in its own source.
-        input_size: (channels, height, width) of the images that the network was calibrated on.
-        scores: What the search measured ("cka_product", "macs", "params", "activation_bytes", ranking scores, and
-            "latency_ms" where a budget limits it), by name.
+        fragments: The tree, each fragment behind its parent.
+        taps: What the composition gives, side by side in this order.
+        input_size: (channels, height, width) of the images that it was calibrated on.
+        average: Heads inside it that read the taps, if it averages their probabilities; None: it gives the taps.
+        scores: What the search measured ("cka_product", "macs", "params", ranking scores, and "latency_ms" or
+            "activation_bytes" where a budget limits them), by name.
         share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
             (one fragment used twice, fragments that overlap, weights that the source ties) is there once, and is
             trained for all of them; only layers that take a stitch in become a fragment's own.
-        pooled: Whether the last fragment ends at a map or at tokens that are averaged over their positions: a network
-            that ends early.
-        refinements: What was changed in its fragments after it was composed ("batch_norm", "healing"), in that order.
+        refinements: What was changed in its fragments after it was composed ("healing"), in that order.
         unhealed: Where it was healed, the layers behind stitches ("source: layer") that stayed as they are, and why.
         schema: Version of this format.
 
@@ -156,48 +212,172 @@ class Recipe:
 
     sources: tuple[SourceRef, ...]
     fragments: tuple[FragmentRef, ...]
-    stitches: tuple[StitchSpec | None, ...] = ()
-    input_size: tuple[int, int, int] | None = None
+    taps: tuple[Tap, ...]
+    input_size: tuple[int, int, int]
+    average: Average | None = None
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
-    pooled: bool = False
     refinements: tuple[str, ...] = ()
     unhealed: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
+    @classmethod
+    def chain(
+        cls,
+        sources: Sequence[SourceRef],
+        fragments: Sequence[FragmentRef],
+        stitches: Sequence[StitchSpec | None] = (),
+        *,
+        num_features: int,
+        input_size: tuple[int, int, int],
+        averaged: bool = False,
+        **fields: Any,
+    ) -> Recipe:
+        """The recipe of fragments in a row, read at their end.
+
+        Args:
+            sources: The sources that the fragments come from.
+            fragments: In forward order; the first begins at the image. Parents and stitches of theirs are replaced.
+            stitches: One entry between each two fragments; None where a fragment goes on in its own source.
+            num_features: Width of what the chain gives.
+            input_size: (channels, height, width) of the images that it was calibrated on.
+            averaged: Whether the last fragment ends at a map or at tokens, which are averaged over their positions.
+            fields: Others of the recipe's.
+
+        Raises:
+            RecipeError: If the parts do not fit each other.
+        """
+        if len(stitches) != max(len(fragments) - 1, 0):
+            raise RecipeError(
+                f"A chain of {len(fragments)} fragments has {len(fragments) - 1} stitches between them; found "
+                f"{len(stitches)}."
+            )
+        links = tuple(
+            dataclasses.replace(fragment, parent=index - 1 if index else None, stitch=stitch)
+            for index, (fragment, stitch) in enumerate(zip(fragments, (None, *stitches), strict=False))
+        )
+        tap = Tap(len(links) - 1, num_features, ("mean",) if averaged else ())
+        return cls(tuple(sources), links, (tap,), input_size, **fields)
+
     def __post_init__(self) -> None:
         """Check that the parts fit."""
-        if not self.fragments:
-            raise RecipeError("A recipe needs at least one fragment; this one has none.")
-        if len(self.stitches) != len(self.fragments) - 1:
+        if not self.fragments or not self.taps:
             raise RecipeError(
-                f"A recipe of {len(self.fragments)} fragments needs {len(self.fragments) - 1} stitches between them; "
-                f"this one has {len(self.stitches)}."
+                f"A recipe needs at least one fragment and one tap; this one has {len(self.fragments)} and "
+                f"{len(self.taps)}."
             )
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise RecipeError(f"Two sources of a recipe share a name: {names}.")
-        unknown = {f.source for f in self.fragments} - set(names)
+        unknown = {fragment.source for fragment in self.fragments} - set(names)
         if unknown:
             raise RecipeError(f"Fragments refer to {sorted(unknown)}, but the recipe's sources are {names}.")
-        if self.fragments[0].start is not None:
-            raise RecipeError(f"The first fragment must begin at the image, not at cut {self.fragments[0].start!r}.")
-        if self.pooled and self.fragments[-1].end is None:
-            raise RecipeError("A pooled network ends at a cut; this recipe's last fragment runs to the output.")
-        for before, stitch, after in zip(self.fragments, self.stitches, self.fragments[1:], strict=False):
-            if stitch is None and (before.source, before.end) != (after.source, after.start):
-                raise RecipeError(f"Nothing joins {before} to {after}: without a stitch both must meet at one cut.")
+        if min(self.input_size) < 1:
+            raise RecipeError(f"input_size is (channels, height, width), each at least 1; found {self.input_size}.")
+        for index, fragment in enumerate(self.fragments):
+            self._check_entry(index, fragment)
+        for tap in self.taps:
+            self._check_tap(tap)
+        tapped = {tap.fragment for tap in self.taps}
+        if idle := set(range(len(self.fragments))) - tapped - {fragment.parent for fragment in self.fragments}:
+            raise RecipeError(f"No fragment and no tap is behind {self.fragments[min(idle)]}: it leads nowhere.")
+        if self.average is not None:
+            self._check_average(self.average)
+
+    def _check_entry(self, index: int, fragment: FragmentRef) -> None:
+        if fragment.parent is None:
+            if fragment.start is not None or fragment.stitch is not None:
+                raise RecipeError(
+                    f"A fragment without a parent begins at the image, without a stitch; found {fragment}."
+                )
+            return
+        if not 0 <= fragment.parent < index:
+            raise RecipeError(f"A fragment stands behind its parent; fragment {index} has parent {fragment.parent}.")
+        before = self.fragments[fragment.parent]
+        if fragment.stitch is None and (before.source, before.end) != (fragment.source, fragment.start):
+            raise RecipeError(f"Nothing joins {before} to {fragment}: without a stitch both must meet at one cut.")
+
+    def _check_tap(self, tap: Tap) -> None:
+        if not 0 <= tap.fragment < len(self.fragments):
+            raise RecipeError(f"Taps are at fragments 0 to {len(self.fragments) - 1}; found {tap.fragment}.")
+        repeated = len(set(tap.statistics)) < len(tap.statistics)
+        if tap.channels < 1 or repeated or ("prefix" in tap.statistics) != (tap.prefix_tokens > 0):
+            raise RecipeError(
+                f"A tap reads channels, each statistic once, and prefix tokens if there are; found {tap}."
+            )
+        if tap.statistics and self.fragments[tap.fragment].end is None:
+            raise RecipeError("A source's output is read as it is: only cuts have positions to average over.")
+
+    def _check_average(self, average: Average) -> None:
+        if not average.members or any(
+            not member or not all(0 <= tap < len(self.taps) for tap in member) for member in average.members
+        ):
+            raise RecipeError(
+                f"Members of an average read taps 0 to {len(self.taps) - 1}, one at least; found {average.members}."
+            )
+        widths = {sum(self.taps[tap].num_features for tap in member) for member in average.members}
+        if average.num_classes < 1 or not (average.with_heads or widths == {average.num_classes}):
+            raise RecipeError(
+                f"An average over {average.num_classes} classes needs members of that width, or heads; found {widths}."
+            )
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """The start fragment's preprocessing, which is the stitched network's."""
-        return self.source(self.fragments[0].source).preprocessing
+    def num_features(self) -> int:
+        """Width of what the composition gives."""
+        return sum(tap.num_features for tap in self.taps) if self.average is None else self.average.num_classes
+
+    @property
+    def stitches(self) -> tuple[StitchSpec | None, ...]:
+        """What leads into each fragment that has a parent; None where it goes on in its parent's source."""
+        return tuple(fragment.stitch for fragment in self.fragments if fragment.parent is not None)
+
+    @property
+    def num_behind(self) -> tuple[int, ...]:
+        """How many fragments the longest way from each fragment's end passes."""
+        counts = [0] * len(self.fragments)
+        for index in reversed(range(len(self.fragments))):
+            parent = self.fragments[index].parent
+            if parent is not None:
+                counts[parent] = max(counts[parent], counts[index] + 1)
+        return tuple(counts)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the fragments stand in a row, read at the last one's end alone."""
+        return (
+            all(fragment.parent == (index - 1 if index else None) for index, fragment in enumerate(self.fragments))
+            and [tap.fragment for tap in self.taps] == [len(self.fragments) - 1]
+            and self.average is None
+        )
 
     @property
     def path(self) -> str:
-        """The fragments in words, as "a: image .. layer2 -> b: blocks.3 .. output"."""
-        words = [f"{f.source}: {f.start or 'image'} .. {f.end or 'output'}" for f in self.fragments]
-        return " -> ".join(words) + (" (ends early)" if self.pooled else "")
+        """The ways from the image to each tap in words, as "a: image .. layer2 -> b: blocks.3 .. output"."""
+        return " | ".join(self._way_in_words(tap) for tap in self.taps)
+
+    def way_to(self, fragment: int) -> list[FragmentRef]:
+        """The fragments from the image to one of them, in forward order."""
+        way = [self.fragments[fragment]]
+        while way[0].parent is not None:
+            way.insert(0, self.fragments[way[0].parent])
+        return way
+
+    def _way_in_words(self, tap: Tap) -> str:
+        words: list[FragmentRef] = []
+        for fragment in self.way_to(tap.fragment):
+            if words and fragment.stitch is None:
+                words[-1] = dataclasses.replace(words[-1], end=fragment.end)
+            else:
+                words.append(fragment)
+        return " -> ".join(map(str, words)) + (" (ends early)" if tap.statistics else "")
+
+    def with_stitches(self, stitches: Sequence[StitchSpec | None]) -> Recipe:
+        """The same with other stitches, one into each fragment; None where nothing leads into it."""
+        fragments = [
+            dataclasses.replace(fragment, stitch=stitch)
+            for fragment, stitch in zip(self.fragments, stitches, strict=True)
+        ]
+        return dataclasses.replace(self, fragments=tuple(fragments))
 
     def source(self, name: str) -> SourceRef:
         """The source of that name."""
@@ -205,37 +385,35 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain dicts, lists, strings and numbers; `Recipe.from_dict` takes it back."""
-        found: dict[str, Any] = plain(dataclasses.asdict(self))
-        return found
+        return cast(dict[str, Any], plain(dataclasses.asdict(self)))
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Recipe:
+    def from_dict(cls, plain_recipe: dict[str, Any]) -> Recipe:
         """Rebuild a recipe from `to_dict`'s result.
 
         Raises:
             RecipeError: If the schema is newer than this version's, or a field is missing, unknown or ill-typed.
         """
-        if not isinstance(plain, dict):
-            raise RecipeError(f"A recipe is a dict as `Recipe.to_dict` makes it; found {type(plain).__name__}.")
-        schema = plain.get("schema")
+        if not isinstance(plain_recipe, dict):
+            raise RecipeError(f"A recipe is a dict as `Recipe.to_dict` makes it; found {type(plain_recipe).__name__}.")
+        schema = plain_recipe.get("schema")
         if schema != SCHEMA_VERSION:
             raise RecipeError(
                 f"This recipe has schema {schema!r}; this version of lightning_stitch reads schema {SCHEMA_VERSION}. "
                 f"Upgrade lightning_stitch if the recipe is newer."
             )
         try:
-            sources = tuple(
-                built(SourceRef, {**s, "preprocessing": built(Preprocessing, s["preprocessing"])})
-                for s in plain["sources"]
-            )
-            fragments = tuple(built(FragmentRef, f) for f in plain["fragments"])
-            stitches = tuple(None if s is None else built(StitchSpec, s) for s in plain["stitches"])
-            return built(cls, {**plain, "sources": sources, "fragments": fragments, "stitches": stitches})
+            return built(cls, plain_recipe)
         except (KeyError, TypeError) as error:
             raise RecipeError(f"This is no recipe of schema {SCHEMA_VERSION}: {error}.") from error
 
 
 _Part = TypeVar("_Part")
+
+
+@cache
+def _type_hints(cls: Hashable) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def plain(value: Any) -> Any:
@@ -248,16 +426,66 @@ def plain(value: Any) -> Any:
 
 
 def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
-    """The inverse for one dataclass, its fields' types checked: a recipe may come from a stranger."""
+    """The inverse for a dataclass and those in it, their fields' types checked: a recipe may come from a stranger.
+
+    Raises:
+        TypeError: If a field is missing, unknown or ill-typed.
+    """
     if not isinstance(fields, dict):
         raise TypeError(f"{cls.__name__} is {fields!r}; expected a dict")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    hints = _type_hints(cast(Hashable, cls))
+    values = {name: _converted(value, hints.get(name, Any)) for name, value in fields.items()}
     part = cls(**values)
-    for name, wanted in get_type_hints(cls).items():
+    for name, wanted in hints.items():
         if not _is_of_type(getattr(part, name), wanted):
-            expected = wanted.__name__ if wanted in (str, int, float, bool) else str(wanted).replace("typing.", "")
+            expected = (
+                wanted.__name__
+                if isinstance(wanted, type) and not get_args(wanted)
+                else str(wanted).replace("typing.", "")
+            )
             raise TypeError(f"{cls.__name__}.{name} is {getattr(part, name)!r}; expected {expected}")
     return part
+
+
+def known_fields(cls: type, fields: Any) -> tuple[Any, list[str]]:
+    """Plain fields of a dataclass without those that this version does not know, and the names of these.
+
+    A newer version of the same schema may have added some. What is ill-typed stays as it is.
+    """
+    unknown: list[str] = []
+
+    def known(value: Any, wanted: Any) -> Any:
+        part = _part_of(wanted)
+        if isinstance(value, list):
+            item_type = _item_of(wanted)
+            return [known(item, item_type) for item in value] if item_type else value
+        if not isinstance(value, dict) or part is None:
+            return value
+        hints = _type_hints(part)
+        unknown.extend(f"{part.__name__}.{name}" for name in value if name not in hints)
+        return {name: known(item, hints[name]) for name, item in value.items() if name in hints}
+
+    return known(fields, cls), unknown
+
+
+def _part_of(wanted: Any) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    options = (wanted, *(get_args(wanted) if get_origin(wanted) in (Union, UnionType) else ()))
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def _item_of(wanted: Any) -> Any:
+    """The type of a tuple's items; None: the field holds no tuple."""
+    return next((get_args(option)[0] for option in (wanted, *get_args(wanted)) if get_origin(option) is tuple), None)
+
+
+def _converted(value: Any, wanted: Any) -> Any:
+    """Lists to tuples and dicts to dataclasses, as deep as the types go."""
+    if isinstance(value, list):
+        item_type = _item_of(wanted)
+        return tuple(_converted(item, item_type) for item in value) if item_type else tuple(value)
+    part = _part_of(wanted)
+    return built(part, value) if part is not None and isinstance(value, dict) else value
 
 
 def _is_of_type(value: Any, wanted: Any) -> bool:
@@ -276,148 +504,3 @@ def _is_of_type(value: Any, wanted: Any) -> bool:
     if wanted in (int, float):
         return isinstance(value, int | float if wanted is float else int) and not isinstance(value, bool)
     return wanted is Any or isinstance(value, wanted)
-
-
-ENSEMBLE_SCHEMA = 1
-
-Mean = Literal["arithmetic", "geometric"]
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A fragment that all members behind it share.
-
-    Attributes:
-        parent: Number of the branch before it; None: it begins at the image.
-        fragment: The fragment.
-        stitch: What leads into it; None: it begins at the image, or goes on where its parent ends.
-    """
-
-    parent: int | None
-    fragment: FragmentRef
-    stitch: StitchSpec | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One network of the ensemble.
-
-    Attributes:
-        branch: Number of its last branch.
-        pooled: Whether that branch's output is averaged over its positions: a network that ends early.
-        in_features: What its linear head reads; None: it has none and ends at its last source's output.
-    """
-
-    branch: int
-    pooled: bool
-    in_features: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class EnsembleRecipe:
-    """An ensemble's structure.
-
-    Attributes:
-        sources: The sources that fragments come from, each once.
-        branches: The tree, each branch behind its parent.
-        members: The networks, each a leaf or a stop on the way.
-        mean: How the members' outputs are averaged.
-        num_classes: Width of the output.
-        input_size: (channels, height, width) of the images that the networks were calibrated on.
-        kind: Tells it from a single network's recipe.
-        schema: Version of this format.
-
-    Raises:
-        RecipeError: If the parts do not fit each other.
-    """
-
-    sources: tuple[SourceRef, ...]
-    branches: tuple[Branch, ...]
-    members: tuple[Member, ...]
-    mean: Mean
-    num_classes: int
-    input_size: tuple[int, int, int]
-    kind: Literal["ensemble"] = "ensemble"
-    schema: int = ENSEMBLE_SCHEMA
-
-    def __post_init__(self) -> None:
-        """Check that the parts fit."""
-        names = [source.name for source in self.sources]
-        unknown = {branch.fragment.source for branch in self.branches} - set(names)
-        if unknown or len(set(names)) < len(names):
-            raise RecipeError(f"Branches refer to {sorted(unknown)}; the ensemble's sources are {names}.")
-        for number, branch in enumerate(self.branches):
-            if branch.parent is None:
-                if branch.fragment.start is not None or branch.stitch is not None:
-                    raise RecipeError(f"Branch {number} has no parent, so it begins at the image, without a stitch.")
-                continue
-            if not 0 <= branch.parent < number:
-                raise RecipeError(f"Branch {number} comes behind its parent; found parent {branch.parent}.")
-            before = self.branches[branch.parent].fragment
-            if branch.stitch is None and (before.source, before.end) != (branch.fragment.source, branch.fragment.start):
-                raise RecipeError(
-                    f"Nothing joins branch {branch.parent} to branch {number}: without a stitch they meet."
-                )
-        if not self.members or not all(0 <= member.branch < len(self.branches) for member in self.members):
-            raise RecipeError(f"Members end at branches 0 to {len(self.branches) - 1}; found {list(self.members)}.")
-
-    def source(self, name: str) -> SourceRef:
-        """The source of that name."""
-        return next(source for source in self.sources if source.name == name)
-
-    def way_to(self, member: Member) -> list[Branch]:
-        """A member's branches, in forward order."""
-        way = [self.branches[member.branch]]
-        while way[0].parent is not None:
-            way.insert(0, self.branches[way[0].parent])
-        return way
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain dicts, lists, strings and numbers; `EnsembleRecipe.from_dict` takes it back."""
-        found: dict[str, Any] = plain(dataclasses.asdict(self))
-        return found
-
-    @classmethod
-    def from_dict(cls, plain_recipe: dict[str, Any]) -> EnsembleRecipe:
-        """Rebuild a recipe from `to_dict`'s result.
-
-        Raises:
-            RecipeError: If the schema is newer than this version's, or a field is missing, unknown or ill-typed.
-        """
-        schema = plain_recipe.get("schema")
-        if schema != ENSEMBLE_SCHEMA:
-            raise RecipeError(
-                f"This ensemble has schema {schema!r}; this version of lightning_stitch reads schema "
-                f"{ENSEMBLE_SCHEMA}. Upgrade lightning_stitch if it is newer."
-            )
-        try:
-            sources = [
-                built(SourceRef, {**s, "preprocessing": built(Preprocessing, s["preprocessing"])})
-                for s in plain_recipe["sources"]
-            ]
-            branches = [
-                built(
-                    Branch,
-                    {
-                        **branch,
-                        "fragment": built(FragmentRef, branch["fragment"]),
-                        "stitch": None if branch["stitch"] is None else built(StitchSpec, branch["stitch"]),
-                    },
-                )
-                for branch in plain_recipe["branches"]
-            ]
-            members = [built(Member, member) for member in plain_recipe["members"]]
-            return built(cls, {**plain_recipe, "sources": sources, "branches": branches, "members": members})
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"This is no ensemble of schema {ENSEMBLE_SCHEMA}: {error}.") from error
-
-
-def any_recipe(plain_recipe: dict[str, Any]) -> Recipe | EnsembleRecipe:
-    """The recipe of a stitched network or of an ensemble, whichever a dict holds.
-
-    Raises:
-        RecipeError: If it is neither.
-    """
-    if isinstance(plain_recipe, dict) and plain_recipe.get("kind") == "ensemble":
-        return EnsembleRecipe.from_dict(plain_recipe)
-    return Recipe.from_dict(plain_recipe)

@@ -33,16 +33,22 @@ def recipe(**options: Any) -> Recipe:
             FragmentRef("b", "v", None),
         ),
         "stitches": (STITCH, None, VECTOR_STITCH),
+        "num_features": 5,
         "input_size": (3, 64, 48),
         "scores": {"cka_product": 0.125, "macs": 1e9},
     }
-    return Recipe(**{**fields, **options})
+    return Recipe.chain(**{**fields, **options})
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     plain = recipe().to_dict()
     change(plain)
     return plain
+
+
+def stitch(plain: dict[str, Any], fragment: int = 1) -> dict[str, Any]:
+    spec: dict[str, Any] = plain["fragments"][fragment]["stitch"]
+    return spec
 
 
 def test_a_recipe_survives_json() -> None:
@@ -59,7 +65,7 @@ def test_a_recipe_from_before_weights_could_be_shared_shares_none() -> None:
 
 
 def test_a_recipe_of_one_whole_source_survives_json() -> None:
-    whole = Recipe((source(),), (FragmentRef("a", None, None),))
+    whole = Recipe.chain((source(),), (FragmentRef("a", None, None),), num_features=5, input_size=(3, 32, 24))
     assert Recipe.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
 
 
@@ -77,21 +83,22 @@ def test_every_part_is_frozen(part: Any) -> None:
         setattr(part, name, None)
 
 
-def test_preprocessing_is_the_start_fragments() -> None:
-    assert recipe().preprocessing.fixed_size
-    assert recipe().preprocessing == recipe().source("b").preprocessing
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fragments": (), "stitches": ()}, "needs at least one fragment"),
-        ({"stitches": (STITCH, None)}, r"recipe of 4 fragments needs 3 stitches between them; this one has 2"),
+        ({"fragments": (), "stitches": ()}, "needs at least one fragment and one tap; this one has 0 and"),
+        ({"stitches": (STITCH, None)}, r"chain of 4 fragments has 3 stitches between them; found 2"),
         ({"sources": (source("b"), source("b"))}, r"Two sources of a recipe share a name: \['b', 'b'\]"),
         ({"sources": (source("b"), source("c"))}, r"refer to \['a'\], but the recipe's sources are \['b', 'c'\]"),
-        ({"fragments": (FragmentRef("a", "w", None),), "stitches": ()}, "must begin at the image, not at cut 'w'"),
-        ({"stitches": (None, None, VECTOR_STITCH)}, r"Nothing joins .*end='x'\) to .*'a', start='w'.*meet at one cut"),
-        ({"stitches": (STITCH, None, None)}, r"Nothing joins .*end='z'\) to .*'b', start='v'"),
+        (
+            {"fragments": (FragmentRef("a", "w", None),), "stitches": ()},
+            "begins at the image, without a stitch; found a: w .. output",
+        ),
+        (
+            {"stitches": (None, None, VECTOR_STITCH)},
+            "Nothing joins b: image .. x to a: w .. y: .*meet at one cut",
+        ),
+        ({"stitches": (STITCH, None, None)}, "Nothing joins a: y .. z to b: v .. output"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
@@ -102,25 +109,34 @@ def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.update(schema=2), "has schema 2; this version of lightning_stitch reads schema 1. Upgrade"),
+        (lambda p: p.update(schema=3), "has schema 3; this version of lightning_stitch reads schema 2. Upgrade"),
         (lambda p: p.pop("schema"), "has schema None"),
-        (lambda p: p.pop("fragments"), "no recipe of schema 1: 'fragments'"),
+        (lambda p: p.pop("fragments"), "no recipe of schema 2: .*'fragments'"),
         (lambda p: p["sources"][0].pop("preprocessing"), "'preprocessing'"),
         (lambda p: p["fragments"][1].pop("start"), "start"),
         (lambda p: p.update(weights=[]), "weights"),
-        (lambda p: p["stitches"][0].update(colour="red"), "colour"),
-        (lambda p: p.update(stitches=None), "NoneType"),
+        (lambda p: stitch(p).update(colour="red"), "colour"),
+        (lambda p: p.update(fragments=None), "NoneType"),
         (
             lambda p: p["sources"][0].update(preprocessing=[3, 32, 32]),
-            r"Preprocessing is \[3, 32, 32\]; expected a dict",
+            r"SourceRef.preprocessing is \(3, 32, 32\); expected Preprocessing",
         ),
         (lambda p: p["sources"][0].update(builder="pip"), r"SourceRef.builder is 'pip'; expected Literal\['timm', "),
-        (lambda p: p["stitches"][0].update(placement="left"), r"placement is 'left'; expected Literal\['explicit', "),
-        (lambda p: p["stitches"][0].update(in_format="HWC"), r"StitchSpec.in_format is 'HWC'; expected .*'NHWC'"),
-        (lambda p: p["stitches"][2].update(out_channels="8"), "out_channels is '8'; expected int"),
-        (lambda p: p["stitches"][2].update(out_channels=True), "out_channels is True; expected int"),
-        (lambda p: p["stitches"][0].update(in_size=[7]), r"in_size is \(7,\); expected tuple\[int, int\] \| None"),
-        (lambda p: p["stitches"][0].update(cka="high"), r"cka is 'high'; expected float \| None"),
+        (
+            lambda p: p["fragments"][1]["stitch"].update(placement="left"),
+            r"placement is 'left'; expected Literal\['explicit', ",
+        ),
+        (
+            lambda p: p["fragments"][1]["stitch"].update(in_format="HWC"),
+            r"StitchSpec.in_format is 'HWC'; expected .*'NHWC'",
+        ),
+        (lambda p: stitch(p, 3).update(out_channels="8"), "out_channels is '8'; expected int"),
+        (lambda p: stitch(p, 3).update(out_channels=True), "out_channels is True; expected int"),
+        (
+            lambda p: p["fragments"][1]["stitch"].update(in_size=[7]),
+            r"in_size is \(7,\); expected tuple\[int, int\] \| None",
+        ),
+        (lambda p: stitch(p).update(cka="high"), r"cka is 'high'; expected float \| None"),
         (
             lambda p: p["sources"][0]["preprocessing"].update(mean=[0, "1"]),
             r"mean is \(0, '1'\); expected tuple\[float",
@@ -129,7 +145,7 @@ def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
         (lambda p: p.update(input_size=[3, 64]), r"Recipe.input_size is \(3, 64\)"),
         (lambda p: p.update(share_weights="yes"), "Recipe.share_weights is 'yes'; expected bool"),
         (lambda p: p["scores"].update(macs="many"), r"Recipe.scores is .*'many'.*; expected dict\[str, float\]"),
-        (lambda p: p.update(stitches=[None, None, None]), "Nothing joins"),
+        (lambda p: p["fragments"][1].update(stitch=None), "Nothing joins"),
     ],
 )
 def test_what_is_no_recipe_is_refused_by_the_field(change: Callable[[dict[str, Any]], object], words: str) -> None:

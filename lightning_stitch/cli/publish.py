@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.hub import CardDetails, open_pretrained, publish
-from lightning_stitch.networks import Ensemble, StitchedNetwork
+from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.training import StitchedClassifier, open_classifier
 
 USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."
@@ -82,12 +82,10 @@ def publish_checkpoint(arguments: Sequence[str]) -> None:
     print(f"Published {found.url}\ncommit {found.commit}")
 
 
-def _opened(where: str) -> StitchedClassifier | StitchedNetwork | Ensemble:
+def _opened(where: str) -> StitchedClassifier | StitchedNetwork:
     """What a checkpoint or a saved folder holds."""
-    if Path(where).is_dir():
-        kind = open_pretrained(where, weights=False).kind
-        if kind != "classifier":
-            return {"network": StitchedNetwork, "ensemble": Ensemble}[kind].from_pretrained(where)  # type: ignore[attr-defined]
+    if Path(where).is_dir() and open_pretrained(where, weights=False).kind != "classifier":
+        return StitchedNetwork.from_pretrained(where)
     return open_classifier(where)
 
 

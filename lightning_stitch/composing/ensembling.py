@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -12,9 +13,9 @@ from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting import copied
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
-from lightning_stitch.networks import Ensemble, _assembled
+from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Silent
-from lightning_stitch.recipe import Branch, EnsembleRecipe, FragmentRef, Mean, Member, SourceRef
+from lightning_stitch.recipe import Average, FragmentRef, Mean, Recipe, SourceRef
 from lightning_stitch.search import Ranked, SearchResult
 from lightning_stitch.stitching import Batch, Candidate, Segmented, Step, Stitch
 
@@ -25,21 +26,22 @@ def ensemble(
     train: Iterable[Batch] | None = None,
     *,
     top: int = 3,
-    mean: Mean = "arithmetic",
+    mean: Mean | None = "arithmetic",
     heads: Sequence[nn.Module] | None = None,
     num_classes: int | None = None,
-) -> Ensemble:
-    """One module of several candidates of one search, fragments and stitches that they share computed and held once.
+) -> StitchedNetwork:
+    """One network of several candidates of one search, fragments and stitches that they share computed and held once.
 
     Two candidates share all pieces from the image up to the first that differs: another piece, another stitch before
-    it, a stitch folded into it, or other numbers (refinements). Each gets a head of its own.
+    it, a stitch folded into it, or other numbers (healing). Each gets a head of its own, and the probabilities are
+    averaged; or all are read side by side by one joint head, which the caller fits.
 
     Args:
         pool: The pool that was searched.
         candidates: A search's result, of which the best are taken, or candidates.
         train: Batches of (images, labels), on which each member's closed-form head is fitted.
         top: How many of a result's candidates.
-        mean: "arithmetic" or "geometric".
+        mean: "arithmetic" or "geometric"; None: no heads, the network gives the candidates' features side by side.
         heads: A `RidgeHead` of each candidate instead; they are copied.
         num_classes: Number of classes of the fitted heads; None: as many as the labels say.
 
@@ -51,41 +53,55 @@ def ensemble(
         >>> network = ensemble(pool, result, train_loader, top=5)  # doctest: +SKIP
         >>> network(images).softmax(-1)  # doctest: +SKIP
     """
-    if mean not in get_args(Mean):
-        raise StitchError(f"mean must be one of {get_args(Mean)}; found {mean!r}.")
-    given = candidates.ranked[:top] if isinstance(candidates, SearchResult) else candidates
-    members = [c.candidate if isinstance(c, Ranked) else c for c in given]
+    if mean not in (None, *get_args(Mean)):
+        raise StitchError(f"mean must be one of {get_args(Mean)}, or None for a joint head; found {mean!r}.")
+    chosen = candidates.ranked[:top] if isinstance(candidates, SearchResult) else candidates
+    members = [c.candidate if isinstance(c, Ranked) else c for c in chosen]
     if not members:
         raise StitchError("An ensemble needs at least one candidate; found none.")
-    if heads is None:
-        heads = _fitted_heads(pool, members, train, num_classes)
-    if len(heads) != len(members):
-        raise StitchError(f"Each candidate needs a head; found {len(members)} candidates and {len(heads)} heads.")
+    if mean is None and not (heads is None and train is None):
+        raise StitchError(
+            "mean=None gives features for one joint head of your own; it takes neither heads= nor train=."
+        )
+    if mean is not None:
+        heads = _fitted_heads(pool, members, train, num_classes) if heads is None else heads
+        _check_heads(heads, len(members))
+    tree = _tree(members, pool.parts)
+    places = [next(number for number, node in enumerate(tree) if index in node.ends) for index in range(len(members))]
+    recipe = Recipe(
+        sources=tuple(_sources(tree, pool.parts)),
+        fragments=tuple(node.ref(pool.parts) for node in tree),
+        taps=tuple(
+            dataclasses.replace(tap, fragment=place)
+            for member, place in zip(members, places, strict=True)
+            for tap in member.recipe.taps
+        ),
+        input_size=pool.image_shape,
+        average=None if mean is None else _average(mean, members, heads or []),
+    )
+    graphs = {part.name: part.graph for part in pool.parts}
+    copies = [copied(head) for head in heads or [] if isinstance(head, RidgeHead)]
+    return assemble(recipe, graphs, [node.stitch for node in tree], [node.tensors for node in tree], copies)
+
+
+def _check_heads(heads: Sequence[nn.Module], num_members: int) -> None:
+    """Refuse heads that cannot be averaged."""
+    if len(heads) != num_members:
+        raise StitchError(f"Each candidate needs a head; found {num_members} candidates and {len(heads)} heads.")
     widths = {len(head.weight) if isinstance(head, RidgeHead) else None for head in heads}
     if (None in widths and len(widths) > 1) or not all(isinstance(h, RidgeHead | nn.Identity) for h in heads):
         raise StitchError(f"heads= are RidgeHeads of as many classes; found {[type(head).__name__ for head in heads]}.")
     if len(widths) > 1:
         raise StitchError(f"The heads of an ensemble have as many classes; found {sorted(map(str, widths))}.")
-    (width,) = widths
-    tree = _tree(members, pool.parts)
-    recipe = EnsembleRecipe(
-        sources=tuple(_sources(tree, pool.parts)),
-        branches=tuple(node.branch(pool.parts) for node in tree),
-        members=tuple(
-            Member(
-                branch=next(number for number, node in enumerate(tree) if index in node.ends),
-                pooled=member.pool is not None,
-                in_features=head.weight.shape[1] if isinstance(head, RidgeHead) else None,
-            )
-            for index, (member, head) in enumerate(zip(members, heads, strict=True))
-        ),
-        mean=mean,
-        num_classes=pool.parts[0].graph.output_features() if width is None else width,
-        input_size=pool.image_shape,
-    )
-    graphs = {part.name: part.graph for part in pool.parts}
-    copies = [copied(head) for head in heads]
-    return _assembled(recipe, graphs, copies, [n.stitch for n in tree], [n.tensors for n in tree])
+
+
+def _average(mean: Mean, members: Sequence[Candidate], heads: Sequence[nn.Module]) -> Average:
+    """Which taps each member reads, one after the other."""
+    numbers = iter(range(sum(len(member.recipe.taps) for member in members)))
+    groups = tuple(tuple(next(numbers) for _ in member.recipe.taps) for member in members)
+    first = heads[0]
+    width = len(first.weight) if isinstance(first, RidgeHead) else members[0].recipe.num_features
+    return Average(groups, width, mean, with_heads=isinstance(first, RidgeHead))
 
 
 def _fitted_heads(
@@ -118,11 +134,11 @@ class _Node:
     def tensors(self) -> Mapping[str, Tensor]:
         return self.step.tensors
 
-    def branch(self, parts: Sequence[Segmented]) -> Branch:
+    def ref(self, parts: Sequence[Segmented]) -> FragmentRef:
         part = parts[self.source]
         names = [None, *(cut.name for cut in part.cuts), part.end]
-        fragment = FragmentRef(part.name, names[self.first], names[self.last])
-        return Branch(self.parent, fragment, None if self.stitch is None else self.step.spec)
+        stitch = None if self.stitch is None else self.step.spec
+        return FragmentRef(part.name, names[self.first], names[self.last], self.parent, stitch)
 
 
 def _tree(members: Sequence[Candidate], parts: Sequence[Segmented]) -> list[_Node]:

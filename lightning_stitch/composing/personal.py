@@ -23,7 +23,7 @@ from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.healing import run_on
 from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.progress import timed
-from lightning_stitch.recipe import Recipe
+from lightning_stitch.recipe import Recipe, Tap
 from lightning_stitch.search import (
     Beam,
     Outcome,
@@ -278,7 +278,7 @@ def _network(
     classes: Sequence[int] | None,
 ) -> nn.Sequential:
     if classes is not None:
-        body = pool.assemble(dataclasses.replace(candidate, recipe=_to_the_output(candidate.recipe)))
+        body = pool.assemble(dataclasses.replace(candidate, recipe=_to_the_output(candidate.recipe, pool)))
         return _joined(body, OutputSubset(classes))
     body = pool.assemble(candidate)
     if targets is None:
@@ -297,9 +297,13 @@ def _joined(body: StitchedNetwork, head: nn.Module) -> nn.Sequential:
     return nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
 
 
-def _to_the_output(recipe: Recipe) -> Recipe:
+def _to_the_output(recipe: Recipe, pool: Pool) -> Recipe:
+    """A chain's recipe, its last fragment run on through its source's classifier."""
     last = dataclasses.replace(recipe.fragments[-1], end=None)
-    return dataclasses.replace(recipe, fragments=(*recipe.fragments[:-1], last))
+    width = next(part for part in pool.parts if part.name == last.source).graph.output_features()
+    return dataclasses.replace(
+        recipe, fragments=(*recipe.fragments[:-1], last), taps=(Tap(len(recipe.fragments) - 1, width),)
+    )
 
 
 def _last(candidate: Candidate) -> str:

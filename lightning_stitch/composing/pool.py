@@ -400,7 +400,7 @@ class Pool:
         """
         recipe = dataclasses.replace(candidate.recipe, share_weights=share_weights)
         graphs = {part.name: part.graph for part in self.parts}
-        stitches = [step.stitch for step in candidate.steps[1:]]
+        stitches = [step.stitch for step in candidate.steps]
         return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
 
     def _calibrate(

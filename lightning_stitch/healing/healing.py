@@ -209,7 +209,7 @@ def heal(
             left |= {f"{source.name}: {name}": reason for name, reason in {**healed.others, **kept}.items()}
             portions, own = healed.portions, healed.own
         steps.append(dataclasses.replace(step, tensors={**step.tensors, **tensors}))
-    recipe = dataclasses.replace(candidate.recipe, stitches=tuple(step.spec for step in steps[1:]))
+    recipe = candidate.recipe.with_stitches([step.spec for step in steps])
     if not only_stitches:
         refinements = (*recipe.refinements, "healing")
         recipe = dataclasses.replace(recipe, refinements=refinements, unhealed=left)

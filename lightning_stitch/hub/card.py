@@ -14,7 +14,7 @@ from lightning_stitch.errors import StitchError
 from lightning_stitch.hub.folder import CARD, PICTURE, shown_spec
 from lightning_stitch.hub.picture import can_draw, draw_composition
 from lightning_stitch.io import complete_or_absent
-from lightning_stitch.recipe import EnsembleRecipe, Recipe, SourceRef
+from lightning_stitch.recipe import Recipe, SourceRef
 from lightning_stitch.sources import CombinedLicence, combine_licences, hub_words
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CardSubject:
     Attributes:
         recipe: The network's structure.
         description: The network in words (`describe()`).
-        loader: The class whose `from_pretrained` loads it: "StitchedNetwork", "Ensemble" or "StitchedClassifier".
+        loader: The class whose `from_pretrained` loads it: "StitchedNetwork" or "StitchedClassifier".
         task: "multiclass", "multilabel" or "regression"; None: it gives features.
         head: The head's name; None: there is none.
         class_names: Names of the outputs, where they are known.
@@ -86,7 +86,7 @@ class CardSubject:
         StitchError: If a text holds half a character.
     """
 
-    recipe: Recipe | EnsembleRecipe
+    recipe: Recipe
     description: str
     loader: str
     task: str | None = None
@@ -104,12 +104,12 @@ class CardSubject:
         return "image-classification" if self.task in ("multiclass", "multilabel") else "image-feature-extraction"
 
 
-def licence_of(recipe: Recipe | EnsembleRecipe) -> CombinedLicence:
+def licence_of(recipe: Recipe) -> CombinedLicence:
     """The licence that follows from those of a recipe's sources."""
     return combine_licences({ref.name: ref.licence for ref in recipe.sources})
 
 
-def check_licence(recipe: Recipe | EnsembleRecipe, details: CardDetails) -> CombinedLicence:
+def check_licence(recipe: Recipe, details: CardDetails) -> CombinedLicence:
     """Refuse to share what a source's licence forbids to share; warn where nobody knows.
 
     Returns:
@@ -233,16 +233,20 @@ def _summary(subject: CardSubject) -> str:
         shown = ", ".join(span(name) for name in subject.class_names[:20])
         names = f" of {shown}" + (", ..." if len(subject.class_names) > 20 else "")
     head = f", with a {span(subject.head)} head" if subject.head not in (None, "none") else ""
-    whole = isinstance(subject.recipe, Recipe) and len(subject.recipe.fragments) == 1
-    origin = f"taken from {sources} without a stitch" if whole else f"stitched together from fragments of {sources}"
+    origin = (
+        f"taken from {sources} without a stitch"
+        if len(subject.recipe.fragments) == 1
+        else f"stitched together from fragments of {sources}"
+    )
     return f"{what}{names}, {origin}{head}."
 
 
-def _sources_table(recipe: Recipe | EnsembleRecipe) -> str:
-    fragments = recipe.fragments if isinstance(recipe, Recipe) else [branch.fragment for branch in recipe.branches]
+def _sources_table(recipe: Recipe) -> str:
     lines = ["| source | revision | licence | fragments | weights |", "| --- | --- | --- | --- | --- |"]
     for ref in recipe.sources:
-        used = "; ".join(f"{f.start or 'image'} .. {f.end or 'output'}" for f in fragments if f.source == ref.name)
+        used = "; ".join(
+            f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name
+        )
         revision = span(ref.revision[:12]) if ref.revision else "not known"
         lines.append(
             f"| {span(shown_spec(ref))} | {revision} | {cell(ref.licence or 'unknown')} | {cell(used or 'none')} | "
@@ -270,7 +274,7 @@ def _licence_words(licence: CombinedLicence, details: CardDetails) -> str:
 
 
 def _usage(subject: CardSubject, name: str) -> str:
-    size = "x".join(map(str, subject.recipe.input_size or ()))
+    size = "x".join(map(str, subject.recipe.input_size))
     trust = any(ref.builder == "python" for ref in subject.recipe.sources)
     option = ", trust_factory=True" if trust else ""
     lines = [
@@ -328,7 +332,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _limits(subject: CardSubject) -> list[str]:
-    size = "x".join(map(str, (subject.recipe.input_size or ())[1:]))
+    size = "x".join(map(str, (subject.recipe.input_size)[1:]))
     limits = [
         f"It was calibrated on images of {size} pixels; other sizes may run and were not looked at.",
         "It was composed on a few images of one task. On images of another kind its outputs mean little.",
@@ -368,14 +372,14 @@ def hub_name(ref: SourceRef) -> str | None:
     return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
 
 
-def how_to_make_again(recipe: Recipe | EnsembleRecipe, command: str | None) -> str:
+def how_to_make_again(recipe: Recipe, command: str | None) -> str:
     """In Markdown; the Python is left out where it would not make the same network."""
     from huggingface_hub.utils import yaml_dump
 
     words = []
     if command:
         words.append(fenced(command, "bash"))
-    if isinstance(recipe, Recipe) and not recipe.pooled and None not in recipe.stitches:
+    if recipe.is_chain and not recipe.taps[0].statistics and None not in recipe.stitches:
         words.append("Or, with images of the task, in Python:" if command else "With images of the task:")
         words.append(fenced(_composing(recipe), "python"))
     words.append(

@@ -5,29 +5,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.recipe import (
-    Branch,
-    EnsembleRecipe,
-    FragmentRef,
-    Member,
-    Preprocessing,
-    Recipe,
-    SourceRef,
-    StitchSpec,
-    any_recipe,
-)
+from lightning_stitch.recipe import Recipe, SourceRef, known_fields
 from lightning_stitch.sources import checked_preprocessing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "lightning_stitch"
-FORMAT = 1
+FORMAT = 2
 
 _KNOWN = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "shared", "versions"}
 MOST_CONFIG_BYTES = 64 * 2**20
@@ -61,7 +50,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     weights = own.get("weights")
     shared = own["shared"]
     if not (
-        own.get("kind") in ("network", "ensemble", "classifier")
+        own.get("kind") in ("network", "classifier")
         and isinstance(weights, dict)
         and isinstance(weights.get("bytes"), int)
         and isinstance(weights.get("sha256"), str)
@@ -72,14 +61,14 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     return own
 
 
-def read_recipe(own: Mapping[str, Any], where: str) -> Recipe | EnsembleRecipe:
+def read_recipe(own: Mapping[str, Any], where: str) -> Recipe:
     """The recipe in a config.
 
     Raises:
         RecipeError: If it is malformed, or of another schema.
     """
     try:
-        recipe = any_recipe(_known_recipe(own.get("recipe"), where))
+        recipe = Recipe.from_dict(_known_recipe(own.get("recipe"), where))
         for ref in recipe.sources:
             checked_preprocessing(ref.preprocessing)
         return recipe
@@ -89,35 +78,10 @@ def read_recipe(own: Mapping[str, Any], where: str) -> Recipe | EnsembleRecipe:
 
 def _known_recipe(plain: Any, where: str) -> Any:
     """The recipe without fields that a newer version of the same schema added; what is ill-typed stays as it is."""
-    unknown: list[str] = []
-
-    def known(value: Any, cls: type, inside: Mapping[str, type] | None = None) -> Any:
-        if not isinstance(value, dict):
-            return value
-        names = {field.name for field in fields(cls)}
-        unknown.extend(f"{cls.__name__}.{key}" for key in value if key not in names)
-        kept = {key: item for key, item in value.items() if key in names}
-        for key, part in (inside or {}).items():
-            if isinstance(kept.get(key), list):
-                kept[key] = [known(item, part, _INSIDE.get(part)) for item in kept[key]]
-            elif key in kept:
-                kept[key] = known(kept[key], part, _INSIDE.get(part))
-        return kept
-
-    ensemble = isinstance(plain, dict) and plain.get("kind") == "ensemble"
-    cls: type = EnsembleRecipe if ensemble else Recipe
-    found = known(plain, cls, _INSIDE[cls])
+    known, unknown = known_fields(Recipe, plain)
     if unknown:
         _warn_unknown(f"The recipe of {where!r}", sorted(set(unknown)))
-    return found
-
-
-_INSIDE: dict[type, dict[str, type]] = {
-    Recipe: {"sources": SourceRef, "fragments": FragmentRef, "stitches": StitchSpec},
-    EnsembleRecipe: {"sources": SourceRef, "branches": Branch, "members": Member},
-    SourceRef: {"preprocessing": Preprocessing},
-    Branch: {"fragment": FragmentRef, "stitch": StitchSpec},
-}
+    return known
 
 
 def _warn_unknown(what: str, names: list[str]) -> None:
@@ -138,7 +102,7 @@ def shown_spec(ref: SourceRef) -> str:
     return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
 
 
-def shown_recipe(recipe: Recipe | EnsembleRecipe) -> dict[str, Any]:
+def shown_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
     plain = recipe.to_dict()
     for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
@@ -151,4 +115,4 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
 
 
-_LOADERS = {"network": "StitchedNetwork", "ensemble": "Ensemble", "classifier": "StitchedClassifier"}
+_LOADERS = {"network": "StitchedNetwork", "classifier": "StitchedClassifier"}

@@ -30,7 +30,7 @@ from lightning_stitch.hub.folder import (
     tensors_of,
 )
 from lightning_stitch.io import DTYPES, hub_file, sha256_of, versions
-from lightning_stitch.recipe import EnsembleRecipe, Recipe
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.sources import build_architecture, build_on_meta, give_memory
 
 # A fragment that is used again and again is written once; nobody's network is nearly as many times its file.
@@ -51,7 +51,7 @@ class PretrainedFolder:
 
     where: str
     kind: str
-    recipe: Recipe | EnsembleRecipe
+    recipe: Recipe
     own: dict[str, Any]
     weights: Path | None
 

@@ -1,4 +1,4 @@
-"""A composition drawn as a picture: fragments in a row, or the tree of an ensemble, stitches between them."""
+"""A composition drawn as a picture: a tree of fragments from left to right, stitches between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io import complete_or_absent
-from lightning_stitch.recipe import EnsembleRecipe, FragmentRef, Recipe, StitchSpec
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 
 # Okabe and Ito's colours, told apart by the colour-blind, light enough for black letters; a box's first line names its
 # source as well.
@@ -24,7 +24,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
+def draw_composition(recipe: Recipe, path: str | Path) -> Path:
     """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA.
 
     Args:
@@ -42,8 +42,8 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
     boxes = _boxes(recipe)
     columns, rows = max(box.column for box in boxes) + 1, max(box.row for box in boxes) + 1
     # Long chains go on in the next line, so that letters stay readable in a narrow page.
-    per_line = columns if isinstance(recipe, EnsembleRecipe) else min(columns, 3)
-    lines = rows if isinstance(recipe, EnsembleRecipe) else -(-columns // per_line)
+    per_line = min(columns, 3) if rows == 1 else columns
+    lines = -(-columns // per_line) if rows == 1 else rows
     figure: Any = import_module("matplotlib.figure").Figure(
         figsize=(0.4 + per_line * (_WIDTH + _GAP), 0.4 + _PITCH * lines), layout="constrained"
     )
@@ -52,9 +52,7 @@ def draw_composition(recipe: Recipe | EnsembleRecipe, path: str | Path) -> Path:
     colours = {ref.name: _COLOURS[index % len(_COLOURS)] for index, ref in enumerate(recipe.sources)}
     places = []
     for box in boxes:
-        column, line = box.column, box.row
-        if not isinstance(recipe, EnsembleRecipe):
-            column, line = box.column % per_line, box.column // per_line
+        column, line = (box.column, box.row) if rows > 1 else (box.column % per_line, box.column // per_line)
         places.append((column * (_WIDTH + _GAP), -_PITCH * line))
     for box, (left, bottom) in zip(boxes, places, strict=True):
         patch = import_module("matplotlib.patches").FancyBboxPatch(
@@ -86,28 +84,20 @@ class _Box:
     joint: str
 
 
-def _boxes(recipe: Recipe | EnsembleRecipe) -> list[_Box]:
-    if isinstance(recipe, Recipe):
-        boxes = []
-        for index, fragment in enumerate(recipe.fragments):
-            joint = _joint(recipe.stitches[index - 1]) if index else ""
-            last = recipe.pooled and index == len(recipe.fragments) - 1
-            text = _text(fragment) + ("\n(averaged)" if last else "")
-            boxes.append(_Box(fragment.source, text, index, 0, index - 1 if index else None, joint))
-        return boxes
-    boxes, used = [], 0
-    columns: list[int] = []
-    for number, branch in enumerate(recipe.branches):
-        first = branch.parent is not None and all(other.parent != branch.parent for other in recipe.branches[:number])
-        column = 0 if branch.parent is None else columns[branch.parent] + 1
-        if first and branch.parent is not None:
-            row = boxes[branch.parent].row
+def _boxes(recipe: Recipe) -> list[_Box]:
+    """Each fragment's box: the first child stands in its parent's row, the others in rows of their own below."""
+    boxes: list[_Box] = []
+    num_rows = 0
+    for index, fragment in enumerate(recipe.fragments):
+        siblings = [earlier for earlier in recipe.fragments[:index] if earlier.parent == fragment.parent]
+        if fragment.parent is not None and not siblings:
+            row = boxes[fragment.parent].row
         else:
-            row, used = used, used + 1
-        columns.append(column)
-        boxes.append(
-            _Box(branch.fragment.source, _text(branch.fragment), column, row, branch.parent, _joint(branch.stitch))
-        )
+            row, num_rows = num_rows, num_rows + 1
+        column = 0 if fragment.parent is None else boxes[fragment.parent].column + 1
+        averaged = any(tap.statistics for tap in recipe.taps if tap.fragment == index)
+        text = _text(fragment) + ("\n(averaged)" if averaged else "")
+        boxes.append(_Box(fragment.source, text, column, row, fragment.parent, _joint(fragment.stitch)))
     return boxes
 
 

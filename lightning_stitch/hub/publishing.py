@@ -39,7 +39,7 @@ def publish(
     files that arrived are not sent again by a second call.
 
     Args:
-        network: A `StitchedClassifier` with a network, a `StitchedNetwork` or an `Ensemble`; also one that
+        network: A `StitchedClassifier` with a network, or a `StitchedNetwork`; also one that
             `torch.compile` gave. It stays as it is.
         repo_id: "ORG/NAME" on the hub.
         private: Whether a repository that is made is private, and one that is there has to be; None: the hub's default,
@@ -101,7 +101,7 @@ def check_publishable(
     if recipe is None or not hasattr(network, "save_pretrained"):
         raise StitchError(
             f"{type(network).__name__} has no recipe, so there is nothing to publish: give a StitchedClassifier that "
-            f"has its network (from fit or load_from_checkpoint), a StitchedNetwork or an Ensemble."
+            f"has its network (from fit or load_from_checkpoint), or a StitchedNetwork."
         )
     check_rebuildable(recipe)
     check_whole(getattr(network, "class_names", None), "The class names")

@@ -26,17 +26,17 @@ from lightning_stitch.hub.folder import (
     tensors_of,
 )
 from lightning_stitch.io import UNFINISHED, raw_bytes, sha256_of, versions, write_json
-from lightning_stitch.recipe import EnsembleRecipe, Recipe
+from lightning_stitch.recipe import Recipe
 
 # Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.
 _LEAST_SHARED_BYTES = 1024
 
 
-def check_rebuildable(recipe: Recipe | EnsembleRecipe) -> None:
+def check_rebuildable(recipe: Recipe) -> None:
     """Refuse a recipe whose structure nobody else could build.
 
     Raises:
-        RecipeError: If a source is a live module, or the recipe says no image size.
+        RecipeError: If a source is a live module.
     """
     live = [ref for ref in recipe.sources if ref.builder == "live"]
     if live:
@@ -46,8 +46,6 @@ def check_rebuildable(recipe: Recipe | EnsembleRecipe) -> None:
             f"a module, and compose again; or share the program itself, which needs no recipe: "
             f"torch.export.save(torch.export.export(network.eval(), (images,)), 'network.pt2')."
         )
-    if recipe.input_size is None:
-        raise RecipeError("This recipe does not say which image size it was calibrated on (input_size).")
 
 
 def check_writable(directory: Path, *, overwrite: bool) -> None:
@@ -67,7 +65,7 @@ def write_pretrained(
     parts: Mapping[str, nn.Module],
     directory: Path,
     *,
-    recipe: Recipe | EnsembleRecipe,
+    recipe: Recipe,
     kind: str,
     num_outputs: int,
     task: Mapping[str, Any] | None = None,
@@ -99,7 +97,7 @@ def write_pretrained(
         written.unlink(missing_ok=True)
 
 
-def _config(recipe: Recipe | EnsembleRecipe, kind: str, num_outputs: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _config(recipe: Recipe, kind: str, num_outputs: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     own = {"format": FORMAT, "kind": kind, "recipe": shown_recipe(recipe), **facts, "versions": versions(*BUILDERS)}
     names = own.get("class_names")
     return {

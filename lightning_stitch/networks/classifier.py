@@ -11,15 +11,14 @@ from torch import nn
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings, NearestNeighbourHead
 from lightning_stitch.hub import CardDetails, CardSubject, PretrainedFolder, open_folder, save_folder
-from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.recipe import EnsembleRecipe
+from lightning_stitch.recipe import Recipe
 
 
 class Classifier(Protocol):
     """What is saved of a classifier."""
 
-    network: StitchedNetwork | Ensemble | None
+    network: StitchedNetwork | None
     head: nn.Module | None
     head_settings: HeadSettings
 
@@ -40,7 +39,7 @@ class SavedClassifier:
         num_outputs: Width of the head's output; None: that of the network, which has no head.
     """
 
-    network: StitchedNetwork | Ensemble
+    network: StitchedNetwork
     head: nn.Module
     arguments: dict[str, Any]
     num_outputs: int | None
@@ -80,9 +79,7 @@ def save_classifier(
         "num_classes": None if silent else settings.num_classes,
         "class_names": model.class_names,
     }
-    width = settings.num_classes
-    if silent and isinstance(network, StitchedNetwork):
-        width = network.num_features
+    width = network.num_features if silent else settings.num_classes
     save_folder(
         {"network": network, "head": head},
         directory,
@@ -120,11 +117,8 @@ def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) ->
         raise RecipeError(f"The head in the config of {folder.where!r} cannot be read: {error}") from error
 
     def build() -> nn.Module:
-        if isinstance(recipe, EnsembleRecipe):
-            network: Any = Ensemble.from_recipe(recipe, trust_factory=trust_factory)
-            return nn.ModuleDict({"network": network, "head": nn.Identity()})
         network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
-        return nn.ModuleDict({"network": network, "head": settings.empty(network.num_features)})
+        return nn.ModuleDict({"network": network, "head": empty_head(settings, recipe)})
 
     parts = folder.load(build, trust_factory=trust_factory)
     network: Any = parts.get_submodule("network")
@@ -133,6 +127,11 @@ def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) ->
         _check_neighbours(head, folder.where)
     outputs = None if settings.name == "none" else settings.num_classes
     return SavedClassifier(network, head, {**arguments, "head": settings.plain}, outputs)
+
+
+def empty_head(settings: HeadSettings, recipe: Recipe) -> nn.Module:
+    """The head of a composition, without numbers; `nn.Identity` where the composition averages heads of its own."""
+    return settings.empty(recipe.num_features) if recipe.average is None else nn.Identity()
 
 
 def _check_written_out(head: Any) -> None:

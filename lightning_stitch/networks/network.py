@@ -1,8 +1,9 @@
-"""The stitched network: fragments and stitches in a row, as one `nn.Module` that takes images in [0, 1]."""
+"""The stitched network: a tree of fragments and stitches with taps, as one `nn.Module` that takes images in [0, 1]."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,51 +14,76 @@ from torch import Tensor, fx, nn
 
 from lightning_stitch.cutting import CutGraph, copied, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
+from lightning_stitch.heads import RidgeHead
 from lightning_stitch.hub import CardDetails, CardSubject, open_folder, save_folder
-from lightning_stitch.recipe import Recipe, StitchSpec
+from lightning_stitch.recipe import Recipe, StitchSpec, Tap
 from lightning_stitch.sources import Preprocess, build_architecture, view_size
 from lightning_stitch.stitching import GlobalAverage, Stitch, fold_into_consumer, fold_into_producer
 
 
 class StitchedNetwork(nn.Module):
-    """A network composed of fragments of several sources.
+    """A composition of fragments of several sources: a chain, an early exit, sources side by side, or an ensemble.
 
-    Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised, and gives the last
-    source's features (batch, features) or its output, whichever the recipe ends at; where it ends early, the average of
-    its last cut over positions.
+    Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised. It gives what its taps
+    read, side by side (batch, num_features): a last source's features or output, or the average of a cut over its
+    positions. Under an average of members it gives log-probabilities (batch, classes), which serve as logits: their
+    softmax is the average.
 
     Build one with `assemble` (from sources at hand) or `StitchedNetwork.from_recipe` (structure only).
 
     Attributes:
         recipe: Its structure.
-        preprocess: The start source's preprocessing.
-        fragments: The fragments, in forward order; their parameters are their own, or shared among the fragments of
-            one source where the recipe says so.
-        stitches: `Stitch` or `nn.Identity` between each two fragments.
-        pool: `GlobalAverage` where the network ends early, else `nn.Identity`.
+        entries: What leads into each fragment: its source's preprocessing, a `Stitch`, or nothing (`nn.Identity`).
+        fragments: The fragments, parents first; their parameters are their own, or shared among the fragments of one
+            source where the recipe says so.
+        taps: What reads each tap's activation: `GlobalAverage`, or `nn.Identity` of a vector.
+        heads: Each member's linear head, where the recipe averages members that have one; else empty.
     """
 
     def __init__(
         self,
         recipe: Recipe,
+        entries: Sequence[nn.Module],
         fragments: Sequence[nn.Module],
-        stitches: Sequence[nn.Module],
-        pool: nn.Module | None = None,
+        taps: Sequence[nn.Module],
+        heads: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.recipe = recipe
-        self.preprocess = Preprocess(recipe.preprocessing)
+        self.entries = nn.ModuleList(entries)
         self.fragments = nn.ModuleList(fragments)
-        self.stitches = nn.ModuleList(stitches)
-        self.pool = nn.Identity() if pool is None else pool
+        self.taps = nn.ModuleList(taps)
+        self.heads = nn.ModuleList(heads)
+        parents = [fragment.parent for fragment in recipe.fragments]
+        # An activation is let go of as soon as its last fragment has begun.
+        self._last_child = {parent: index for index, parent in enumerate(parents) if parent is not None}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features or output of the last fragment's source, for images in [0, 1]."""
-        x: Tensor = self.fragments[0](self.preprocess(images))
-        for stitch, fragment in zip(self.stitches, self.fragments[1:], strict=True):
-            x = fragment(stitch(x))
-        pooled: Tensor = self.pool(x)
-        return pooled
+        """What the taps give, or the log-probabilities of an average, for images in [0, 1]."""
+        activations: dict[int, Tensor] = {}
+        vectors: dict[int, Tensor] = {}
+        recipe = self.recipe
+        for index, (ref, entry, fragment) in enumerate(
+            zip(recipe.fragments, self.entries, self.fragments, strict=True)
+        ):
+            x = images if ref.parent is None else activations[ref.parent]
+            if ref.parent is not None and self._last_child[ref.parent] == index:
+                del activations[ref.parent]
+            x = fragment(entry(x))
+            if index in self._last_child:
+                activations[index] = x
+            for number, tap in enumerate(recipe.taps):
+                if tap.fragment == index:
+                    vectors[number] = self.taps[number](x)
+        if recipe.average is None:
+            return _side_by_side([vectors[number] for number in range(len(recipe.taps))])
+        members = [_side_by_side([vectors[number] for number in member]) for member in recipe.average.members]
+        if recipe.average.with_heads:
+            members = [head(member) for head, member in zip(self.heads, members, strict=True)]
+        together = torch.stack([member.log_softmax(-1) for member in members])
+        if recipe.average.mean == "arithmetic":
+            return together.logsumexp(0) - math.log(len(members))
+        return together.mean(0).log_softmax(-1)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
@@ -72,17 +98,12 @@ class StitchedNetwork(nn.Module):
         Raises:
             RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
         """
-        if recipe.input_size is None:
-            raise RecipeError("This recipe does not say which image size it was calibrated on (input_size).")
         graphs = {}
-        used = {fragment.source for fragment in recipe.fragments}
-        for ref in recipe.sources:
-            if ref.name not in used:
-                continue
+        for name in dict.fromkeys(fragment.source for fragment in recipe.fragments):
+            ref = recipe.source(name)
             network = build_architecture(ref, trust_factory=trust_factory)
-            graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
-        stitches = [None if spec is None else Stitch(spec) for spec in recipe.stitches]
-        return assemble(recipe, graphs, stitches)
+            graphs[name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
+        return assemble(recipe, graphs)
 
     def save_pretrained(
         self,
@@ -106,10 +127,16 @@ class StitchedNetwork(nn.Module):
             RecipeError: If a source was given as a live module, which nobody else could build.
             StitchError: If the folder holds such files already.
         """
-        subject = CardSubject(self.recipe, self.describe(), "StitchedNetwork")
-        width = self.num_features
+        task = None if self.recipe.average is None else "multiclass"
+        subject = CardSubject(self.recipe, self.describe(), "StitchedNetwork", task)
         save_folder(
-            {"network": self}, directory, subject, num_outputs=width, details=details, name=name, overwrite=overwrite
+            {"network": self},
+            directory,
+            subject,
+            num_outputs=self.num_features,
+            details=details,
+            name=name,
+            overwrite=overwrite,
         )
 
     @classmethod
@@ -129,11 +156,8 @@ class StitchedNetwork(nn.Module):
             StitchError: If a file is missing or no plain file.
         """
         folder = open_folder(where, loader="StitchedNetwork", also="classifier")
-        recipe = folder.recipe
-        if not isinstance(recipe, Recipe):
-            raise RecipeError(f"{str(where)!r} holds an ensemble; StitchedClassifier.from_pretrained loads it.")
         parts = folder.load(
-            lambda: nn.ModuleDict({"network": cls.from_recipe(recipe, trust_factory=trust_factory)}),
+            lambda: nn.ModuleDict({"network": cls.from_recipe(folder.recipe, trust_factory=trust_factory)}),
             trust_factory=trust_factory,
         )
         network: StitchedNetwork = parts.get_submodule("network")  # type: ignore[assignment]
@@ -142,119 +166,113 @@ class StitchedNetwork(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of the output."""
-        with torch.no_grad():
-            size = self.recipe.input_size
-            assert size is not None
-            modes = {module: module.training for module in self.modules()}
-            self.eval()
-            like = reference_tensor(self)
-            width = self(torch.zeros((1, *size), device=like.device, dtype=like.dtype)).shape[-1]
-            for module, mode in modes.items():
-                module.training = mode
-        return int(width)
+        return self.recipe.num_features
 
     def describe(self) -> str:
-        """The composition in words: fragments, stitches and where they live, parameters, MACs, activations, scores."""
+        """The composition in words: fragments, stitches and where they live, taps, parameters, MACs, scores."""
         recipe = self.recipe
-        lines = [f"Stitched network of {len(recipe.fragments)} fragment{'s' * (len(recipe.fragments) > 1)}"]
-        for index, fragment in enumerate(recipe.fragments):
-            params = sum(p.numel() for p in self.fragments[index].parameters())
-            lines.append(
-                f"  {fragment.source}: {fragment.start or 'image'} .. {fragment.end or 'output'}, "
-                f"{params / 1e6:.3f} M parameters"
-            )
-            if index < len(recipe.stitches):
-                spec = recipe.stitches[index]
-                if spec is None:
-                    continue
-                where = {
-                    "explicit": "a layer of its own",
-                    "producer": "folded into the layer before",
-                    "consumer": "folded into the layer behind",
-                }[spec.placement]
-                sizes = (
-                    f"{spec.in_channels}x{_size(spec.in_size)} -> {spec.out_channels}x{_size(spec.out_size)}"
-                    f" ({spec.in_format} -> {spec.out_format})"
-                )
-                scores = ", ".join(
-                    f"{name} {value:.3f}"
-                    for name, value in (("CKA", spec.cka), ("held-out R2", spec.r2))
-                    if value is not None
-                )
-                lines.append(f"    stitch {sizes}, {where}" + (f"; {scores}" if scores else ""))
-        if recipe.pooled:
-            averages = isinstance(self.pool, GlobalAverage) and self.pool.format != "vector"
-            lines.append("    ends early here" + (", averaged over positions" if averages else ""))
-        params = sum(p.numel() for p in self.parameters())
-        macs = recipe.scores.get("macs")
-        total = f"  {params / 1e6:.3f} M parameters"
-        if recipe.share_weights:
-            holders = Counter(p for fragment in self.fragments for p in fragment.parameters())
-            shared = sum(p.numel() for p, count in holders.items() if count > 1)
-            total += f" ({shared / 1e6:.3f} M of them shared by several fragments)"
-        total += "" if macs is None else f", {macs / 1e6:.1f} M MACs"
-        activations = recipe.scores.get("activation_bytes")
-        total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
-        lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
+        lines = [_title(recipe)]
+        numbered = not recipe.is_chain
+        for index, (ref, fragment) in enumerate(zip(recipe.fragments, self.fragments, strict=True)):
+            if ref.stitch is not None:
+                lines.append(f"    stitch {_stitch_in_words(ref.stitch)}")
+            place = f"{index + 1}. " if numbered else ""
+            behind = "" if not numbered or ref.parent in (None, index - 1) else f", behind {ref.parent + 1}"
+            params = sum(p.numel() for p in fragment.parameters())
+            lines.append(f"  {place}{ref}{behind}, {params / 1e6:.3f} M parameters")
+            for number, tap in enumerate(recipe.taps):
+                if tap.fragment == index and (tap.statistics or numbered):
+                    lines.append("    " + _tap_in_words(self.taps[number], tap))
+        lines.append(self._total())
         if recipe.refinements:
             lines.append(f"  refined: {', '.join(recipe.refinements)}")
         for reason in dict.fromkeys(recipe.unhealed.values()):
             layers = [layer for layer, why in recipe.unhealed.items() if why == reason]
             lines.append(f"  not healed ({reason}): {', '.join(layers)}")
         shown = ("params", "macs", "activation_bytes")
-        other = {name: value for name, value in recipe.scores.items() if name not in shown}
-        if other:
-            lines.append("  " + ", ".join(f"{name} {value:.4g}" for name, value in other.items()))
+        scores = [f"{name} {value:.4g}" for name, value in recipe.scores.items() if name not in shown]
+        if scores:
+            lines.append("  " + ", ".join(scores))
         return "\n".join(lines)
+
+    def _total(self) -> str:
+        """Parameters and costs of the whole, in words."""
+        recipe = self.recipe
+        total = f"  {sum(p.numel() for p in self.parameters()) / 1e6:.3f} M parameters"
+        if recipe.share_weights:
+            holders = Counter(p for fragment in self.fragments for p in fragment.parameters())
+            shared = sum(p.numel() for p, count in holders.items() if count > 1)
+            total += f" ({shared / 1e6:.3f} M of them shared by several fragments)"
+        macs, activations = recipe.scores.get("macs"), recipe.scores.get("activation_bytes")
+        total += "" if macs is None else f", {macs / 1e6:.1f} M MACs"
+        total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
+        return total + f" at {_size(recipe.input_size[1:])}"
 
 
 def assemble(
     recipe: Recipe,
     graphs: Mapping[str, CutGraph],
-    stitches: Sequence[Stitch | None],
+    stitches: Sequence[Stitch | None] | None = None,
     tensors: Sequence[Mapping[str, Tensor]] | None = None,
+    heads: Sequence[nn.Module] | None = None,
 ) -> StitchedNetwork:
-    """Build a stitched network from cut sources and fitted stitches; folds what the recipe says is folded.
+    """Build a composition from cut sources and fitted stitches; folds what the recipe says is folded.
 
     Args:
         recipe: The structure.
         graphs: The cut graph of each source, by name. Their parameters are copied: once for each fragment, or, where
             the recipe shares weights, once for all fragments of the source.
-        stitches: One for each of the recipe's; explicit where they hold numbers, whatever their placement.
+        stitches: What leads into each fragment, None where nothing is fitted; explicit where it holds numbers,
+            whatever its placement. None: all numbers are zero.
         tensors: For each fragment the parameters and buffers, by their names in the source, that have other numbers
             than the source's; None: none has.
+        heads: The members' heads, where the recipe averages members that have one; None: their numbers are zero.
 
     Raises:
         RecipeError: If a source's graph lacks a cut of the recipe, or a fold is not possible.
     """
+    stitches = stitches or [None] * len(recipe.fragments)
+    tensors = tensors or [{}] * len(recipe.fragments)
+    copies: dict[str, dict[int, Any]] = {}
+    entries: list[nn.Module] = []
+    fragments: list[fx.GraphModule] = []
     try:
-        return _assemble(recipe, graphs, stitches, tensors or [{}] * len(recipe.fragments))
+        for ref, stitch, changed in zip(recipe.fragments, stitches, tensors, strict=True):
+            fragment = graphs[ref.source].fragment(ref.start, ref.end, share=True)
+            memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
+            fragments.append(with_tensors(copied(fragment, memo), changed))
+            if ref.parent is None:
+                entries.append(Preprocess(recipe.source(ref.source).preprocessing))
+            elif ref.stitch is None:
+                entries.append(nn.Identity())
+            else:
+                entries.append(placed_stitch(ref.stitch, stitch, fragments[ref.parent], fragments[-1]))
+        taps = [_tap_module(tap, recipe, graphs) for tap in recipe.taps]
     except CutError as error:
         raise RecipeError(f"The recipe does not fit its sources: {error}") from error
+    network = StitchedNetwork(recipe, entries, fragments, taps, _empty_heads(recipe) if heads is None else heads)
+    return network.to(reference_tensor(network.fragments).device).eval()
 
 
-def _assemble(
-    recipe: Recipe,
-    graphs: Mapping[str, CutGraph],
-    stitches: Sequence[Stitch | None],
-    tensors: Sequence[Mapping[str, Tensor]],
-) -> StitchedNetwork:
-    copies: dict[str, dict[int, Any]] = {}
-    fragments = []
-    for ref, own in zip(recipe.fragments, tensors, strict=True):
-        fragment = graphs[ref.source].fragment(ref.start, ref.end, share=True)
-        memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
-        fragments.append(with_tensors(copied(fragment, memo), own))
-    joints: list[nn.Module] = []
-    for index, (spec, stitch) in enumerate(zip(recipe.stitches, stitches, strict=True)):
-        if spec is None:
-            joints.append(nn.Identity())
-            continue
-        joints.append(placed_stitch(spec, stitch, fragments[index], fragments[index + 1]))
-    last = recipe.fragments[-1]
-    pool = GlobalAverage.of(graphs[last.source].find(str(last.end))) if recipe.pooled else None
-    network = StitchedNetwork(recipe, fragments, joints, pool)
-    return network.to(reference_tensor(network).device).eval()
+def _tap_module(tap: Tap, recipe: Recipe, graphs: Mapping[str, CutGraph]) -> nn.Module:
+    ref = recipe.fragments[tap.fragment]
+    graph = graphs[ref.source]
+    channels = graph.output_features() if ref.end is None else graph.find(ref.end).channels
+    if channels != tap.channels:
+        raise RecipeError(f"The recipe reads {tap.channels} channels at the end of {ref}; its source has {channels}.")
+    return GlobalAverage.of(graph.find(str(ref.end))) if tap.statistics else nn.Identity()
+
+
+def _empty_heads(recipe: Recipe) -> list[nn.Module]:
+    average = recipe.average
+    if average is None or not average.with_heads:
+        return []
+    widths = [sum(recipe.taps[tap].num_features for tap in member) for member in average.members]
+    return [RidgeHead(width, average.num_classes) for width in widths]
+
+
+def _side_by_side(vectors: Sequence[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), dim=-1)
 
 
 def placed_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:
@@ -285,6 +303,37 @@ def placed_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModul
 
 def _zero_stitch(spec: StitchSpec) -> Stitch:
     return Stitch(dataclasses.replace(spec, placement="explicit"))
+
+
+def _title(recipe: Recipe) -> str:
+    """What kind of composition it is."""
+    count = len(recipe.fragments)
+    fragments = f"{count} fragment{'s' * (count > 1)}"
+    if recipe.average is not None:
+        return f"Ensemble of {len(recipe.average.members)} networks ({recipe.average.mean} mean), {fragments}"
+    return f"Stitched network of {fragments}"
+
+
+def _stitch_in_words(spec: StitchSpec) -> str:
+    where = {
+        "explicit": "a layer of its own",
+        "producer": "folded into the layer before",
+        "consumer": "folded into the layer behind",
+    }[spec.placement]
+    sizes = (
+        f"{spec.in_channels}x{_size(spec.in_size)} -> {spec.out_channels}x{_size(spec.out_size)} "
+        f"({spec.in_format} -> {spec.out_format})"
+    )
+    measured = (("CKA", spec.cka), ("held-out R2", spec.r2))
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in measured if value is not None)
+    return f"{sizes}, {where}" + (f"; {scores}" if scores else "")
+
+
+def _tap_in_words(module: nn.Module, tap: Tap) -> str:
+    averages = isinstance(module, GlobalAverage) and module.format != "vector"
+    if tap.statistics:
+        return "ends early here" + (", averaged over positions" if averages else "")
+    return f"read here: {tap.num_features} features"
 
 
 def _size(size: Sequence[int] | None) -> str:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_stitch.hub import open_pretrained
 from lightning_stitch.networks.classifier import read_classifier
-from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import StitchedNetwork
-from lightning_stitch.recipe import EnsembleRecipe
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class TimmNetwork(nn.Module):
@@ -32,7 +27,7 @@ class TimmNetwork(nn.Module):
 
     def __init__(
         self,
-        network: StitchedNetwork | Ensemble,
+        network: StitchedNetwork,
         head: nn.Module,
         *,
         num_features: int,
@@ -92,10 +87,9 @@ def timm_network(where: str, *, pretrained: bool, num_classes: int | None, confi
         network, head, outputs = saved.network, saved.head, saved.num_outputs
         names = saved.arguments["class_names"]
     else:
-        kind: Any = Ensemble if isinstance(folder.recipe, EnsembleRecipe) else StitchedNetwork
-        parts = folder.load(lambda: nn.ModuleDict({"network": kind.from_recipe(folder.recipe)}))
+        parts = folder.load(lambda: nn.ModuleDict({"network": StitchedNetwork.from_recipe(folder.recipe)}))
         network, head = parts.get_submodule("network"), nn.Identity()
-    width = network.num_features if isinstance(network, StitchedNetwork) else network.recipe.num_classes
+    width = folder.recipe.num_features
     outputs = outputs or width
     found = TimmNetwork(
         network, head, num_features=width, num_classes=outputs, pretrained_cfg=config, class_names=names

@@ -252,7 +252,7 @@ def _rebuilt(candidate: Candidate, answer: Answer) -> Candidate:
     """What a refinement made of a candidate, as `_difference` noted it."""
     recipe = Recipe.from_dict(answer.value["recipe"])
     steps = []
-    for index, (step, spec) in enumerate(zip(candidate.steps, (None, *recipe.stitches), strict=True)):
+    for index, (step, spec) in enumerate(zip(candidate.steps, (f.stitch for f in recipe.fragments), strict=True)):
         own = {name: answer.tensors[f"{index} {name}"] for name in answer.value["tensors"][index]}
         stitch = step.stitch
         if names := answer.value["stitches"][index]:

@@ -228,7 +228,7 @@ class SearchSpace:
         """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
         step = Step(state.source, state.entry, cut + 1, state.stitch, state.spec)
         cost = state.cost + self.costs.exit(state.source, state.entry, cut, entry=state.entry_bytes)
-        recipe = dataclasses.replace(self._recipe((*state.steps, step), state.product, cost), pooled=True)
+        recipe = self._recipe((*state.steps, step), state.product, cost, averaged=True)
         pool = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
         return Candidate(recipe, "early exit", (*state.steps, step), cost, pool)
 
@@ -374,19 +374,21 @@ class SearchSpace:
         find = self.costs.stitch_after_fold if taken else self.costs.stitch
         return find(state.source, cut, s, r)
 
-    def _recipe(self, steps: tuple[Step, ...], product: float, cost: Cost) -> Recipe:
-        refs, fragments, stitches = {}, [], []
+    def _recipe(self, steps: tuple[Step, ...], product: float, cost: Cost, *, averaged: bool = False) -> Recipe:
+        refs, fragments = {}, []
         for step in steps:
             parts = self.sources[step.source].parts
             refs[parts.name] = parts.source.ref
             names = [None, *(cut.name for cut in parts.cuts), parts.end]
             fragments.append(FragmentRef(parts.name, names[step.first], names[step.last]))
-            stitches.append(step.spec)
-        return Recipe(
-            sources=tuple(refs.values()),
-            fragments=tuple(fragments),
-            stitches=tuple(stitches[1:]),
+        last = steps[-1]
+        return Recipe.chain(
+            tuple(refs.values()),
+            fragments,
+            [step.spec for step in steps[1:]],
+            num_features=self.sources[last.source].parts.width_at(last.last),
             input_size=self.sources[steps[0].source].parts.image_shape,
+            averaged=averaged,
             scores={
                 "cka_product": product,
                 "params": cost.params,

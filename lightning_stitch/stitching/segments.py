@@ -67,6 +67,12 @@ class Segmented:
         for module in (self.source.module, self.preprocess, *self.pieces):
             module.to(device)
 
+    def width_at(self, piece: int) -> int:
+        """Channels of the activation before a piece, which follows a cut; behind the last one, width of the output."""
+        if piece < len(self.pieces):
+            return self.cuts[piece - 1].channels
+        return self.graph.output_features() if self.end is None else self.graph.find(self.end).channels
+
     def cost_between(self, first: int, last: int) -> Cost:
         """Cost of the pieces from one index up to, not including, another."""
         total = Cost(0, 0)

@@ -15,8 +15,8 @@ from lightning_stitch._lightning import check_parts, pl, prepare_searches, warn_
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
-from lightning_stitch.networks import Ensemble, StitchedNetwork, load_classifier, save_classifier
-from lightning_stitch.recipe import EnsembleRecipe, Recipe, any_recipe
+from lightning_stitch.networks import StitchedNetwork, empty_head, load_classifier, save_classifier
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training.thawing import TrainingPlan
 
@@ -93,7 +93,7 @@ class StitchedClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         if recipe is not None:
-            any_recipe(recipe)
+            Recipe.from_dict(recipe)
         self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
         self.hparams["head"] = self.head_settings.plain
         self.num_classes = self.head_settings.num_classes
@@ -105,7 +105,7 @@ class StitchedClassifier(pl.LightningModule):
         self._plan = TrainingPlan(
             thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
         )
-        self.network: StitchedNetwork | Ensemble | None = None
+        self.network: StitchedNetwork | None = None
         self.head: nn.Module | None = None
         silent = self.head_settings.name == "none"
         metrics = MetricCollection({}) if silent else metrics_for(self.head_settings.task, self.num_classes)
@@ -115,10 +115,10 @@ class StitchedClassifier(pl.LightningModule):
     # -- the network -------------------------------------------------------------------------------------------------
 
     @property
-    def recipe(self) -> Recipe | EnsembleRecipe | None:
+    def recipe(self) -> Recipe | None:
         """The structure of the network; None: there is none yet."""
         plain = self.hparams["recipe"]
-        return None if plain is None else any_recipe(plain)
+        return None if plain is None else Recipe.from_dict(plain)
 
     @property
     def task(self) -> str:
@@ -152,7 +152,7 @@ class StitchedClassifier(pl.LightningModule):
                 f"the labels. Leave class_names out to take the data's."
             )
 
-    def install(self, network: StitchedNetwork | Ensemble, head: nn.Module) -> None:
+    def install(self, network: StitchedNetwork, head: nn.Module) -> None:
         """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
 
         An ensemble has heads of its own and takes `nn.Identity()`.
@@ -196,11 +196,8 @@ class StitchedClassifier(pl.LightningModule):
         recipe = self.recipe
         if recipe is None or (self.network is not None and self.network.recipe == recipe):
             return
-        if isinstance(recipe, EnsembleRecipe):
-            self.install(Ensemble.from_recipe(recipe, trust_factory=self.trust_factory), nn.Identity())
-        else:
-            network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
-            self.install(network, self.head_settings.empty(network.num_features))
+        network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
+        self.install(network, empty_head(self.head_settings, recipe))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""

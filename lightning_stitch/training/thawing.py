@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.networks import Ensemble, StitchedNetwork
+from lightning_stitch.networks import StitchedNetwork
 
 STAGES = ("head", "stitches", "neighbours", "all")
 """What can be thawed, each with all that stands before it."""
@@ -46,15 +46,20 @@ def checked_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
 
 
 def stitch_layers(network: StitchedNetwork, index: int) -> list[nn.Module]:
-    """The layers that hold a stitch's numbers: its own, or those of the fragments that it was folded into."""
-    spec = network.recipe.stitches[index]
-    if spec is None:
+    """The layers that hold the numbers of the stitch into a fragment: its own, or those that it was folded into.
+
+    Args:
+        network: The network.
+        index: The fragment's.
+    """
+    ref = network.recipe.fragments[index]
+    if ref.stitch is None or ref.parent is None:
         return []
-    if spec.placement == "explicit":
-        return [network.stitches[index]]
-    fragment = network.fragments[index if spec.placement == "producer" else index + 1]
+    if ref.stitch.placement == "explicit":
+        return [network.entries[index]]
+    fragment = network.fragments[ref.parent if ref.stitch.placement == "producer" else index]
     assert isinstance(fragment, fx.GraphModule)
-    if spec.placement == "consumer":
+    if ref.stitch.placement == "consumer":
         return [layer for node in _entry(fragment).users if (layer := _module(fragment, node)) is not None]
     node = _exit(fragment)
     while (layer := _module(fragment, node)) is not None and not _is_weighted(layer.parameters()):
@@ -63,7 +68,7 @@ def stitch_layers(network: StitchedNetwork, index: int) -> list[nn.Module]:
 
 
 def neighbour_layers(network: StitchedNetwork, index: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The layers next to a stitch: the last ones before it, and the first behind it.
+    """The layers next to the stitch into a fragment: the last ones before it, and the first behind it.
 
     On each branch that is the nearest layer that mixes channels or positions (convolution, linear, attention; it has a
     parameter with more than one axis longer than 1), with the normalisations and scales on the way to it. Skips of
@@ -71,22 +76,23 @@ def neighbour_layers(network: StitchedNetwork, index: int) -> tuple[list[nn.Modu
 
     Args:
         network: The network.
-        index: The stitch's.
+        index: The fragment's.
 
     Returns:
         The layers, and parameters of the fragments that belong to no layer (a position embedding).
     """
-    if network.recipe.stitches[index] is None:
+    ref = network.recipe.fragments[index]
+    if ref.stitch is None or ref.parent is None:
         return [], []
-    before, behind = network.fragments[index], network.fragments[index + 1]
+    before, behind = network.fragments[ref.parent], network.fragments[index]
     assert isinstance(before, fx.GraphModule)
     assert isinstance(behind, fx.GraphModule)
-    found = _nearest(before, backwards=True), _nearest(behind, backwards=False)
-    return [*found[0][0], *found[1][0]], [*found[0][1], *found[1][1]]
+    (layers, loose), (layers_behind, loose_behind) = _nearest(before, backwards=True), _nearest(behind, backwards=False)
+    return [*layers, *layers_behind], [*loose, *loose_behind]
 
 
 def parameter_groups(
-    network: StitchedNetwork | Ensemble,
+    network: StitchedNetwork,
     head: nn.Module,
     *,
     backbone_lr_factor: float = 1.0,
@@ -94,10 +100,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """All parameters in groups for an optimizer, whatever is thawed, so that its state can be restored at any epoch.
 
-    Groups have a "name" ("head", "stitch_1" which leads from "fragment_1" to "fragment_2", ...) and an "lr_factor": 1
-    for the head and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for the fragment with
-    k fragments behind it. A parameter that several fragments share is in the first one's group. An ensemble has two
-    groups, "head" with its members' heads and "fragments" with all else.
+    Groups have a "name" ("head", "stitch_2" which leads into "fragment_2", ...) and an "lr_factor": 1 for the head,
+    for heads inside the network and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for a
+    fragment with at most k fragments behind it. A parameter that several fragments share is in the first one's group.
 
     Raises:
         StitchError: If a factor is negative or not finite.
@@ -105,18 +110,15 @@ def parameter_groups(
     for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
         if not 0 <= factor < torch.inf:
             raise StitchError(f"{name} is {factor}; give a finite number of at least 0, such as 0.1.")
-    members: dict[str, tuple[list[nn.Parameter], float]] = {"head": (list(head.parameters()), 1.0)}
-    if isinstance(network, Ensemble):
-        members["head"] = ([*head.parameters(), *network.heads.parameters()], 1.0)
-        members["fragments"] = (list(network.parameters()), backbone_lr_factor)
-    else:
-        for index in range(len(network.stitches)):
-            layers = stitch_layers(network, index)
-            members[f"stitch_{index + 1}"] = ([p for layer in layers for p in layer.parameters()], 1.0)
-        last = len(network.fragments) - 1
-        for index, fragment in enumerate(network.fragments):
-            factor = backbone_lr_factor * fragment_lr_decay ** (last - index)
-            members[f"fragment_{index + 1}"] = (list(fragment.parameters()), factor)
+    heads = [*head.parameters(), *network.heads.parameters()]
+    members: dict[str, tuple[list[nn.Parameter], float]] = {"head": (heads, 1.0)}
+    for index in range(len(network.fragments)):
+        layers = stitch_layers(network, index)
+        members[f"stitch_{index + 1}"] = ([p for layer in layers for p in layer.parameters()], 1.0)
+    behind = network.recipe.num_behind
+    for index, fragment in enumerate(network.fragments):
+        factor = backbone_lr_factor * fragment_lr_decay ** behind[index]
+        members[f"fragment_{index + 1}"] = (list(fragment.parameters()), factor)
     seen: set[nn.Parameter] = set()
     groups = []
     for name, (parameters, factor) in members.items():
@@ -127,7 +129,7 @@ def parameter_groups(
     return groups
 
 
-def thaw(network: StitchedNetwork | Ensemble, head: nn.Module, stage: str, *, train_mode: bool = False) -> bool:
+def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: bool = False) -> bool:
     """Let the stage's parameters have gradients and no others; put frozen layers in eval mode.
 
     Args:
@@ -139,9 +141,6 @@ def thaw(network: StitchedNetwork | Ensemble, head: nn.Module, stage: str, *, tr
 
     Returns:
         Whether any parameter has been frozen or thawed.
-
-    Raises:
-        StitchError: If the network is an ensemble, whose branches meet in many places, and the stage is of stitches.
     """
     modules, parameters = _thawed(network, stage)
     mobile = {*head.parameters(), *parameters, *(p for module in modules for p in module.parameters())}
@@ -187,16 +186,12 @@ def _fixed_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from module.named_buffers(path, recurse=False)
 
 
-def _thawed(network: StitchedNetwork | Ensemble, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def _thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
     if stage == "all":
         return [network], []
-    if isinstance(network, Ensemble):
-        if stage != "head":
-            raise StitchError(f"Of an ensemble 'head' (its members' heads) or 'all' can be thawed; found {stage!r}.")
-        return [network.heads], []
-    modules: list[nn.Module] = []
+    modules: list[nn.Module] = [network.heads]
     parameters: list[nn.Parameter] = []
-    for index in range(len(network.stitches)):
+    for index in range(len(network.fragments)):
         if stage in ("stitches", "neighbours"):
             modules += stitch_layers(network, index)
         if stage == "neighbours":

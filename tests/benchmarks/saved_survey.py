@@ -25,7 +25,8 @@ def difference(spec: str) -> float:
     """The largest difference between a network's outputs and those of its saved copy."""
     source = load_source(spec, pretrained=False)
     size = source.preprocessing.input_size
-    recipe = Recipe((source.ref,), (FragmentRef(source.name, None, None),), input_size=size)
+    whole, width = FragmentRef(source.name, None, None), source.graph.output_features()
+    recipe = Recipe.chain((source.ref,), (whole,), num_features=width, input_size=size)
     network = StitchedNetwork.from_recipe(recipe).eval()
     images = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

@@ -42,9 +42,10 @@ def measured(what: str, source: str, folder: Path) -> None:
         model = timm.create_model(source)
         steps[what] = lambda: timm.models.save_for_hf(model, str(folder / "timm"), safe_serialization=True)
     elif what == "saving, stitched":
-        ref = load_source(source, pretrained=False).ref
+        loaded = load_source(source, pretrained=False)
+        ref, width, size = loaded.ref, loaded.graph.output_features(), loaded.preprocessing.input_size
         whole = (FragmentRef(ref.name, None, None),)
-        network = StitchedNetwork.from_recipe(Recipe((ref,), whole, input_size=ref.preprocessing.input_size))
+        network = StitchedNetwork.from_recipe(Recipe.chain((ref,), whole, num_features=width, input_size=size))
         steps[what] = lambda: network.save_pretrained(folder / "stitched", overwrite=True)
     before, begun = peak(), time.perf_counter()
     steps[what]()

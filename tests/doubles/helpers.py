@@ -264,7 +264,13 @@ def bare_candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitch
     """What rankings look at, with nothing to run."""
     preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
     ref = SourceRef(source, source, "timm", source, "sha256:0", preprocessing)
-    recipe = Recipe((ref,), (FragmentRef(source, None, None),), scores={"cka_product": product})
+    recipe = Recipe.chain(
+        (ref,),
+        (FragmentRef(source, None, None),),
+        num_features=2,
+        input_size=(3, 8, 8),
+        scores={"cka_product": product},
+    )
     return Candidate(recipe, kind, (), Cost(1, 1))
 
 

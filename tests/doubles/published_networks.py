@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, StitchedNetwork, ensemble
 from lightning_stitch.heads.head_settings import HeadSettings
-from lightning_stitch.networks.ensemble import Ensemble
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.sources.source import Source
 
@@ -32,7 +31,7 @@ def network(*, twice: bool = False, share_weights: bool = False) -> StitchedNetw
     return composed(*STITCHED)
 
 
-def together() -> Ensemble:
+def together() -> StitchedNetwork:
     """An ensemble of two networks that begin alike."""
     pool = calibrated_pool("test_convnext", "test_resnet")
     members = [pool.stitch(STITCHED), pool.stitch([STITCHED[0], ("test_convnext", "stages.1", None)])]
@@ -78,5 +77,7 @@ def own_factory(width: int = 8) -> nn.Module:
 def source_network(source: Source) -> StitchedNetwork:
     """A network of one whole source."""
     size = source.preprocessing.input_size
-    recipe = Recipe((source.ref,), (FragmentRef(source.name, None, None),), input_size=size)
-    return assemble(recipe, {source.name: CutGraph(source.module, size)}, [])
+    graph = CutGraph(source.module, size)
+    whole = FragmentRef(source.name, None, None)
+    recipe = Recipe.chain((source.ref,), (whole,), num_features=graph.output_features(), input_size=size)
+    return assemble(recipe, {source.name: graph})

@@ -175,7 +175,7 @@ def test_folded_equals_unfolded(sender: str, share_weights: bool) -> None:
         candidate = heal(stitched(space(), (first, None, "0"), (receiver.name, "1", None)), space().sources, SETTINGS)
         recipe = Recipe.from_dict(dataclasses.replace(candidate.recipe, share_weights=share_weights).to_dict())
         graphs = {source.name: source.parts.graph for source in space().sources}
-        stitches = [step.stitch for step in candidate.steps[1:]]
+        stitches = [step.stitch for step in candidate.steps]
         network = assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
         with torch.no_grad():
             assert torch.allclose(network(IMAGES), outputs(candidate, space()), atol=1e-4)
@@ -220,7 +220,7 @@ def test_what_was_not_healed_is_described() -> None:
     candidate = heal(stitched(space(), ("plain0", None, "1"), ("plain0", "1", None)), space().sources, SETTINGS)
     recipe = dataclasses.replace(candidate.recipe, unhealed={"plain0: 3.0": "called 2 times"})
     graphs = {source.name: source.parts.graph for source in space().sources}
-    network = assemble(Recipe.from_dict(recipe.to_dict()), graphs, [step.stitch for step in candidate.steps[1:]])
+    network = assemble(Recipe.from_dict(recipe.to_dict()), graphs, [step.stitch for step in candidate.steps])
     assert "refined: healing" in network.describe()
     assert "not healed (called 2 times): plain0: 3.0" in network.describe()
 

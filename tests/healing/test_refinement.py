@@ -148,7 +148,7 @@ def test_statistics_are_matched_to_those_of_the_source_on_the_same_images() -> N
         return hook
 
     graphs = {s.name: s.parts.graph for s in space().sources}
-    stitches = [step.stitch for step in candidate.steps[1:]]
+    stitches = [step.stitch for step in candidate.steps]
     network = assemble(candidate.recipe, graphs, stitches, [step.tensors for step in with_numbers.steps])
     for where, module in (("source", source.parts.source.module), ("network", network.fragments[1])):
         for part in module.modules():
@@ -213,7 +213,7 @@ def test_a_refined_network_is_assembled_with_its_numbers(share_weights: bool) ->
     assert candidate.recipe.refinements
     recipe = Recipe.from_dict(dataclasses.replace(candidate.recipe, share_weights=share_weights).to_dict())
     graphs = {s.name: s.parts.graph for s in space().sources}
-    stitches = [step.stitch for step in candidate.steps[1:]]
+    stitches = [step.stitch for step in candidate.steps]
     network = assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
     with torch.no_grad():
         assert torch.allclose(network(IMAGES), outputs(candidate, space()), atol=1e-4)

@@ -14,6 +14,7 @@ import lightning_stitch as ls
 from lightning_stitch import CardDetails, Recipe, StitchError, load_sources
 from lightning_stitch.hub.card import CardSubject, model_card, write_card
 from lightning_stitch.hub.picture import draw_composition
+from lightning_stitch.recipe import Tap
 
 
 def subject(recipe: Recipe | None = None, **options: object) -> CardSubject:
@@ -81,7 +82,7 @@ def test_the_python_in_the_card_makes_the_network_again(
     made: dict[str, Any] = {"batches": [noise(30, 3, 32, 32)]}
     exec(code.partition("```")[0], made)
     again, wanted = made["network"].recipe, original.recipe
-    assert (again.fragments, again.refinements) == (wanted.fragments, wanted.refinements)
+    assert (again.path, again.refinements) == (wanted.path, wanted.refinements)
 
 
 def test_what_makes_it_again_names_the_commits_that_were_taken() -> None:
@@ -103,7 +104,9 @@ def test_a_timm_names_repository_is_the_one_that_timm_takes_it_from() -> None:
 
 def test_what_makes_it_again_is_left_out_where_it_would_not() -> None:
     assert "pool.stitch" not in model_card(subject(together().recipe), CardDetails(), name="net").content
-    early = dataclasses.replace(network().recipe, fragments=network().recipe.fragments[:1], stitches=(), pooled=True)
+    early = dataclasses.replace(
+        network().recipe, fragments=network().recipe.fragments[:1], taps=(Tap(0, 8, ("mean",)),)
+    )
     content = model_card(subject(early), CardDetails(), name="net").content
     assert "pool.stitch" not in content
     assert "without a stitch" in content

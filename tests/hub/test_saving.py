@@ -25,7 +25,6 @@ from doubles.published_networks import (
 from safetensors.torch import load_file
 
 from lightning_stitch import (
-    Ensemble,
     FragmentRef,
     Preprocessing,
     Recipe,
@@ -120,12 +119,10 @@ def test_a_classifier_travels_with_head_task_and_class_names(head: str, task: st
 def test_an_ensemble_travels_alone_and_as_a_classifier(tmp_path: Path) -> None:
     members = together()
     members.save_pretrained(tmp_path / "alone")
-    assert torch.equal(outputs(Ensemble.from_pretrained(tmp_path / "alone")), outputs(members))
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(tmp_path / "alone")), outputs(members))
     model = classifier(kind="ensemble")
     model.save_pretrained(tmp_path / "classifier")
     assert torch.equal(outputs(StitchedClassifier.from_pretrained(tmp_path / "classifier")), outputs(model))
-    with pytest.raises(RecipeError, match=r"holds what Ensemble\.from_pretrained loads, not StitchedNetwork"):
-        StitchedNetwork.from_pretrained(tmp_path / "alone")
 
 
 def test_a_classifiers_folder_also_gives_the_network_without_its_head(tmp_path: Path) -> None:
@@ -171,7 +168,8 @@ def test_a_refined_network_travels_with_what_was_changed(refinements: list[str],
 
 def test_an_early_exit_travels(tmp_path: Path) -> None:
     ref = load_source("test_resnet", pretrained=False).ref
-    recipe = Recipe((ref,), (FragmentRef(ref.name, None, "layer3"),), input_size=(3, 32, 32), pooled=True)
+    fragments = (FragmentRef(ref.name, None, "layer3"),)
+    recipe = Recipe.chain((ref,), fragments, num_features=48, input_size=(3, 32, 32), averaged=True)
     exit_ = StitchedNetwork.from_recipe(recipe).eval()
     exit_.save_pretrained(tmp_path)
     assert torch.equal(outputs(StitchedNetwork.from_pretrained(tmp_path)), outputs(exit_))

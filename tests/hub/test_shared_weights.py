@@ -72,7 +72,8 @@ def recipe_of(
         spec = stitch_spec(graph.find(end), graph.find(start), bias=True)
         stitches.append(None if start == end else replace(spec, placement=next(chosen, "explicit")))
     refs = tuple(FragmentRef(source.name, *pair) for pair in fragments)
-    recipe = Recipe((source.ref,), refs, tuple(stitches), (3, size, size))
+    width = graph.output_features() if refs[-1].end is None else graph.find(refs[-1].end).channels
+    recipe = Recipe.chain((source.ref,), refs, stitches, num_features=width, input_size=(3, size, size))
     return recipe if share is None else replace(recipe, share_weights=share)
 
 
@@ -85,7 +86,7 @@ def built(source: Source, recipe: Recipe, numbers: Callable[[Stitch], None]) -> 
             numbers(stitch)
         stitches.append(stitch)
     assert recipe.input_size is not None
-    return assemble(recipe, {source.name: source.graph.at(recipe.input_size)}, stitches)
+    return assemble(recipe, {source.name: source.graph.at(recipe.input_size)}, [None, *stitches])
 
 
 def pass_on(stitch: Stitch) -> None:
@@ -129,7 +130,7 @@ PATHS = {
 def test_by_default_fragments_share_no_storage_with_each_other_or_with_the_source(source: Source, path: str) -> None:
     recipe = recipe_of(source, *PATHS[path])
     network = built(source, recipe, pass_on)
-    modules = [source.module, *network.fragments, network.stitches]
+    modules = [source.module, *network.fragments, network.entries[1:]]
     for one, other in combinations(modules, 2):
         assert storages(one).isdisjoint(storages(other))
     # Every fragment has what it needs: nothing is missing, and nothing that the source ties is there once only.
@@ -146,7 +147,7 @@ def test_a_chain_of_all_fragments_is_the_source_shared_or_not(name: str, share: 
     network, images = built(source, recipe, pass_on), noise(2, 3, size, size)
     assert storages(source.module).isdisjoint(storages(network))
     with torch.no_grad():
-        assert torch.equal(network(images), source.module(network.preprocess(images)))
+        assert torch.equal(network(images), source.module(network.entries[0](images)))
     if share:
         assert num_parameters(network) == num_parameters(source.module)
 
@@ -160,12 +161,12 @@ def test_a_fragment_used_twice_is_there_once_where_the_recipe_says_so(source: So
     assert [id(tensor) for tensor in tensors(first)] == [id(tensor) for tensor in tensors(second)]
     assert len(tensors(first)) == 8
     assert storages(source.module).isdisjoint(storages(network))
-    assert num_parameters(network) == num_parameters(source.module) + num_parameters(network.stitches)
+    assert num_parameters(network) == num_parameters(source.module) + num_parameters(network.entries[1:])
 
 
 def test_overlapping_fragments_and_tied_weights_have_in_common_what_the_source_has_in_common(source: Source) -> None:
     network = built(source, recipe_of(source, *PATHS["overlapping"], share=True), pass_on)
-    assert num_parameters(network) == num_parameters(source.module) + num_parameters(network.stitches)
+    assert num_parameters(network) == num_parameters(source.module) + num_parameters(network.entries[1:])
     chain = built(source, recipe_of(source, *PATHS["tied weights"], share=True), pass_on)
     tied = [layer.weight for layer in chain.modules() if isinstance(layer, nn.Conv2d) and layer.out_channels == 8]
     assert len(tied) == 3
@@ -178,8 +179,11 @@ def test_two_sources_with_the_same_weights_share_nothing(source: Source) -> None
     graph = source.graph
     spec = stitch_spec(graph.find("two"), graph.find("one"), bias=True)
     refs = (FragmentRef(source.name, None, "two"), FragmentRef("other", "one", None))
-    recipe = Recipe((source.ref, other.ref), refs, (spec,), (3, 16, 16), share_weights=True)
-    network = assemble(recipe, {source.name: graph, "other": graph}, [None])
+    width, size = graph.output_features(), (3, 16, 16)
+    recipe = Recipe.chain(
+        (source.ref, other.ref), refs, (spec,), num_features=width, input_size=size, share_weights=True
+    )
+    network = assemble(recipe, {source.name: graph, "other": graph})
     assert storages(network.fragments[0]).isdisjoint(storages(network.fragments[1]))
 
 
@@ -187,7 +191,7 @@ def test_two_sources_with_the_same_weights_share_nothing(source: Source) -> None
 def test_a_repeated_fragment_computes_and_learns_what_the_layer_called_twice_does(source: Source, share: bool) -> None:
     network, reference = built(source, twice(source, share=share), pass_on), copy.deepcopy(source.module)
     assert isinstance(reference, Blocks)
-    x = reference.one(reference.stem(network.preprocess(IMAGES)))
+    x = reference.one(reference.stem(network.entries[0](IMAGES)))
     expected = reference.head(reference.three(reference.two(reference.two(x))).mean((2, 3)))
     found = network(IMAGES)
     torch.testing.assert_close(found, expected)
@@ -243,7 +247,7 @@ def test_a_fold_changes_no_other_fragments_layers(source: Source, placement: Pla
     with torch.no_grad():
         expected = explicit(IMAGES)
         torch.testing.assert_close(network(IMAGES), expected, rtol=1e-4, atol=1e-4)
-        assert (expected - source.module(network.preprocess(IMAGES))).abs().max() > 0.1
+        assert (expected - source.module(network.entries[0](IMAGES))).abs().max() > 0.1
     folded, other = network.fragments[1:3] if placement == "producer" else network.fragments[2:0:-1]
     kept = explicit.fragments[1].state_dict()
     assert other.state_dict().keys() == kept.keys()
@@ -266,7 +270,7 @@ def test_three_folds_in_a_row_are_each_a_layer_of_its_own(source: Source) -> Non
     )
     with torch.no_grad():
         torch.testing.assert_close(network(IMAGES), explicit(IMAGES), rtol=1e-3, atol=1e-3)
-    assert [len(list(stitch.parameters())) for stitch in network.stitches] == [0, 0, 0, 0]
+    assert [len(list(stitch.parameters())) for stitch in network.entries[1:]] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("fold", [fold_into_producer, fold_into_consumer])

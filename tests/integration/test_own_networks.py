@@ -36,8 +36,9 @@ def two_sources(first: Source, cut: str, other: Source, entry: str) -> StitchedN
     for tensor in stitch.state_dict().values():
         tensor.normal_(0, 0.5, generator=seeded(2))
     refs = (FragmentRef(first.name, None, cut), FragmentRef(other.name, entry, None))
-    recipe = Recipe((first.ref, other.ref), refs, (spec,), SIZE)
-    return assemble(recipe, {source.name: source.graph for source in (first, other)}, [stitch])
+    width = other.graph.output_features()
+    recipe = Recipe.chain((first.ref, other.ref), refs, (spec,), num_features=width, input_size=SIZE)
+    return assemble(recipe, {source.name: source.graph for source in (first, other)}, [None, stitch])
 
 
 # -- what networks hold ----------------------------------------------------------------------------------------------
@@ -69,8 +70,8 @@ def test_it_is_stitched_to_another_network_and_from_it(kind: str) -> None:
         assert is_bridgeable(first.graph.find(leaves), second.graph.find(enters))
         network = two_sources(first, leaves, second, enters)
         with torch.no_grad():
-            x = first.graph.fragment(None, leaves)(network.preprocess(images))
-            expected = second.graph.fragment(enters, None)(network.stitches[0](x))
+            x = first.graph.fragment(None, leaves)(network.entries[0](images))
+            expected = second.graph.fragment(enters, None)(network.entries[1](x))
             assert torch.equal(network(images), expected)
         network.train()(images).square().mean().backward()
         assert all(parameter.grad is not None for parameter in network.parameters())
@@ -205,9 +206,10 @@ def test_networks_of_other_precisions_are_composed_in_float32(dtype: torch.dtype
 
 def test_a_factory_of_another_precision_is_rebuilt_as_it_was_loaded() -> None:
     source = load_source(f"python:{__name__}:make_bfloat16", preprocessing=GREYISH)
-    recipe = Recipe((source.ref,), (FragmentRef(source.name, None, None),), (), SIZE)
+    whole = FragmentRef(source.name, None, None)
+    recipe = Recipe.chain((source.ref,), (whole,), num_features=source.graph.output_features(), input_size=SIZE)
     network, rebuilt = (
-        assemble(recipe, {source.name: source.graph}, []),
+        assemble(recipe, {source.name: source.graph}),
         StitchedNetwork.from_recipe(recipe, trust_factory=True),
     )
     rebuilt.load_state_dict(network.state_dict())

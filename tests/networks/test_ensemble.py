@@ -16,19 +16,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stitch import (
     CalibrationError,
     CalibrationSettings,
-    Ensemble,
-    EnsembleRecipe,
     Pool,
+    Recipe,
     RecipeError,
     RidgeHead,
     SearchResult,
     StitchedClassifier,
+    StitchedNetwork,
     StitchError,
     ensemble,
     load_source,
     network_cost,
 )
-from lightning_stitch.recipe import Branch, Member, any_recipe
+from lightning_stitch.recipe import Average, Tap
 from lightning_stitch.stitching.candidates import Candidate
 
 SIZE = (3, 32, 32)
@@ -104,7 +104,7 @@ def test_an_ensemble_of_one_is_that_network(pool: Pool, result: SearchResult) ->
 def test_the_best_of_a_result_are_its_members(pool: Pool, result: SearchResult) -> None:
     of_result = ensemble(pool, result, TRAIN, top=3)
     assert of_result.recipe == ensemble(pool, result.ranked[:3], TRAIN).recipe
-    assert len(of_result.recipe.members) == 3
+    assert of_result.recipe.average == Average(((0,), (1,), (2,)), 3)
 
 
 def test_heads_may_be_given(pool: Pool, result: SearchResult) -> None:
@@ -125,7 +125,7 @@ def test_members_that_end_at_outputs_need_no_heads() -> None:
     found = pool.search([CALIBRATION], [IMAGES[16:40]])
     members = candidates(found)[:4]
     network = ensemble(pool, members)
-    assert network.recipe.num_classes == 4
+    assert network.num_features == network.recipe.average.num_classes == 4
     expected = separately(pool, members, [nn.Identity()] * 4, "arithmetic")
     torch.testing.assert_close(probabilities(network), expected, atol=1e-6, rtol=1e-4)
     rebuilt_head = network.recipe.members[0].in_features
@@ -169,7 +169,7 @@ def as_explicit(candidate: Candidate) -> Candidate:
         else dataclasses.replace(step, spec=dataclasses.replace(step.spec, placement="explicit"))
         for step in candidate.steps
     )
-    recipe = dataclasses.replace(candidate.recipe, stitches=tuple(step.spec for step in steps[1:]))
+    recipe = candidate.recipe.with_stitches([step.spec for step in steps])
     return dataclasses.replace(candidate, steps=steps, recipe=recipe)
 
 
@@ -221,7 +221,7 @@ def test_an_ensemble_owns_its_numbers(pool: Pool, result: SearchResult) -> None:
 def test_an_ensemble_is_rebuilt_from_json_and_numbers_without_sources(pool: Pool, result: SearchResult) -> None:
     network = ensemble(pool, candidates(result), TRAIN, mean="geometric")
     plain_recipe = json.loads(json.dumps(network.recipe.to_dict()))
-    rebuilt = Ensemble.from_recipe(EnsembleRecipe.from_dict(plain_recipe))
+    rebuilt = StitchedNetwork.from_recipe(Recipe.from_dict(plain_recipe))
     assert rebuilt.recipe == network.recipe
     assert not torch.equal(probabilities(rebuilt), probabilities(network))
     rebuilt.load_state_dict(network.state_dict())
@@ -262,10 +262,17 @@ def test_an_ensemble_is_exported_for_any_batch_size(pool: Pool, result: SearchRe
 def test_it_is_described_by_its_members_ways(pool: Pool) -> None:
     members, cut = stitched_from_one_front(pool)
     front, back = pool.parts
-    lines = ensemble(pool, members, TRAIN, mean="geometric").describe().splitlines()
-    assert lines[0].startswith("Ensemble of 3 networks, geometric mean, ")
-    assert lines[1].strip() == f"{front.name}: image .. {front.end}"
-    assert lines[2].strip().startswith(f"{front.name}: image .. {cut} -> {back.name}: ")
+    network = ensemble(pool, members, TRAIN, mean="geometric")
+    lines = network.describe().splitlines()
+    assert lines[0] == "Ensemble of 3 networks (geometric mean), 4 fragments"
+    assert lines[1].startswith(f"  1. {front.name}: image .. {cut}, ")
+    assert lines[2].startswith(f"  2. {front.name}: {cut} .. {front.end}, ")
+    assert lines[3].startswith("    read here: ")
+    assert lines[5].startswith(f"  3. {back.name}: ")
+    assert ", behind 1, " in lines[5]
+    ways = network.recipe.path.split(" | ")
+    assert ways[0] == f"{front.name}: image .. {front.end}"
+    assert ways[1].startswith(f"{front.name}: image .. {cut} -> {back.name}: ")
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------
@@ -277,7 +284,10 @@ def test_no_candidates_are_refused(pool: Pool) -> None:
 
 
 def test_an_unknown_mean_is_refused(pool: Pool, result: SearchResult) -> None:
-    with pytest.raises(StitchError, match=r"mean must be one of \('arithmetic', 'geometric'\); found 'harmonic'"):
+    with pytest.raises(
+        StitchError,
+        match=r"mean must be one of .*, or None for a joint head; found 'harmonic'",
+    ):
         ensemble(pool, result, TRAIN, mean="harmonic")  # type: ignore[arg-type]
 
 
@@ -304,7 +314,7 @@ def test_heads_that_do_not_fit_are_refused(
         ensemble(pool, result.ranked[:2], heads=heads)
 
 
-def recipe() -> EnsembleRecipe:
+def recipe() -> Recipe:
     source = load_source("test_resnet", pretrained=False)
     pool = Pool([source], SIZE)
     pool.calibrate([CALIBRATION])
@@ -321,37 +331,87 @@ RECIPE = recipe()
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": 99}, "schema 99; this version of lightning_stitch reads schema 1"),
         ({"mean": "harmonic"}, "mean is 'harmonic'"),
-        ({"members": []}, "Members end at branches 0 to 2; found"),
-        ({"members": [{"branch": 9, "pooled": False, "in_features": 4}]}, "Members end at branches 0 to 2; found"),
-        ({"sources": []}, r"Branches refer to \['test_resnet'\]; the ensemble's sources are \[\]"),
+        ({"members": []}, "read taps 0 to 1, one at least; found"),
+        ({"members": [[0], [9]]}, "read taps 0 to 1, one at least; found"),
+        ({"members": [[0], []]}, "read taps 0 to 1, one at least; found"),
+        ({"with_heads": False}, r"over 3 classes needs members of that width, or heads; found \{\d+\}"),
         ({"num_classes": "3"}, "num_classes is '3'; expected int"),
+        ({"num_classes": 0}, "An average over 0 classes"),
         ({"color": "red"}, "unexpected keyword argument 'color'"),
     ],
 )
-def test_a_damaged_recipe_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_a_damaged_average_is_refused(changes: dict[str, Any], words: str) -> None:
+    damaged = RECIPE.to_dict()
+    damaged["average"].update(changes)
     with pytest.raises(RecipeError, match=words):
-        any_recipe({**RECIPE.to_dict(), **changes})
+        Recipe.from_dict(damaged)
 
 
 @pytest.mark.parametrize(
     ("number", "changes", "words"),
     [
-        (0, {"parent": 1}, "Branch 0 comes behind its parent; found parent 1"),
-        (1, {"parent": None}, "Branch 1 has no parent, so it begins at the image"),
-        (2, {"stitch": None, "parent": 0}, "Nothing joins branch 0 to branch 2"),
+        (0, {"parent": 1}, "stands behind its parent; fragment 0 has parent 1"),
+        (1, {"parent": None}, "without a parent begins at the image"),
+        (2, {"stitch": None, "parent": 0}, "Nothing joins test_resnet: image .. layer1 to test_resnet: layer3"),
+        (2, {"source": "other"}, r"Fragments refer to \['other'\]"),
     ],
 )
-def test_branches_that_do_not_meet_are_refused(number: int, changes: dict[str, Any], words: str) -> None:
-    branches = list(RECIPE.branches)
-    branches[number] = dataclasses.replace(branches[number], **changes)
+def test_fragments_that_do_not_meet_are_refused(number: int, changes: dict[str, Any], words: str) -> None:
+    fragments = list(RECIPE.fragments)
+    fragments[number] = dataclasses.replace(fragments[number], **changes)
     with pytest.raises(RecipeError, match=words):
-        dataclasses.replace(RECIPE, branches=tuple(branches))
+        dataclasses.replace(RECIPE, fragments=tuple(fragments))
+
+
+@pytest.mark.parametrize(
+    ("tap", "words"),
+    [
+        (Tap(9, 8), "Taps are at fragments 0 to 2; found 9"),
+        (Tap(0, 0), "found Tap"),
+        (Tap(0, 8, ("mean", "mean")), "each statistic once"),
+        (Tap(0, 8, ("prefix",)), "prefix tokens if there are"),
+    ],
+)
+def test_taps_that_read_nothing_are_refused(tap: Tap, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        dataclasses.replace(RECIPE, taps=(*RECIPE.taps, tap))
+
+
+def test_a_fragment_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"No fragment and no tap is behind test_resnet: layer3"):
+        dataclasses.replace(RECIPE, taps=RECIPE.taps[:1], average=None)
+
+
+def test_a_tap_of_another_width_than_its_source_has_is_refused() -> None:
+    wider = dataclasses.replace(RECIPE, taps=tuple(dataclasses.replace(tap, channels=7) for tap in RECIPE.taps))
+    with pytest.raises(RecipeError, match=r"reads 7 channels at the end of test_resnet: .*; its source has \d+"):
+        StitchedNetwork.from_recipe(wider)
 
 
 def test_a_cut_that_the_architecture_does_not_have_is_refused() -> None:
-    fragment = dataclasses.replace(RECIPE.branches[0].fragment, end="layer9")
-    only = dataclasses.replace(RECIPE, branches=(Branch(None, fragment),), members=(Member(0, False, 4),))
+    fragment = dataclasses.replace(RECIPE.fragments[0], end="layer9")
+    only = dataclasses.replace(RECIPE, fragments=(fragment,), taps=(Tap(0, 4),), average=None)
     with pytest.raises(RecipeError, match="does not fit its sources: No cut is named 'layer9'"):
-        Ensemble.from_recipe(only)
+        StitchedNetwork.from_recipe(only)
+
+
+# -- features side by side -----------------------------------------------------------------------------------------
+
+
+def test_a_joint_head_reads_the_members_features_side_by_side(pool: Pool, result: SearchResult) -> None:
+    members = candidates(result)[:4]
+    network = ensemble(pool, members, mean=None)
+    with torch.no_grad():
+        separate = torch.cat([pool.assemble(member)(PROBES) for member in members], dim=1)
+        torch.testing.assert_close(network(PROBES), separate, atol=1e-5, rtol=1e-4)
+    assert network.num_features == separate.shape[1]
+    rebuilt = StitchedNetwork.from_recipe(Recipe.from_dict(network.recipe.to_dict()))
+    rebuilt.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(PROBES), network(PROBES))
+
+
+def test_a_joint_head_takes_no_members_heads(pool: Pool, result: SearchResult) -> None:
+    with pytest.raises(StitchError, match=r"mean=None gives features .* neither heads= nor train="):
+        ensemble(pool, result, TRAIN, mean=None)

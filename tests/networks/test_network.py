@@ -25,7 +25,7 @@ IMAGES = digits(8, 64)[0]
 
 def network_of(space: SearchSpace, candidate: Candidate) -> StitchedNetwork:
     graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
     assert spec is not None
     assert spec.placement == placement
     network = network_of(space, stitched)
-    assert list(network.stitches[position].parameters()) == []
+    assert list(network.entries[position + 1].parameters()) == []
     with torch.no_grad():
         images = noise(6, 3, 16, 16, seed=3)
         expected = PrefixTree([stitched], [space.sources[0].parts]).run([images])[0].features
@@ -209,27 +209,24 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
 def test_a_fragment_that_goes_on_in_its_own_source_needs_no_stitch() -> None:
     source = plain("a", (5, 6, 8), seed=0)
     recipe = references(space_of([source], noise(6, 3, 16, 16)))[1].recipe
-    straight = replace(recipe, stitches=(None,) * len(recipe.stitches))
-    network = assemble(straight, {"a": source.graph}, [None] * len(recipe.stitches))
+    network = assemble(recipe.with_stitches([None] * len(recipe.fragments)), {"a": source.graph})
     images = noise(4, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(network(images), source.graph.fragment(None, "2")(network.preprocess(images)))
+        assert torch.equal(network(images), source.graph.fragment(None, "2")(network.entries[0](images)))
     assert "stitch" not in network.describe().splitlines()[2]
 
 
 def test_recipes_that_cannot_be_rebuilt_say_why(candidates: list[Candidate]) -> None:
     recipe = candidates[-1].recipe
-    with pytest.raises(RecipeError, match="does not say which image size"):
-        StitchedNetwork.from_recipe(replace(recipe, input_size=None))
     own = references(space_of([plain("mine", (5, 6, 8), seed=0)], noise(6, 3, 16, 16)))[0].recipe
     with pytest.raises(RecipeError, match=r"source 'mine' cannot be rebuilt: it was given as a live module"):
         StitchedNetwork.from_recipe(own)
     lost = replace(recipe, fragments=(replace(recipe.fragments[0], end="layer77"), *recipe.fragments[1:]))
     with pytest.raises(RecipeError, match=r"does not fit its sources: No cut is named 'layer77'"):
         StitchedNetwork.from_recipe(lost)
-    stitches = [replace(stitch, placement="producer") for stitch in recipe.stitches if stitch]
+    stitches = [f.stitch and replace(f.stitch, placement="producer") for f in recipe.fragments]
     with pytest.raises(RecipeError, match=r"does not fit its sources: This stitch cannot be folded"):
-        StitchedNetwork.from_recipe(replace(recipe, stitches=tuple(stitches)))
+        StitchedNetwork.from_recipe(recipe.with_stitches(stitches))
 
 
 def test_a_stitched_network_can_be_a_source_again(space: SearchSpace, candidates: list[Candidate]) -> None:
@@ -245,7 +242,7 @@ def test_a_stitched_network_can_be_a_source_again(space: SearchSpace, candidates
     network = network_of(space, candidates[-1])
     source = live(Classifier(network).eval(), "stitched", size=64)
     again = space_of([source], IMAGES)
-    assert any(cut.name.startswith("network.stitches.") for cut in source.cuts("all"))
+    assert any(cut.name.startswith("network.entries.") for cut in source.cuts("all"))
     with torch.no_grad():
         features = again.sources[0].features
         torch.testing.assert_close(features, network((IMAGES - 0.4) / 0.3), rtol=1e-4, atol=1e-5)

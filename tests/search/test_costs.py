@@ -111,8 +111,15 @@ def real_cost(parts: Sequence[Segmented], costs: CompositionCosts, fragments: Pa
             find = costs.stitch_after_fold if taken and cut - fragments[index - 1][1] == 1 else costs.stitch
             specs.append(find(sender, cut - 1, s, first - 1)[0])
             taken = specs[-1].placement == "consumer"
-    recipe = Recipe(sources=tuple(part.source.ref for part in parts), fragments=tuple(refs), stitches=tuple(specs))
-    network = assemble(recipe, {part.name: part.graph for part in parts}, [None] * len(specs))
+    last_source, _, last_piece = fragments[-1]
+    recipe = Recipe.chain(
+        [part.source.ref for part in parts],
+        refs,
+        specs,
+        num_features=parts[last_source].width_at(last_piece),
+        input_size=parts[0].image_shape,
+    )
+    network = assemble(recipe, {part.name: part.graph for part in parts})
     return network_cost(network, parts[0].image_shape), specs
 
 

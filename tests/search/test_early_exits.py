@@ -74,7 +74,7 @@ def space(kind: str) -> SearchSpace:
 
 def assembled(space: SearchSpace, candidate: Candidate) -> StitchedNetwork:
     graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +96,8 @@ def test_an_early_exit_gives_what_the_networks_own_module_gives_averaged_by_hand
 def test_every_exit_runs_costs_and_is_recorded_as_the_assembled_network(kind: str) -> None:
     found, parts = early_exits(space(kind)), space(kind).sources[0].parts
     assert [path(c) for c in found] == [[(parts.name, None, cut.name)] for cut in parts.cuts]
-    assert all(c.kind == "early exit" and c.recipe.pooled and c.cka_product == 1 for c in found)
+    assert all(c.kind == "early exit" and c.cka_product == 1 for c in found)
+    assert all(tap.statistics == ("mean",) for c in found for tap in c.recipe.taps)
     outcomes = PrefixTree(found, [parts]).run(IMAGES.split(2))
     for candidate, outcome, cut in zip(found, outcomes, parts.cuts, strict=True):
         network = assembled(space(kind), candidate)

@@ -25,7 +25,7 @@ SOURCE = SourceRef("a", "a", "timm", "a", "sha256:0", Preprocessing(SHAPE, (0.5,
 def random_result(seed: int) -> SearchResult:
     """Sixty networks, the dearer the better on the whole, of so few costs and scores that there are ties."""
     draw = random.Random(seed)
-    recipe = Recipe((SOURCE,), (FragmentRef("a", None, None),), input_size=SHAPE)
+    recipe = Recipe.chain((SOURCE,), (FragmentRef("a", None, None),), num_features=2, input_size=SHAPE)
     found = []
     for _ in range(60):
         size = draw.randrange(9)

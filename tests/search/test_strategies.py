@@ -40,7 +40,7 @@ def paper_space(**options: object) -> SearchSpace:
 
 def assembled(space: SearchSpace, candidate: Candidate) -> nn.Module:
     graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps[1:]])
+    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
 
 
 def recipes(candidates: list[Candidate]) -> list[dict[str, object]]:

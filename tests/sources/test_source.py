@@ -120,7 +120,8 @@ def test_weight_hash_is_the_documented_one() -> None:
 
 def test_ref_goes_through_a_recipe_and_back() -> None:
     source = load_source("test_vit", pretrained=False, arguments={"img_size": (64, 96)})
-    recipe = Recipe(sources=(source.ref,), fragments=(FragmentRef(source.name, None, None),))
+    whole = FragmentRef(source.name, None, None)
+    recipe = Recipe.chain((source.ref,), (whole,), num_features=5, input_size=(3, 64, 96))
     ref = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).sources[0]
     assert ref == source.ref
     assert ref.preprocessing.input_size == (3, 64, 96)

@@ -28,8 +28,10 @@ SIZE = (3, 64, 64)
 
 def network_up_to(cut: str | None, name: str = "test_resnet") -> StitchedNetwork:
     source = load_source(name, pretrained=False)
-    recipe = Recipe(sources=(source.ref,), fragments=(FragmentRef(source.name, None, cut),), input_size=SIZE)
-    return assemble(recipe, {source.name: CutGraph(source.module, SIZE)}, [])
+    graph = CutGraph(source.module, SIZE)
+    width = graph.output_features() if cut is None else graph.find(cut).channels
+    recipe = Recipe.chain((source.ref,), (FragmentRef(source.name, None, cut),), num_features=width, input_size=SIZE)
+    return assemble(recipe, {source.name: graph})
 
 
 def classifier(name: str = "test_resnet", **options: Any) -> StitchedClassifier:

@@ -33,7 +33,7 @@ from lightning_stitch import CalibrationDataModule, FragmentSearch, RidgeHead, S
 
 SCHEDULE = {0: "head", 1: "stitches"}
 HEAD = {"head.weight", "head.bias"}
-STITCH = {"network.stitches.0.weight", "network.stitches.0.bias"}
+STITCH = {"network.entries.1.weight", "network.entries.1.bias"}
 # The batch norm in this network's neighbours of the stitch.
 STATISTICS = {f"network.fragments.0.conv1.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
