@@ -43,7 +43,7 @@ class PretrainedFolder:
 
     Attributes:
         where: What the user wrote.
-        kind: "network", "ensemble" or "classifier".
+        kind: "network" or "classifier".
         recipe: The structure.
         own: What the config holds of this package's.
         weights: The file of weights; not read yet. None: random ones will do.

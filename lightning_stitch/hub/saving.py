@@ -76,7 +76,7 @@ def write_pretrained(
         parts: "network", and "head" where there is one.
         directory: The folder; made if it does not exist.
         recipe: The structure of the network.
-        kind: "network", "ensemble" or "classifier".
+        kind: "network" or "classifier".
         num_outputs: Width of the output.
         task: For a classifier its head, task, num_classes and class_names.
     """

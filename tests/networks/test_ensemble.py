@@ -128,8 +128,8 @@ def test_members_that_end_at_outputs_need_no_heads() -> None:
     assert network.num_features == network.recipe.average.num_classes == 4
     expected = separately(pool, members, [nn.Identity()] * 4, "arithmetic")
     torch.testing.assert_close(probabilities(network), expected, atol=1e-6, rtol=1e-4)
-    rebuilt_head = network.recipe.members[0].in_features
-    assert rebuilt_head is None
+    assert not network.recipe.average.with_heads
+    assert not network.heads
 
 
 # -- what is shared ------------------------------------------------------------------------------------------------
