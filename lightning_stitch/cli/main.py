@@ -15,6 +15,7 @@ from lightning_stitch.cli import publish as publish_command
 from lightning_stitch.cli.inspect import inspect
 from lightning_stitch.cli.trainer import StitchTrainer
 from lightning_stitch.errors import StitchError
+from lightning_stitch.training import FragmentSearch
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -38,6 +39,13 @@ class StitchCLI(LightningCLI):
         """Lightning's, and `compare` and `inspect`, which take the same configuration."""
         own = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "compare": own, "inspect": own}
+
+    def before_fit(self) -> None:
+        """Spare a search whose network a checkpoint replaces; "last" and the like only the Trainer can resolve."""
+        path = self.config["fit"].ckpt_path
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FragmentSearch) and path is not None and Path(path).is_file():
+                callback.ckpt_path = path
 
     def after_fit(self) -> None:
         """Save what a search without training made."""

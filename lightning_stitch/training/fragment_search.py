@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
@@ -30,9 +31,8 @@ from lightning_stitch.stitching import Candidate, Kind
 from lightning_stitch.training.callback_order import check_order
 from lightning_stitch.training.head_fitting import check_outputs, check_targets, fitted_head, selection_for
 from lightning_stitch.training.module import StitchedClassifier
-from lightning_stitch.training.resuming import is_resumed
 from lightning_stitch.training.search_report import report_search
-from lightning_stitch.training.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
+from lightning_stitch.training.slots import BackboneSlot, agree, one_rank_first, place_for_network
 
 
 class FragmentSearch(pl.Callback):
@@ -44,7 +44,13 @@ class FragmentSearch(pl.Callback):
     directory; `install_within` takes another of them afterwards.
 
     The module is a `StitchedClassifier`, or any LightningModule with the `attribute` that its backbone is in; the data
-    module is a `CalibrationDataModule`. A run that resumes from a checkpoint takes the network from there.
+    module is a `CalibrationDataModule`.
+
+    A run that restores a checkpoint, `fit(ckpt_path=...)`, ends with the checkpoint's network, whatever was in the
+    module before. But Lightning names the checkpoint only after the callbacks are set up: a module that has no recipe
+    is searched for once, for nothing, and callbacks that copy or freeze the module in their own `setup` see the network
+    that was found. Either of two ways spares the search: load the module from the checkpoint first
+    (`load_from_checkpoint`), so that it has a recipe, or set `ckpt_path` of this callback.
 
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
@@ -92,6 +98,8 @@ class FragmentSearch(pl.Callback):
     so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
 
     Attributes:
+        ckpt_path: A checkpoint file that the coming `fit` restores: its network is taken, and nothing is searched. None
+            by default; `lightning-stitch fit --ckpt_path FILE` sets it.
         pool: The sources, cut, that the search composed from; None before it ran.
         result: What the search found; None before it ran.
         comparison: The table, if asked for.
@@ -146,10 +154,12 @@ class FragmentSearch(pl.Callback):
         self.attribute = attribute
         self.head_attribute = head_attribute
         self.skip_rejected = skip_rejected
+        self.ckpt_path: str | Path | None = None
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
         self._usable: list[Any] | None = None
+        self._restoring: RemovableHandle | None = None
 
     def fetch_sources(self) -> None:
         """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
@@ -174,7 +184,7 @@ class FragmentSearch(pl.Callback):
             return None
         check_order(trainer, self)
         module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        return None if module.recipe is not None or is_resumed(trainer) else module
+        return None if module.recipe is not None or self.ckpt_path is not None else module
 
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded; likewise."""
@@ -204,13 +214,18 @@ class FragmentSearch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
+        self._stop_restoring()
+        if self.attribute is not None:
+            self._restoring = BackboneSlot(pl_module, self.attribute).restore_when_loaded()
         if stage != "fit":
-            if self.attribute is not None:
-                is_restored(trainer, place_for_network(pl_module, self.attribute))
             return
         module, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
-        if module.recipe is not None or is_restored(trainer, module):
+        if module.recipe is not None:
+            return
+        if self.ckpt_path is not None:
+            # Now, for callbacks behind this one that copy or freeze the module in their own setup.
+            module.restore(trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path, map_location="cpu"))
             return
         module.check_stage(stage)
         with one_rank_first(trainer, module):
@@ -224,6 +239,15 @@ class FragmentSearch(pl.Callback):
             self._run(trainer, module, data, self._fetched, progress)
         self._fetched = None
         self._report(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as other modules are."""
+        self._stop_restoring()
+
+    def _stop_restoring(self) -> None:
+        if self._restoring is not None:
+            self._restoring.remove()
+            self._restoring = None
 
     def install_within(self, trainer: pl.Trainer, budget: Budget, *, kind: Kind | None = None) -> Ranked:
         """Install the best candidate of the last search that keeps another budget, without searching again.

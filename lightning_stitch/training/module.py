@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,10 @@ class StitchedClassifier(pl.LightningModule):
         else:
             network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
             self.install(network, self.head_settings.empty(network.num_features))
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the structure that a checkpoint holds, as `on_load_checkpoint` does."""
+        self.on_load_checkpoint(dict(checkpoint))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.data import CalibrationDataModule
@@ -29,7 +31,6 @@ from lightning_stitch.recipe import Recipe
 from lightning_stitch.stitching import fit_rows
 from lightning_stitch.training.head_fitting import shared_head
 from lightning_stitch.training.module import StitchedClassifier
-from lightning_stitch.training.resuming import resumed_checkpoint
 
 
 class BackboneSlot:
@@ -79,20 +80,22 @@ class BackboneSlot:
             return None
         return present.recipe.to_dict()
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Take the structure that a checkpoint holds.
 
         Raises:
             RecipeError: If it holds none for this attribute.
         """
-        saved = saved_backbones(checkpoint["state_dict"])
-        if saved.get(self.attribute, {}).get("recipe") is None:
-            raise RecipeError(
-                f"This checkpoint holds no stitched network for {self.attribute!r}; it has some for {sorted(saved)}. "
-                f"It was saved by a run without FragmentSearch(attribute={self.attribute!r})."
-            )
-        restore_backbones(self.module, checkpoint)
+        _take_structure(self.attribute, self.module, checkpoint["state_dict"])
         self.present = self.module.get_submodule(self.attribute)
+
+    def restore_when_loaded(self) -> RemovableHandle:
+        """Let the module take the structure of every state dict that it loads, until the handle is removed.
+
+        Lightning loads a checkpoint's tensors between the module's hook and the callbacks'; a class that does not
+        define `on_load_checkpoint` would have no place for them.
+        """
+        return self.module.register_load_state_dict_pre_hook(partial(_take_structure, self.attribute))
 
     def install(
         self,
@@ -244,6 +247,27 @@ class BackboneSlot:
             )
 
 
+def _take_structure(
+    attribute: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: object
+) -> None:
+    """Build the stitched backbones of a state dict in a module, before their tensors are loaded.
+
+    Args:
+        attribute: Where there must be one.
+        module: The module.
+        state_dict: A state dict of the module, or of one that holds it.
+        prefix: What the module's keys begin with.
+    """
+    state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    saved = saved_backbones(state)
+    if saved.get(attribute, {}).get("recipe") is None:
+        raise RecipeError(
+            f"This checkpoint holds no stitched network for {attribute!r}; it has some for {sorted(saved)}. "
+            f"It was saved by a run without FragmentSearch(attribute={attribute!r})."
+        )
+    restore_backbones(module, {"state_dict": state})
+
+
 def place_for_network(
     module: pl.LightningModule, attribute: str | None, head_attribute: str | None = None
 ) -> StitchedClassifier | BackboneSlot:
@@ -263,22 +287,6 @@ def place_for_network(
             f"fills an attribute: FragmentSearch(attribute='backbone', ...)."
         )
     return module
-
-
-def is_restored(trainer: pl.Trainer, place: StitchedClassifier | BackboneSlot) -> bool:
-    """Give a place the structure of the checkpoint that the run is about to restore; says whether there is one.
-
-    Raises:
-        RecipeError: If the checkpoint holds no network for it.
-    """
-    checkpoint = resumed_checkpoint(trainer)
-    if checkpoint is None:
-        return False
-    if isinstance(place, BackboneSlot):
-        place.restore(checkpoint)
-    else:
-        place.on_load_checkpoint(checkpoint)
-    return True
 
 
 def agree(trainer: pl.Trainer, module: StitchedClassifier) -> None:
