@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_stitch._lightning import NAMESPACE, mixture, pl
+from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
 from lightning_stitch.cli import predict as predict_command
 from lightning_stitch.cli import publish as publish_command
 from lightning_stitch.cli.inspect import inspect
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     except SystemExit as stop:
         # jsonargparse says only that a class is no subclass, by a name that both packages share.
-        if stop.code == 2 and (hint := mixture()) is not None:
+        if stop.code == 2 and (hint := explain_both_loaded()) is not None:
             print(f"note: {hint}", file=sys.stderr)
         raise
     except BrokenPipeError:

@@ -11,13 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision.datasets import ImageFolder
 
-from lightning_stitch._lightning import (
-    CheckedDataModule,
-    check_same_namespace,
-    find_sources_of_searches,
-    pl,
-    prepare_searches,
-)
+from lightning_stitch._lightning import check_same_namespace, pl, source_preparers
 from lightning_stitch.data.images import CheckedImages, Decoder, Items, open_image, probe
 from lightning_stitch.data.labels import (
     all_targets,
@@ -34,7 +28,7 @@ from lightning_stitch.errors import CalibrationError
 _DEFAULT_SHARE = 0.2
 
 
-class CalibrationDataModule(CheckedDataModule):
+class CalibrationDataModule(pl.LightningDataModule):
     """Supply the calibration, train, selection and test sets; no image is in two of them.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched
@@ -154,12 +148,14 @@ class CalibrationDataModule(CheckedDataModule):
 
     def prepare_data(self) -> None:
         """Let a given datamodule download what it needs, and then a Trainer's searches fetch their sources."""
+        trainer: Any = self.trainer  # None where no Trainer runs it
+        preparers = [] if trainer is None else source_preparers(trainer)
         if self._datamodule is not None:
-            if self.trainer is not None:
-                find_sources_of_searches(self.trainer)
+            for preparer in preparers:
+                preparer.look_up_sources(trainer)
             self._datamodule.prepare_data()
-        if self.trainer is not None:
-            prepare_searches(self.trainer)
+        for preparer in preparers:
+            preparer.prepare_sources(trainer)
 
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets, once; later calls do nothing.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
+from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
@@ -196,10 +196,10 @@ class FragmentSearch(pl.Callback):
         module = self._place(trainer)
         if module is None:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = _calibration_data(trainer.datamodule)  # type: ignore[attr-defined]
 
         def image_shape() -> tuple[int, int, int] | None:
-            if isinstance(data, CalibrationDataModule) and data.is_wrapper and trainer.world_size > 1:
+            if data.is_wrapper and trainer.world_size > 1:
                 return None  # its setup may wait for ranks that are not here
             return self.check_run(trainer, trainer.lightning_module, data)[1].image_shape
 
@@ -293,16 +293,10 @@ class FragmentSearch(pl.Callback):
         Raises:
             StitchError: If they do not.
         """
-        check_parts(trainer)
-        check_same_namespace(pl_module, "module")
+        check_same_namespace(trainer, "Trainer")
         find_ranking(self.ranking, labelled=True)
         module = place_for_network(pl_module, self.attribute, self.head_attribute)
-        if not isinstance(data, CalibrationDataModule):
-            found = "none" if data is None else type(data).__name__
-            raise StitchError(
-                f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found {found}. "
-                f"CalibrationDataModule(datamodule=yours) wraps another one."
-            )
+        data = _calibration_data(data)
         if trainer.strategy.restore_checkpoint_after_setup and module.recipe is None:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
@@ -418,6 +412,16 @@ class FragmentSearch(pl.Callback):
             "refinements": list(self.refinements),
         }
         report_search(trainer, self.result, self.comparison, settings)
+
+
+def _calibration_data(data: Any) -> CalibrationDataModule:
+    """The run's data module, which must be of the kind that a search takes."""
+    if isinstance(data, CalibrationDataModule):
+        return data
+    raise StitchError(
+        f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found "
+        f"{'none' if data is None else type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps another one."
+    )
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from lightning_stitch._lightning import check_parts, pl, prepare_searches, warn_where_both_are_loaded
+from lightning_stitch._lightning import pl, source_preparers, warn_where_both_are_loaded
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
@@ -189,7 +189,8 @@ class StitchedClassifier(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Let the search fetch its sources, once for each node, where waiting has no time limit."""
-        prepare_searches(self.trainer)
+        for preparer in source_preparers(self.trainer):
+            preparer.prepare_sources(self.trainer)
 
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""
@@ -235,18 +236,6 @@ class StitchedClassifier(pl.LightningModule):
             )
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
-
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The Trainer that this module is attached to."""
-        return super().trainer
-
-    @trainer.setter
-    def trainer(self, trainer: pl.Trainer | None) -> None:
-        # The first that a module sees of a run: Lightning's own words for a data module of the other package are
-        # "Expected a parent".
-        check_parts(trainer)
-        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Refuse to train or evaluate without a head."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same_namespace, pl
+from lightning_stitch._lightning import NAMESPACE, check_same_namespace, pl
 from lightning_stitch.data import ImageFileSet, list_images, readable
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.report import check_output, prediction_rows, write_predictions
 
 
-class ImageFiles(CheckedDataModule):
+class ImageFiles(pl.LightningDataModule):
     """Images to predict, from files and folders of them.
 
     Size and channels come from the recipe of the module that predicts, resized as `CalibrationDataModule` does it; mean
