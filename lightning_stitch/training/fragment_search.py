@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
@@ -28,11 +28,11 @@ from lightning_stitch.sources import (
     without_strangers,
 )
 from lightning_stitch.stitching import Candidate, Kind
+from lightning_stitch.training.backbone_place import restore_when_loaded
 from lightning_stitch.training.callback_order import check_order
-from lightning_stitch.training.head_fitting import check_outputs, check_targets, fitted_head, selection_for
-from lightning_stitch.training.module import StitchedClassifier
+from lightning_stitch.training.head_fitting import check_outputs, selection_for
+from lightning_stitch.training.places import Place, place_for_network
 from lightning_stitch.training.search_report import report_search
-from lightning_stitch.training.slots import BackboneSlot, agree, one_rank_first, place_for_network
 
 
 class FragmentSearch(pl.Callback):
@@ -178,13 +178,13 @@ class FragmentSearch(pl.Callback):
         self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
-    def _place(self, trainer: pl.Trainer) -> StitchedClassifier | BackboneSlot | None:
+    def _place(self, trainer: pl.Trainer) -> Place | None:
         """Where this run will put a network; None: it will not search, or has its sources."""
         if self._fetched is not None or trainer.state.fn != "fit":
             return None
         check_order(trainer, self)
-        module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        return None if module.recipe is not None or self.ckpt_path is not None else module
+        place = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
+        return None if place.recipe is not None or self.ckpt_path is not None else place
 
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded; likewise."""
@@ -193,8 +193,8 @@ class FragmentSearch(pl.Callback):
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
         """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
-        module = self._place(trainer)
-        if module is None:
+        place = self._place(trainer)
+        if place is None:
             return
         data = _calibration_data(trainer.datamodule)  # type: ignore[attr-defined]
 
@@ -203,7 +203,7 @@ class FragmentSearch(pl.Callback):
                 return None  # its setup may wait for ranks that are not here
             return self.check_run(trainer, trainer.lightning_module, data)[1].image_shape
 
-        self._prepare(trainer, module.head_settings.until, image_shape)
+        self._prepare(trainer, place.head_settings.until, image_shape)
 
     def _prepare(self, trainer: pl.Trainer, until: str, image_shape: Callable[[], tuple[int, int, int] | None]) -> None:
         # The other ranks of a node find its files in the cache, but must leave the same sources out.
@@ -216,27 +216,27 @@ class FragmentSearch(pl.Callback):
         """Search, install the network and its head, and compare if asked to."""
         self._stop_restoring()
         if self.attribute is not None:
-            self._restoring = BackboneSlot(pl_module, self.attribute).restore_when_loaded()
+            self._restoring = restore_when_loaded(pl_module, self.attribute)
         if stage != "fit":
             return
-        module, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        place, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
-        if module.recipe is not None:
+        if place.recipe is not None:
             return
         if self.ckpt_path is not None:
             # Now, for callbacks behind this one that copy or freeze the module in their own setup.
-            module.restore(trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path, map_location="cpu"))
+            place.restore(trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path, map_location="cpu"))
             return
-        module.check_stage(stage)
-        with one_rank_first(trainer, module):
-            self._prepare(trainer, module.head_settings.until, lambda: data.image_shape)
+        place.check_stage(stage)
+        with _one_rank_first(trainer):
+            self._prepare(trainer, place.head_settings.until, lambda: data.image_shape)
         assert self._fetched is not None
-        settings, skip = self.settings(module.head_settings.until), self.skip_rejected
+        settings, skip = self.settings(place.head_settings.until), self.skip_rejected
         self._fetched = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
         with isolate_rng(), Bar() if not quiet else Silent() as progress:
-            self._run(trainer, module, data, self._fetched, progress)
+            self._run(trainer, place, data, self._fetched, progress)
         self._fetched = None
         self._report(trainer)
 
@@ -272,7 +272,7 @@ class FragmentSearch(pl.Callback):
             raise StitchError(
                 "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
             )
-        module, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+        place, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
         chosen = self.result.within(budget, kind=kind)
         if chosen is None:
             cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs).candidate
@@ -282,12 +282,12 @@ class FragmentSearch(pl.Callback):
                 f"({cheapest.recipe.path}). Raise the budget, or search under it."
             )
         with isolate_rng():
-            self._install(trainer, module, data, chosen.candidate, Silent())
+            self._install(trainer, place, data, chosen.candidate, Silent())
         return chosen
 
     def check_run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
-    ) -> tuple[StitchedClassifier | BackboneSlot, CalibrationDataModule]:
+    ) -> tuple[Place, CalibrationDataModule]:
         """Where the network will go, and the images, once they suit each other and the search's own settings.
 
         Raises:
@@ -295,20 +295,16 @@ class FragmentSearch(pl.Callback):
         """
         check_same_namespace(trainer, "Trainer")
         find_ranking(self.ranking, labelled=True)
-        module = place_for_network(pl_module, self.attribute, self.head_attribute)
+        place = place_for_network(pl_module, self.attribute, self.head_attribute)
         data = _calibration_data(data)
-        if trainer.strategy.restore_checkpoint_after_setup and module.recipe is None:
+        if trainer.strategy.restore_checkpoint_after_setup and place.recipe is None:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
                 f"must be known from the start: search with another strategy first, then give "
                 f"StitchedClassifier(recipe=...) or StitchedBackbone(recipe=...)."
             )
-        if isinstance(module, BackboneSlot):
-            module.check_head(data)
-        check_targets(module.head_settings, data, ranking=self.ranking, compare=self.compare)
-        if isinstance(module, StitchedClassifier):
-            module.check_class_names(data.class_names)
-        return module, data
+        place.check(data, ranking=self.ranking, compare=self.compare)
+        return place, data
 
     def settings(self, until: str) -> CalibrationSettings:
         """How its pool is cut and calibrated, for networks that end `until` (`CalibrationSettings`)."""
@@ -324,7 +320,7 @@ class FragmentSearch(pl.Callback):
     def _run(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier | BackboneSlot,
+        place: Place,
         data: CalibrationDataModule,
         sources: list[Source],
         progress: Progress,
@@ -333,13 +329,13 @@ class FragmentSearch(pl.Callback):
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=without_strangers(self.settings(module.head_settings.until), [part.name for part in sources]),
+            settings=without_strangers(self.settings(place.head_settings.until), [part.name for part in sources]),
             device=trainer.strategy.root_device,
         )
-        check_outputs(module.head_settings, pool)
+        check_outputs(place.head_settings, pool)
         self.result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
-            selection_for(module.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
+            selection_for(place.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
             strategy=self.strategy or Beam(),
             budget=self.budget,
             ranking=self.ranking,
@@ -354,7 +350,7 @@ class FragmentSearch(pl.Callback):
             max_healed=2 if tiny else self.max_healed,
             progress=progress,
         )
-        self._install(trainer, module, data, self.result.best.candidate, progress)
+        self._install(trainer, place, data, self.result.best.candidate, progress)
         if self.compare and not tiny:
             data.setup("test")
             self.comparison = compare(
@@ -362,8 +358,8 @@ class FragmentSearch(pl.Callback):
                 self.result,
                 data.head_dataloader(),
                 data.test_dataloader(),
-                num_classes=module.head_settings.num_classes,
-                head=module.head_settings,
+                num_classes=place.head_settings.num_classes,
+                head=place.head_settings,
                 fractions=self.fractions,
                 progress=progress,
             )
@@ -371,7 +367,7 @@ class FragmentSearch(pl.Callback):
     def _install(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier | BackboneSlot,
+        place: Place,
         data: CalibrationDataModule,
         candidate: Candidate,
         progress: Progress,
@@ -380,20 +376,8 @@ class FragmentSearch(pl.Callback):
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
-        if isinstance(module, BackboneSlot):
-            outcomes, targets = self.pool.outcomes([candidate], batches, progress=progress)
-            with torch.inference_mode(False):
-                network = self.pool.assemble(candidate)
-            module.install(network, outcomes[0].features, targets, batches, data, ridge=self.ridge)
-            module.agree(trainer)
-            return
-        head = fitted_head(module.head_settings, self.pool, candidate, batches, progress)
-        with torch.inference_mode(False):
-            network = self.pool.assemble(candidate)
-        module.install(network.to(module.device), head.to(module.device))
-        if module.class_names is None and module.head_settings.name != "none":
-            module.class_names = data.class_names
-        agree(trainer, module)
+        place.install(candidate, self.pool, data, batches, ridge=self.ridge, progress=progress)
+        place.agree(trainer.strategy)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:
         if self.journal is None:
@@ -422,6 +406,16 @@ def _calibration_data(data: Any) -> CalibrationDataModule:
         f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found "
         f"{'none' if data is None else type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps another one."
     )
+
+
+@contextmanager
+def _one_rank_first(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the first rank of each node do something before the others."""
+    if trainer.local_rank != 0:
+        trainer.strategy.barrier("one_rank_first")
+    yield
+    if trainer.local_rank == 0:
+        trainer.strategy.barrier("one_rank_first")
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

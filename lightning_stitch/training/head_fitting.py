@@ -17,9 +17,7 @@ from lightning_stitch.search import NEED_LABELS, Ranking, check_ranking_fits
 from lightning_stitch.stitching import Batch, Candidate, WithoutLabels
 
 
-def check_targets(
-    head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool = False
-) -> None:
+def check_targets(head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
     """Refuse data whose targets are none that the head, the ranking or the comparison can use.
 
     Args:
@@ -92,7 +90,7 @@ def selection_for(head: HeadSettings, batches: Iterable[Batch], ranking: str | R
     return WithoutLabels(batches) if ranking == "auto" and not head.needs_targets else batches
 
 
-def fitted_head(
+def fit_candidate_head(
     head: HeadSettings, pool: Pool, candidate: Candidate, batches: Iterable[Batch], progress: Progress
 ) -> nn.Module:
     """A candidate's head, fitted on labelled images where it takes some; can be trained on.
@@ -114,7 +112,7 @@ def fitted_head(
         return head.fit(outcomes[0].features, targets)
 
 
-def shared_head(head: nn.Module, strategy: Any) -> None:
+def share_head(head: nn.Module, strategy: Any) -> None:
     """Give every rank rank zero's numbers: a head that holds labelled images has as many rows everywhere.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,6 @@ class StitchedClassifier(pl.LightningModule):
             )
         self.hparams["class_names"] = None if names is None else [str(name) for name in names]
 
-    def check_class_names(self, names: list[str] | None) -> None:
-        """Refuse data whose classes are named otherwise.
-
-        Raises:
-            StitchError: Naming both.
-        """
-        if None not in (self.class_names, names) and names != self.class_names:
-            raise StitchError(
-                f"StitchedClassifier has class_names={self.class_names}, the data have {names}; the order is that of "
-                f"the labels. Leave class_names out to take the data's."
-            )
-
     def install(self, network: StitchedNetwork | Ensemble, head: nn.Module) -> None:
         """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
 
@@ -202,10 +190,6 @@ class StitchedClassifier(pl.LightningModule):
         else:
             network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
             self.install(network, self.head_settings.empty(network.num_features))
-
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the structure that a checkpoint holds, as `on_load_checkpoint` does."""
-        self.on_load_checkpoint(dict(checkpoint))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""
