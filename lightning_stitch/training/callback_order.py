@@ -36,7 +36,7 @@ def check_order(trainer: pl.Trainer, search: SourcePreparer) -> None:
     for kind, does in _LOOK_IN_SETUP.items():
         for callback in before:
             if isinstance(callback, getattr(pl.callbacks, kind)):
-                names = [type(search).__name__, *(type(early).__name__ for early in before if _looks(early))]
+                names = [type(search).__name__, *(type(early).__name__ for early in before if _needs_network(early))]
                 raise StitchError(
                     f"{type(callback).__name__} stands before {type(search).__name__} among the Trainer's callbacks, "
                     f"but it {does} when it is set up, before there is a network in it. The order that works is "
@@ -44,5 +44,5 @@ def check_order(trainer: pl.Trainer, search: SourcePreparer) -> None:
                 )
 
 
-def _looks(callback: pl.Callback) -> bool:
+def _needs_network(callback: pl.Callback) -> bool:
     return any(isinstance(callback, getattr(pl.callbacks, kind)) for kind in _LOOK_IN_SETUP)

@@ -99,8 +99,8 @@ class StitchedClassifier(pl.LightningModule):
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
-        own = self.head_settings.class_names
-        self.class_names = class_names if class_names is not None or own is None else list(own)
+        mapped = self.head_settings.class_names
+        self.class_names = class_names if class_names is not None or mapped is None else list(mapped)
         self.lr = lr
         self._plan = TrainingPlan(
             thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
@@ -122,7 +122,7 @@ class StitchedClassifier(pl.LightningModule):
 
     @property
     def task(self) -> str:
-        """What `predict_step` gives, for whoever writes it down: without a head numbers, as of a regression."""
+        """What `predict_step` gives, for those who write it down: without a head numbers, as for a regression."""
         return "regression" if self.head_settings.name == "none" else self.head_settings.task
 
     @property
@@ -211,11 +211,11 @@ class StitchedClassifier(pl.LightningModule):
         self._plan.thaw(self, epoch=checkpoint.get("epoch", 0))
 
     def _check_same_head(self, saved: dict[str, Any]) -> None:
-        own = {"head": self.head_settings.plain, "task": self.head_settings.task}
-        found = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
-        if found != own:
+        here = {"head": self.head_settings.plain, "task": self.head_settings.task}
+        there = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
+        if there != here:
             raise RecipeError(
-                f"The checkpoint's module has {found}, this one {own}. Make this one alike, or call "
+                f"The checkpoint's module has {there}, this one {here}. Make this one alike, or call "
                 f"StitchedClassifier.load_from_checkpoint, which does."
             )
 
@@ -249,7 +249,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The task's loss of a batch (`loss_of`)."""
-        images, targets = self._labelled(batch)
+        images, targets = self._split_batch(batch)
         loss = loss_of(self.head_settings.task, self(images), targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -289,14 +289,15 @@ class StitchedClassifier(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
         if self.trainer.sanity_checking and (self.head_settings.name == "none" or isinstance(batch, Tensor)):
             return  # fit checks a few batches even where there is no epoch to train
-        images, targets = self._labelled(batch)
+        images, targets = self._split_batch(batch)
         outputs = self(images)
         metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
         loss = loss_of(self.head_settings.task, outputs, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images))
         self.log_dict(metrics, batch_size=len(images))
 
-    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, which must have targets."""
         if self.head_settings.name == "none":
             raise StitchError(_NO_HEAD)
         if isinstance(batch, Tensor) or len(batch) < 2:
