@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_stitch._lightning import NAMESPACE, check_same_namespace, pl
-from lightning_stitch.data import ImageFileSet, list_images, readable
+from lightning_stitch.data import ImageFileSet, list_images, select_readable
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.report import check_output, prediction_rows, write_predictions
 
@@ -59,7 +59,7 @@ class ImageFiles(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the files and check that they are images, once; later calls do nothing."""
         if not self.files:
-            self.files, self.skipped = readable(list_images(self.paths), skip_unreadable=self.skip_unreadable)
+            self.files, self.skipped = select_readable(list_images(self.paths), skip_unreadable=self.skip_unreadable)
 
     def predict_dataloader(self) -> DataLoader:
         """All images in the order of `files`."""
