@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning_stitch.errors import StitchError
 
@@ -24,12 +24,17 @@ def _choose(wanted: str | None, loaded: Iterable[str]) -> str:
             if wanted in (package, package.split(".")[0]):
                 return package
         raise StitchError(f"{_VARIABLE} is {wanted!r}; set it to 'pytorch_lightning' or 'lightning', or unset it.")
-    found = (name for name in loaded if name in _PACKAGES)
-    return next(found, None) or next((name for name in _PACKAGES if find_spec(name.split(".")[0])), _PACKAGES[0])
+    imported = (name for name in loaded if name in _PACKAGES)
+    return next(imported, None) or next((name for name in _PACKAGES if find_spec(name.split(".")[0])), _PACKAGES[0])
 
 
 # sys.modules keeps the order of import.
 NAMESPACE = _choose(os.environ.get(_VARIABLE), list(sys.modules))
+_OTHER = next(name for name in _PACKAGES if name != NAMESPACE)
+_MEND = (
+    f"Import everything from {NAMESPACE!r}; or import {_OTHER!r} before lightning_stitch, or set "
+    f"{_VARIABLE}={_OTHER.split('.')[0]}."
+)
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -49,108 +54,64 @@ def isolate_rng() -> AbstractContextManager[None]:
     return context
 
 
-def check_same_namespace(obj: object, what: str) -> None:
+def check_same_namespace(part: object, what: str) -> None:
     """Refuse a Trainer, LightningModule or LightningDataModule of the other Lightning package.
 
+    Callbacks ask it in their `setup`: a Trainer takes callbacks of either package, but neither modules nor data modules
+    of the other one, which it refuses before anything of this library runs.
+
     Args:
-        obj: The object; one that belongs to neither package passes.
+        part: The object; one that belongs to neither package passes.
         what: What the user calls it ("datamodule", "Trainer").
 
     Raises:
         StitchError: If it comes from the other package; the message names both.
     """
-    homes = {base.__module__.split(".")[0] for base in type(obj).__mro__}
-    if _other().split(".")[0] in homes and NAMESPACE.split(".")[0] not in homes:
+    homes = {base.__module__.split(".")[0] for base in type(part).__mro__}
+    if _OTHER.split(".")[0] in homes and NAMESPACE.split(".")[0] not in homes:
         raise StitchError(
-            f"The {what} ({type(obj).__name__}) comes from {_other()!r}, but lightning_stitch uses {NAMESPACE!r} in "
-            f"this process, and the two do not mix. {_mend()}"
+            f"The {what} ({type(part).__name__}) comes from {_OTHER!r}, but lightning_stitch uses {NAMESPACE!r} in "
+            f"this process, and the two do not mix. {_MEND}"
         )
 
 
-def check_parts(trainer: Any) -> None:
-    """Refuse a Trainer of the other package, and one that was given the other package's data module.
-
-    A data module of the other package that is handed over by its place, `trainer.fit(model, data)`, is taken by
-    Lightning for a dataloader, so this looks there as well.
-
-    Raises:
-        StitchError: As `check_same_namespace`.
-    """
-    check_same_namespace(trainer, "Trainer")
-    check_same_namespace(getattr(trainer, "datamodule", None), "data module")
-    for loop in ("fit_loop", "validate_loop", "test_loop", "predict_loop"):
-        given = getattr(getattr(getattr(trainer, loop, None), "_data_source", None), "instance", None)
-        check_same_namespace(given, "data module")
-
-
-class CheckedDataModule(pl.LightningDataModule):
-    """A data module that says so where a Trainer of the other package is given it."""
-
-    @property
-    def trainer(self) -> pl.Trainer | None:
-        """The Trainer that this data module is attached to."""
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: pl.Trainer | None) -> None:
-        # The first that a data module sees of a run.
-        check_same_namespace(trainer, "Trainer")
-        self._trainer = trainer
-
-    def __iter__(self) -> NoReturn:
-        """Refuse to be taken for a dataloader, as the other package's Trainer does."""
-        raise StitchError(
-            f"A {type(self).__name__} is a data module, not a dataloader. It belongs to {NAMESPACE!r}, and a Trainer "
-            f"of {_other()!r} takes it for one. {_mend()}"
-        )
+def explain_both_loaded() -> str | None:
+    """Whose classes this library's are, where both packages are loaded; None: only one is."""
+    if _OTHER not in sys.modules:
+        return None
+    return (
+        f"{' and '.join(map(repr, _PACKAGES))} are both loaded, and each refuses the other's modules and data modules. "
+        f"lightning_stitch uses {NAMESPACE!r} in this process. {_MEND}"
+    )
 
 
 def warn_where_both_are_loaded() -> None:
     """Say whose classes this library's are, where both packages are loaded and nothing says which one is meant.
 
-    A Trainer that is given a module of the other package refuses it before anything of this library runs, and its
-    message does not tell why.
+    What Lightning says of a module of the other package does not tell why.
     """
-    if _other() in sys.modules and NAMESPACE in sys.modules and not os.environ.get(_VARIABLE):
-        warnings.warn(
-            f"{' and '.join(map(repr, _PACKAGES))} are both loaded, and their Trainers refuse each other's modules. "
-            f"lightning_stitch uses {NAMESPACE!r} in this process. {_mend()} Setting the variable ends this warning.",
-            stacklevel=3,
-        )
+    if (explanation := explain_both_loaded()) is not None and not os.environ.get(_VARIABLE):
+        warnings.warn(f"{explanation} Setting the variable ends this warning.", stacklevel=3)
 
 
-def mixture() -> str | None:
-    """A hint for an import that was refused on the command line: whose classes it takes; None: only one is loaded."""
-    if _other() not in sys.modules:
-        return None
-    return (
-        f"lightning_stitch uses {NAMESPACE!r} in this process, and {_other()!r} is loaded, too. A class of the latter "
-        f"is refused. {_mend()}"
-    )
+@runtime_checkable
+class SourcePreparer(Protocol):
+    """A callback that composes a network out of sources, which are fetched while Lightning prepares the data.
+
+    Attributes:
+        attribute: Where in the module its network goes; None: it is the whole module's.
+    """
+
+    attribute: str | None
+
+    def look_up_sources(self, trainer: pl.Trainer) -> None:
+        """Refuse sources that cannot be found, before images are downloaded."""
+
+    def prepare_sources(self, trainer: pl.Trainer) -> None:
+        """Check and fetch the sources; called once for each node."""
 
 
-def _other() -> str:
-    return next(package for package in _PACKAGES if package != NAMESPACE)
-
-
-def _mend() -> str:
-    return (
-        f"Import everything from {NAMESPACE!r}; or import {_other()!r} before lightning_stitch, or set "
-        f"{_VARIABLE}={_other().split('.')[0]}."
-    )
-
-
-def find_sources_of_searches(trainer: pl.Trainer) -> None:
-    """Let the callbacks that search look up the names of their sources, before a data module downloads its images."""
-    for callback in getattr(trainer, "callbacks", []):
-        find = getattr(callback, "look_up_sources", None)
-        if find is not None:
-            find(trainer)
-
-
-def prepare_searches(trainer: pl.Trainer) -> None:
-    """Let the callbacks that search check and fetch their sources; Lightning calls this once for each node."""
-    for callback in getattr(trainer, "callbacks", []):
-        prepare = getattr(callback, "prepare_sources", None)
-        if prepare is not None:
-            prepare(trainer)
+def source_preparers(trainer: pl.Trainer) -> list[SourcePreparer]:
+    """The callbacks of a Trainer that compose a network out of sources."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, SourcePreparer)]

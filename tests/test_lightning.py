@@ -18,7 +18,8 @@ from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.training.fragment_search import FragmentSearch
 from lightning_stitch.training.module import StitchedClassifier
-from lightning_stitch.training.predicting import ImageFiles, predict_files
+from lightning_stitch.training.predicting import PredictionWriter, predict_files
+from lightning_stitch.training.publish_after_fit import PublishAfterFit
 
 OTHER = next(name for name in ("pytorch_lightning", "lightning.pytorch") if name != NAMESPACE)
 SEARCH = {"sources": [{"spec": "test_resnet", "pretrained": False}]}
@@ -75,46 +76,35 @@ def test_objects_of_the_other_package_are_refused_by_both_names() -> None:
         _lightning.check_same_namespace(accepted, "datamodule")
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_data_module_of_the_other_package_is_refused_before_sources_are_fetched(
-    tmp_path: Path, by_name: bool
+def test_a_trainer_of_the_other_package_is_refused_by_every_callback() -> None:
+    trainer, model = foreign("Trainer", datamodule=None), StitchedClassifier(num_classes=3)
+    for callback in (FragmentSearch(**SEARCH), PublishAfterFit("me/mine"), PredictionWriter()):
+        with pytest.raises(StitchError, match=rf"Trainer \(Mine\) {WORDS}"):
+            callback.setup(trainer, model, "fit")
+
+
+@pytest.mark.parametrize("attribute", [None, "backbone"])
+def test_a_module_of_the_other_package_is_refused_by_the_search(attribute: str | None, tmp_path: Path) -> None:
+    search = FragmentSearch(**SEARCH, attribute=attribute)
+    with pytest.raises(StitchError, match=rf"module \(Mine\) {WORDS}"):
+        search.check_run(quiet_trainer(tmp_path), foreign("LightningModule"), images())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize(
+    ("by_name", "words"), [(True, "Expected a parent"), (False, "needs a CalibrationDataModule, .* found none")]
+)
+def test_a_data_module_of_the_other_package_is_no_data_module_and_the_warning_before_tells_why(
+    by_name: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = FragmentSearch(["no such source"])
-    run = quiet_trainer(tmp_path, callbacks=[search])
+    monkeypatch.setitem(sys.modules, OTHER, ModuleType(OTHER))
+    monkeypatch.delenv("LIGHTNING_STITCH_NAMESPACE", raising=False)
+    with pytest.warns(UserWarning, match=f"each refuses the other's .*data modules.* uses '{NAMESPACE}'"):
+        model, search = StitchedClassifier(num_classes=3), FragmentSearch(["no such source"])
     data = foreign("LightningDataModule", on_exception=lambda self, error: None)
-    given = {"datamodule": data} if by_name else {"train_dataloaders": data}
-    with pytest.raises(StitchError, match=rf"data module \(Mine\) {WORDS}"):
-        run.fit(StitchedClassifier(num_classes=3), **given)
-
-
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_no_stage_takes_a_data_module_of_the_other_package(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(StitchError, match=rf"data module \(Mine\) {WORDS}"):
-        getattr(quiet_trainer(tmp_path), stage)(StitchedClassifier(num_classes=3), foreign("LightningDataModule"))
-
-
-@pytest.mark.parametrize("data", [images(), ImageFiles("images")], ids=["CalibrationDataModule", "ImageFiles"])
-def test_a_trainer_of_the_other_package_is_refused_by_data_modules(data: Any) -> None:
-    with pytest.raises(StitchError, match=rf"Trainer \(Mine\) {WORDS}"):
-        data.trainer = foreign("Trainer")
-    with pytest.raises(StitchError, match=f"data module, not a dataloader. It belongs to '{NAMESPACE}', .*'{OTHER}'"):
-        iter(data)
-
-
-def test_a_trainer_of_the_other_package_is_refused_by_the_callback_and_the_module() -> None:
-    trainer = foreign("Trainer", datamodule=None)
-    with pytest.raises(StitchError, match=rf"Trainer \(Mine\) {WORDS}"):
-        FragmentSearch(**SEARCH).setup(trainer, StitchedClassifier(num_classes=3), "fit")
-    with pytest.raises(StitchError, match=rf"Trainer \(Mine\) {WORDS}"):
-        StitchedClassifier(num_classes=3).trainer = trainer
-
-
-def test_a_module_is_attached_to_its_trainer_and_says_where_it_is_not(tmp_path: Path) -> None:
-    model, data, run = StitchedClassifier(num_classes=3), images(), quiet_trainer(tmp_path)
-    with pytest.raises(RuntimeError, match="StitchedClassifier is not attached to a `Trainer`"):
-        model.trainer  # noqa: B018
-    model.trainer, data.trainer = run, run
-    assert model.trainer is data.trainer is run
+    trainer = quiet_trainer(tmp_path, callbacks=[search])
+    with pytest.raises((ValueError, StitchError), match=words):
+        trainer.fit(model, **{"datamodule" if by_name else "train_dataloaders": data})
 
 
 @pytest.mark.parametrize("make", [lambda: StitchedClassifier(num_classes=3), lambda: FragmentSearch(**SEARCH)])
@@ -148,4 +138,5 @@ def test_a_class_that_the_command_line_refuses_comes_with_a_hint_where_both_are_
             main(["fit", "--model", "torch.nn.Linear"])
         printed.append(capsys.readouterr().err)
     assert "note: " not in printed[0]
-    assert f"note: lightning_stitch uses '{NAMESPACE}' in this process, and '{OTHER}' is loaded, too." in printed[1]
+    assert "note: 'pytorch_lightning' and 'lightning.pytorch' are both loaded" in printed[1]
+    assert f"lightning_stitch uses '{NAMESPACE}' in this process." in printed[1]

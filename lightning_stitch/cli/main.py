@@ -9,12 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_stitch._lightning import NAMESPACE, mixture, pl
+from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
 from lightning_stitch.cli import predict as predict_command
 from lightning_stitch.cli import publish as publish_command
 from lightning_stitch.cli.inspect import inspect
 from lightning_stitch.cli.trainer import StitchTrainer
 from lightning_stitch.errors import StitchError
+from lightning_stitch.training import FragmentSearch
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -38,6 +39,13 @@ class StitchCLI(LightningCLI):
         """Lightning's, and `compare` and `inspect`, which take the same configuration."""
         own = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "compare": own, "inspect": own}
+
+    def before_fit(self) -> None:
+        """Spare a search whose network a checkpoint replaces; "last" and the like only the Trainer can resolve."""
+        path = self.config["fit"].ckpt_path
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FragmentSearch) and path is not None and Path(path).is_file():
+                callback.ckpt_path = path
 
     def after_fit(self) -> None:
         """Save what a search without training made."""
@@ -87,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     except SystemExit as stop:
         # jsonargparse says only that a class is no subclass, by a name that both packages share.
-        if stop.code == 2 and (hint := mixture()) is not None:
+        if stop.code == 2 and (hint := explain_both_loaded()) is not None:
             print(f"note: {hint}", file=sys.stderr)
         raise
     except BrokenPipeError:

@@ -1,5 +1,5 @@
 from .datamodule import CalibrationDataModule
-from .image_files import ImageFileSet, list_images, readable
+from .image_files import ImageFileSet, list_images, select_readable
 from .images import Decoder
 
-__all__ = ["CalibrationDataModule", "Decoder", "ImageFileSet", "list_images", "readable"]
+__all__ = ["CalibrationDataModule", "Decoder", "ImageFileSet", "list_images", "select_readable"]

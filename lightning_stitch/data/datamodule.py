@@ -11,22 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision.datasets import ImageFolder
 
-from lightning_stitch._lightning import (
-    CheckedDataModule,
-    check_same_namespace,
-    find_sources_of_searches,
-    pl,
-    prepare_searches,
-)
+from lightning_stitch._lightning import check_same_namespace, pl, source_preparers
 from lightning_stitch.data.images import CheckedImages, Decoder, Items, open_image, probe
 from lightning_stitch.data.labels import (
-    all_targets,
     check_disjoint,
     check_varied,
-    class_names,
     count_classes,
-    number_of,
-    stratified,
+    find_class_names,
+    mark_stratified,
+    read_targets,
+    to_count,
 )
 from lightning_stitch.data.target_values import DataTask, TargetReader
 from lightning_stitch.errors import CalibrationError
@@ -34,7 +28,7 @@ from lightning_stitch.errors import CalibrationError
 _DEFAULT_SHARE = 0.2
 
 
-class CalibrationDataModule(CheckedDataModule):
+class CalibrationDataModule(pl.LightningDataModule):
     """Supply the calibration, train, selection and test sets; no image is in two of them.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched
@@ -120,13 +114,13 @@ class CalibrationDataModule(CheckedDataModule):
                 f"image_folder= knows classes alone; for task={task!r} pass datasets as train=, val= and test=."
             )
         origins = {"train": train, "image_folder": image_folder, "datamodule": datamodule}
-        given = [name for name, value in origins.items() if value is not None]
-        if len(given) != 1:
+        passed = [name for name, value in origins.items() if value is not None]
+        if len(passed) != 1:
             raise CalibrationError(
-                f"Give exactly one of train=, image_folder= and datamodule=; found {' and '.join(given) or 'none'}."
+                f"Give exactly one of train=, image_folder= and datamodule=; found {' and '.join(passed) or 'none'}."
             )
         if train is None and (val is not None or test is not None):
-            raise CalibrationError(f"val= and test= belong to train=; {given[0]}= brings its own.")
+            raise CalibrationError(f"val= and test= belong to train=; {passed[0]}= brings its own.")
         if calibration_samples < 4:
             raise CalibrationError(
                 f"calibration_samples is {calibration_samples}, but stitches need at least 4; 32 is a good start."
@@ -143,7 +137,7 @@ class CalibrationDataModule(CheckedDataModule):
         self.batch_size = batch_size
         self.task: DataTask = task
         self._decoder = Decoder.of(num_channels, image_size, mean, std)
-        self._given = {"train": train, "val": val, "test": test}
+        self._passed = {"train": train, "val": val, "test": test}
         self._image_folder = image_folder
         self._datamodule = datamodule
         self._calibration_samples = calibration_samples
@@ -154,12 +148,14 @@ class CalibrationDataModule(CheckedDataModule):
 
     def prepare_data(self) -> None:
         """Let a given datamodule download what it needs, and then a Trainer's searches fetch their sources."""
+        trainer: Any = self.trainer  # None where no Trainer runs it
+        preparers = [] if trainer is None else source_preparers(trainer)
         if self._datamodule is not None:
-            if self.trainer is not None:
-                find_sources_of_searches(self.trainer)
+            for preparer in preparers:
+                preparer.look_up_sources(trainer)
             self._datamodule.prepare_data()
-        if self.trainer is not None:
-            prepare_searches(self.trainer)
+        for preparer in preparers:
+            preparer.prepare_sources(trainer)
 
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets, once; later calls do nothing.
@@ -172,47 +168,47 @@ class CalibrationDataModule(CheckedDataModule):
         """
         if self._parts:
             return
-        given = self._datasets()
-        check_disjoint(given)
+        datasets = self._collect_datasets()
+        check_disjoint(datasets)
         self._reader = TargetReader(self.task)
-        self._image_shape = probe(given, self._decoder, self._reader)
-        labels = self._learnt(given["train"])
-        explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in given}
-        chosen = self._split(labels, [part for part in ("test", "selection") if part not in explicit])
-        chosen |= {part: self._subset(given[name], part) for part, name in explicit.items()}
+        self._image_shape = probe(datasets, self._decoder, self._reader)
+        labels = self._read_labels(datasets["train"])
+        explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in datasets}
+        indices = self._split(labels, [part for part in ("test", "selection") if part not in explicit])
+        indices |= {part: self._draw_subset(datasets[name], part) for part, name in explicit.items()}
         self._parts = {
-            part: CheckedImages(given[name], name, chosen[part], self._decoder, self._image_shape, self._reader)
+            part: CheckedImages(datasets[name], name, indices[part], self._decoder, self._image_shape, self._reader)
             for part in ("calibration", "train", "selection", "test")
             for name in [explicit.get(part, "train")]
         }
 
     def train_dataloader(self) -> DataLoader:
         """The train set, shuffled anew in every epoch, alike in a resumed run."""
-        return self._loader("train", shuffle=True)
+        return self._make_loader("train", shuffle=True)
 
     def head_dataloader(self) -> DataLoader:
         """The train set in a fixed order, for a head that is solved rather than trained."""
-        return self._loader("train")
+        return self._make_loader("train")
 
     def calibration_dataloader(self) -> DataLoader:
         """The calibration set in a fixed order; labels come along and are not to be used."""
-        return self._loader("calibration")
+        return self._make_loader("calibration")
 
     def selection_dataloader(self) -> DataLoader:
         """The selection set in a fixed order."""
-        return self._loader("selection")
+        return self._make_loader("selection")
 
     def val_dataloader(self) -> DataLoader:
         """The selection set: a Trainer's validation chooses, too."""
-        return self._loader("selection")
+        return self._make_loader("selection")
 
     def test_dataloader(self) -> DataLoader:
         """The test set in a fixed order."""
-        return self._loader("test")
+        return self._make_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """The test set in a fixed order."""
-        return self._loader("test")
+        return self._make_loader("test")
 
     @property
     def num_classes(self) -> int:
@@ -248,7 +244,7 @@ class CalibrationDataModule(CheckedDataModule):
         self.setup()
         return {part: len(images) for part, images in self._parts.items()}
 
-    def _loader(self, part: str, *, shuffle: bool = False) -> DataLoader:
+    def _make_loader(self, part: str, *, shuffle: bool = False) -> DataLoader:
         self.setup()
         # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
         generator = torch.Generator().manual_seed(self._seed)
@@ -258,17 +254,17 @@ class CalibrationDataModule(CheckedDataModule):
             images, batch_size=self.batch_size, sampler=sampler, generator=generator, **self._loader_options
         )
 
-    def _datasets(self) -> dict[str, Items]:
-        """The datasets given: "train" and, where there are such, "val" and "test"."""
-        found: Mapping[str, Any] = self._given
+    def _collect_datasets(self) -> dict[str, Items]:
+        """Collect the datasets: "train" and, where there are such, "val" and "test"."""
+        sets: Mapping[str, Any] = self._passed
         if self._image_folder is not None:
-            found = _class_folders(Path(self._image_folder))
+            sets = _open_class_folders(Path(self._image_folder))
         elif self._datamodule is not None:
             if self.trainer is not None:
                 self._datamodule.trainer = self.trainer
-            found = _borrowed(self._datamodule)
-        given = {name: dataset for name, dataset in found.items() if dataset is not None}
-        for name, dataset in given.items():
+            sets = _borrow_datasets(self._datamodule)
+        datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise CalibrationError(
                     f"{name} is a {type(dataset).__name__}, which cannot be split into disjoint sets; that takes a "
@@ -276,16 +272,16 @@ class CalibrationDataModule(CheckedDataModule):
                 )
             if len(dataset) == 0:
                 raise CalibrationError(f"{name} ({type(dataset).__name__}) holds no images.")
-        return given
+        return datasets
 
-    def _learnt(self, train: Items) -> Tensor:
-        """What the draws go by, one integer for each image of train: its class, or 0 where there are no classes."""
+    def _read_labels(self, train: Items) -> Tensor:
+        """Read what the draws go by, an integer for each image of train: its class, or 0 where there are no classes."""
         self._class_names, self._num_classes = None, 0
         if self.task == "none":
             return torch.zeros(len(train), dtype=torch.int64)
-        targets = all_targets(train, "train", self._reader)
+        targets = read_targets(train, "train", self._reader)
         if self.task == "multiclass":
-            self._class_names = class_names(train)
+            self._class_names = find_class_names(train)
             self._num_classes = count_classes(targets, self._class_names)
             self._reader = TargetReader("multiclass", self._num_classes)
             return targets
@@ -298,12 +294,12 @@ class CalibrationDataModule(CheckedDataModule):
         """Indices into the train pool of its disjoint parts: calibration, those `drawn`, train."""
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self._seed))
         # At random, not by class: the method claims to need no labels here, so labels must not choose these images.
-        chosen = {"calibration": order[: self._calibration_samples]}
+        indices = {"calibration": order[: self._calibration_samples]}
         rest = order[self._calibration_samples :]
-        counts = {part: number_of(self._samples[part] or _DEFAULT_SHARE, len(rest)) for part in drawn}
+        counts = {part: to_count(self._samples[part] or _DEFAULT_SHARE, len(rest)) for part in drawn}
         # Two images at least, or one of each class: less cannot be told apart.
         fewest = self._num_classes if self.task == "multiclass" else 2
-        least = number_of(self._samples["train"] or fewest, len(rest))
+        least = to_count(self._samples["train"] or fewest, len(rest))
         need = {"calibration": self._calibration_samples, **counts, "train": least}
         if sum(need.values()) > len(labels):
             raise CalibrationError(
@@ -312,10 +308,10 @@ class CalibrationDataModule(CheckedDataModule):
                 f"{', '.join(f'{part}_samples' for part in need)}."
             )
         for part, count in counts.items():
-            taken = stratified(labels[rest], count, leave=1)
-            chosen[part], rest = rest[taken], rest[~taken]
+            taken = mark_stratified(labels[rest], count, leave=1)
+            indices[part], rest = rest[taken], rest[~taken]
         if self._samples["train"] is not None:
-            rest = rest[stratified(labels[rest], least, leave=0)]
+            rest = rest[mark_stratified(labels[rest], least, leave=0)]
         missing = sorted(set(labels.tolist()) - set(labels[rest].tolist()))[:10]
         if missing:
             raise CalibrationError(
@@ -324,12 +320,12 @@ class CalibrationDataModule(CheckedDataModule):
                 f"or train_samples={self._samples['train']} is too few: give more of them, lower calibration_samples, "
                 f"raise train_samples or set another seed."
             )
-        return {**chosen, "train": rest}
+        return {**indices, "train": rest}
 
-    def _subset(self, dataset: Items, part: str) -> Tensor:
+    def _draw_subset(self, dataset: Items, part: str) -> Tensor:
         """Indices into an explicit val or test set: all, or a stratified draw of the size asked for."""
         size, length = self._samples[part], len(dataset)
-        count = length if size is None else number_of(size, length)
+        count = length if size is None else to_count(size, length)
         if count > length:
             raise CalibrationError(f"{part}_samples is {count}, but the {part} set given holds {length} images.")
         if count == length:
@@ -337,11 +333,11 @@ class CalibrationDataModule(CheckedDataModule):
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self._seed))
         if self.task != "multiclass":
             return order[:count]
-        return order[stratified(all_targets(dataset, part, self._reader)[order], count, leave=0)]
+        return order[mark_stratified(read_targets(dataset, part, self._reader)[order], count, leave=0)]
 
 
-def _class_folders(root: Path) -> dict[str, ImageFolder]:
-    """The sets of an image folder, labels numbered alike."""
+def _open_class_folders(root: Path) -> dict[str, ImageFolder]:
+    """Open the sets of an image folder, their labels numbered alike."""
     if not root.is_dir():
         raise CalibrationError(f"image_folder: {root} {'is not a folder' if root.exists() else 'does not exist'}.")
     names = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -349,40 +345,40 @@ def _class_folders(root: Path) -> dict[str, ImageFolder]:
     nested = [name for name, path in parts.items() if any(child.is_dir() for child in path.iterdir())]
     if nested and "train" not in nested:
         raise CalibrationError(f"image_folder: {root} has class folders in {nested}, but none in train.")
-    found = {}
+    folders = {}
     for name, path in (parts if nested else {"train": root}).items():
         try:
-            found[name] = ImageFolder(str(path), loader=open_image)
+            folders[name] = ImageFolder(str(path), loader=open_image)
         except FileNotFoundError as error:
             inside = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
             raise CalibrationError(
                 f"image_folder: {path} should hold one folder of images for each class; it holds {len(inside)} "
                 f"entries {inside[:8]}. {error}"
             ) from error
-    classes = found["train"].class_to_idx
-    for name, folder in found.items():
+    classes = folders["train"].class_to_idx
+    for name, folder in folders.items():
         unknown = sorted(set(folder.classes) - set(classes))
         if unknown:
             raise CalibrationError(f"image_folder: {name} has the classes {unknown}, which train does not have.")
         # ImageFolder numbers the classes of each folder on its own, so a class missing from val would shift the rest.
         folder.samples = [(file, classes[folder.classes[label]]) for file, label in folder.samples]
         folder.targets = [label for _, label in folder.samples]
-    return found
+    return folders
 
 
-def _borrowed(datamodule: pl.LightningDataModule) -> dict[str, Any]:
-    """The datasets behind another datamodule's train, val and test dataloaders."""
-    own = [
+def _borrow_datasets(datamodule: pl.LightningDataModule) -> dict[str, Any]:
+    """Take the datasets behind another datamodule's train, val and test dataloaders."""
+    overridden = [
         name
         for name in ("train", "val", "test")
         if getattr(type(datamodule), f"{name}_dataloader") is not getattr(pl.LightningDataModule, f"{name}_dataloader")
     ]
     # All setups come before the first dataset is taken: one that splits at random splits anew in each.
     datamodule.setup("fit")
-    if "test" in own:
+    if "test" in overridden:
         datamodule.setup("test")
-    found: dict[str, Any] = {}
-    for name in own:
+    datasets: dict[str, Any] = {}
+    for name in overridden:
         loaders = getattr(datamodule, f"{name}_dataloader")()
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         if loaders in ([], [None]):
@@ -392,10 +388,10 @@ def _borrowed(datamodule: pl.LightningDataModule) -> dict[str, Any]:
                 f"{type(datamodule).__name__}.{name}_dataloader() should return one DataLoader; found "
                 f"{[type(loader).__name__ for loader in loaders]}. Pass its datasets as train=, val= and test=."
             )
-        found[name] = loaders[0].dataset
-    if "train" not in found:
+        datasets[name] = loaders[0].dataset
+    if "train" not in datasets:
         raise CalibrationError(f"{type(datamodule).__name__} has no train_dataloader; pass its datasets as train=.")
-    return found
+    return datasets
 
 
 _STRIDE = 1_000_003  # Keeps the epochs of one seed apart from those of its neighbours.

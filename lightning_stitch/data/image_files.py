@@ -14,11 +14,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lightning_stitch.data.images import Decoder, open_image
 from lightning_stitch.errors import CalibrationError
 
-_SHOWN = 5
+_NUM_LISTED = 5
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The image files that paths name, each file once, in the order in which it was first named.
+    """List the image files that paths name, each file once, in the order in which it was first named.
 
     Args:
         paths: Files, which are taken whatever their suffix, and folders, of which the files with a suffix of an image
@@ -34,16 +34,16 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
         raise CalibrationError("No images were named; give image files, or folders of them.")
     missing = [str(path) for path in paths if not Path(path).exists()]
     if missing:
-        raise CalibrationError(f"{_shown(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
-    found: dict[Path, Path] = {}
+        raise CalibrationError(f"{_list_first(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
+    files: dict[Path, Path] = {}
     for path in map(Path, paths):
-        for file in _inside(path) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+        for file in _find_images(path) if path.is_dir() else [path]:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
-def _inside(folder: Path) -> list[Path]:
-    """The images of a folder, its subfolders' too."""
+def _find_images(folder: Path) -> list[Path]:
+    """Find the images of a folder and of its subfolders."""
     files: list[Path] = []
     others = 0
     for parent, folders, names in os.walk(folder):
@@ -59,8 +59,8 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: file.parts)
 
 
-def readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path], dict[Path, str]]:
-    """The files that are images, and for the others the reason why not.
+def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path], dict[Path, str]]:
+    """Select the files that are images, and say of the rest why they are none.
 
     Args:
         files: The files.
@@ -70,18 +70,19 @@ def readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path
     Raises:
         CalibrationError: If one is unreadable and is not to be skipped, or none is left.
     """
-    reasons = {file: reason for file in files if (reason := _reason(file, decode=skip_unreadable)) is not None}
+    reasons = {file: reason for file in files if (reason := _find_fault(file, decode=skip_unreadable)) is not None}
+    listed = _list_first(list(reasons.values()))
     if reasons and not skip_unreadable:
         raise CalibrationError(
-            f"{len(reasons)} of {len(files)} files cannot be read as images: {_shown(list(reasons.values()))}. Mend or "
-            f"remove them, or have them skipped (skip_unreadable, --skip-unreadable)."
+            f"{len(reasons)} of {len(files)} files cannot be read as images: {listed}. Mend or remove them, or have "
+            f"them skipped (skip_unreadable, --skip-unreadable)."
         )
     if len(reasons) == len(files):
-        raise CalibrationError(f"None of {len(files)} files can be read as an image: {_shown(list(reasons.values()))}.")
+        raise CalibrationError(f"None of {len(files)} files can be read as an image: {listed}.")
     return [file for file in files if file not in reasons], reasons
 
 
-def _reason(file: Path, *, decode: bool) -> str | None:
+def _find_fault(file: Path, *, decode: bool) -> str | None:
     try:
         if decode:
             open_image(str(file))
@@ -131,7 +132,7 @@ class ImageFileSet(Dataset):
             raise CalibrationError(f"The image {file} cannot be used: {error}.") from error
 
 
-def _shown(names: Sequence[str]) -> str:
-    """The first few names."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _list_first(names: Sequence[str]) -> str:
+    """Name the first few, and how many there are besides."""
+    rest = len(names) - _NUM_LISTED
+    return ", ".join(names[:_NUM_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -47,7 +47,7 @@ class CheckedImages(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, TargetValue] | Tensor:
         index = int(self.indices[position])
-        image, target = read(self.dataset, self.name, index, self.decoder, self.image_shape, self.targets)
+        image, target = read_item(self.dataset, self.name, index, self.decoder, self.image_shape, self.targets)
         return image if target is None else (image, target)
 
 
@@ -80,7 +80,7 @@ class Decoder:
 
     def __call__(self, image: Any) -> Tensor:
         """An image as it is read: float32 in [0, 1], channels x height x width."""
-        pixels = self._scaled(_channels_first(image))
+        pixels = self._scale(_to_channels_first(image))
         low, high = (float(value) for value in pixels.aminmax())
         if not math.isfinite(low + high):
             raise CalibrationError("the image holds NaN or infinite values")
@@ -100,7 +100,7 @@ class Decoder:
             pixels = interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
         return pixels.clamp(0, 1)
 
-    def _scaled(self, pixels: Tensor) -> Tensor:
+    def _scale(self, pixels: Tensor) -> Tensor:
         if pixels.dtype in (torch.uint8, torch.uint16):
             if self.mean is not None:
                 raise CalibrationError(f"mean= and std= undo a normalisation, but {pixels.dtype} images have none")
@@ -114,8 +114,8 @@ class Decoder:
         return pixels.float() * self.std + self.mean
 
 
-def _channels_first(image: Any) -> Tensor:
-    """A PIL image, a numpy array (H x W x C or H x W) or a tensor (C x H x W or H x W) as C x H x W, dtype kept."""
+def _to_channels_first(image: Any) -> Tensor:
+    """Bring a PIL image, an array (H x W x C or H x W) or a tensor (C x H x W or H x W) to C x H x W, dtype kept."""
     if isinstance(image, Image.Image):
         image = np.array(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)))
     if isinstance(image, np.ndarray):
@@ -132,7 +132,7 @@ def _channels_first(image: Any) -> Tensor:
     return pixels
 
 
-def read(
+def read_item(
     dataset: Items,
     name: str,
     index: int,
@@ -140,7 +140,7 @@ def read(
     image_shape: tuple[int, ...] | None,
     targets: TargetReader,
 ) -> tuple[Tensor, TargetValue]:
-    """One checked image and its target; an error names the image by its index and, where known, its file."""
+    """Read one image and its target, checked; an error names the image by its index and, where known, its file."""
     try:
         item = dataset[index]
         bare = not isinstance(item, tuple | list)
@@ -156,31 +156,31 @@ def read(
                 f"image_size= to resize all of them"
             )
     except (CalibrationError, OSError) as error:
-        base, indices = origin(dataset)
+        base, indices = find_origin(dataset)
         file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
         raise CalibrationError(f"Image {index} of {name}{file}: {error}.") from error
     return image, target
 
 
-def probe(given: dict[str, Items], decoder: Decoder, targets: TargetReader) -> tuple[int, int, int]:
+def probe(datasets: dict[str, Items], decoder: Decoder, targets: TargetReader) -> tuple[int, int, int]:
     """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
     shape: tuple[int, ...] | None = None
-    for name, dataset in given.items():
+    for name, dataset in datasets.items():
         for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
-            shape = tuple(read(dataset, name, index, decoder, shape, targets)[0].shape)
+            shape = tuple(read_item(dataset, name, index, decoder, shape, targets)[0].shape)
     return cast("tuple[int, int, int]", shape)
 
 
-def origin(dataset: Any) -> tuple[Any, Tensor]:
-    """The dataset under nested Subsets, and which of its items they keep."""
+def find_origin(dataset: Any) -> tuple[Any, Tensor]:
+    """Find the dataset under nested Subsets, and which of its items they keep."""
     if not isinstance(dataset, Subset):
         return dataset, torch.arange(len(dataset))
-    base, indices = origin(dataset.dataset)
+    base, indices = find_origin(dataset.dataset)
     return base, indices[torch.as_tensor(dataset.indices, dtype=torch.long)]
 
 
 def open_image(path: str) -> Image.Image:
-    """An image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
+    """Open an image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
     with Image.open(path) as image:
         image.load()
         if image.mode in ("I", "F"):

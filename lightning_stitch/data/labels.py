@@ -9,35 +9,35 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_stitch.data.images import Items, origin
-from lightning_stitch.data.target_values import TargetReader, TargetValue, stacked
+from lightning_stitch.data.images import Items, find_origin
+from lightning_stitch.data.target_values import TargetReader, TargetValue, stack_targets
 from lightning_stitch.errors import CalibrationError
 
 
-def check_disjoint(given: dict[str, Items]) -> None:
+def check_disjoint(datasets: dict[str, Items]) -> None:
     """Refuse the same images under two names, as far as it can be seen without decoding them."""
-    for (one, first), (two, second) in combinations(given.items(), 2):
-        (base, indices), (other, others) = origin(first), origin(second)
-        shared = int(torch.isin(indices, others).sum()) if base is other else 0
+    for (one, first), (two, second) in combinations(datasets.items(), 2):
+        (base, indices), (second_base, second_indices) = find_origin(first), find_origin(second)
+        shared = int(torch.isin(indices, second_indices).sum()) if base is second_base else 0
         if shared:
             raise CalibrationError(f"{one} and {two} share {shared} images; they must be disjoint.")
 
 
-def all_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
-    """Every target of a dataset: from its attributes where that is possible, else in one pass over its items."""
-    base, indices = origin(dataset)
+def read_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
+    """Read every target of a dataset: from its attributes where that is possible, else in one pass over its items."""
+    base, indices = find_origin(dataset)
     attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
     if isinstance(base, TensorDataset):
         attributes = list(base.tensors[1:2])
     stored = next((a for a in attributes if hasattr(a, "__len__") and len(a) == len(base)), None)
     if stored is None:
-        found = (dataset[index][1] for index in range(len(dataset)))
+        values = (dataset[index][1] for index in range(len(dataset)))
     else:
-        values = stored.tolist() if hasattr(stored, "tolist") else stored
+        entries = stored.tolist() if hasattr(stored, "tolist") else stored
         transform = getattr(base, "target_transform", None) or (lambda label: label)
-        found = (transform(values[index]) for index in indices.tolist())
+        values = (transform(entries[index]) for index in indices.tolist())
     targets: list[TargetValue] = []
-    for index, value in enumerate(found):
+    for index, value in enumerate(values):
         try:
             target = reader(value)
             if isinstance(target, Tensor) and targets and target.shape != targets[0].shape:  # type: ignore[union-attr]
@@ -46,26 +46,28 @@ def all_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
         except CalibrationError as error:
             raise CalibrationError(f"Image {index} of {name}: {error}.") from error
         targets.append(target)
-    return stacked(targets)
+    return stack_targets(targets)
 
 
-def class_names(dataset: Items) -> list[str] | None:
+def find_class_names(dataset: Items) -> list[str] | None:
     """Names of the classes in the order of their labels; None where the dataset does not tell."""
-    base, _ = origin(dataset)
+    base, _ = find_origin(dataset)
     names = getattr(base, "classes", None)
     known = isinstance(names, list | tuple) and getattr(base, "target_transform", None) is None
     return [str(name) for name in names] if known and names else None
 
 
 def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
-    """Number of classes; refuses a single one and numbers with gaps."""
-    found = labels.unique().tolist()
-    num_classes = max(len(class_names or ()), found[-1] + 1)
-    if len(found) < 2:
-        raise CalibrationError(f"All {len(labels)} images of train have one label, {found[0]}; two classes are needed.")
-    if len(found) < num_classes:
+    """Count the classes; refuse a single one, and numbers with gaps."""
+    present = labels.unique().tolist()
+    num_classes = max(len(class_names or ()), present[-1] + 1)
+    if len(present) < 2:
         raise CalibrationError(
-            f"There are {num_classes} classes, but train has labels of only {len(found)}: {found[:10]}. Number the "
+            f"All {len(labels)} images of train have one label, {present[0]}; two classes are needed."
+        )
+    if len(present) < num_classes:
+        raise CalibrationError(
+            f"There are {num_classes} classes, but train has labels of only {len(present)}: {present[:10]}. Number the "
             f"classes from 0 without gaps, and give images of each."
         )
     return num_classes
@@ -82,12 +84,12 @@ def check_varied(targets: Tensor) -> None:
         )
 
 
-def number_of(size: int | float, available: int) -> int:
+def to_count(size: int | float, available: int) -> int:
     """A number of images from a number or a share."""
     return max(1, round(size * available)) if isinstance(size, float) else size
 
 
-def stratified(labels: Tensor, count: int, *, leave: int) -> Tensor:
+def mark_stratified(labels: Tensor, count: int, *, leave: int) -> Tensor:
     """Mark `count` items, in the proportions of their labels, the first ones of each class.
 
     At least `leave` items of each class stay unmarked, and every class gets one item if it can. Otherwise whole

@@ -33,60 +33,60 @@ class TargetReader:
     scalar: bool | None = None
 
     def __call__(self, value: Any) -> TargetValue:
-        """The target, checked.
+        """Check a target and bring it into its form.
 
         Raises:
-            CalibrationError: If it is of another kind, or of another length than the others; without the image's name.
+            CalibrationError: If it is of another kind, or of another length than the rest; without the image's name.
         """
         if self.task == "multiclass":
-            return self._class(value)
+            return self._read_class(value)
         if isinstance(value, str | bytes | dict) or value is None:
             raise CalibrationError(f"targets for task={self.task!r} are numbers; found {value!r}")
         try:
-            given = torch.as_tensor(np.asarray(value.tolist() if hasattr(value, "tolist") else value))
+            values = torch.as_tensor(np.asarray(value.tolist() if hasattr(value, "tolist") else value))
         except (TypeError, ValueError) as error:
             raise CalibrationError(f"targets for task={self.task!r} are numbers; found {value!r}") from error
-        return self._labels(given) if self.task == "multilabel" else self._numbers(given)
+        return self._read_labels(values) if self.task == "multilabel" else self._read_numbers(values)
 
-    def _class(self, value: Any) -> int:
-        label = checked_label(value)
+    def _read_class(self, value: Any) -> int:
+        label = read_label(value)
         if self.num_classes is not None and label >= self.num_classes:
             raise CalibrationError(f"it has label {label}, but the labels of train go from 0 to {self.num_classes - 1}")
         return label
 
-    def _labels(self, given: Tensor) -> Tensor:
-        if given.ndim != 1 or not ((given == 0) | (given == 1)).all():
+    def _read_labels(self, values: Tensor) -> Tensor:
+        if values.ndim != 1 or not ((values == 0) | (values == 1)).all():
             raise CalibrationError(
-                f"labels must be a vector of 0 and 1, one for each label; found {given.tolist()!r}. Turn lists of the "
+                f"labels must be a vector of 0 and 1, one for each label; found {values.tolist()!r}. Turn lists of the "
                 f"labels that are there into such vectors first (target_transform)"
             )
-        return self._of_same_length(given.long())
+        return self._check_length(values.long())
 
-    def _numbers(self, given: Tensor) -> Tensor:
-        if given.ndim > 1 or given.dtype == torch.bool or given.is_complex():
+    def _read_numbers(self, values: Tensor) -> Tensor:
+        if values.ndim > 1 or values.dtype == torch.bool or values.is_complex():
             raise CalibrationError(
-                f"a number or a vector of numbers was expected; found {given.dtype} of shape {tuple(given.shape)}"
+                f"a number or a vector of numbers was expected; found {values.dtype} of shape {tuple(values.shape)}"
             )
-        if not all(math.isfinite(number) for number in given.flatten().tolist()):
-            raise CalibrationError(f"targets must be finite; found {given.tolist()!r}")
-        if self.scalar is not None and (given.ndim == 0) != self.scalar:
+        if not all(math.isfinite(number) for number in values.flatten().tolist()):
+            raise CalibrationError(f"targets must be finite; found {values.tolist()!r}")
+        if self.scalar is not None and (values.ndim == 0) != self.scalar:
             raise CalibrationError("some targets are single numbers and others vectors")
-        return self._of_same_length(given.float())
+        return self._check_length(values.float())
 
-    def _of_same_length(self, given: Tensor) -> Tensor:
-        if self.num_classes not in (None, max(given.numel(), 1)):
-            raise CalibrationError(f"its target has {given.numel()} numbers, others have {self.num_classes}")
-        return given
+    def _check_length(self, values: Tensor) -> Tensor:
+        if self.num_classes not in (None, max(values.numel(), 1)):
+            raise CalibrationError(f"its target has {values.numel()} numbers, others have {self.num_classes}")
+        return values
 
     def knowing(self, targets: Tensor) -> TargetReader:
-        """The same, that refuses what does not fit all the targets of train."""
+        """A reader that also refuses what does not fit the targets of train."""
         if self.task == "none":
             return self
         return TargetReader(self.task, targets.shape[1] if targets.ndim == 2 else 1, targets.ndim == 1)
 
 
-def checked_label(value: Any) -> int:
-    """A label as an integer from 0."""
+def read_label(value: Any) -> int:
+    """Read a label: an integer from 0."""
     if isinstance(value, Tensor | np.generic | np.ndarray):
         value = value.tolist()
     if not isinstance(value, int) or value < 0:
@@ -97,8 +97,8 @@ def checked_label(value: Any) -> int:
     return int(value)
 
 
-def stacked(values: list[TargetValue]) -> Tensor:
-    """Targets of one kind as one tensor: int64 (images,) or (images x labels), float32 (images,) or (images x n)."""
+def stack_targets(values: list[TargetValue]) -> Tensor:
+    """Stack targets of one kind: int64 (images,) or (images x labels), float32 (images,) or (images x n)."""
     if isinstance(values[0], int):
         return torch.tensor(values)
     return torch.stack(cast("list[Tensor]", values))

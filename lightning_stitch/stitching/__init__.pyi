@@ -1,6 +1,6 @@
 from .activations import Calibrated, Grid, calibrate_all, centred_or_none, positions, rows_on_grids, rows_to_fit
 from .candidates import Candidate, Kind, Step
-from .fitting import fit_rows, fit_stitch, fitted_stitch
+from .fitting import fit_stitch, fitted_stitch
 from .folding import choose_placement, consumer_layers, fold_into_consumer, fold_into_producer, stitch_cost
 from .identity import settings_identity, source_identity
 from .images import Batch, WithoutLabels, images_of, put_down, read_again
@@ -26,7 +26,6 @@ __all__ = [
     "choose_placement",
     "chunks",
     "consumer_layers",
-    "fit_rows",
     "fit_stitch",
     "fitted_stitch",
     "fold_into_consumer",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_stitch._lightning import pl
+from typing import Any
+
+from lightning_stitch._lightning import SourcePreparer, pl, source_preparers
 from lightning_stitch.errors import StitchError
 
 _LOOK_IN_SETUP = {
@@ -13,7 +15,7 @@ _LOOK_IN_SETUP = {
 }
 
 
-def check_order(trainer: pl.Trainer, search: pl.Callback) -> None:
+def check_order(trainer: pl.Trainer, search: SourcePreparer) -> None:
     """Refuse a list of callbacks in which one that needs the network stands before the search.
 
     Two searches for the same place are refused, too: the first would fill it, the second would do nothing.
@@ -21,20 +23,20 @@ def check_order(trainer: pl.Trainer, search: pl.Callback) -> None:
     Raises:
         StitchError: If there is one; it has the order that works.
     """
-    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-    place = getattr(search, "attribute", None)
-    rivals = [other for other in callbacks if hasattr(other, "prepare_sources") and other.attribute == place]
+    place = search.attribute
+    rivals = [preparer for preparer in source_preparers(trainer) if preparer.attribute == place]
     if len(rivals) > 1:
         raise StitchError(
-            f"{len(rivals)} callbacks of the Trainer ({', '.join(type(other).__name__ for other in rivals)}) search "
+            f"{len(rivals)} callbacks of the Trainer ({', '.join(type(rival).__name__ for rival in rivals)}) search "
             f"a network for the same place ({'the whole module' if place is None else f'attribute={place!r}'}). "
             f"Keep one of them, with the sources of all."
         )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(search)]
     for kind, does in _LOOK_IN_SETUP.items():
         for callback in before:
             if isinstance(callback, getattr(pl.callbacks, kind)):
-                names = [type(search).__name__, *(type(other).__name__ for other in before if _looks(other))]
+                names = [type(search).__name__, *(type(early).__name__ for early in before if _needs_network(early))]
                 raise StitchError(
                     f"{type(callback).__name__} stands before {type(search).__name__} among the Trainer's callbacks, "
                     f"but it {does} when it is set up, before there is a network in it. The order that works is "
@@ -42,5 +44,5 @@ def check_order(trainer: pl.Trainer, search: pl.Callback) -> None:
                 )
 
 
-def _looks(callback: pl.Callback) -> bool:
+def _needs_network(callback: pl.Callback) -> bool:
     return any(isinstance(callback, getattr(pl.callbacks, kind)) for kind in _LOOK_IN_SETUP)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.utils.hooks import RemovableHandle
 
-from lightning_stitch._lightning import check_parts, check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
+from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
@@ -27,12 +28,11 @@ from lightning_stitch.sources import (
     without_strangers,
 )
 from lightning_stitch.stitching import Candidate, Kind
+from lightning_stitch.training.backbone_place import restore_when_loaded
 from lightning_stitch.training.callback_order import check_order
-from lightning_stitch.training.head_fitting import check_outputs, check_targets, fitted_head, selection_for
-from lightning_stitch.training.module import StitchedClassifier
-from lightning_stitch.training.resuming import is_resumed
+from lightning_stitch.training.head_fitting import check_outputs, selection_for
+from lightning_stitch.training.places import Place, place_for_network
 from lightning_stitch.training.search_report import report_search
-from lightning_stitch.training.slots import BackboneSlot, agree, is_restored, one_rank_first, place_for_network
 
 
 class FragmentSearch(pl.Callback):
@@ -44,7 +44,13 @@ class FragmentSearch(pl.Callback):
     directory; `install_within` takes another of them afterwards.
 
     The module is a `StitchedClassifier`, or any LightningModule with the `attribute` that its backbone is in; the data
-    module is a `CalibrationDataModule`. A run that resumes from a checkpoint takes the network from there.
+    module is a `CalibrationDataModule`.
+
+    A run that restores a checkpoint, `fit(ckpt_path=...)`, ends with the checkpoint's network, whatever was in the
+    module before. But Lightning names the checkpoint only after the callbacks are set up: a module that has no recipe
+    is searched for once, for nothing, and callbacks that copy or freeze the module in their own `setup` see the network
+    that was found. Either of two ways spares the search: load the module from the checkpoint first
+    (`load_from_checkpoint`), so that it has a recipe, or set `ckpt_path` of this callback.
 
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
@@ -92,6 +98,8 @@ class FragmentSearch(pl.Callback):
     so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
 
     Attributes:
+        ckpt_path: A checkpoint file that the coming `fit` restores: its network is taken, and nothing is searched. None
+            by default; `lightning-stitch fit --ckpt_path FILE` sets it.
         pool: The sources, cut, that the search composed from; None before it ran.
         result: What the search found; None before it ran.
         comparison: The table, if asked for.
@@ -146,10 +154,12 @@ class FragmentSearch(pl.Callback):
         self.attribute = attribute
         self.head_attribute = head_attribute
         self.skip_rejected = skip_rejected
+        self.ckpt_path: str | Path | None = None
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
         self._usable: list[Any] | None = None
+        self._restoring: RemovableHandle | None = None
 
     def fetch_sources(self) -> None:
         """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
@@ -168,13 +178,13 @@ class FragmentSearch(pl.Callback):
         self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
-    def _place(self, trainer: pl.Trainer) -> StitchedClassifier | BackboneSlot | None:
+    def _place(self, trainer: pl.Trainer) -> Place | None:
         """Where this run will put a network; None: it will not search, or has its sources."""
         if self._fetched is not None or trainer.state.fn != "fit":
             return None
         check_order(trainer, self)
-        module = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        return None if module.recipe is not None or is_resumed(trainer) else module
+        place = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
+        return None if place.recipe is not None or self.ckpt_path is not None else place
 
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded; likewise."""
@@ -183,17 +193,17 @@ class FragmentSearch(pl.Callback):
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
         """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
-        module = self._place(trainer)
-        if module is None:
+        place = self._place(trainer)
+        if place is None:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = _calibration_data(trainer.datamodule)  # type: ignore[attr-defined]
 
         def image_shape() -> tuple[int, int, int] | None:
-            if isinstance(data, CalibrationDataModule) and data.is_wrapper and trainer.world_size > 1:
+            if data.is_wrapper and trainer.world_size > 1:
                 return None  # its setup may wait for ranks that are not here
             return self.check_run(trainer, trainer.lightning_module, data)[1].image_shape
 
-        self._prepare(trainer, module.head_settings.until, image_shape)
+        self._prepare(trainer, place.head_settings.until, image_shape)
 
     def _prepare(self, trainer: pl.Trainer, until: str, image_shape: Callable[[], tuple[int, int, int] | None]) -> None:
         # The other ranks of a node find its files in the cache, but must leave the same sources out.
@@ -204,26 +214,40 @@ class FragmentSearch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
+        self._stop_restoring()
+        if self.attribute is not None:
+            self._restoring = restore_when_loaded(pl_module, self.attribute)
         if stage != "fit":
-            if self.attribute is not None:
-                is_restored(trainer, place_for_network(pl_module, self.attribute))
             return
-        module, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        place, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
-        if module.recipe is not None or is_restored(trainer, module):
+        if place.recipe is not None:
             return
-        module.check_stage(stage)
-        with one_rank_first(trainer, module):
-            self._prepare(trainer, module.head_settings.until, lambda: data.image_shape)
+        if self.ckpt_path is not None:
+            # Now, for callbacks behind this one that copy or freeze the module in their own setup.
+            place.restore(trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path, map_location="cpu"))
+            return
+        place.check_stage(stage)
+        with _one_rank_first(trainer):
+            self._prepare(trainer, place.head_settings.until, lambda: data.image_shape)
         assert self._fetched is not None
-        settings, skip = self.settings(module.head_settings.until), self.skip_rejected
+        settings, skip = self.settings(place.head_settings.until), self.skip_rejected
         self._fetched = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
         with isolate_rng(), Bar() if not quiet else Silent() as progress:
-            self._run(trainer, module, data, self._fetched, progress)
+            self._run(trainer, place, data, self._fetched, progress)
         self._fetched = None
         self._report(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as other modules are."""
+        self._stop_restoring()
+
+    def _stop_restoring(self) -> None:
+        if self._restoring is not None:
+            self._restoring.remove()
+            self._restoring = None
 
     def install_within(self, trainer: pl.Trainer, budget: Budget, *, kind: Kind | None = None) -> Ranked:
         """Install the best candidate of the last search that keeps another budget, without searching again.
@@ -248,7 +272,7 @@ class FragmentSearch(pl.Callback):
             raise StitchError(
                 "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
             )
-        module, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+        place, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
         chosen = self.result.within(budget, kind=kind)
         if chosen is None:
             cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs).candidate
@@ -258,39 +282,29 @@ class FragmentSearch(pl.Callback):
                 f"({cheapest.recipe.path}). Raise the budget, or search under it."
             )
         with isolate_rng():
-            self._install(trainer, module, data, chosen.candidate, Silent())
+            self._install(trainer, place, data, chosen.candidate, Silent())
         return chosen
 
     def check_run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
-    ) -> tuple[StitchedClassifier | BackboneSlot, CalibrationDataModule]:
+    ) -> tuple[Place, CalibrationDataModule]:
         """Where the network will go, and the images, once they suit each other and the search's own settings.
 
         Raises:
             StitchError: If they do not.
         """
-        check_parts(trainer)
-        check_same_namespace(pl_module, "module")
+        check_same_namespace(trainer, "Trainer")
         find_ranking(self.ranking, labelled=True)
-        module = place_for_network(pl_module, self.attribute, self.head_attribute)
-        if not isinstance(data, CalibrationDataModule):
-            found = "none" if data is None else type(data).__name__
-            raise StitchError(
-                f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found {found}. "
-                f"CalibrationDataModule(datamodule=yours) wraps another one."
-            )
-        if trainer.strategy.restore_checkpoint_after_setup and module.recipe is None:
+        place = place_for_network(pl_module, self.attribute, self.head_attribute)
+        data = _calibration_data(data)
+        if trainer.strategy.restore_checkpoint_after_setup and place.recipe is None:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
                 f"must be known from the start: search with another strategy first, then give "
                 f"StitchedClassifier(recipe=...) or StitchedBackbone(recipe=...)."
             )
-        if isinstance(module, BackboneSlot):
-            module.check_head(data)
-        check_targets(module.head_settings, data, ranking=self.ranking, compare=self.compare)
-        if isinstance(module, StitchedClassifier):
-            module.check_class_names(data.class_names)
-        return module, data
+        place.check(data, ranking=self.ranking, compare=self.compare)
+        return place, data
 
     def settings(self, until: str) -> CalibrationSettings:
         """How its pool is cut and calibrated, for networks that end `until` (`CalibrationSettings`)."""
@@ -306,7 +320,7 @@ class FragmentSearch(pl.Callback):
     def _run(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier | BackboneSlot,
+        place: Place,
         data: CalibrationDataModule,
         sources: list[Source],
         progress: Progress,
@@ -315,13 +329,13 @@ class FragmentSearch(pl.Callback):
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=without_strangers(self.settings(module.head_settings.until), [part.name for part in sources]),
+            settings=without_strangers(self.settings(place.head_settings.until), [part.name for part in sources]),
             device=trainer.strategy.root_device,
         )
-        check_outputs(module.head_settings, pool)
+        check_outputs(place.head_settings, pool)
         self.result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
-            selection_for(module.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
+            selection_for(place.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
             strategy=self.strategy or Beam(),
             budget=self.budget,
             ranking=self.ranking,
@@ -336,7 +350,7 @@ class FragmentSearch(pl.Callback):
             max_healed=2 if tiny else self.max_healed,
             progress=progress,
         )
-        self._install(trainer, module, data, self.result.best.candidate, progress)
+        self._install(trainer, place, data, self.result.best.candidate, progress)
         if self.compare and not tiny:
             data.setup("test")
             self.comparison = compare(
@@ -344,8 +358,8 @@ class FragmentSearch(pl.Callback):
                 self.result,
                 data.head_dataloader(),
                 data.test_dataloader(),
-                num_classes=module.head_settings.num_classes,
-                head=module.head_settings,
+                num_classes=place.head_settings.num_classes,
+                head=place.head_settings,
                 fractions=self.fractions,
                 progress=progress,
             )
@@ -353,7 +367,7 @@ class FragmentSearch(pl.Callback):
     def _install(
         self,
         trainer: pl.Trainer,
-        module: StitchedClassifier | BackboneSlot,
+        place: Place,
         data: CalibrationDataModule,
         candidate: Candidate,
         progress: Progress,
@@ -362,20 +376,8 @@ class FragmentSearch(pl.Callback):
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
-        if isinstance(module, BackboneSlot):
-            outcomes, targets = self.pool.outcomes([candidate], batches, progress=progress)
-            with torch.inference_mode(False):
-                network = self.pool.assemble(candidate)
-            module.install(network, outcomes[0].features, targets, batches, data, ridge=self.ridge)
-            module.agree(trainer)
-            return
-        head = fitted_head(module.head_settings, self.pool, candidate, batches, progress)
-        with torch.inference_mode(False):
-            network = self.pool.assemble(candidate)
-        module.install(network.to(module.device), head.to(module.device))
-        if module.class_names is None and module.head_settings.name != "none":
-            module.class_names = data.class_names
-        agree(trainer, module)
+        place.install(candidate, self.pool, data, batches, ridge=self.ridge, progress=progress)
+        place.agree(trainer.strategy)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:
         if self.journal is None:
@@ -394,6 +396,26 @@ class FragmentSearch(pl.Callback):
             "refinements": list(self.refinements),
         }
         report_search(trainer, self.result, self.comparison, settings)
+
+
+def _calibration_data(data: Any) -> CalibrationDataModule:
+    """The run's data module, which must be of the kind that a search takes."""
+    if isinstance(data, CalibrationDataModule):
+        return data
+    raise StitchError(
+        f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found "
+        f"{'none' if data is None else type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps another one."
+    )
+
+
+@contextmanager
+def _one_rank_first(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the first rank of each node do something before the others."""
+    if trainer.local_rank != 0:
+        trainer.strategy.barrier("one_rank_first")
+    yield
+    if trainer.local_rank == 0:
+        trainer.strategy.barrier("one_rank_first")
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

@@ -17,9 +17,7 @@ from lightning_stitch.search import NEED_LABELS, Ranking, check_ranking_fits
 from lightning_stitch.stitching import Batch, Candidate, WithoutLabels
 
 
-def check_targets(
-    head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool = False
-) -> None:
+def check_targets(head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
     """Refuse data whose targets are none that the head, the ranking or the comparison can use.
 
     Args:
@@ -59,11 +57,11 @@ def check_targets(
         raise StitchError(
             f"The data have {data.num_classes} {what}, StitchedClassifier has num_classes={head.num_classes}."
         )
-    own, names = list(head.class_names or []), data.class_names or []
-    if own != names and sorted(own) == sorted(names):
+    mapped, names = list(head.class_names or []), data.class_names or []
+    if mapped != names and sorted(mapped) == sorted(names):
         raise StitchError(
-            f"The class map has the data's classes in another order: {own} instead of {names}. Give them in the data's "
-            f"order, by which the labels are numbered."
+            f"The class map has the data's classes in another order: {mapped} instead of {names}. Give them in the "
+            f"data's order, by which the labels are numbered."
         )
 
 
@@ -82,7 +80,7 @@ def check_outputs(head: HeadSettings, pool: Pool) -> None:
 
 
 def selection_for(head: HeadSettings, batches: Iterable[Batch], ranking: str | Ranking) -> Iterable[Batch]:
-    """The selection images as they are ranked by: a head that needs no labels uses none, unless the ranking says so.
+    """The selection images as candidates are ranked by them: without labels, where neither head nor ranking needs any.
 
     Args:
         head: The module's head.
@@ -92,10 +90,10 @@ def selection_for(head: HeadSettings, batches: Iterable[Batch], ranking: str | R
     return WithoutLabels(batches) if ranking == "auto" and not head.needs_targets else batches
 
 
-def fitted_head(
+def fit_candidate_head(
     head: HeadSettings, pool: Pool, candidate: Candidate, batches: Iterable[Batch], progress: Progress
 ) -> nn.Module:
-    """A candidate's head, fitted on labelled images where it takes some; can be trained on.
+    """Fit a candidate's head, on labelled images where it takes some; the head can be trained further.
 
     Args:
         head: The head.
@@ -108,13 +106,13 @@ def fitted_head(
         CalibrationError: If features or targets cannot be used.
         StitchError: If a class map does not fit the network's output.
     """
-    used = batches if head.needs_targets else [next(iter(batches))]
-    outcomes, targets = pool.outcomes([candidate], used, progress=progress)
+    images = batches if head.needs_targets else [next(iter(batches))]
+    outcomes, targets = pool.outcomes([candidate], images, progress=progress)
     with torch.inference_mode(False):
         return head.fit(outcomes[0].features, targets)
 
 
-def shared_head(head: nn.Module, strategy: Any) -> None:
+def share_head(head: nn.Module, strategy: Any) -> None:
     """Give every rank rank zero's numbers: a head that holds labelled images has as many rows everywhere.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from lightning_stitch._lightning import check_parts, pl, prepare_searches, warn_where_both_are_loaded
+from lightning_stitch._lightning import pl, source_preparers, warn_where_both_are_loaded
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
@@ -99,8 +99,8 @@ class StitchedClassifier(pl.LightningModule):
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or _adamw
         self.trust_factory = trust_factory
-        own = self.head_settings.class_names
-        self.class_names = class_names if class_names is not None or own is None else list(own)
+        mapped = self.head_settings.class_names
+        self.class_names = class_names if class_names is not None or mapped is None else list(mapped)
         self.lr = lr
         self._plan = TrainingPlan(
             thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
@@ -122,7 +122,7 @@ class StitchedClassifier(pl.LightningModule):
 
     @property
     def task(self) -> str:
-        """What `predict_step` gives, for whoever writes it down: without a head numbers, as of a regression."""
+        """What `predict_step` gives, for those who write it down: without a head numbers, as for a regression."""
         return "regression" if self.head_settings.name == "none" else self.head_settings.task
 
     @property
@@ -139,18 +139,6 @@ class StitchedClassifier(pl.LightningModule):
                 f"{len(names)}: {names[:10]}."
             )
         self.hparams["class_names"] = None if names is None else [str(name) for name in names]
-
-    def check_class_names(self, names: list[str] | None) -> None:
-        """Refuse data whose classes are named otherwise.
-
-        Raises:
-            StitchError: Naming both.
-        """
-        if None not in (self.class_names, names) and names != self.class_names:
-            raise StitchError(
-                f"StitchedClassifier has class_names={self.class_names}, the data have {names}; the order is that of "
-                f"the labels. Leave class_names out to take the data's."
-            )
 
     def install(self, network: StitchedNetwork, head: nn.Module) -> None:
         """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
@@ -189,7 +177,8 @@ class StitchedClassifier(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Let the search fetch its sources, once for each node, where waiting has no time limit."""
-        prepare_searches(self.trainer)
+        for preparer in source_preparers(self.trainer):
+            preparer.prepare_sources(self.trainer)
 
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""
@@ -219,27 +208,15 @@ class StitchedClassifier(pl.LightningModule):
         self._plan.thaw(self, epoch=checkpoint.get("epoch", 0))
 
     def _check_same_head(self, saved: dict[str, Any]) -> None:
-        own = {"head": self.head_settings.plain, "task": self.head_settings.task}
-        found = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
-        if found != own:
+        here = {"head": self.head_settings.plain, "task": self.head_settings.task}
+        there = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
+        if there != here:
             raise RecipeError(
-                f"The checkpoint's module has {found}, this one {own}. Make this one alike, or call "
+                f"The checkpoint's module has {there}, this one {here}. Make this one alike, or call "
                 f"StitchedClassifier.load_from_checkpoint, which does."
             )
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
-
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The Trainer that this module is attached to."""
-        return super().trainer
-
-    @trainer.setter
-    def trainer(self, trainer: pl.Trainer | None) -> None:
-        # The first that a module sees of a run: Lightning's own words for a data module of the other package are
-        # "Expected a parent".
-        check_parts(trainer)
-        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Refuse to train or evaluate without a head."""
@@ -269,7 +246,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The task's loss of a batch (`loss_of`)."""
-        images, targets = self._labelled(batch)
+        images, targets = self._split_batch(batch)
         loss = loss_of(self.head_settings.task, self(images), targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -309,14 +286,15 @@ class StitchedClassifier(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
         if self.trainer.sanity_checking and (self.head_settings.name == "none" or isinstance(batch, Tensor)):
             return  # fit checks a few batches even where there is no epoch to train
-        images, targets = self._labelled(batch)
+        images, targets = self._split_batch(batch)
         outputs = self(images)
         metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
         loss = loss_of(self.head_settings.task, outputs, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images))
         self.log_dict(metrics, batch_size=len(images))
 
-    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, which must have targets."""
         if self.head_settings.name == "none":
             raise StitchError(_NO_HEAD)
         if isinstance(batch, Tensor) or len(batch) < 2:

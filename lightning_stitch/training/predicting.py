@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_stitch._lightning import NAMESPACE, CheckedDataModule, check_same_namespace, pl
-from lightning_stitch.data import ImageFileSet, list_images, readable
+from lightning_stitch._lightning import NAMESPACE, check_same_namespace, pl
+from lightning_stitch.data import ImageFileSet, list_images, select_readable
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.report import check_output, prediction_rows, write_predictions
 
 
-class ImageFiles(CheckedDataModule):
+class ImageFiles(pl.LightningDataModule):
     """Images to predict, from files and folders of them.
 
     Size and channels come from the recipe of the module that predicts, resized as `CalibrationDataModule` does it; mean
@@ -57,9 +57,9 @@ class ImageFiles(CheckedDataModule):
         self.skipped: dict[Path, str] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files and look whether they are images, once; later calls do nothing."""
+        """List the files and check that they are images, once; later calls do nothing."""
         if not self.files:
-            self.files, self.skipped = readable(list_images(self.paths), skip_unreadable=self.skip_unreadable)
+            self.files, self.skipped = select_readable(list_images(self.paths), skip_unreadable=self.skip_unreadable)
 
     def predict_dataloader(self) -> DataLoader:
         """All images in the order of `files`."""
@@ -71,7 +71,7 @@ class ImageFiles(CheckedDataModule):
                 f"{len(self.files)} images cannot be shared by {ranks} processes; use fewer devices."
             )
         return DataLoader(
-            ImageFileSet(self.files, _image_shape(self.trainer.lightning_module)),
+            ImageFileSet(self.files, _find_image_shape(self.trainer.lightning_module)),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
@@ -125,7 +125,7 @@ class PredictionWriter(pl.callbacks.BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gather the rows of all ranks and write them."""
-        outputs = _joined(predictions)
+        outputs = _join_batches(predictions)
         indices = [index for batch in batch_indices[0] for index in batch]
         if len(indices) != len(outputs):
             raise StitchError(
@@ -187,21 +187,21 @@ def predict_files(
         StitchError: If the module has no network, the device is not there, or the output file cannot be written.
     """
     check_same_namespace(module, "module")
-    _image_shape(module)
+    _find_image_shape(module)
     if output is not None:
         check_output(output, overwrite=overwrite)
     if not isinstance(paths, ImageFiles):
-        named = [paths] if isinstance(paths, str | Path) else paths
-        paths = ImageFiles([str(path) for path in named], batch_size, num_workers, skip_unreadable)
+        listed = [paths] if isinstance(paths, str | Path) else paths
+        paths = ImageFiles([str(path) for path in listed], batch_size, num_workers, skip_unreadable)
     paths.setup()
     writer = PredictionWriter(None if output is None else str(output), overwrite)
-    trainer = _trainer(device, callbacks=[writer], enable_progress_bar=progress)
+    trainer = _make_trainer(device, callbacks=[writer], enable_progress_bar=progress)
     trainer.predict(module, datamodule=paths, return_predictions=False)
     return writer.rows
 
 
-def _image_shape(module: Any) -> tuple[int, int, int]:
-    """(channels, height, width) that a module's network was calibrated on."""
+def _find_image_shape(module: Any) -> tuple[int, int, int]:
+    """Read off a module's recipe the (channels, height, width) that its network was calibrated on."""
     recipe = getattr(module, "recipe", None)
     if recipe is None:
         raise StitchError(
@@ -214,16 +214,18 @@ def _image_shape(module: Any) -> tuple[int, int, int]:
     return shape
 
 
-def _joined(predictions: Sequence[Any]) -> Tensor:
-    """Batches of predictions on the CPU as one tensor."""
-    other = next((batch for batch in predictions if not isinstance(batch, Tensor)), None)
-    if other is not None:
-        raise StitchError(f"predict_step should give a tensor, a row for each image; found a {type(other).__name__}.")
+def _join_batches(predictions: Sequence[Any]) -> Tensor:
+    """Join the predictions of batches into one tensor, on the CPU."""
+    for batch in predictions:
+        if not isinstance(batch, Tensor):
+            raise StitchError(
+                f"predict_step should give a tensor, a row for each image; found a {type(batch).__name__}."
+            )
     return torch.cat([batch.cpu() for batch in predictions]) if predictions else torch.empty(0, 0)
 
 
-def _trainer(device: str, **options: Any) -> pl.Trainer:
-    """A Trainer for one device that writes nothing of its own."""
+def _make_trainer(device: str, **options: Any) -> pl.Trainer:
+    """Make a Trainer for one device that writes nothing of its own."""
     refusals = (import_module(f"{NAMESPACE}.utilities.exceptions").MisconfigurationException, ValueError)
     accelerator, _, number = device.partition(":")
     try:

@@ -82,7 +82,7 @@ class PublishAfterFit(pl.Callback):
                 f"{type(trainer.strategy).__name__} spreads the weights over ranks. Save a checkpoint and publish it: "
                 f"lightning-stitch publish CHECKPOINT {self.repo_id}."
             )
-        _on_rank_zero(trainer, self._check_destination)
+        _check_on_rank_zero(trainer, self._check_destination)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what may not be published, now that it is known what it is made of."""
@@ -102,7 +102,7 @@ class PublishAfterFit(pl.Callback):
             self.repo_id,
             private=self.private,
             revision=self.revision,
-            details=_details(self.details or CardDetails(), trainer),
+            details=_complete_details(self.details or CardDetails(), trainer),
             existing_card=self.existing_card,
         )
         print(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
@@ -112,8 +112,8 @@ class PublishAfterFit(pl.Callback):
         check_destination(hub, private=self.private, revision=self.revision, existing_card=self.existing_card)
 
 
-def _details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
-    """What the author says, and what the run found out."""
+def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
+    """Add what the run found out to what the author says."""
     tables = [c.comparison for c in trainer.callbacks if isinstance(c, FragmentSearch) and c.comparison is not None]  # type: ignore[attr-defined]
     if tables and not details.rows:
         details = dataclasses.replace(details, rows=tables[0].rows, verdict=details.verdict or tables[0].sentence)
@@ -136,7 +136,7 @@ def _is_counted(loader: Any) -> bool:
     return hasattr(getattr(loader, "dataset", None), "__len__")
 
 
-def _on_rank_zero(trainer: pl.Trainer, check: Callable[[], None]) -> None:
+def _check_on_rank_zero(trainer: pl.Trainer, check: Callable[[], None]) -> None:
     """Run a check on rank zero; all ranks fail where it fails, so that none waits for the others."""
     problem: StitchError | None = None
     if trainer.is_global_zero:

@@ -41,13 +41,13 @@ def report_search(
         title = "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
         sentence = " ".join([comparison.sentence, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
         print_table(comparison.rows, sentence, title=title)
-        found = {
+        outcome = {
             "recipe": best.candidate.recipe.to_dict(),
             "seconds": result.seconds,
             "rejected": result.rejected,
             "num_candidates": len(result.ranked),
         }
-        paths = write_table(comparison.rows, sentence, Path(log_dir), settings={**settings, **found})
+        paths = write_table(comparison.rows, sentence, Path(log_dir), settings={**settings, **outcome})
         lines.append(f"The table is in {paths[0]} and {paths[1]}.")
     if trainer.progress_bar_callback is not None or comparison is not None:
         for line in lines:

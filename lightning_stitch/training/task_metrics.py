@@ -1,4 +1,4 @@
-"""What each task is trained by, measured by and told as."""
+"""The loss, the metrics and the predictions of each task."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def predictions(task: Task, outputs: Tensor) -> Tensor:
 
 def metric_inputs(task: Task, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Predictions and targets as the task's metrics take them; a single number without its dimension of one."""
-    told = predictions(task, outputs)
+    predicted = predictions(task, outputs)
     if task == "regression":
-        told, targets = told.float(), targets.reshape(told.shape).to(torch.float32)
-        return (told[:, 0], targets[:, 0]) if told.shape[1] == 1 else (told, targets)
-    return told, targets
+        predicted, targets = predicted.float(), targets.reshape(predicted.shape).to(torch.float32)
+        return (predicted[:, 0], targets[:, 0]) if predicted.shape[1] == 1 else (predicted, targets)
+    return predicted, targets

@@ -22,20 +22,23 @@ STAGES = ("head", "stitches", "neighbours", "all")
 _SUMS = frozenset({"add", "iadd", "cat", "concat", "concatenate", "stack"})
 
 
-def checked_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
-    """What is thawed from which epoch on, by epoch.
+def parse_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
+    """Read what is thawed from which epoch on.
 
     Args:
         thaw: One of `STAGES`, for all epochs, or {epoch: stage}, the epochs counted from 0; epochs may be strings, as
             JSON has them.
 
+    Returns:
+        The stage that begins at each epoch, in the order of the epochs.
+
     Raises:
         StitchError: If a stage is unknown, an epoch is no whole number, or nothing is said of epoch 0.
     """
-    given: Any = {0: thaw} if isinstance(thaw, str) else thaw
-    if not isinstance(given, Mapping) or not all(str(epoch).isdecimal() for epoch in given):
+    stages: Any = {0: thaw} if isinstance(thaw, str) else thaw
+    if not isinstance(stages, Mapping) or not all(str(epoch).isdecimal() for epoch in stages):
         raise StitchError(f"thaw is {thaw!r}; give one of {list(STAGES)}, or epochs with one each, as {{0: 'head'}}.")
-    schedule = {int(epoch): stage for epoch, stage in sorted(given.items(), key=lambda item: int(item[0]))}
+    schedule = {int(epoch): stage for epoch, stage in sorted(stages.items(), key=lambda item: int(item[0]))}
     if unknown := [stage for stage in schedule.values() if stage not in STAGES]:
         raise StitchError(f"thaw names {unknown}; what can be thawed is {list(STAGES)}.")
     if 0 not in schedule:
@@ -60,9 +63,9 @@ def stitch_layers(network: StitchedNetwork, index: int) -> list[nn.Module]:
     fragment = network.fragments[ref.parent if ref.stitch.placement == "producer" else index]
     assert isinstance(fragment, fx.GraphModule)
     if ref.stitch.placement == "consumer":
-        return [layer for node in _entry(fragment).users if (layer := _module(fragment, node)) is not None]
-    node = _exit(fragment)
-    while (layer := _module(fragment, node)) is not None and not _is_weighted(layer.parameters()):
+        return [layer for node in _find_entry(fragment).users if (layer := _layer_at(fragment, node)) is not None]
+    node = _find_exit(fragment)
+    while (layer := _layer_at(fragment, node)) is not None and not _is_weighted(layer.parameters()):
         node = node.all_input_nodes[0]
     return [] if layer is None else [layer]
 
@@ -87,8 +90,9 @@ def neighbour_layers(network: StitchedNetwork, index: int) -> tuple[list[nn.Modu
     before, behind = network.fragments[ref.parent], network.fragments[index]
     assert isinstance(before, fx.GraphModule)
     assert isinstance(behind, fx.GraphModule)
-    (layers, loose), (layers_behind, loose_behind) = _nearest(before, backwards=True), _nearest(behind, backwards=False)
-    return [*layers, *layers_behind], [*loose, *loose_behind]
+    last_layers, last_loose = _find_nearest(before, backwards=True)
+    first_layers, first_loose = _find_nearest(behind, backwards=False)
+    return [*last_layers, *first_layers], [*last_loose, *first_loose]
 
 
 def parameter_groups(
@@ -119,13 +123,13 @@ def parameter_groups(
     for index, fragment in enumerate(network.fragments):
         factor = backbone_lr_factor * fragment_lr_decay ** behind[index]
         members[f"fragment_{index + 1}"] = (list(fragment.parameters()), factor)
-    seen: set[nn.Parameter] = set()
+    grouped: set[nn.Parameter] = set()
     groups = []
     for name, (parameters, factor) in members.items():
-        own = [p for p in dict.fromkeys(parameters) if p not in seen]
-        seen.update(own)
-        if own:
-            groups.append({"params": own, "name": name, "lr_factor": factor})
+        remaining = [p for p in dict.fromkeys(parameters) if p not in grouped]
+        grouped.update(remaining)
+        if remaining:
+            groups.append({"params": remaining, "name": name, "lr_factor": factor})
     return groups
 
 
@@ -142,7 +146,7 @@ def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: b
     Returns:
         Whether any parameter has been frozen or thawed.
     """
-    modules, parameters = _thawed(network, stage)
+    modules, parameters = _select_thawed(network, stage)
     mobile = {*head.parameters(), *parameters, *(p for module in modules for p in module.parameters())}
     changed = False
     for parameter in (*head.parameters(), *network.parameters()):
@@ -160,7 +164,7 @@ def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: b
 
 
 class KeptBuffers:
-    """The buffers of layers in eval mode, to put back what something else has changed them to.
+    """The buffers of layers in eval mode, so that they can be put back after something else has changed them.
 
     Stochastic weight averaging clears the statistics of every BatchNorm to estimate them anew, which layers in eval
     mode never do.
@@ -170,7 +174,7 @@ class KeptBuffers:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._kept = {name: buffer.clone() for name, buffer in _fixed_buffers(network)}
+        self._kept = {name: buffer.clone() for name, buffer in _iterate_eval_buffers(network)}
 
     def put_back(self, network: nn.Module) -> None:
         """Undo changes to the buffers that were kept, in place."""
@@ -180,13 +184,13 @@ class KeptBuffers:
                 buffers[name].copy_(kept)
 
 
-def _fixed_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _iterate_eval_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in network.named_modules():
         if not module.training:
             yield from module.named_buffers(path, recurse=False)
 
 
-def _thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def _select_thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
     if stage == "all":
         return [network], []
     modules: list[nn.Module] = [network.heads]
@@ -201,74 +205,73 @@ def _thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list
     return modules, parameters
 
 
-def _nearest(fragment: fx.GraphModule, *, backwards: bool) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def _find_nearest(fragment: fx.GraphModule, *, backwards: bool) -> tuple[list[nn.Module], list[nn.Parameter]]:
     """The nearest layers to a fragment's end or beginning."""
-    entry = _entry(fragment)
-    activations = _activations(fragment)
-    queue = [_exit(fragment)] if backwards else list(entry.users)
+    entry = _find_entry(fragment)
+    activations = _find_activations(fragment)
+    queue = [_find_exit(fragment)] if backwards else list(entry.users)
     modules: list[nn.Module] = []
     parameters: list[nn.Parameter] = []
     seen: set[fx.Node] = {entry}
     is_found = False
     while queue:
         node = queue.pop(0)
-        branches = [other for other in node.all_input_nodes if other in activations]
+        branches = [source for source in node.all_input_nodes if source in activations]
         is_sum = _adds(node) and len(branches) > 1
         if node in seen or node not in activations or (is_sum and not backwards):
             continue
         seen.add(node)
-        layer, loose = _module(fragment, node), _loose_parameters(fragment, node, activations)
+        layer, loose = _layer_at(fragment, node), _find_loose_parameters(fragment, node, activations)
         modules += [] if layer is None else [layer]
         parameters += loose
-        own = [] if layer is None else list(layer.parameters())
-        if _is_weighted(own) or (_is_weighted(loose) and not _adds(node)):
+        if (layer is not None and _is_weighted(layer.parameters())) or (_is_weighted(loose) and not _adds(node)):
             is_found = True
         elif backwards:
             # What has other readers than a block's sum comes in by the skip.
-            queue += [other for other in branches if not is_sum or len(other.users) == 1]
+            queue += [branch for branch in branches if not is_sum or len(branch.users) == 1]
         else:
             queue += node.users
     if not is_found:
         nodes: Sequence[fx.Node] = list(fragment.graph.nodes)
         for node in reversed(nodes) if backwards else nodes:
-            layer = _module(fragment, node)
+            layer = _layer_at(fragment, node)
             if layer is not None and _is_weighted(layer.parameters()):
                 modules.append(layer)
                 break
     return list(dict.fromkeys(modules)), parameters
 
 
-def _entry(fragment: fx.GraphModule) -> fx.Node:
+def _find_entry(fragment: fx.GraphModule) -> fx.Node:
     return next(node for node in fragment.graph.nodes if node.op == "placeholder")
 
 
-def _exit(fragment: fx.GraphModule) -> fx.Node:
+def _find_exit(fragment: fx.GraphModule) -> fx.Node:
     return next(node for node in fragment.graph.nodes if node.op == "output").all_input_nodes[0]
 
 
-def _module(fragment: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def _layer_at(fragment: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return fragment.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _activations(fragment: fx.GraphModule) -> set[fx.Node]:
-    """What is made from the images: neither the network's own tensors nor numbers such as a shape."""
-    found = {_entry(fragment)}
+def _find_activations(fragment: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that are made from the images: neither the network's own tensors nor numbers such as a shape."""
+    activations = {_find_entry(fragment)}
     for node in fragment.graph.nodes:
-        asks = node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
-        if node.op != "output" and not asks and found.intersection(node.all_input_nodes):
-            found.add(node)
-    return found
+        measures = node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+        if node.op != "output" and not measures and activations.intersection(node.all_input_nodes):
+            activations.add(node)
+    return activations
 
 
-def _loose_parameters(fragment: fx.GraphModule, node: fx.Node, activations: set[fx.Node]) -> list[nn.Parameter]:
+def _find_loose_parameters(fragment: fx.GraphModule, node: fx.Node, activations: set[fx.Node]) -> list[nn.Parameter]:
     """The fragment's own parameters that an operation reads, perhaps expanded or resampled."""
     named = dict(fragment.named_parameters(remove_duplicate=False))
-    queue, found = [node], []
+    queue, parameters = [node], []
     while queue:
-        constants = [other for other in queue.pop().all_input_nodes if other not in activations]
-        found += [named[str(other.target)] for other in constants if other.op == "get_attr" and other.target in named]
+        constants = [source for source in queue.pop().all_input_nodes if source not in activations]
+        parameters += [named[str(x.target)] for x in constants if x.op == "get_attr" and x.target in named]
         queue += constants
-    return found
+    return parameters
 
 
 def _is_weighted(parameters: Any) -> bool:
@@ -276,7 +279,7 @@ def _is_weighted(parameters: Any) -> bool:
 
 
 def _adds(node: fx.Node) -> bool:
-    """Whether an operation adds or joins what it reads; sums in place are functions of another name."""
+    """Whether an operation adds or joins what it reads; in-place sums are functions of another name."""
     return node.op in ("call_function", "call_method") and node.name.rstrip("_0123456789") in _SUMS
 
 
@@ -303,8 +306,8 @@ class Trained(Protocol):
 class TrainingPlan:
     """What trains when, and how fast.
 
-    Lightning's `BaseFinetuning` adds groups of parameters to the optimizer as it thaws them, and stops at parameters;
-    here all groups are there from the start, so that a checkpoint of any epoch fits, and buffers are kept, too.
+    Lightning's `BaseFinetuning` adds groups of parameters to the optimizer as it thaws them, and leaves buffers alone.
+    Here all groups are there from the start, so that a checkpoint of any epoch fits, and frozen buffers are kept.
 
     Args:
         thaw: As `StitchedClassifier` has it.
@@ -324,7 +327,7 @@ class TrainingPlan:
         backbone_lr_factor: float,
         fragment_lr_decay: float,
     ) -> None:
-        self.schedule = checked_schedule(thaw)
+        self.schedule = parse_schedule(thaw)
         self.train_mode = train_mode
         self.backbone_lr_factor = backbone_lr_factor
         self.fragment_lr_decay = fragment_lr_decay
@@ -332,7 +335,11 @@ class TrainingPlan:
         self._lr: float | None = None
 
     def thaw(self, module: Trained, *, epoch: int) -> bool:
-        """Freeze and thaw as an epoch asks for; says whether that changed anything."""
+        """Freeze and thaw as an epoch asks for.
+
+        Returns:
+            Whether that changed anything.
+        """
         stage = next(stage for first, stage in reversed(self.schedule.items()) if first <= epoch)
         return thaw(module.network, module.head, stage, train_mode=self.train_mode)
 
@@ -353,7 +360,7 @@ class TrainingPlan:
         return optimizer
 
     def spread_learning_rate(self, module: Trained) -> None:
-        """Where a finder has set `module.lr` since the optimizer was made, multiply it by each group's factor."""
+        """Give each group its share of `module.lr`, where a finder has set that since the optimizer was made."""
         if module.lr is None or module.lr == self._lr:
             return
         self._lr = module.lr
@@ -362,12 +369,12 @@ class TrainingPlan:
                 group["lr"] = module.lr * group.get("lr_factor", 1.0)
 
     def start(self, module: Trained) -> None:
-        """Begin: a run that goes on in the middle of an epoch begins none."""
+        """Begin a run in its first epoch; a run that goes on within an epoch never sees that one begin."""
         self._kept = None
         self.start_epoch(module)
 
     def start_epoch(self, module: Trained) -> None:
-        """Put back buffers that were to stay, freeze and thaw, and note the buffers that are to stay from now on.
+        """Put back the buffers that were to stay, freeze and thaw, and note the buffers that are to stay from now on.
 
         Raises:
             StitchError: If nothing is left to train.
@@ -376,7 +383,7 @@ class TrainingPlan:
             self._kept.put_back(module.network)
         strategy = module.trainer.strategy
         if self.thaw(module, epoch=module.current_epoch) and isinstance(strategy.model, DistributedDataParallel):
-            # It exchanges the gradients of those parameters alone that had them when it was made.
+            # DDP exchanges only the gradients of the parameters that needed them when it was made.
             strategy.model = module
             strategy.configure_ddp()
         if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -173,6 +173,28 @@ def test_fit_then_test_validate_and_predict_from_yaml(
         assert metric in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_fit_that_goes_on_from_a_checkpoint_needs_no_sources_in_a_module_of_ones_own(
+    tmp_path: Path, image_folder: Path
+) -> None:
+    config = config_file(tmp_path, image_folder, search={"attribute": "backbone", "exits": False})
+    written = yaml.safe_load(config.read_text())
+    written["model"] = {"class_path": "networks.test_backbone.Classifier"}
+    config.write_text(yaml.safe_dump(written))
+    main(["fit", "--config", str(config)])
+    (checkpoint,) = tmp_path.rglob("stitched.ckpt")
+    written["trainer"]["callbacks"][0]["init_args"]["sources"] = ["there is no such source"]
+    written["trainer"]["max_epochs"] = 1
+    config.write_text(yaml.safe_dump(written))
+    main(["fit", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    (trained,) = tmp_path.rglob("epoch=*.ckpt")
+    recipes = [
+        torch.load(path, weights_only=True)["state_dict"]["backbone._extra_state"]["recipe"]
+        for path in (checkpoint, trained)
+    ]
+    assert recipes[0] == recipes[1] is not None
+
+
 def test_an_option_on_the_command_line_overrides_the_file(tmp_path: Path, image_folder: Path) -> None:
     config = config_file(tmp_path, image_folder)
     option = "--trainer.callbacks.init_args.budget.max_macs=1.0e7"

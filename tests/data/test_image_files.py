@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_stitch.data.image_files import ImageFileSet, list_images, readable
+from lightning_stitch.data.image_files import ImageFileSet, list_images, select_readable
 from lightning_stitch.errors import CalibrationError
 
 
@@ -62,13 +62,13 @@ def test_files_that_are_no_images_are_refused_or_skipped_with_the_reason(tmp_pat
     (tmp_path / "2.png").write_text("no image")
     files = [tmp_path / "1.png", tmp_path / "2.png", broken(tmp_path / "3.png")]
     with pytest.raises(CalibrationError, match=r"1 of 3 files cannot be read as images: .*2.png: cannot identify"):
-        readable(files, skip_unreadable=False)
-    left, reasons = readable(files, skip_unreadable=True)
+        select_readable(files, skip_unreadable=False)
+    left, reasons = select_readable(files, skip_unreadable=True)
     assert left == files[:1]
     assert list(reasons) == files[1:]
     assert "truncated" in reasons[files[2]] or "broken" in reasons[files[2]]
     with pytest.raises(CalibrationError, match="None of 2 files can be read"):
-        readable(files[1:], skip_unreadable=True)
+        select_readable(files[1:], skip_unreadable=True)
 
 
 def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:
     for file in files:
         file.write_text("no image")
     with pytest.raises(CalibrationError, match=r"8 of 8 files .*4\.png: .* and 3 more\. Mend"):
-        readable(files, skip_unreadable=False)
+        select_readable(files, skip_unreadable=False)
 
 
 COLOUR = (40, 80, 120)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,41 @@ def test_a_module_of_ones_own_is_stitched_trained_saved_resumed_and_loaded(
     more = trainer(tmp_path, max_epochs=2)
     more.fit(copy.deepcopy(model), images(), ckpt_path=tmp_path / "model.ckpt")
     resumed = kind()
-    again = trainer(tmp_path, no_search(attribute), max_epochs=2)
+    unneeded = no_search(attribute)
+    unneeded.ckpt_path = tmp_path / "model.ckpt"
+    again = trainer(tmp_path, unneeded, max_epochs=2)
     again.fit(resumed, images(), ckpt_path=tmp_path / "model.ckpt")
     assert again.global_step == 6
     assert torch.equal(outputs(resumed), outputs(more.lightning_module))
     assert not torch.equal(outputs(resumed), outputs(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_replaces_what_a_search_found_while_nobody_had_named_the_checkpoint(
+    kind: type[Classifier], tmp_path: Path
+) -> None:
+    class Unprepared(kind):  # type: ignore[misc, valid-type]
+        on_load_checkpoint = LightningModule.on_load_checkpoint
+
+    attribute = KINDS[kind]
+    torch.manual_seed(0)
+    model, callback, fresh = Unprepared(), search(attribute, max_candidates=6), Unprepared()
+    run = trainer(tmp_path, callback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*load_from_checkpoint will not know")
+        run.fit(model, images())
+        assert callback.result is not None
+        callback.install_within(run, Budget(max_macs=min(r.candidate.cost.macs for r in callback.result.ranked)))
+        run.fit(model, images())  # for an optimizer of what was installed
+        run.save_checkpoint(tmp_path / "cheapest.ckpt")
+        again = search(attribute, max_candidates=6)
+        trainer(tmp_path, again, max_epochs=1).fit(fresh, images(), ckpt_path=tmp_path / "cheapest.ckpt")
+    assert again.result is not None
+    assert again.result.best.candidate.recipe == callback.result.best.candidate.recipe
+    assert fresh.get_submodule(attribute).recipe == model.get_submodule(attribute).recipe
+    assert fresh.get_submodule(attribute).recipe != again.result.best.candidate.recipe
+    assert fresh(digits(2, 32)[0]).shape == (2, 3)
+    assert not fresh._load_state_dict_pre_hooks
 
 
 def test_a_network_that_is_there_is_not_searched_again(tmp_path: Path) -> None:
@@ -346,5 +377,7 @@ def test_a_checkpoint_without_a_stitched_network_is_refused_before_a_search(tmp_
     run = trainer(tmp_path)
     run.fit(Own(), images())
     run.save_checkpoint(tmp_path / "plain.ckpt")
+    callback = no_search("model.encoder")
+    callback.ckpt_path = tmp_path / "plain.ckpt"
     with pytest.raises(RecipeError, match=r"holds no stitched network for 'model.encoder'; it has some for \[\]"):
-        trainer(tmp_path, no_search("model.encoder")).fit(Own(), images(), ckpt_path=tmp_path / "plain.ckpt")
+        trainer(tmp_path, callback).fit(Own(), images(), ckpt_path=callback.ckpt_path)

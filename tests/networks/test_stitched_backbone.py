@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_stitch import RecipeError, StitchedBackbone, StitchError
 from lightning_stitch.networks import backbone as backbones_module
-from lightning_stitch.training.slots import resized
+from lightning_stitch.training.backbone_place import fit_width
 
 MEAN = (0.4, 0.5, 0.6)
 
@@ -19,7 +19,7 @@ MEAN = (0.4, 0.5, 0.6)
 def test_another_width_keeps_what_it_can_of_the_features(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 8, generator=generator) * torch.arange(1, 9) + 3
-    layer = resized(features, width)
+    layer = fit_width(features, width)
     if width == 8:
         assert layer is None
         return
@@ -69,7 +69,7 @@ def test_mean_and_std_belong_together(options: dict[str, Any]) -> None:
 def test_a_recipe_given_at_the_start_has_the_structure_that_a_state_dict_fills(width: int | None) -> None:
     network = composed(("test_resnet", None, "layer2"), ("test_efficientnet", "blocks.2", None))
     filled = StitchedBackbone(width)
-    filled.install(network, resized(torch.randn(50, network.num_features), width) if width else None)
+    filled.install(network, fit_width(torch.randn(50, network.num_features), width) if width else None)
     known = StitchedBackbone(width, recipe=network.recipe.to_dict())
     empty = StitchedBackbone(width)
     shown = digits(4, 32)[0]

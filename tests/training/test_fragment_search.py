@@ -104,6 +104,26 @@ def test_the_search_runs_only_where_the_module_has_no_recipe(tmp_path: Path) -> 
     assert loaded.recipe == model.recipe
 
 
+def test_a_checkpoint_replaces_what_a_search_found_while_nobody_had_named_the_checkpoint(tmp_path: Path) -> None:
+    run, model, data, callback = searched(tmp_path)
+    assert callback.result is not None
+    callback.install_within(run, Budget(max_macs=min(r.candidate.cost.macs for r in callback.result.ranked)))
+    run.fit(model, data)  # for an optimizer of what was installed
+    run.save_checkpoint(tmp_path / "cheapest.ckpt")
+    assert model.recipe != callback.result.best.candidate.recipe
+
+    fresh, in_vain, spared = StitchedClassifier(num_classes=3), search(), search()
+    trainer(tmp_path, in_vain, max_epochs=1).fit(fresh, data, ckpt_path=tmp_path / "cheapest.ckpt")
+    assert in_vain.result is not None
+    assert fresh.recipe == model.recipe
+    fresh = StitchedClassifier(num_classes=3)
+    spared.ckpt_path = tmp_path / "cheapest.ckpt"
+    trainer(tmp_path, spared).fit(fresh, data, ckpt_path=tmp_path / "cheapest.ckpt")
+    assert spared.result is None
+    assert fresh.recipe == model.recipe
+    torch.testing.assert_close(dict(fresh.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
 def test_same_seed_same_network_and_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     found = []
     for state in (1, 2):

@@ -8,7 +8,7 @@ from doubles.helpers import composed
 from torch import nn
 
 from lightning_stitch import StitchedNetwork, StitchError
-from lightning_stitch.training.thawing import STAGES, KeptBuffers, checked_schedule, parameter_groups, thaw
+from lightning_stitch.training.thawing import STAGES, KeptBuffers, parameter_groups, parse_schedule, thaw
 
 CNN, NET = "test_resnet", "test_efficientnet"
 # By where the stitch's numbers are: the fragments, what holds it, and what is next to it.
@@ -48,7 +48,7 @@ def head_of(network: StitchedNetwork) -> nn.Linear:
 
 @pytest.mark.parametrize("thawed", ["head", {0: "head", 3: "stitches", 6: "all"}, {"6": "all", "0": "neighbours"}])
 def test_a_schedule_is_in_the_order_of_its_epochs(thawed: Any) -> None:
-    schedule = checked_schedule(thawed)
+    schedule = parse_schedule(thawed)
     assert list(schedule) == sorted(schedule)
     assert schedule[0] == {"head": "head", 2: "neighbours", 3: "head"}[thawed if thawed == "head" else len(thawed)]
 
@@ -67,7 +67,7 @@ def test_a_schedule_is_in_the_order_of_its_epochs(thawed: Any) -> None:
 )
 def test_what_is_no_schedule_is_refused(thawed: Any, words: str) -> None:
     with pytest.raises(StitchError, match=words):
-        checked_schedule(thawed)
+        parse_schedule(thawed)
 
 
 @pytest.mark.parametrize("case", STITCHES)

@@ -173,7 +173,9 @@ def test_a_crash_and_a_resumed_run_end_as_one_that_went_through(tmp_path: Path) 
     with pytest.raises(KeyError, match="crash"):
         trainer(tmp_path, Watch(crash_at=2), last, max_epochs=4, enable_checkpointing=True).fit(crashed, images())
     resumed, again = StitchedClassifier(num_classes=3, **options), Watch()
-    rest = trainer(tmp_path, search_that_must_not_run(), again, max_epochs=4)
+    search = search_that_must_not_run()
+    search.ckpt_path = tmp_path / "last.ckpt"
+    rest = trainer(tmp_path, search, again, max_epochs=4)
     rest.fit(resumed, images(), ckpt_path=tmp_path / "last.ckpt")
     assert again.trained == {epoch: through.trained[epoch] for epoch in (2, 3)}
     assert moved(weights(first), resumed) == set()
@@ -282,8 +284,10 @@ def test_a_callback_that_needs_the_network_in_setup_stands_behind_the_search(
 def test_a_search_and_all_callbacks_that_copy_or_save_the_module_go_together_and_resume(tmp_path: Path) -> None:
     def run(model: StitchedClassifier, sources: list[Any], epochs: int, path: Path | None = None) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        search = FragmentSearch(sources, max_candidates=2, exits=False)
+        search.ckpt_path = path
         callbacks = [
-            FragmentSearch(sources, max_candidates=2, exits=False),
+            search,
             WeightAveraging(),
             LearningRateMonitor(),
             EarlyStopping("val_loss", patience=9),

@@ -1,0 +1,293 @@
+"""The attribute of a user's own LightningModule that a search puts a stitched network into."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_stitch._lightning import pl
+from lightning_stitch.composing import Pool
+from lightning_stitch.data import CalibrationDataModule
+from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.heads import HeadSettings
+from lightning_stitch.maths import ridge_least_squares
+from lightning_stitch.networks import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
+from lightning_stitch.progress import Progress
+from lightning_stitch.recipe import Recipe
+from lightning_stitch.search import Ranking
+from lightning_stitch.stitching import Candidate
+from lightning_stitch.training.head_fitting import check_targets
+
+
+class BackbonePlace:
+    """One attribute of a module, by dotted name; see `Place`.
+
+    Args:
+        module: The user's module.
+        attribute: The attribute's name, as "backbone" or "model.encoder".
+        head_attribute: That of the linear layer from the backbone's vectors to the classes; None: it is left alone.
+
+    Attributes:
+        head_settings: What candidates are ranked for, and the head that is fitted: the data's targets, since `check`.
+
+    Raises:
+        StitchError: If the module has no such submodule, or none that a stitched network can stand in for.
+    """
+
+    def __init__(self, module: pl.LightningModule, attribute: str, head_attribute: str | None = None) -> None:
+        self.module = module
+        self.attribute = attribute
+        self.head_attribute = head_attribute
+        self.head_settings = HeadSettings.of("none", num_classes=None)
+        submodules = dict(module.named_modules(remove_duplicate=False))
+        present = submodules.get(attribute) if attribute else None
+        if present is None:
+            names = [name for name in submodules if name]
+            near = difflib.get_close_matches(attribute, names, n=3) or names[:8]
+            raise StitchError(
+                f"FragmentSearch(attribute={attribute!r}): {type(module).__name__} has no submodule of that name; "
+                f"it has {near}. Assign a StitchedBackbone to it in __init__."
+            )
+        if isinstance(present, StitchedBackbone) and present.announces_width and not hasattr(module, HOOK):
+            raise StitchError(
+                f"{type(module).__name__}.{attribute} is a StitchedBackbone() of no known width, and the module has no "
+                f"{HOOK}(self, backbone) that could be told. Give StitchedBackbone(num_features=...), or define that "
+                f"method: it is called before configure_optimizers, and backbone.num_features is the width."
+            )
+
+    @property
+    def present(self) -> nn.Module:
+        """What the attribute holds."""
+        return self.module.get_submodule(self.attribute)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The structure of the network that is there; None: there is none yet."""
+        return self.present.recipe if isinstance(self.present, StitchedBackbone) else None
+
+    def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
+        """Take the targets from the data; refuse what cannot be used with them.
+
+        A head that the module builds when it is told of the backbone is not looked at yet.
+
+        Raises:
+            StitchError: If the head is no linear layer with a bias that leads to as many numbers as the targets have,
+                there are no targets for it, or the ranking or the comparison cannot use them.
+        """
+        bare = data.task == "none"
+        if bare and self.head_attribute is not None:
+            raise StitchError(
+                f"FragmentSearch(head_attribute={self.head_attribute!r}) fits a head on labelled images, but the data "
+                f"module has task='none'. Leave head_attribute out, or give it targets."
+            )
+        self.head_settings = HeadSettings.of(
+            "none" if bare else "ridge",
+            task="multiclass" if data.task == "none" else data.task,
+            num_classes=None if bare else data.num_classes,
+        )
+        if self.head_attribute is not None and not hasattr(self.module, HOOK):
+            self._find_head(self.present.num_features if isinstance(self.present, StitchedBackbone) else None)
+        check_targets(self.head_settings, data, ranking=ranking, compare=compare)
+
+    def check_stage(self, stage: str) -> None:
+        """A module of the user's own says itself what it can train and evaluate."""
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Build the structure that a checkpoint holds.
+
+        Raises:
+            RecipeError: If it holds none for this attribute.
+        """
+        _build_from(self.attribute, self.module, checkpoint["state_dict"])
+
+    def install(
+        self,
+        candidate: Candidate,
+        pool: Pool,
+        data: CalibrationDataModule,
+        batches: Iterable[Any],
+        *,
+        ridge: float,
+        progress: Progress,
+    ) -> None:
+        """Put a candidate's network in, behind it a linear layer to the width that the module expects.
+
+        Where a network is there already, the layer maps, by least squares, onto what that one gives.
+
+        Raises:
+            StitchError: If the attribute holds a network that does not give vectors for such images, or the head does
+                not lead from them to the targets.
+        """
+        outcomes, targets = pool.outcomes([candidate], batches, progress=progress)
+        features = outcomes[0].features
+        with torch.inference_mode(False):
+            network = pool.assemble(candidate)
+        backbone, projection = self._prepare_backbone(features, batches, data, ridge=ridge)
+        with torch.no_grad():
+            vectors = features if projection is None else projection(features.clone())
+        self._warn_of_loading(backbone)
+        backbone.to(self.module.device)
+        put(self.module, self.attribute, backbone)
+        backbone.install(network, projection)
+        announce(self.module, backbone)
+        if self.head_attribute is not None:
+            fitted = self.head_settings.fit(vectors, targets)
+            self._find_head(backbone.num_features).load_state_dict({"weight": fitted.weight, "bias": fitted.bias})
+
+    def agree(self, strategy: Any) -> None:
+        """Take rank zero's structure; the strategy copies its weights."""
+        backbone = self.present
+        assert isinstance(backbone, StitchedBackbone)
+        mine = backbone.get_extra_state()
+        state = strategy.broadcast(mine, src=0)
+        if state != mine:
+            backbone.take_structure(state)
+
+    def _find_head(self, num_features: int | None) -> nn.Linear:
+        """The linear layer to fit, from that many features (None: not known yet) to the targets."""
+        assert self.head_attribute is not None
+        num_classes = self.head_settings.num_classes
+        head = dict(self.module.named_modules(remove_duplicate=False)).get(self.head_attribute)
+        fits = (
+            isinstance(head, nn.Linear)
+            and head.bias is not None
+            and head.out_features == num_classes
+            and num_features in (None, head.in_features)
+        )
+        if not isinstance(head, nn.Linear) or not fits:
+            raise StitchError(
+                f"FragmentSearch(head_attribute={self.head_attribute!r}) fits a torch.nn.Linear("
+                f"{num_features or '...'}, {num_classes}) with a bias; {type(self.module).__name__} has {head} there. "
+                f"Leave head_attribute out to train a head of another kind."
+            )
+        return head
+
+    def _prepare_backbone(
+        self, features: Tensor, batches: Iterable[Any], data: CalibrationDataModule, *, ridge: float
+    ) -> tuple[StitchedBackbone, nn.Linear | None]:
+        """The backbone to fill, and the layer from the features to its width; None: their width is right."""
+        present = self.present
+        if isinstance(present, StitchedBackbone):
+            if present.announces_width:
+                return present, None
+            if present.network is None:
+                return present, fit_width(features, present.num_features)
+        elif hasattr(self.module, HOOK):
+            return StitchedBackbone(), None
+        wanted = self._present_features(batches, data)
+        layer = fit_imitation(features, wanted.to(features.device), ridge=ridge)
+        return (present if isinstance(present, StitchedBackbone) else StitchedBackbone(wanted.shape[1])), layer
+
+    @torch.no_grad()
+    def _present_features(self, batches: Iterable[Any], data: CalibrationDataModule) -> Tensor:
+        """What the backbone that is there gives for the images, normalised as it is used to; images x width."""
+        replaced = self.present
+        statistics = (replaced.mean, replaced.std) if isinstance(replaced, StitchedBackbone) else data.normalisation
+        mean, std = (None if x is None else x.view(1, -1, 1, 1).to("cpu") for x in statistics)
+        modes = {part: part.training for part in replaced.modules()}
+        replaced.to(self.module.device).eval()
+        rows = []
+        for batch in batches:
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            images = images if mean is None or std is None else (images - mean) / std
+            try:
+                vectors = replaced(images.to(self.module.device))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise self._refuse_present(f"fails on images of {tuple(images.shape)}: {error}") from error
+            if not isinstance(vectors, Tensor) or vectors.ndim != 2:
+                shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+                raise self._refuse_present(f"gives {shape} for images of {tuple(images.shape)}")
+            rows.append(vectors.float())
+        for part, mode in modes.items():
+            part.training = mode
+        return torch.cat(rows)
+
+    def _refuse_present(self, problem: str) -> StitchError:
+        return StitchError(
+            f"{type(self.module).__name__}.{self.attribute} ({type(self.present).__name__}) {problem}. A stitched "
+            f"network stands in for a backbone that takes images and gives vectors (batch, width). Name the attribute "
+            f"that does, assign StitchedBackbone(num_features=...) to it, or define {HOOK}(self, backbone)."
+        )
+
+    def _warn_of_loading(self, backbone: StitchedBackbone) -> None:
+        """Tell before training, not after, that the class cannot load its checkpoints."""
+        loads_itself = isinstance(self.present, StitchedBackbone) and not hasattr(self.module, HOOK)
+        overridden = type(self.module).on_load_checkpoint is not pl.LightningModule.on_load_checkpoint
+        if not loads_itself and not overridden:
+            name = type(self.module).__name__
+            warnings.warn(
+                f"{name}.load_from_checkpoint will not know of the stitched network in {self.attribute!r}. Assign "
+                f"StitchedBackbone(num_features={backbone.num_features if not backbone.announces_width else '...'}) "
+                f"to it in {name}.__init__, or define on_load_checkpoint(self, checkpoint) with "
+                f"lightning_stitch.restore_backbones(self, checkpoint).",
+                stacklevel=2,
+            )
+
+
+def restore_when_loaded(module: nn.Module, attribute: str) -> RemovableHandle:
+    """Let a module build the stitched network of every state dict that it loads, until the handle is removed.
+
+    Lightning loads a checkpoint's tensors between the module's hook and the callbacks'; a class that does not define
+    `on_load_checkpoint` would have no place for them.
+
+    Args:
+        module: The module.
+        attribute: Where the network belongs; a state dict without one is a `RecipeError`.
+    """
+    return module.register_load_state_dict_pre_hook(partial(_build_from, attribute))
+
+
+def _build_from(attribute: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: object) -> None:
+    """Build the stitched backbones of a state dict in a module whose keys begin with a prefix."""
+    state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    saved = saved_backbones(state)
+    if saved.get(attribute, {}).get("recipe") is None:
+        raise RecipeError(
+            f"This checkpoint holds no stitched network for {attribute!r}; it has some for {sorted(saved)}. "
+            f"It was saved by a run without FragmentSearch(attribute={attribute!r})."
+        )
+    restore_backbones(module, {"state_dict": state})
+
+
+@torch.no_grad()
+def fit_imitation(features: Tensor, wanted: Tensor, *, ridge: float) -> nn.Linear:
+    """The linear layer from features (images x width) to those of another network, by least squares.
+
+    Raises:
+        CalibrationError: If they have NaN or infinite values.
+    """
+    affine = ridge_least_squares(features, wanted, ridge=ridge)
+    assert affine.bias is not None
+    return _make_linear(affine.weight, affine.bias)
+
+
+@torch.no_grad()
+def fit_width(features: Tensor, width: int) -> nn.Linear | None:
+    """The linear layer that brings features (images x their width) to another width; None where they have it.
+
+    Fewer: the first principal components, not scaled. More: all features, and zeros.
+    """
+    num_features = features.shape[1]
+    if width == num_features:
+        return None
+    if width > num_features:
+        return _make_linear(torch.eye(width, num_features), torch.zeros(width))
+    rows = features.double()
+    mean = rows.mean(0)
+    directions = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors.flip(1)[:, :width].T
+    return _make_linear(directions, -directions @ mean)
+
+
+def _make_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    with torch.inference_mode(False), torch.no_grad():
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
