@@ -139,8 +139,8 @@ class Recipe:
         fragments: In forward order; the first begins at the image.
         stitches: One entry between each two fragments; None where a fragment simply goes on in its own source.
         input_size: (channels, height, width) of the images that the network was calibrated on.
-        scores: What the search measured ("cka_product", "macs", "params", "activation_bytes", ranking scores, and
-            "latency_ms" where a budget limits it), by name.
+        scores: What the search measured ("cka_product", "macs", "params", ranking scores, and "activation_bytes"
+            and "latency_ms" where a budget limits them), by name.
         share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
             (one fragment used twice, fragments that overlap, weights that the source ties) is there once, and is
             trained for all of them; only layers that take a stitch in become a fragment's own.
