@@ -276,7 +276,7 @@ class Pool:
         check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
-            selection = labelled(selection, ranking)
+            selection = labelled(selection)
         if calibration is None:
             self._check_calibrated()
         self.seconds = {"cut": self._cutting_seconds}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, StitchedClassifier, StitchError, fit_head
-from lightning_stitch.errors import CalibrationError, RecipeError
+from lightning_stitch.errors import RecipeError
 from lightning_stitch.heads.class_maps import ClassMapHead
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
@@ -195,7 +195,6 @@ def test_training_and_evaluating_without_a_head_or_targets_is_refused_before_the
             StitchError,
             "compare=True tells accuracies of clas",
         ),
-        ("ridge", 1, "regression", "regression", {"ranking": "loo_accuracy"}, CalibrationError, "counts classes, one"),
         (BEYOND, 3, "multiclass", "multiclass", {}, StitchError, "'dog' has the source class 1000; .* from 0 to 999"),
     ],
 )
