@@ -36,34 +36,28 @@ _UNITS = {
 class Cost:
     """What one network costs.
 
-    Costs of parts that run one after the other add up: the sum has the larger of their activation bytes. A difference
-    is taken figure by figure.
+    Costs of parts that run one after the other add up, all but activation bytes: what is alive at once is known of a
+    whole network alone, so that a sum has none.
 
     Attributes:
         params: Number of parameters.
         macs: Multiply-accumulates for one image.
-        activation_bytes: Most bytes of activations alive at once for one image, float32.
+        activation_bytes: Most bytes of activations alive at once for one image, float32; None: not measured.
         latency_ms: Milliseconds for one image, by estimate; 0 where no limit asked for it.
     """
 
     params: int
     macs: int
-    activation_bytes: int = 0
+    activation_bytes: int | None = None
     latency_ms: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.params + other.params,
-            self.macs + other.macs,
-            max(self.activation_bytes, other.activation_bytes),
-            self.latency_ms + other.latency_ms,
-        )
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, measure) - getattr(other, measure) for measure in _UNITS))
+        latency_ms = self.latency_ms + other.latency_ms
+        return Cost(self.params + other.params, self.macs + other.macs, latency_ms=latency_ms)
 
     def __str__(self) -> str:
-        activations = f", {self.activation_bytes / 1e6:.3g} MB of activations" if self.activation_bytes else ""
+        peak = self.activation_bytes
+        activations = "" if peak is None else f", {in_words('activation_bytes', peak, digits=3)}"
         return f"{self.params / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs{activations}"
 
 
@@ -80,7 +74,8 @@ class Budget:
             limit. Measured times vary, so that under this limit, and no other, a search need not repeat. None: no
             limit.
         max_activation_bytes: Most bytes of activations alive at once for one image, in eval mode and float32, as
-            `network_cost` counts them; None: no limit.
+            `network_cost` counts them. The search does not go by it: what it finds is assembled and counted, and kept
+            only within the limit. None: no limit.
         min_score: Least leave-one-out accuracy on the selection images, where the ranking has one (all by labels have),
             else least value of the ranking's first score. The network of the fewest multiply-accumulates that reaches
             it is then the best, not the one of the highest score. None: no limit.
@@ -114,8 +109,12 @@ class Budget:
         return {measure: limit for measure, limit in limits.items() if limit is not None}
 
     def allows(self, cost: Cost) -> bool:
-        """Whether a cost keeps every limit; its latency is an estimate and keeps the limit within a quarter."""
-        return all(getattr(cost, measure) <= self.most(measure) for measure in self.limits)
+        """Whether a cost keeps every limit; its latency is an estimate and keeps the limit within a quarter.
+
+        Activation bytes that were not measured keep any limit.
+        """
+        figures = {measure: getattr(cost, measure) for measure in self.limits}
+        return all(figure is None or figure <= self.most(measure) for measure, figure in figures.items())
 
     def most(self, measure: str) -> float:
         """The most that a cost may have in a measure: its limit, or where it is estimated a quarter more."""

@@ -43,8 +43,8 @@ def test_cost_is_parameters_half_of_what_the_flop_counter_says_and_what_is_alive
     pairs = list(pairwise([None, *(cut.name for cut in cuts), None]))
     assert sum(graph.macs(start, end) for start, end in pairs) == graph.macs(None, None) == found.macs
     assert [cut.macs for cut in cuts] == [graph.macs(None, end) for _, end in pairs[:-1]]
-    peaks = [graph.occupancy(start, end).peak() for start, end in pairs]
-    assert max(peaks) == graph.occupancy(None, None).peak() == found.activation_bytes
+    peaks = [graph.activation_bytes(start, end) for start, end in pairs]
+    assert max(peaks) == graph.activation_bytes(None, None) == found.activation_bytes
     assert graph.uncounted == ()
 
 

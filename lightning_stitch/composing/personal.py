@@ -123,7 +123,8 @@ def compose(
 
     Raises:
         CalibrationError: If images or labels cannot be used.
-        BudgetError: If no network keeps the budget, or it limits latency, which is not measured here.
+        BudgetError: If no network keeps the budget, or it limits latency or activation bytes, which are not measured
+            here.
         StitchError: If labels and classes are given both, or the sources do not have these outputs.
 
     Example:
@@ -132,8 +133,10 @@ def compose(
         >>> mine.classes[mine.network(image).argmax()], mine.result.summary()  # doctest: +SKIP
     """
     budget = budget or Budget()
-    if budget.max_latency_ms is not None:
-        raise BudgetError("compose() measures no latencies. Limit max_macs instead, or use Pool.search.")
+    if budget.max_latency_ms is not None or budget.max_activation_bytes is not None:
+        raise BudgetError(
+            "compose() measures neither latencies nor activation bytes. Limit max_macs instead, or use Pool.search."
+        )
     if not ridge > 0 or not effort >= 0:
         raise StitchError(f"ridge must be above 0 and effort at least 0; found ridge={ridge}, effort={effort}.")
     targets, names = _classes_of(pool, len(images), labels, classes)

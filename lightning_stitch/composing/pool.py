@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget
+from lightning_stitch.cutting import network_activation_bytes
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing import FITS, Refiner, check_refinements, refine
 from lightning_stitch.io import Spool
@@ -275,7 +276,7 @@ class Pool:
         check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
-            selection = labelled(selection, ranking)
+            selection = labelled(selection)
         if calibration is None:
             self._check_calibrated()
         self.seconds = {"cut": self._cutting_seconds}
@@ -331,9 +332,14 @@ class Pool:
             ranked = rank(
                 candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
             )
-        if budget.max_latency_ms is not None:
+        meters = {
+            "activation_bytes": self._activation_bytes,
+            "latency_ms": lambda c: milliseconds(kept, c, partial(self._latency, c)),
+        }
+        meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
+        if meters:
             with timed(self.seconds, "measure"):
-                ranked = measured(ranked, budget, lambda c: milliseconds(kept, c, partial(self._latency, c)), progress)
+                ranked = measured(ranked, budget, meters, progress)
         return choose(
             ranked,
             budget,
@@ -427,6 +433,9 @@ class Pool:
             raise CalibrationError(
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
+
+    def _activation_bytes(self, candidate: Candidate) -> float:
+        return network_activation_bytes(self.assemble(candidate), self.image_shape)
 
     def _latency(self, candidate: Candidate) -> float:
         return network_latency(self.assemble(candidate), self.image_shape, self.device)

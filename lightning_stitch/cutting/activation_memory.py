@@ -6,9 +6,7 @@ node that makes it to the last one that reads it, or a view of it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -67,73 +65,13 @@ class Footprint(NamedTuple):
     most: int
 
 
-class _Folded(NamedTuple):
-    """The same as `Occupancy`'s figures up to the layer that takes a stitch in, and what is alive beside its result."""
-
-    beside: int
-    behind: int
-    at_layer: int
-    layer_has_entry: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Occupancy:
-    """The bytes of activations that are alive at once in a fragment, for one image.
-
-    Attributes:
-        entry: Bytes of the memory that its input lies in where it goes on in its own network.
-        exit: Bytes of the memory that its output lies in.
-        beside: The most that is alive beside its input.
-        behind: The most that is alive when its input is no longer needed.
-        copies: Whether it copies its input, which it would overwrite, when a stitch leads to it.
-        folded: Figures for a stitch that is folded into its last layer; None: it ends in no such layer.
-    """
-
-    entry: int
-    exit: int
-    beside: int
-    behind: int
-    copies: bool
-    folded: _Folded | None
-
-    def peak(self, *, entry: int | None = None, exit: int | None = None) -> int:
-        """The most that is alive at once.
-
-        Args:
-            entry: Bytes that a stitch before it gives; None: it goes on in its own network.
-            exit: Bytes that its last layer yields once it has taken the stitch behind it in; None: it has not.
-        """
-        own, entered = entry is None, self.entry if entry is None else entry
-        beside, behind = self.beside, self.behind
-        if exit is not None:
-            assert self.folded is not None
-            beside, behind, at_layer, layer_has_entry = self.folded
-            behind = max(behind, at_layer + exit + (entered if layer_has_entry else 0))
-        copied = 2 * entered if self.copies and not own else 0
-        return max(behind, beside + entered, copied)
-
-    def after(self, other: int) -> Occupancy:
-        """The same, behind something that runs first and at its peak has so many bytes alive."""
-        folded = self.folded and self.folded._replace(behind=max(self.folded.behind, other))
-        return dataclasses.replace(self, behind=max(self.behind, other), folded=folded)
-
-
-def occupancy(
-    nodes: Sequence[fx.Node],
-    output: fx.Node,
-    footprints: Mapping[fx.Node, Footprint],
-    *,
-    copies: bool = False,
-    last_layer: fx.Node | None = None,
-) -> Occupancy:
-    """What is alive in a fragment.
+def peak_bytes(nodes: Sequence[fx.Node], output: fx.Node, footprints: Mapping[fx.Node, Footprint]) -> int:
+    """The most bytes of activations that are alive at once in a fragment.
 
     Args:
         nodes: Its input and the nodes that it runs, in their order.
         output: The node whose result it gives.
         footprints: What each node needs.
-        copies: Whether it copies its input when a stitch leads to it.
-        last_layer: The layer that can take a stitch behind the fragment in.
     """
     place = {node: index for index, node in enumerate(nodes)}
     sizes: dict[int, int] = {}
@@ -146,23 +84,8 @@ def occupancy(
             sizes[memory] = size
             made.setdefault(memory, index)
             needed[memory] = max(needed.get(memory, 0), until)
-    entry = [memory for memory in sizes if made[memory] == 0]
-    beside = behind = 0
-    folded = None
-    for index in range(1, len(nodes)):
-        alive = sum(sizes[m] for m in sizes if 0 < made[m] < index <= needed[m])
-        has_entry = any(index <= needed[m] for m in entry)
-        if nodes[index] is last_layer:
-            folded = _Folded(beside, behind, alive, has_entry)
-        if has_entry:
-            beside = max(beside, alive + footprints[nodes[index]].most)
-        else:
-            behind = max(behind, alive + footprints[nodes[index]].most)
-    return Occupancy(
-        entry=sum(sizes[m] for m in entry),
-        exit=sum(footprints[output].held.values()),
-        beside=beside,
-        behind=behind,
-        copies=copies,
-        folded=folded,
-    )
+    peak = sum(footprints[nodes[0]].held.values())
+    for index, node in enumerate(nodes[1:], start=1):
+        alive = sum(size for memory, size in sizes.items() if made[memory] < index <= needed[memory])
+        peak = max(peak, alive + footprints[node].most)
+    return peak

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from lightning_stitch.cutting.activation_memory import Footprint, Occupancy, occupancy
+from lightning_stitch.cutting.activation_memory import Footprint, peak_bytes
 from lightning_stitch.cutting.probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
 from lightning_stitch.cutting.tracing import is_in_place
 from lightning_stitch.errors import CutError
@@ -126,24 +126,11 @@ class Dataflow:
         """For one image; work that is the same for any batch, as on position tables, counts in full."""
         return sum(2 * self.two[node].macs - self.three[node].macs for node in nodes)
 
-    def occupancy(self, first: fx.Node, last: fx.Node, last_layer: nn.Module | None) -> Occupancy:
-        """The bytes of activations that are alive at once on the way from one node to another, for one image.
-
-        Args:
-            first: The node whose tensor is the input.
-            last: The node whose tensor is the output.
-            last_layer: The layer on the way that can take a stitch behind it in.
-        """
+    def activation_bytes(self, first: fx.Node, last: fx.Node) -> int:
+        """The most bytes of activations that are alive at once on the way from one node to another, for one image."""
         kept, _ = self.collect(first, last)
         nodes = [first, *(node for node in self.nodes if node in kept)]
-        called = {n: self.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
-        return occupancy(
-            nodes,
-            last,
-            {node: self._footprint(node) for node in nodes},
-            copies=self.overwrites(first, kept),
-            last_layer=next((n for n, module in called.items() if module is last_layer), None),
-        )
+        return peak_bytes(nodes, last, {node: self._footprint(node) for node in nodes})
 
     def overwrites(self, first: fx.Node, nodes: Container[fx.Node]) -> bool:
         """Whether one of the nodes writes into a node's memory."""

@@ -17,7 +17,6 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.activation_memory import Occupancy
 from lightning_stitch.cutting.copies import copied
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
@@ -244,15 +243,9 @@ class CutGraph:
         """Multiply-accumulates of the fragment between two cuts, for one image."""
         return self._flow.macs(self._flow.collect(*self._ends(start, end))[0])
 
-    def occupancy(self, start: str | None, end: str | None, *, last_layer: nn.Module | None = None) -> Occupancy:
-        """The bytes of activations that are alive at once in the fragment between two cuts, for one image.
-
-        Args:
-            start: Name of the cut where it begins; None: at the image.
-            end: Name of the cut where it ends; None: at the output.
-            last_layer: Its layer, if any, that could take a stitch behind it in.
-        """
-        return self._flow.occupancy(*self._ends(start, end), last_layer)
+    def activation_bytes(self, start: str | None, end: str | None) -> int:
+        """The most bytes of activations alive at once in the fragment between two cuts, for one image."""
+        return self._flow.activation_bytes(*self._ends(start, end))
 
     def parameters(self, start: str | None, end: str | None) -> list[nn.Parameter]:
         """The parameters of the fragment between two cuts, each once."""

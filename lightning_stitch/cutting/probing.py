@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.cost import Cost, warn_of_uncounted
-from lightning_stitch.cutting.activation_memory import Allocations, Footprint, occupancy, tensors_in
+from lightning_stitch.cutting.activation_memory import Allocations, Footprint, peak_bytes, tensors_in
 from lightning_stitch.cutting.tracing import left_as_it_was, trace_somehow
 from lightning_stitch.errors import CutError
 
@@ -206,13 +206,26 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     traced, _, _ = trace_somehow(network, input_size)
     yields = probe(traced, input_size, batch_size=1)
     warn_of_uncounted(type(network).__name__, uncounted_work(yields))
-    footprints = {node: seen.footprint for node, seen in yields.items()}
-    output = next(node for node in yields if node.op == "output")
     return Cost(
         params=sum(parameter.numel() for parameter in network.parameters()),
         macs=sum(seen.macs for seen in yields.values()),
-        activation_bytes=occupancy(list(yields), output, footprints).peak(),
+        activation_bytes=_peak_bytes(yields),
     )
+
+
+def network_activation_bytes(network: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """The activation bytes of `network_cost`, alone and without a warning of operators that have no formula.
+
+    Raises:
+        CutError: As `network_cost`.
+    """
+    traced, _, _ = trace_somehow(network, input_size)
+    return _peak_bytes(probe(traced, input_size, batch_size=1))
+
+
+def _peak_bytes(yields: Mapping[fx.Node, Yield]) -> int:
+    output = next(node for node in yields if node.op == "output")
+    return peak_bytes(list(yields), output, {node: seen.footprint for node, seen in yields.items()})
 
 
 _FREE_TAGS = frozenset({"pointwise", "reduction", "view_copy", "inplace_view"})

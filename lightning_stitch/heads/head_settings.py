@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
-from lightning_stitch.heads.class_means import ClassMeanHead, fit_class_mean_head
 from lightning_stitch.heads.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
 from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
 from lightning_stitch.heads.targets import Task, count_of, task_of
@@ -18,7 +17,6 @@ from lightning_stitch.heads.targets import Task, count_of, task_of
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "ridge": ("strengths",),
     "knn": ("num_neighbours", "metric", "temperature"),
-    "class_mean": ("metric",),
     "class_map": ("classes", "names", "match", "other"),
     "none": (),
 }
@@ -31,7 +29,7 @@ class HeadSettings:
     """A head's description; make one with `HeadSettings.of`.
 
     Attributes:
-        name: "ridge", "knn", "class_mean", "class_map" or "none".
+        name: "ridge", "knn", "class_map" or "none".
         task: What the targets are.
         num_classes: How many classes, labels or numbers the head gives; 0 for "none", which gives the features.
         options: What it is made with, in plain dicts, lists, strings and numbers.
@@ -52,7 +50,6 @@ class HeadSettings:
         |---|---|---|
         | ridge | any | strengths: ridge strengths to choose from |
         | knn | any | num_neighbours and temperature (chosen where not given), metric: cosine or euclidean |
-        | class_mean | multiclass | metric: euclidean or cosine |
         | class_map | multiclass | classes: {name: indices, ranges or, with `names`, names}, names and match: those of |
         | | | `class_map_from_names`, other: true or the name of a class of all that is not mapped |
         | none | any | |
@@ -69,7 +66,7 @@ class HeadSettings:
         name, options = _taken_apart(head)
         if task not in get_args(Task):
             raise StitchError(f"task must be one of {get_args(Task)}; found {task!r}.")
-        if task != "multiclass" and name in ("class_mean", "class_map"):
+        if task != "multiclass" and name == "class_map":
             raise StitchError(f"head={name!r} tells classes apart; for task={task!r} use 'ridge' or 'knn'.")
         if name == "class_map":
             return _class_map(options, num_classes)
@@ -114,8 +111,6 @@ class HeadSettings:
         if self.name == "knn":
             metric = {key: value for key, value in self.options.items() if key == "metric"}
             return NearestNeighbourHead(width, self.num_classes, task=self.task, **metric)
-        if self.name == "class_mean":
-            return ClassMeanHead(width, self.num_classes, **self.options)
         if self.name == "class_map":
             check_class_map(self.options["classes"], num_source_classes=width)
             return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
@@ -136,8 +131,6 @@ class HeadSettings:
             return self.empty(features.shape[1]).to(features.device)
         if targets is None:
             raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
-        if self.name == "class_mean":
-            return fit_class_mean_head(features, targets, num_classes=self.num_classes, **self.options)[0]
         fit: Any = fit_ridge_head if self.name == "ridge" else fit_neighbour_head
         head: nn.Module = fit(features, targets, num_classes=self.num_classes, task=self.task, **self.options)[0]
         return head

@@ -85,8 +85,8 @@ def fit_ridge_head(
     """Fit a linear head in closed form: ridge regression on the targets, then a calibration of its scores.
 
     Of the strengths, the one of least leave-one-out squared error (summed over classes or labels, or over standardised
-    numbers) is taken. Classes, one-hot, then get one temperature (`confidence.class_temperature`), labels a slope and
-    an offset each (`confidence.label_calibration`), both on the leave-one-out scores; numbers are predicted in their
+    numbers) is taken. Classes, one-hot, then get one temperature (`class_temperature`), labels a slope and
+    an offset each (`label_calibration`), both on the leave-one-out scores; numbers are predicted in their
     own units. All is folded into weight and bias. Deterministic; runs in float64 on the features' device. The head's
     parameters can be trained on.
 

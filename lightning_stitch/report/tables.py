@@ -167,8 +167,9 @@ def _with_interval(row: Row, metric: str) -> str:
 def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:
     """One flat row for each candidate, best first, of plain strings, numbers, booleans and None.
 
-    Its place (1 is the best), its kind and fragments in words, its costs (`latency_ms` as measured; None: it was not),
-    each score of the ranking, and whether it is one of `SearchResult.pareto` in MACs and in parameters.
+    Its place (1 is the best), its kind and fragments in words, its costs (`activation_bytes` and `latency_ms` as
+    measured; None: they were not), each score of the ranking, and whether it is one of `SearchResult.pareto` in MACs
+    and in parameters.
 
     Args:
         result: What the search found.
@@ -182,7 +183,7 @@ def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:
             "path": r.candidate.recipe.path,
             "params": r.candidate.cost.params,
             "macs": r.candidate.cost.macs,
-            "activation_bytes": r.candidate.cost.activation_bytes,
+            "activation_bytes": r.activation_bytes,
             "latency_ms": r.latency_ms,
             **{name: r.scores.get(name) for name in scores},
             "on_pareto_macs": id(r) in fronts["macs"],

@@ -1,9 +1,8 @@
 """What any composition of sources' pieces costs, and the least that one can cost, before anything is run.
 
-Parameters, multiply-accumulates and latency of a composition are sums over its pieces and stitches, its activation
-bytes a maximum. A fold changes what its neighbours yield, so that a piece's activation bytes depend on the stitches at
-its two ends; the least that a way on costs takes for each end what is best for it. A piece is taken to need what it
-needs in its own network, and one that begins with a linear layer a copy of tokens or of a map that is channels-last.
+Parameters, multiply-accumulates and latency of a composition are sums over its pieces and stitches. Its activation
+bytes are not: what is alive at once depends on the folds at both ends of every fragment, so that a composition is
+assembled first and then measured (`lightning_stitch.search.results.measured`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lightning_stitch.cost import Budget, Cost, in_words
 from lightning_stitch.errors import BudgetError
@@ -23,12 +22,12 @@ from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.stitching import (
     Segmented,
     choose_placement,
-    consumer_layers,
     is_bridgeable,
     stitch_cost,
-    stitch_memory,
     stitch_spec,
 )
+
+_SUMS = ("params", "macs", "latency_ms")
 
 
 class PlacedStitch(NamedTuple):
@@ -37,14 +36,10 @@ class PlacedStitch(NamedTuple):
     Attributes:
         spec: Its structure.
         cost: What it adds to its fragments; a fold can make that less than nothing.
-        entry: Bytes that it gives to the receiver, for one image.
-        exit: Bytes that the sender's last layer yields with the stitch folded into it; None: it is not.
     """
 
     spec: StitchSpec
     cost: Cost
-    entry: int
-    exit: int | None
 
 
 class _Table(NamedTuple):
@@ -79,7 +74,7 @@ class CompositionCosts:
         self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
         self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
         self._placed: dict[tuple[int, int, int, int, bool], PlacedStitch] = {}
-        self._costs: dict[tuple[int, int, int, int | None, int | None], Cost] = {}
+        self._costs: dict[tuple[int, int, int], Cost] = {}
         self._tables: dict[str, _Table] = {}
         self._latencies: Sequence[Sequence[float]] | None = None
         self._ms_per_mac = 0.0
@@ -102,35 +97,21 @@ class CompositionCosts:
         )
         self._placed = {key: placed._replace(cost=self._timed(placed.cost)) for key, placed in self._placed.items()}
 
-    def run(self, source: int, first: int, last: int, *, entry: int | None = None, exit: int | None = None) -> Cost:
+    def run(self, source: int, first: int, last: int) -> Cost:
         """Cost of a source's pieces from one index up to, not including, another.
 
         Args:
             source: Index of the source.
             first: Index of the first piece.
             last: Index behind the last piece.
-            entry: Bytes that a stitch before them gives; None: there is none.
-            exit: Bytes that the last layer yields with a stitch folded into it; None: there is none.
         """
-        key = (source, first, last, entry, exit)
+        key = (source, first, last)
         if key not in self._costs:
-            self._costs[key] = self._run(*key)
+            cost = self.parts[source].cost_between(first, last)
+            if self._latencies is not None:
+                cost = dataclasses.replace(cost, latency_ms=sum(self._latencies[source][first:last]))
+            self._costs[key] = cost
         return self._costs[key]
-
-    def exit(self, source: int, first: int, cut: int, *, entry: int | None = None) -> Cost:
-        """Cost of a source's pieces from one index to a cut, and of the average over that cut's positions.
-
-        Args:
-            source: Index of the source.
-            first: Index of the first piece.
-            cut: Index of the cut.
-            entry: Bytes that a stitch before them gives; None: there is none.
-        """
-        part, cost = self.parts[source], self.run(source, first, cut + 1, entry=entry)
-        if part.cuts[cut].format == "vector":
-            return cost
-        averaged = part.occupancies[cut].exit + 4 * part.cuts[cut].channels
-        return dataclasses.replace(cost, activation_bytes=max(cost.activation_bytes, averaged))
 
     def stitch(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
         """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
@@ -145,42 +126,37 @@ class CompositionCosts:
 
     def self_stitched(self, source: int) -> Cost:
         """Cost of a source stitched to itself at each of its cuts; a fold can make it less than the source's."""
-        last = len(self.parts[source].cuts)
-        total, entry, taken = Cost(0, 0), None, False
-        for cut in range(last):
+        part = self.parts[source]
+        total, taken = self.run(source, 0, len(part.pieces)), False
+        for cut in range(len(part.cuts)):
             find = self.stitch_after_fold if taken else self.stitch
             placed = find(source, cut, source, cut)
-            total = total + self.run(source, cut, cut + 1, entry=entry, exit=placed.exit) + placed.cost
-            entry, taken = placed.entry, placed.spec.placement == "consumer"
-        return total + self.run(source, last, last + 1, entry=entry)
+            total, taken = total + placed.cost, placed.spec.placement == "consumer"
+        return total
 
     def completions(self, measures: Iterable[str]) -> list[Cost]:
-        """For each receiver the least that any way on from it costs, in these measures; nothing in others."""
-        columns = {measure: self._table(measure).ahead[-1].tolist() for measure in measures}
+        """For each receiver the least that any way on from it costs, in those of these measures that are sums."""
+        columns = {measure: self._table(measure).ahead[-1].tolist() for measure in measures if measure in _SUMS}
         return [
             Cost(**{"params": 0, "macs": 0, **{measure: column[flat] for measure, column in columns.items()}})
             for flat in range(len(self.receivers))
         ]
 
     def cheapest(self, measure: str) -> tuple[float, str]:
-        """The least that any network costs in one measure, and the network in words.
-
-        In activation bytes it may cost more: there the least is taken piece by piece.
-        """
+        """The least that any network costs in one measure that is a sum, and the network in words."""
         wholes = []
         for s, part in enumerate(self.parts):
             wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
             wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
             if self._early_exits:
-                exits = ((getattr(self.exit(s, 0, c), measure), cut.name) for c, cut in enumerate(part.cuts))
+                exits = ((getattr(self.run(s, 0, c + 1), measure), cut.name) for c, cut in enumerate(part.cuts))
                 wholes += [(cost, f"{part.name} ended at {name}") for cost, name in exits]
         best, path = min(wholes, key=lambda whole: whole[0])
         table = self._table(measure)
-        # Where several cost the same, as they often do in activation bytes, the one with the fewest stitches is named.
+        # Where several cost the same, the one with the fewest stitches is named.
         for ahead, (flat, (s, c)) in product(table.ahead, enumerate(self.receivers)):
-            onward = _joined(measure, table.jumps[flat], ahead)
-            entry = torch.tensor(self._least_run(measure, s, 0, c + 1, entered=False, left=True), dtype=torch.float64)
-            total = _joined(measure, entry, onward.min()).item()
+            onward = table.jumps[flat] + ahead
+            total = getattr(self.run(s, 0, c + 1), measure) + onward.min().item()
             if total < best:
                 start = f"{self.parts[s].name} to {self.parts[s].cuts[c].name}"
                 best, path = total, f"{start}, then {self._path(measure, int(onward.argmin()))}"
@@ -195,7 +171,11 @@ class CompositionCosts:
         for measure, limit in budget.limits.items():
             if measure == "latency_ms" and self._latencies is None:
                 continue
-            least, path = self.cheapest(measure)
+            if measure == "activation_bytes":
+                # All that is known before a network is assembled: it holds the image.
+                least, path = float(4 * math.prod(self.parts[0].image_shape)), "the image alone"
+            else:
+                least, path = self.cheapest(measure)
             if least > budget.most(measure):
                 how = {"activation_bytes": "at least ", "latency_ms": "by estimate "}.get(measure, "")
                 raise BudgetError(
@@ -206,36 +186,14 @@ class CompositionCosts:
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
-    def _run(self, source: int, first: int, last: int, entry: int | None, exit: int | None) -> Cost:
-        part = self.parts[source]
-        cost = part.cost_between(first, last)
-        if entry is not None or exit is not None:
-            peaks = [part.occupancies[first].peak(entry=entry, exit=exit if first == last - 1 else None)]
-            if first < last - 1:
-                peaks += [part.cost_between(first + 1, last - 1).activation_bytes]
-                peaks += [part.occupancies[last - 1].peak(exit=exit)]
-            cost = dataclasses.replace(cost, activation_bytes=max(peaks))
-        if self._latencies is not None:
-            cost = dataclasses.replace(cost, latency_ms=sum(self._latencies[source][first:last]))
-        return cost
-
     def _place(self, sender: int, cut: int, source: int, receiver: int, *, before_taken: bool) -> PlacedStitch:
         key = (sender, cut, source, receiver, before_taken)
         if key not in self._placed:
             before, after = self._neighbours(sender, cut, source, receiver)
-            leaves = self.parts[sender].cuts[cut]
-            spec = stitch_spec(leaves, self.parts[source].cuts[receiver], bias=self.bias)
+            spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
             placement = choose_placement(before, after, spec, before_taken=before_taken)
             spec = dataclasses.replace(spec, placement=placement)
-            params, macs = stitch_cost(spec, before, after, placement)
-            steps = math.prod(leaves.shape) // leaves.channels
-            exit = 4 * spec.out_channels * steps if placement == "producer" else None
-            sent = self.parts[sender].occupancies[cut].exit if exit is None else exit
-            peak, entry = stitch_memory(spec, sent)
-            if spec.out_format in ("NHWC", "tokens") and _begins_linear(after):
-                # A stitch gives a view of a map, of which a linear layer makes a copy first.
-                entry *= 2
-            self._placed[key] = PlacedStitch(spec, self._timed(Cost(params, macs, peak)), entry, exit)
+            self._placed[key] = PlacedStitch(spec, self._timed(Cost(*stitch_cost(spec, before, after, placement))))
         return self._placed[key]
 
     def _timed(self, cost: Cost) -> Cost:
@@ -254,15 +212,15 @@ class CompositionCosts:
         rounds = next(index for index, costs in enumerate(ahead) if costs[flat] == ahead[-1][flat])
         if rounds == 0:
             return f"{text} to its end"
-        jumps = _joined(measure, table.jumps, ahead[rounds - 1])
-        cut = int(_joined(measure, table.runs[flat], jumps.amin(1)).argmin())
+        jumps = table.jumps + ahead[rounds - 1]
+        cut = int((table.runs[flat] + jumps.amin(1)).argmin())
         onward = self._path(measure, int(jumps[cut].argmin()))
         return f"{text} to {self.parts[s].cuts[self.receivers[cut][1]].name}, then {onward}"
 
     def _table(self, measure: str) -> _Table:
         if measure not in self._tables:
             jumps, (to_end, runs) = self._jump_costs(measure), self._run_costs(measure)
-            self._tables[measure] = _Table(jumps, runs, self._completions(measure, jumps, runs, to_end))
+            self._tables[measure] = _Table(jumps, runs, self._completions(jumps, runs, to_end))
         return self._tables[measure]
 
     def _jump_costs(self, measure: str) -> Tensor:
@@ -275,54 +233,30 @@ class CompositionCosts:
         return jumps
 
     def _run_costs(self, measure: str) -> tuple[Tensor, Tensor]:
-        """The least from each receiver to its source's end, and to each later cut of its source."""
+        """Cost from each receiver to its source's end, and to each later cut of its source."""
         to_end = torch.zeros(len(self.receivers), dtype=torch.float64)
         runs = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
         for i, (s, r) in enumerate(self.receivers):
             part = self.parts[s]
-            to_end[i] = self._least_run(measure, s, r + 1, len(part.pieces), entered=True, left=False)
+            to_end[i] = getattr(self.run(s, r + 1, len(part.pieces)), measure)
             for cut in range(r + 1, len(part.cuts)):
-                runs[i, self.index[s, cut]] = self._least_run(measure, s, r + 1, cut + 1, entered=True, left=True)
+                runs[i, self.index[s, cut]] = getattr(self.run(s, r + 1, cut + 1), measure)
         return to_end, runs
 
-    def _least_run(self, measure: str, source: int, first: int, last: int, *, entered: bool, left: bool) -> float:
-        """The least that pieces cost whatever stitch they are entered or left through, and wherever it is folded."""
-        if measure != "activation_bytes":
-            return float(getattr(self.run(source, first, last), measure))
-        part, entry, peaks = self.parts[source], None, []
-        if entered:
-            takes = consumer_layers(part.pieces[first], bias=self.bias) is not None
-            entry = 0 if takes else 4 * math.prod(part.cuts[first - 1].shape)
-        for piece in range(first, last):
-            ends = [None, 0] if left and piece == last - 1 and part.occupancies[piece].folded else [None]
-            begun = entry if piece == first else None
-            peaks.append(min(part.occupancies[piece].peak(entry=begun, exit=end) for end in ends))
-        return float(max(peaks))
-
-    def _completions(self, measure: str, jumps: Tensor, runs: Tensor, to_end: Tensor) -> list[Tensor]:
+    def _completions(self, jumps: Tensor, runs: Tensor, to_end: Tensor) -> list[Tensor]:
         """The least that any way on from each receiver costs, with up to 0, 1, ... more stitches (Bellman)."""
         found = [to_end]
         for _ in range(self._max_fragments - 2 if self.receivers else 0):
-            onward = _joined(measure, runs, _joined(measure, jumps, found[-1]).amin(1)).amin(1)
+            onward = (runs + (jumps + found[-1]).amin(1)).amin(1)
             found.append(torch.minimum(found[-1], onward))
             if torch.equal(found[-1], found[-2]):
                 break
         return found
 
 
-def _begins_linear(fragment: fx.GraphModule) -> bool:
-    layers = consumer_layers(fragment, bias=False) or ()
-    return any(isinstance(layer, nn.Linear) for layer in layers)
-
-
-def _joined(measure: str, one: Tensor, other: Tensor) -> Tensor:
-    """What two parts of a composition cost together, in one measure."""
-    return torch.maximum(one, other) if measure == "activation_bytes" else one + other
-
-
 def costs_of_pairs(parts: Sequence[Segmented], *, early_exits: bool) -> CompositionCosts:
     """The costs of networks of at most two fragments, all of them computed at once, for many searches to come."""
     costs = CompositionCosts(parts, bias=True, max_fragments=2, early_exits=early_exits)
-    for measure in ("params", "macs", "activation_bytes"):
+    for measure in ("params", "macs"):
         costs.cheapest(measure)
     return costs

@@ -50,7 +50,7 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     favours the sources a little, whose own words they are. Numbers are standardised, and softened likewise; for them
     and for several labels R2 alone breaks ties.
     """
-    scores = _by_head("loo_r2", selection)
+    scores = by_loo_r2(candidates, selection)
     soft = softened_labels(candidates, selection)
     return [
         {"loo_soft_r2": r2(left_out(features, soft), soft), **score}
@@ -75,44 +75,26 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
 
     Accuracy counts on which side of a boundary an image falls; this counts how far, and needs no temperature.
     """
-    return _by_head("loo_r2", selection)
-
-
-def by_loo_accuracy(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Leave-one-out accuracy of a ridge head on the selection images, then its R2 and negative log-loss."""
-    return _by_head("loo_accuracy", selection)
-
-
-def by_loo_log_loss(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Negative leave-one-out log-loss of a ridge head on the selection images, then its R2 and accuracy."""
-    return _by_head("neg_loo_log_loss", selection)
-
-
-def by_agreement(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Debiased CKA of a candidate's final features with its last source's own, on the selection images, then their R2.
-
-    An unmodified source agrees with itself: both are 1, and so it ranks first.
-    """
-    scores = zip(_ckas(candidates, selection), _own_r2s(candidates, selection), strict=True)
-    return [{"agreement": cka, "agreement_r2": explained} for cka, explained in scores]
-
-
-def by_agreement_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Leave-one-out R2 of the last source's own features, predicted from a candidate's; then their CKA.
-
-    By ridge regression: a head is a linear map of features, so this says how much of what heads could read from the
-    source's own features they can still read from the candidate's.
-    """
-    scores = zip(_own_r2s(candidates, selection), _ckas(candidates, selection), strict=True)
-    return [{"agreement_r2": explained, "agreement": cka} for explained, cka in scores]
+    if selection.targets is None:
+        raise CalibrationError(MISSING_LABELS)
+    count = selection.num_classes if selection.num_classes is not None else count_of(selection.targets)
+    ranked = []
+    for features in selection.features:
+        fit = loo_scores(features, selection.targets, num_classes=count, task=task_of(selection.targets))
+        scores = {"loo_r2": fit.loo_r2}
+        if fit.loo_accuracy is not None and fit.loo_log_loss is not None:
+            scores |= {"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
+        ranked.append(scores)
+    return ranked
 
 
 def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Leave-one-out R2 of all sources' own features together, predicted from a candidate's; then the agreement's CKA.
+    """Leave-one-out R2 of all sources' own features together, predicted from a candidate's; then its agreement.
 
     Each source weighs the same. One reference for all candidates makes those comparable that end in different sources:
     what several sources see in an image counts more than what one of them sees alone. Without labels nothing shows
-    that a candidate is better than every source, so none scores higher than the best of them.
+    that a candidate is better than every source, so none scores higher than the best of them. "agreement" is the
+    debiased CKA of a candidate's features with its last source's own, of which a source has 1.
     """
     own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
     reference = _reference(own)
@@ -130,17 +112,11 @@ def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) ->
 RANKINGS: dict[str, Ranking] = {
     "loo_soft_r2": by_loo_soft_r2,
     "loo_r2": by_loo_r2,
-    "loo_accuracy": by_loo_accuracy,
-    "loo_log_loss": by_loo_log_loss,
     "consensus": by_consensus,
-    "agreement_r2": by_agreement_r2,
-    "agreement": by_agreement,
     "cka_product": by_cka_product,
 }
 
-
-_NEED_CLASSES = ("loo_accuracy", "loo_log_loss")
-NEED_LABELS = ("loo_soft_r2", "loo_r2", "loo_accuracy", "loo_log_loss")
+NEED_LABELS = ("loo_soft_r2", "loo_r2")
 MISSING_LABELS = "This ranking needs labels for the selection images; use ranking='consensus' without."
 
 
@@ -158,55 +134,12 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     return RANKINGS[name]
 
 
-def check_ranking_fits(ranking: str | Ranking, task: str) -> None:
-    """Refuse a ranking that counts classes where there are none.
-
-    Raises:
-        CalibrationError: Naming the rankings that do.
-    """
-    if ranking in _NEED_CLASSES and task != "multiclass":
-        found = "several labels for each image" if task == "multilabel" else "numbers"
-        raise CalibrationError(
-            f"ranking={ranking!r} counts classes, one integer for each image; the targets are {found}. Use "
-            f"'loo_soft_r2', 'loo_r2' or 'auto'."
-        )
-
-
-def _by_head(first: str, selection: SelectionData) -> list[dict[str, float]]:
-    if selection.targets is None:
-        raise CalibrationError(MISSING_LABELS)
-    task = task_of(selection.targets)
-    check_ranking_fits(first.removeprefix("neg_"), task)
-    count = selection.num_classes if selection.num_classes is not None else count_of(selection.targets)
-    ranked = []
-    for features in selection.features:
-        fit = loo_scores(features, selection.targets, num_classes=count, task=task)
-        scores = {"loo_r2": fit.loo_r2}
-        if fit.loo_accuracy is not None and fit.loo_log_loss is not None:
-            scores |= {"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
-        ranked.append({first: scores.pop(first), **scores})
-    return ranked
-
-
 def _ckas(candidates: Sequence[Candidate], selection: SelectionData) -> list[float]:
     """Each candidate's CKA with its last source's own features."""
     found = []
     for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
         with _naming([_last_source(candidate)]):
             found.append(float(linear_cka(features, own)))
-    return found
-
-
-def _own_r2s(candidates: Sequence[Candidate], selection: SelectionData) -> list[float]:
-    """How much of its last source's own features each candidate explains."""
-    references: dict[str, Tensor] = {}
-    found = []
-    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
-        name = _last_source(candidate)
-        if name not in references:
-            references[name] = _reference({name: own})
-        # A source explains itself, without a regression.
-        found.append(1.0 if candidate.kind == "source" else _explained(features, references[name], [name]))
     return found
 
 
@@ -255,18 +188,16 @@ def _last_source(candidate: Candidate) -> str:
     return candidate.recipe.fragments[-1].source
 
 
-def labelled(batches: Iterable[Batch], ranking: str | Ranking) -> Iterable[Batch]:
-    """The same batches, once the first is seen to have labels that a ranking can use.
+def labelled(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The same batches, once the first is seen to have labels.
 
     Raises:
-        CalibrationError: If it has none, or the ranking counts classes and they are none.
+        CalibrationError: If it has none.
     """
     iterator = iter(batches)
     first = next(iterator, None)
     if isinstance(first, Tensor) or (first is not None and len(first) < 2):
         raise CalibrationError(MISSING_LABELS)
-    if first is not None:
-        check_ranking_fits(ranking, task_of(torch.as_tensor(first[1])))
     if iterator is not batches:
         # What can be read anew is: a loader's workers would wait through the whole search, and Ctrl-C would end them.
         return batches

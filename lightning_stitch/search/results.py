@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_stitch.cost import Budget
+from lightning_stitch.cost import Budget, in_words
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
@@ -25,6 +25,12 @@ _IN_WORDS: dict[Stopped, str] = {
     "interrupted": "The search was interrupted.",
 }
 
+# What is measured of assembled networks, in this order: what the lowest is called, and why one above is left out
+_MEASURED = {
+    "activation_bytes": ("leanest", "over the activation budget when measured"),
+    "latency_ms": ("fastest", "over the latency budget when measured"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
@@ -35,14 +41,17 @@ class Ranked:
         scores: What the ranking measured on the selection images, by name.
         features: Width of its output.
         seconds: Wall time of running it over the selection images.
+        activation_bytes: Most bytes of activations alive at once in the assembled network (`network_cost`); None: no
+            limit asked for it, or another limit was not kept.
         latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.search.latency`);
-            None: no limit asked for it, or another limit was not kept.
+            None: likewise.
     """
 
     candidate: Candidate
     scores: dict[str, float]
     features: int
     seconds: float
+    activation_bytes: float | None = None
     latency_ms: float | None = None
 
     @property
@@ -50,12 +59,12 @@ class Ranked:
         """The first score, which decides the place."""
         return next(iter(self.scores.values()))
 
-    def measured(self, latency_ms: float) -> Ranked:
-        """The same with its latency, which goes into the recipe's scores, too."""
+    def measured(self, measure: str, value: float) -> Ranked:
+        """The same with its "activation_bytes" or "latency_ms", which go into the recipe's scores, too."""
         recipe = self.candidate.recipe
-        recipe = dataclasses.replace(recipe, scores={**recipe.scores, "latency_ms": latency_ms})
+        recipe = dataclasses.replace(recipe, scores={**recipe.scores, measure: value})
         candidate = dataclasses.replace(self.candidate, recipe=recipe)
-        return dataclasses.replace(self, candidate=candidate, latency_ms=latency_ms)
+        return dataclasses.replace(self, candidate=candidate, **{measure: value})  # type: ignore[arg-type]
 
     @property
     def judged_by(self) -> str:
@@ -73,8 +82,9 @@ class Ranked:
         return f"{self.score:.4f}" + ("" if other == name else f" ({other} {self.scores[other]:.4f})")
 
     def __str__(self) -> str:
-        latency = "" if self.latency_ms is None else f", {self.latency_ms:.4g} ms for one image"
-        return f"{self.candidate.kind}, {self.candidate.cost}{latency}"
+        figures = {measure: getattr(self, measure) for measure in _MEASURED}
+        measured = [in_words(measure, value, digits=4) for measure, value in figures.items() if value is not None]
+        return ", ".join([self.candidate.kind, str(self.candidate.cost), *measured])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +127,11 @@ class SearchResult:
             kind: Only candidates of this kind; None: of any.
 
         Raises:
-            BudgetError: If the budget limits latency and the search did not, so that nothing was measured.
+            BudgetError: If the budget limits latency or activation bytes and the search did not, so that nothing was
+                measured.
         """
-        if budget.max_latency_ms is not None and all(r.latency_ms is None for r in self.ranked):
-            raise BudgetError("This search measured no latencies; search with a budget that limits max_latency_ms.")
+        for measure in budget.limits.keys() & _MEASURED.keys():
+            self._check_measured(measure)
         fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _keeps(r, budget)]
         return _best(fitting, budget) if fitting else None
 
@@ -130,14 +141,22 @@ class SearchResult:
         Better is a higher first score; of equal cost and score the one that ranks first is kept.
 
         Args:
-            measure: The cost.
+            measure: The cost; in activation bytes those are left out that were not measured.
+
+        Raises:
+            BudgetError: If the measure is activation bytes and the search did not limit them, so that none were
+                measured.
         """
-        places = {id(r): place for place, r in enumerate(self.ranked)}
-        found: list[Ranked] = []
-        for r in sorted(self.ranked, key=lambda r: (getattr(r.candidate.cost, measure), places[id(r)])):
-            if not found or r.score > found[-1].score:
-                found.append(r)
-        return found
+        if measure == "activation_bytes":
+            self._check_measured(measure)
+            costs = [(r.activation_bytes, place, r) for place, r in enumerate(self.ranked)]
+        else:
+            costs = [(getattr(r.candidate.cost, measure), place, r) for place, r in enumerate(self.ranked)]
+        front: list[Ranked] = []
+        for _, _, r in sorted(entry for entry in costs if entry[0] is not None):
+            if not front or r.score > front[-1].score:
+                front.append(r)
+        return front
 
     @property
     def beat_best_source(self) -> bool:
@@ -147,6 +166,11 @@ class SearchResult:
     def summary(self) -> str:
         """Whether the search was worth it, by the selection images alone, and what stopped it if something did."""
         return self._verdict() + ("" if self.stopped is None else f" {_IN_WORDS[self.stopped]}")
+
+    def _check_measured(self, measure: str) -> None:
+        if all(getattr(r, measure) is None for r in self.ranked):
+            what = {"activation_bytes": "activation bytes", "latency_ms": "latencies"}[measure]
+            raise BudgetError(f"This search measured no {what}; search with a budget that limits max_{measure}.")
 
     def _verdict(self) -> str:
         source = self.best_source.candidate.recipe.fragments[0].source
@@ -215,21 +239,25 @@ def rank(
 
 
 def measured(
-    ranked: Sequence[Ranked], budget: Budget, latency_ms: Callable[[Candidate], float], progress: Progress
+    ranked: Sequence[Ranked], budget: Budget, meters: Mapping[str, Callable[[Candidate], float]], progress: Progress
 ) -> list[Ranked]:
-    """The same, with the latencies of those that keep all other limits of a budget.
+    """The same, those measured that keep all other limits of a budget, each until it is over one.
 
     Args:
         ranked: All candidates.
         budget: The limits.
-        latency_ms: Measures a candidate.
+        meters: What measures a candidate, by measure ("activation_bytes", "latency_ms"), in this order.
         progress: Where to show progress.
     """
     progress.start("measuring", len(ranked))
     found = []
     for r in ranked:
-        keeps = budget.allows(r.candidate.cost) and r.reaches(budget.min_score)
-        found.append(r.measured(latency_ms(r.candidate)) if keeps else r)
+        if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
+            for measure, meter in meters.items():
+                r = r.measured(measure, meter(r.candidate))
+                if not _is_within(r, budget, measure):
+                    break
+        found.append(r)
         progress.advance(1)
     return found
 
@@ -246,7 +274,7 @@ def choose(
     """The result of a search: what keeps the budget, and the best of it.
 
     Args:
-        ranked: All candidates, best first, measured where the budget limits latency.
+        ranked: All candidates, best first, measured where the budget limits latency or activation bytes.
         budget: The limits.
         rejected: How many compositions were turned down before, by reason.
         seconds: Wall time of each stage.
@@ -258,7 +286,6 @@ def choose(
     """
     allowed = [r for r in ranked if budget.allows(r.candidate.cost)]
     reaching = [r for r in allowed if r.reaches(budget.min_score)]
-    fitting = [r for r in reaching if _is_fast_enough(r, budget)]
     early = "" if stopped is None else f" {_IN_WORDS[stopped]}"
     if not allowed:
         cheapest = min(ranked, key=lambda r: r.candidate.cost.macs)
@@ -274,20 +301,23 @@ def choose(
             f"({next(r for r in allowed if r.scores[name] == value)}). Lower min_score, raise the other limits, or "
             f"widen the search.{early}"
         )
-    if not fitting:
-        fastest = min(reaching, key=lambda r: r.latency_ms or 0.0)
-        raise BudgetError(
-            f"The search found no network within the budget ({budget}): of {len(reaching)} that were measured, the "
-            f"fastest is over it ({fastest}). Raise max_latency_ms, or widen the search.{early}"
-        )
+    fitting = reaching
+    for measure, (lowest, _) in _MEASURED.items():
+        within = [r for r in fitting if _is_within(r, budget, measure)]
+        if not within:
+            nearest = min(fitting, key=lambda r: getattr(r, measure))
+            raise BudgetError(
+                f"The search found no network within the budget ({budget}): of {len(fitting)} that were measured, the "
+                f"{lowest} is over it ({nearest}). Raise max_{measure}, or widen the search.{early}"
+            )
+        fitting = within
     reasons = Counter(rejected)
     references = ("source", "self-stitched")
     returned = [r for r in ranked if r.candidate.kind in references or any(r is kept for kept in fitting)]
     dropped = [r for r in ranked if not any(r is kept for kept in returned)]
     for r in dropped:
-        reasons[
-            "over the latency budget when measured" if r.reaches(budget.min_score) else "below the least score"
-        ] += 1
+        over = [reason for measure, (_, reason) in _MEASURED.items() if not _is_within(r, budget, measure)]
+        reasons[over[0] if r.reaches(budget.min_score) else "below the least score"] += 1
 
     def first(kind: str, among: Sequence[Ranked]) -> Ranked | None:
         return next((r for r in among if r.candidate.kind == kind), None)
@@ -313,12 +343,14 @@ def _best(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
 
 
 def _keeps(r: Ranked, budget: Budget) -> bool:
-    return budget.allows(r.candidate.cost) and r.reaches(budget.min_score) and _is_fast_enough(r, budget)
+    within = all(_is_within(r, budget, measure) for measure in _MEASURED)
+    return within and budget.allows(r.candidate.cost) and r.reaches(budget.min_score)
 
 
-def _is_fast_enough(ranked: Ranked, budget: Budget) -> bool:
-    limit = budget.max_latency_ms
-    return limit is None or (ranked.latency_ms is not None and ranked.latency_ms <= limit)
+def _is_within(r: Ranked, budget: Budget, measure: str) -> bool:
+    """Whether there is no limit on what is measured, or it was measured and keeps it."""
+    limit, value = budget.limits.get(measure), getattr(r, measure)
+    return limit is None or (value is not None and value <= limit)
 
 
 def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) -> Ranked:

@@ -96,7 +96,7 @@ class SearchSpace:
 
     def starts(self) -> list[State]:
         """One state for each source, at the image."""
-        return [State((), index, 0, None, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
+        return [State((), index, 0, None, None, None, 1.0, Cost(0, 0)) for index in range(len(self.sources))]
 
     def walk(self, state: State) -> Iterator[tuple[int, Carried]]:
         """Run a state on through its source, cut by cut; gives each cut's index and activation.
@@ -209,7 +209,6 @@ class SearchSpace:
             entry=edge.receiver + 1,
             stitch=stitch,
             spec=dataclasses.replace(stitch.spec, placement=spec.placement),
-            entry_bytes=placed.entry,
             activation=activation,
             product=edge.product,
             cost=edge.cost,
@@ -221,13 +220,13 @@ class SearchSpace:
         """The network that runs a state's source to its end."""
         last = len(self.sources[state.source].parts.pieces)
         steps = (*state.steps, Step(state.source, state.entry, last, state.stitch, state.spec))
-        cost = state.cost + self.costs.run(state.source, state.entry, last, entry=state.entry_bytes)
+        cost = state.cost + self.costs.run(state.source, state.entry, last)
         return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
 
     def exit(self, state: State, cut: int) -> Candidate:
         """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
         step = Step(state.source, state.entry, cut + 1, state.stitch, state.spec)
-        cost = state.cost + self.costs.exit(state.source, state.entry, cut, entry=state.entry_bytes)
+        cost = state.cost + self.costs.run(state.source, state.entry, cut + 1)
         recipe = self._recipe((*state.steps, step), state.product, cost, averaged=True)
         pool = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
         return Candidate(recipe, "early exit", (*state.steps, step), cost, pool)
@@ -262,14 +261,13 @@ class SearchSpace:
             return "receiver's grid too fine for the sender's"
         # Without limits there is no need to know what every way on costs.
         if self.budget.limits:
-            cost, _ = self._cost_to(state, cut, s, r)
-            if not self.budget.allows(cost + self._ahead[self.costs.index[s, r]]):
-                return "over the budget"
+            least = self._cost_to(state, cut, s, r) + self._ahead[self.costs.index[s, r]]
+            return None if self.budget.allows(least) else "over the budget"
         return None
 
     def _edge(self, state: State, cut: int, s: int, r: int, cka: float) -> Edge:
-        cost, placed = self._cost_to(state, cut, s, r)
-        total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces), entry=placed.entry)
+        cost = self._cost_to(state, cut, s, r)
+        total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
         return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
     @torch.inference_mode()
@@ -361,11 +359,10 @@ class SearchSpace:
     def _ahead(self) -> list[Cost]:
         return self.costs.completions(self.budget.limits)
 
-    def _cost_to(self, state: State, cut: int, s: int, r: int) -> tuple[Cost, PlacedStitch]:
-        """Cost of a running network up to a receiver, the stitch to it included, and that stitch."""
-        placed = self._stitch(state, cut, s, r)
-        run = self.costs.run(state.source, state.entry, cut + 1, entry=state.entry_bytes, exit=placed.exit)
-        return state.cost + run + placed.cost, placed
+    def _cost_to(self, state: State, cut: int, s: int, r: int) -> Cost:
+        """Cost of a running network up to a receiver, the stitch to it included."""
+        run = self.costs.run(state.source, state.entry, cut + 1)
+        return state.cost + run + self._stitch(state, cut, s, r).cost
 
     def _stitch(self, state: State, cut: int, s: int, r: int) -> PlacedStitch:
         """The cheapest exact placement of a stitch, and what it adds."""
@@ -389,12 +386,7 @@ class SearchSpace:
             num_features=self.sources[last.source].parts.width_at(last.last),
             input_size=self.sources[steps[0].source].parts.image_shape,
             averaged=averaged,
-            scores={
-                "cka_product": product,
-                "params": cost.params,
-                "macs": cost.macs,
-                "activation_bytes": cost.activation_bytes,
-            },
+            scores={"cka_product": product, "params": cost.params, "macs": cost.macs},
         )
 
 
@@ -408,7 +400,6 @@ class State:
         entry: Index of the piece that runs next.
         stitch: The stitch before that piece; None: it begins at the image.
         spec: That stitch's structure in the assembled network.
-        entry_bytes: What that stitch gives for one image.
         activation: What the stitch takes, for all calibration images; None: it begins at the image.
         product: Product of the CKAs so far.
         cost: Cost of the steps and the stitch.
@@ -419,7 +410,6 @@ class State:
     entry: int
     stitch: Stitch | None
     spec: StitchSpec | None
-    entry_bytes: int | None
     activation: Carried | None
     product: float
     cost: Cost

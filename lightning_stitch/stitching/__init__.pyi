@@ -1,12 +1,12 @@
 from .activations import Calibrated, Grid, calibrate_all, centred_or_none, positions, rows_on_grids, rows_to_fit
 from .candidates import Candidate, Kind, Step
 from .fitting import fit_stitch, fitted_stitch
-from .folding import choose_placement, consumer_layers, fold_into_consumer, fold_into_producer, stitch_cost
+from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
 from .identity import settings_identity, source_identity
 from .images import Batch, WithoutLabels, images_of, put_down, read_again
 from .saved_calibration import calibrate_once, load_calibration, save_calibration, saved_settings
 from .segments import Segmented, check_same_outputs, chunks, segment
-from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_memory, stitch_spec
+from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_spec
 
 __all__ = [
     "Batch",
@@ -25,7 +25,6 @@ __all__ = [
     "check_same_outputs",
     "choose_placement",
     "chunks",
-    "consumer_layers",
     "fit_stitch",
     "fitted_stitch",
     "fold_into_consumer",
@@ -44,6 +43,5 @@ __all__ = [
     "settings_identity",
     "source_identity",
     "stitch_cost",
-    "stitch_memory",
     "stitch_spec",
 ]

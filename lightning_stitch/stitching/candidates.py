@@ -40,7 +40,7 @@ class Candidate:
         kind: An unmodified source, a source stitched to itself at each of its cuts, a source that ends early, or a
             StitchNet.
         steps: What it runs, for the sources at hand.
-        cost: Its parameters, MACs and activation bytes, stitches and folds included.
+        cost: Its parameters and MACs, and its latency by estimate, stitches and folds included.
         pool: What averages the last step's output over its positions; None: it ends where networks end.
     """
 

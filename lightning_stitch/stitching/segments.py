@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from lightning_stitch.cost import Cost
-from lightning_stitch.cutting import Cut, CutGraph, Occupancy
+from lightning_stitch.cutting import Cut, CutGraph
 from lightning_stitch.errors import StitchError
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Preprocess, Source, opened
-from lightning_stitch.stitching.folding import producer_layers
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
@@ -32,8 +31,7 @@ class Segmented:
         end: Name of the cut where networks end in it; None: its output.
         pieces: One module more than cuts: image to first cut, cut to cut, last cut to end. They share the source's
             parameters.
-        costs: What each piece costs where it goes on in its own network; the first one's counts the preprocessing.
-        occupancies: The bytes of activations alive at once in each piece.
+        costs: Parameters and multiply-accumulates of each piece.
         preprocess: Images in [0, 1] to the source's own view.
         image_shape: (channels, height, width) of these images.
     """
@@ -44,7 +42,6 @@ class Segmented:
     end: str | None
     pieces: list[fx.GraphModule]
     costs: list[Cost]
-    occupancies: list[Occupancy]
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
 
@@ -101,22 +98,14 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     ends = [None, *(cut.name for cut in cuts), end]
     pairs = list(pairwise(ends))
     pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]
-    last_layers = [(producer_layers(piece) or (None,))[0] for piece in pieces]
-    occupancies = [graph.occupancy(a, b, last_layer=layer) for (a, b), layer in zip(pairs, last_layers, strict=True)]
-    preprocess = Preprocess(source.preprocessing)
-    occupancies[0] = occupancies[0].after(preprocess.activation_bytes(image_shape))
     return Segmented(
         source=source,
         graph=graph,
         cuts=cuts,
         end=end,
         pieces=pieces,
-        costs=[
-            Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b), occupancy.peak())
-            for (a, b), occupancy in zip(pairs, occupancies, strict=True)
-        ],
-        occupancies=occupancies,
-        preprocess=preprocess,
+        costs=[Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b)) for a, b in pairs],
+        preprocess=Preprocess(source.preprocessing),
         image_shape=image_shape,
     )
 

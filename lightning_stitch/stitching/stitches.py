@@ -162,34 +162,3 @@ def stitch_spec(sender: Cut, receiver: Cut, *, bias: bool, placement: Placement 
         bias=bias,
         placement=placement,
     )
-
-
-def stitch_memory(spec: StitchSpec, sent: int) -> tuple[int, int]:
-    """What `Stitch.forward` needs for one image, float32.
-
-    Args:
-        spec: The stitch; where it is folded, another layer maps the channels.
-        sent: Bytes of the memory that the sender's output lies in.
-
-    Returns:
-        The most bytes alive at once while it runs, what it takes and gives included, and the bytes of what it gives.
-    """
-    maps = spec.placement == "explicit"
-    before = spec.out_channels if spec.placement == "producer" else spec.in_channels
-    behind = spec.in_channels if spec.placement == "consumer" else spec.out_channels
-    grid = None if spec.in_size is None else math.prod(spec.in_size)
-    if spec.out_size is None:
-        pooled, mapped = 0 if grid is None else 4 * before, 4 * behind if maps else 0
-        return sent + pooled + mapped, mapped or pooled or sent
-    target, prefix = math.prod(spec.out_size), spec.out_prefix_tokens
-    assert grid is not None
-    # It resamples behind the map where it grows, and before it elsewhere.
-    mapped = 4 * behind * min(grid, target) if maps else 0
-    resampled = 4 * (behind if target > grid else before) * target if spec.in_size != spec.out_size else 0
-    given = resampled if target > grid else mapped or resampled
-    carried = 4 * behind * prefix if maps and spec.carries_prefix else 0
-    most = sent + carried + mapped + resampled
-    if prefix:
-        joined = 4 * behind * (prefix + target)
-        return max(most, sent + carried + given + joined), joined
-    return most, given or sent

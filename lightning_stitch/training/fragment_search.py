@@ -62,9 +62,9 @@ class FragmentSearch(pl.Callback):
         rows_per_image: Most rows that are sampled of one image at one cut.
         ridge: Relative strength of the stitches' fit; 0 is the paper's.
         bias: Whether stitches have a bias; False is the paper's.
-        ranking: How to rank on the selection images. By labels: "loo_soft_r2", "loo_r2", "loo_accuracy" or
-            "loo_log_loss"; without: "consensus", "agreement_r2", "agreement" or "cka_product". "auto": the first of
-            those by labels, or of those without where the module's head ("class_map", "none") is fitted without.
+        ranking: How to rank on the selection images. By labels: "loo_soft_r2" or "loo_r2"; without: "consensus"
+            or "cka_product"; or a function. "auto": the first of those by labels, or of those without where the
+            module's head ("class_map", "none") is fitted without.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
         refinements: What to try on each network, and keep where it explains more on held-out calibration images: other

@@ -13,7 +13,7 @@ from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress
-from lightning_stitch.search import NEED_LABELS, Ranking, check_ranking_fits
+from lightning_stitch.search import NEED_LABELS, Ranking
 from lightning_stitch.stitching import Batch, Candidate, WithoutLabels
 
 
@@ -44,8 +44,6 @@ def check_targets(head: HeadSettings, data: CalibrationDataModule, *, ranking: s
         if ranking in NEED_LABELS:
             raise StitchError(f"ranking={ranking!r} needs labels, but the data module has task='none'; use 'auto'.")
         return
-    if ranking != "auto":
-        check_ranking_fits(ranking, data.task)
     if head.name == "none":
         return
     if data.task != head.task:

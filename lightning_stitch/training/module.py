@@ -48,11 +48,10 @@ class StitchedClassifier(pl.LightningModule):
             checkpoints. None: none yet.
         optimizer: Makes the optimizer from the parameters, should training follow; None: AdamW with lr 1e-4.
         trust_factory: Allow a recipe to import and call the factory of a "python:" source.
-        head: What reads the features, fitted in closed form: "ridge" (a linear map), "knn" (the nearest labelled
-            images vote) or "class_mean" (the nearest class mean). "class_map" needs no labels: the network ends at its
-            last source's own classes, and {"name": "class_map", "classes": {"dog": "151-268", "cat": [281, 282]}} says
-            which of them make a new one. "none": the module gives the features. Options as in the class map's mapping
-            (`HeadSettings.of` lists them).
+        head: What reads the features, fitted in closed form: "ridge" (a linear map) or "knn" (the nearest
+            labelled images vote). "class_map" needs no labels: the network ends at its last source's own classes, and
+            {"name": "class_map", "classes": {"dog": "151-268", "cat": [281, 282]}} says which of them make a new one.
+            "none": the module gives the features. Options as in the class map's mapping (`HeadSettings.of` lists them).
         task: "multiclass" (integers (batch,)), "multilabel" (0 and 1, (batch, labels)) or "regression" (numbers
             (batch,) or (batch, numbers)): it decides the loss, the metrics (`metrics_for`) and what is predicted.
         thaw: What trains: "head" alone; "stitches": also the layers that hold the stitches' numbers, which are layers

@@ -13,7 +13,7 @@ from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress
-from lightning_stitch.recipe import EnsembleRecipe, Recipe
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Ranking
 from lightning_stitch.stitching import Candidate
 from lightning_stitch.training.backbone_place import BackbonePlace
@@ -31,7 +31,7 @@ class Place(Protocol):
     head_settings: HeadSettings
 
     @property
-    def recipe(self) -> Recipe | EnsembleRecipe | None:
+    def recipe(self) -> Recipe | None:
         """The structure of the network that is there; None: there is none yet."""
 
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
@@ -92,7 +92,7 @@ class ClassifierPlace:
         self.head_settings = module.head_settings
 
     @property
-    def recipe(self) -> Recipe | EnsembleRecipe | None:
+    def recipe(self) -> Recipe | None:
         """As `Place` has it."""
         return self.module.recipe
 

@@ -30,10 +30,9 @@ def report_search(
     best = result.best
     metrics = {f"search/{name}": value for name, value in best.scores.items()}
     metrics |= {f"search/{stage}_seconds": seconds for stage, seconds in result.seconds.items()}
-    for measure in ("params", "macs", "activation_bytes"):
-        metrics[f"search/{measure}"] = getattr(best.candidate.cost, measure)
-    if best.latency_ms is not None:
-        metrics["search/latency_ms"] = best.latency_ms
+    metrics |= {"search/params": best.candidate.cost.params, "search/macs": best.candidate.cost.macs}
+    measured = {"search/activation_bytes": best.activation_bytes, "search/latency_ms": best.latency_ms}
+    metrics |= {name: value for name, value in measured.items() if value is not None}
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=0)
     lines = [result.summary()]

@@ -26,8 +26,6 @@ HEADS = {
     "ridge": "ridge",
     "knn, cosine": "knn",
     "knn, euclidean": {"name": "knn", "metric": "euclidean"},
-    "class_mean, euclidean": "class_mean",
-    "class_mean, cosine": {"name": "class_mean", "metric": "cosine"},
 }
 
 

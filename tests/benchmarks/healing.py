@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.75, 0.66, 0.5, 1 / 3])
     parser.add_argument("--image-size", type=int, default=128, help="of all but digits")
     parser.add_argument("--test-images", type=int, default=768, help="of all but digits")
-    parser.add_argument("--ranking", default="auto", help='"auto" looks at 64 labels, "agreement_r2" at none')
+    parser.add_argument("--ranking", default="auto", help='"auto" looks at 64 labels, "consensus" at none')
     parser.add_argument("--no-distillation", action="store_true")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args(arguments)

@@ -375,9 +375,10 @@ def test_numbers_out_of_range_are_refused(pool: Pool, options: dict[str, float],
         compose(pool, MINE, MY_LABELS, **options)
 
 
-def test_a_limit_on_latency_is_refused(pool: Pool) -> None:
-    with pytest.raises(BudgetError, match=r"measures no latencies\. Limit max_macs instead"):
-        compose(pool, MINE, MY_LABELS, budget=Budget(max_latency_ms=5))
+@pytest.mark.parametrize("limit", ["max_latency_ms", "max_activation_bytes"])
+def test_a_limit_on_what_is_measured_of_assembled_networks_is_refused(pool: Pool, limit: str) -> None:
+    with pytest.raises(BudgetError, match=r"neither latencies nor activation bytes\. Limit max_macs instead"):
+        compose(pool, MINE, MY_LABELS, budget=Budget(**{limit: 5}))
 
 
 def test_a_prepared_pool_needs_a_source() -> None:

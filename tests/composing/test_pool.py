@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import Recorder, digits, images_seen, live, noise, path, plain, shake
+from doubles.helpers import Recorder, digits, images_seen, live, noise, path, plain, shake, sums_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.ranking import RANKINGS, SelectionData, find_ranking
@@ -91,8 +90,8 @@ def test_scores_are_those_of_the_assembled_networks(pool: Pool, ranking: str) ->
         assert ranked.scores == pytest.approx(scores, abs=1e-3)
         assert ranked.features == x.shape[1]
         assert network.recipe.scores.items() >= ranked.scores.items()
-        assert network_cost(network, SHAPE) == ranked.candidate.cost
-    decisive = {"auto": "loo_soft_r2", "loo_log_loss": "neg_loo_log_loss"}.get(ranking, ranking)
+        assert sums_of(network, SHAPE) == ranked.candidate.cost
+    decisive = "loo_soft_r2" if ranking == "auto" else ranking
     assert next(iter(result.best.scores)) == decisive
     assert decisive in networks[candidates.index(result.best.candidate)].describe()
 
@@ -103,7 +102,7 @@ def test_without_labels_the_consensus_of_the_sources_decides(pool: Pool) -> None
     assert result.best is result.best_source
     assert result.num_selection_labels == 0
     with pytest.raises(CalibrationError, match="needs labels for the selection images"):
-        pool.search(unread(), [IMAGES], ranking="loo_accuracy", max_candidates=2)
+        pool.search(unread(), [IMAGES], ranking="loo_r2", max_candidates=2)
 
 
 def unread() -> Iterator[Tensor]:

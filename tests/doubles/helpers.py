@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
@@ -99,6 +100,12 @@ def counted_macs(network: nn.Module, size: tuple[int, int, int]) -> int:
     finally:
         torch.backends.mkldnn.set_flags(was_enabled)
     return counter.get_total_flops() // 2
+
+
+def sums_of(network: nn.Module, size: tuple[int, int, int]) -> Cost:
+    """What a network costs in parameters and MACs, counted in it; of parts that are not assembled no more is known."""
+    cost = network_cost(network, size)
+    return Cost(cost.params, cost.macs)
 
 
 class _Alive(TorchDispatchMode):

@@ -13,7 +13,6 @@ from lightning_stitch import fit_head
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads import head_settings
 from lightning_stitch.heads.class_maps import ClassMapHead
-from lightning_stitch.heads.class_means import ClassMeanHead, fit_class_mean_head
 from lightning_stitch.heads.head_settings import HEADS, HeadSettings
 from lightning_stitch.heads.neighbours import NearestNeighbourHead, fit_neighbour_head
 from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
@@ -38,8 +37,6 @@ def test_examples_in_the_docstrings() -> None:
         ("knn", "multiclass", CLASSES, NearestNeighbourHead),
         ({"name": "knn", "metric": "euclidean", "num_neighbours": 4}, "multilabel", LABELS, NearestNeighbourHead),
         ({"name": "knn", "temperature": 0.1}, "regression", NUMBERS, NearestNeighbourHead),
-        ("class_mean", "multiclass", CLASSES, ClassMeanHead),
-        ({"name": "class_mean", "metric": "cosine"}, "multiclass", CLASSES, ClassMeanHead),
         (ANIMALS, "multiclass", None, ClassMapHead),
         ({**ANIMALS, "other": True}, "multiclass", None, ClassMapHead),
         ("none", "multiclass", None, nn.Identity),
@@ -65,11 +62,9 @@ def test_every_head_is_rebuilt_from_plain_settings_and_its_state_dict(
 def test_options_reach_the_fit() -> None:
     ridge, _ = fit_ridge_head(FEATURES, CLASSES, num_classes=3, strengths=[7.0])
     knn, _ = fit_neighbour_head(FEATURES, CLASSES, num_classes=3, num_neighbours=4, temperature=0.3, metric="euclidean")
-    means, _ = fit_class_mean_head(FEATURES, CLASSES, num_classes=3, metric="cosine")
     for expected, head in (
         (ridge, {"name": "ridge", "strengths": [7.0]}),
         (knn, {"name": "knn", "num_neighbours": 4, "temperature": 0.3, "metric": "euclidean"}),
-        (means, {"name": "class_mean", "metric": "cosine"}),
     ):
         assert torch.equal(fit_head(FEATURES, CLASSES, head)(FEATURES), expected(FEATURES))
 
@@ -106,13 +101,13 @@ def test_names_in_a_class_map_are_resolved_once_and_kept_as_numbers() -> None:
         ("svm", "multiclass", 3, r"head must be one of \('ridge', 'knn', .*found 'svm'"),
         ({"k": 3}, "multiclass", 3, r"a mapping with such a 'name'; found \{'k': 3\}"),
         ({"name": "knn", "k": 3}, "multiclass", 3, r"'knn' has no options \['k'\]; it takes \['num_neighbours', "),
-        ({"name": "class_mean", "metric": "l1"}, "multiclass", 3, "found 'l1'"),
+        ({"name": "knn", "metric": "l1"}, "multiclass", 3, "found 'l1'"),
         ("ridge", "classification", 3, r"task must be one of .*found 'classification'"),
         ("ridge", "multiclass", None, "needs num_classes=, the number of classes"),
         ("knn", "multilabel", None, "needs num_classes=, the number of labels"),
         ("ridge", "multiclass", 1, "num_classes must be at least 2; found 1"),
         ("ridge", "regression", 0, "num_classes must be at least 1; found 0"),
-        ("class_mean", "regression", 1, "tells classes apart; for task='regression' use 'ridge' or 'knn'"),
+        (ANIMALS, "regression", 1, "tells classes apart; for task='regression' use 'ridge' or 'knn'"),
         (ANIMALS, "multilabel", 2, "for task='multilabel' use 'ridge' or 'knn'"),
         ("class_map", "multiclass", 2, "needs its classes: head="),
         (ANIMALS, "multiclass", 3, r"num_classes=3, but the class map has 2: \['dog', 'cat'\]"),
@@ -135,7 +130,7 @@ def test_a_head_that_learns_from_labels_says_that_there_are_none() -> None:
         fit_head(FEATURES, None, "knn", num_classes=3)
 
 
-@pytest.mark.parametrize("head", ["ridge", "knn", {"name": "knn", "metric": "euclidean"}, "class_mean", ANIMALS])
+@pytest.mark.parametrize("head", ["ridge", "knn", {"name": "knn", "metric": "euclidean"}, ANIMALS])
 def test_heads_are_exported_for_any_number_of_images(head: Any) -> None:
     fitted = fit_head(FEATURES, CLASSES, head).eval()
     batch = torch.export.Dim("images", min=2)

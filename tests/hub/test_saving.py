@@ -101,7 +101,6 @@ with torch.no_grad():
         ("ridge", "multilabel"),
         ("ridge", "regression"),
         ("knn", "multiclass"),
-        ("class_mean", "multiclass"),
         ("none", "multiclass"),
         ("class_map", "multiclass"),
     ],

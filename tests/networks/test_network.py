@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, plain, shake, space_of
+from doubles.helpers import digits, donor, live, noise, plain, shake, space_of, sums_of
 from torch import Tensor, nn
 
-from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import Recipe
@@ -56,7 +56,7 @@ def test_a_recipe_and_a_state_dict_rebuild_the_network_bit_for_bit(
             assert not torch.equal(rebuilt(images), expected)
             rebuilt.load_state_dict(network.state_dict(), strict=True)
             assert torch.equal(rebuilt(images), expected)
-        assert network_cost(rebuilt, (3, 64, 64)) == candidate.cost
+        assert sums_of(rebuilt, (3, 64, 64)) == candidate.cost
 
 
 def test_structure_alone_is_the_same_twice_and_leaves_the_random_state_alone(candidates: list[Candidate]) -> None:
@@ -143,7 +143,7 @@ def test_a_network_that_begins_with_a_source_of_fixed_size_takes_any_image() -> 
     assert {fragment.source for c in found for fragment in c.recipe.fragments} == {"fixed", "b"}
     for candidate in found:
         network = network_of(space, candidate)
-        assert network_cost(network, (3, 24, 24)) == candidate.cost
+        assert sums_of(network, (3, 24, 24)) == candidate.cost
         big = noise(2, 3, 48, 48)
         small = nn.functional.interpolate(big, size=(16, 16), mode="bilinear", align_corners=False, antialias=True)
         with torch.no_grad():
@@ -183,7 +183,10 @@ def test_describe_of_an_unmodified_source_is_one_fragment(space: SearchSpace) ->
     lines = network_of(space, source).describe().splitlines()
     assert lines[0] == "Stitched network of 1 fragment"
     assert lines[1].startswith("  test_resnet: image .. global_pool, ")
-    assert re.search(r"M MACs, [0-9.]+ MB of activations at 64x64$", lines[2])
+    assert re.search(r"M parameters, [0-9.]+ M MACs at 64x64$", lines[2])
+    recipe = dataclasses.replace(source.recipe, scores={**source.recipe.scores, "activation_bytes": 1_250_000})
+    lines = network_of(space, dataclasses.replace(source, recipe=recipe)).describe().splitlines()
+    assert re.search(r"M MACs, 1\.25 MB of activations at 64x64$", lines[2])
 
 
 @pytest.mark.parametrize(("position", "placement"), [(0, "producer"), (1, "consumer")])

@@ -228,7 +228,7 @@ def test_a_count_is_raised_later_and_what_was_ranked_is_not_run_again(
     assert 0 < len(ran) < len(all_runs)
     # The ranking, labels and counts are no part of what is remembered.
     with pieces_run(pool) as ran:
-        search(pool, journal=tmp_path, ranking="agreement", max_candidates=5)
+        search(pool, journal=tmp_path, ranking="consensus", max_candidates=5)
         search(pool, journal=tmp_path, selection=IMAGES.split(16))
     assert ran == []
 

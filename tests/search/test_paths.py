@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import donor, live, noise, path, plain
+from doubles.helpers import donor, live, noise, path, plain, sums_of
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lightning_stitch import CalibrationSettings, CutError, FragmentRef, Pool, Source, network_cost
+from lightning_stitch import CalibrationSettings, CutError, FragmentRef, Pool, Source
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.progress import Silent
 
@@ -67,7 +67,7 @@ def test_every_kind_joins_every_other_at_any_cut(kind: str) -> None:
     assert len(candidates) >= 8
     for candidate, outcome in zip(candidates, outcomes, strict=True):
         network = pool.assemble(candidate)
-        assert network_cost(network, (3, SIZE, SIZE)) == candidate.cost
+        assert sums_of(network, (3, SIZE, SIZE)) == candidate.cost
         with torch.no_grad():
             features = network(noise(3, 3, SIZE, SIZE, seed=1))
         # What ran in the search, stitch by stitch, is what the assembled network does, folds included.
@@ -171,7 +171,7 @@ def test_sources_of_different_native_sizes_meet_on_one_calibration_set(size: int
         cuts = {part.name: part.cuts[1].name for part in pool.parts}
         candidate = pool.stitch([(one, None, cuts[one]), (other, cuts[other], None)])
         network = pool.assemble(candidate)
-        assert network_cost(network, (3, size, size)) == candidate.cost
+        assert sums_of(network, (3, size, size)) == candidate.cost
         with torch.no_grad():
             assert torch.isfinite(network(noise(2, 3, size, size, seed=1))).all()
 

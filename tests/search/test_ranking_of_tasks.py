@@ -7,7 +7,6 @@ from doubles.helpers import digits, left_out_predictions, left_out_r2, normal, p
 from torch import Tensor
 
 from lightning_stitch.composing.pool import Pool
-from lightning_stitch.errors import CalibrationError
 from lightning_stitch.progress import Silent, num_images
 from lightning_stitch.search.ranking import RANKINGS, SelectionData
 from lightning_stitch.stitching.candidates import Candidate
@@ -47,23 +46,6 @@ def test_labels_and_numbers_are_softened_by_what_the_sources_say(targets: Tensor
     scores = RANKINGS["loo_soft_r2"](CANDIDATES, selection)
     assert [score["loo_soft_r2"] for score in scores] == pytest.approx([left_out_r2(x, soft) for x in FEATURES])
     assert [list(score) for score in scores] == [["loo_soft_r2", "loo_r2"]] * 2
-
-
-@pytest.mark.parametrize("ranking", ["loo_accuracy", "loo_log_loss"])
-@pytest.mark.parametrize(("targets", "found"), [(LABELS, "several labels for each image"), (NUMBERS, "numbers")])
-def test_rankings_that_count_classes_refuse_other_targets_before_any_source_runs(
-    ranking: str, targets: Tensor, found: str
-) -> None:
-    words = (
-        f"ranking='{ranking}' counts classes, one integer for each image; the targets are {found}. Use 'loo_soft_r2'"
-    )
-    with pytest.raises(CalibrationError, match=words):
-        RANKINGS[ranking](CANDIDATES, SelectionData(FEATURES, targets, [FEATURES[0]] * 2, None))
-    pool = Pool([plain("a", (4, 5, 6), seed=0)], (3, 16, 16))
-    images = digits(30, 16)[0]
-    with pytest.raises(CalibrationError, match=words):
-        pool.search([images[:12]], [(images, targets)], ranking=ranking)
-    assert not pool.calibrated
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Literal
 
@@ -10,8 +11,9 @@ from doubles.helpers import digits, noise, plain
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
+from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.search.results import Ranked, SearchResult, choose
+from lightning_stitch.search.results import Ranked, SearchResult, choose, measured
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -29,9 +31,10 @@ def random_result(seed: int) -> SearchResult:
     found = []
     for _ in range(60):
         size = draw.randrange(9)
-        cost = Cost(*(size + draw.randrange(4) for _ in range(3)))
+        params, macs, activation_bytes = (size + draw.randrange(4) for _ in range(3))
         scores = {"accuracy": (size + draw.randrange(5)) // 2 / 6, "certainty": draw.randrange(3) / 2}
-        found.append(Ranked(Candidate(recipe, "source", (), cost), scores, features=1, seconds=0.0))
+        candidate = Candidate(recipe, "source", (), Cost(params, macs))
+        found.append(Ranked(candidate, scores, features=1, seconds=0.0, activation_bytes=activation_bytes))
     found.sort(key=lambda r: tuple(-value for value in r.scores.values()))
     return choose(found, Budget(), rejected={}, seconds={}, num_selection_labels=0)
 
@@ -43,8 +46,11 @@ def test_the_pareto_set_is_what_nothing_else_beats(
 ) -> None:
     result = random_result(seed)
 
+    def cost_of(r: Ranked) -> float:
+        return float(getattr(r if measure == "activation_bytes" else r.candidate.cost, measure))
+
     def beats(one: Ranked, other: Ranked) -> bool:
-        costs = [getattr(r.candidate.cost, measure) for r in (one, other)]
+        costs = [cost_of(r) for r in (one, other)]
         scores = [r.scores["accuracy"] for r in (one, other)]
         if costs[0] == costs[1] and scores[0] == scores[1]:
             return result.ranked.index(one) < result.ranked.index(other)
@@ -55,7 +61,7 @@ def test_the_pareto_set_is_what_nothing_else_beats(
     found = result.pareto(measure)
     assert len(found) > 2
     assert {id(r) for r in found} == {id(r) for r in expected}
-    costs = [getattr(r.candidate.cost, measure) for r in found]
+    costs = [cost_of(r) for r in found]
     assert costs == sorted(set(costs))
     assert [r.score for r in found] == sorted({r.score for r in found})
 
@@ -63,6 +69,38 @@ def test_the_pareto_set_is_what_nothing_else_beats(
 def test_the_pareto_set_is_by_macs_where_nothing_is_said() -> None:
     result = random_result(0)
     assert result.pareto() == result.pareto("macs") != result.pareto("params")
+
+
+def test_only_what_keeps_the_other_limits_is_measured_and_what_is_over_one_no_further() -> None:
+    timed_candidates: list[Candidate] = []
+
+    def latency_ms(candidate: Candidate) -> float:
+        timed_candidates.append(candidate)
+        return candidate.cost.macs / 2
+
+    unmeasured = [dataclasses.replace(r, activation_bytes=None) for r in random_result(0).ranked]
+    budget = Budget(max_macs=8, max_activation_bytes=6, max_latency_ms=3, min_score=0.5)
+    meters = {"activation_bytes": lambda c: c.cost.params, "latency_ms": latency_ms}
+    ranked = measured(unmeasured, budget, meters, Silent())
+    for r in ranked:
+        cost = r.candidate.cost
+        counted = cost.macs <= 8 and r.score >= 0.5
+        assert r.activation_bytes == (cost.params if counted else None)
+        assert r.latency_ms == (cost.macs / 2 if counted and cost.params <= 6 else None)
+    assert len(timed_candidates) == sum(r.latency_ms is not None for r in ranked) > 0
+    stitched = [
+        dataclasses.replace(r, candidate=dataclasses.replace(r.candidate, kind="stitched"))
+        for r in ranked[1:]
+        if r.candidate.cost.macs <= 8  # a search composes nothing else
+    ]
+    ranked = [ranked[0], *stitched]
+    result = choose(ranked, budget, rejected={"before": 1}, seconds={}, num_selection_labels=0)
+    within = [r for r in ranked if r.latency_ms is not None and r.latency_ms <= 3]
+    assert result.best is min(within, key=lambda r: r.candidate.cost.macs)
+    over = [r for r in stitched if r.score >= 0.5 and r.candidate.cost.params > 6]
+    assert result.rejected["over the activation budget when measured"] == len(over) > 0
+    slow = [r for r in stitched if r.latency_ms is not None and r.latency_ms > 3]
+    assert result.rejected["over the latency budget when measured"] == len(slow) > 0
 
 
 # -- another budget afterwards ---------------------------------------------------------------------------------------
@@ -84,7 +122,7 @@ def test_a_budget_afterwards_gives_what_a_search_under_it_gives(
     pool: Pool, free: SearchResult, seed: int, min_score: float | None
 ) -> None:
     draw = random.Random(seed)
-    measures = draw.sample(["params", "macs", "activation_bytes"], seed % 3 + 1)
+    measures = draw.sample(["params", "macs"], seed % 2 + 1)
     limits = {f"max_{m}": draw.choice([getattr(r.candidate.cost, m) for r in free.ranked]) for m in measures}
     budget = Budget(**limits, min_score=min_score)
     found = free.within(budget)
@@ -125,6 +163,23 @@ def test_with_a_least_score_it_is_the_one_of_the_fewest_macs(free: SearchResult)
     assert found.candidate.cost.macs == min(r.candidate.cost.macs for r in reaching)
     assert len(reaching) < len(free.ranked)
     assert free.within(Budget(min_score=max(accuracies.values()) + 1e-6)) is None
+
+
+def test_activation_bytes_are_there_where_a_search_measured_them(pool: Pool, free: SearchResult) -> None:
+    words = r"measured no activation bytes; search with a budget that limits max_activation_bytes"
+    with pytest.raises(BudgetError, match=words):
+        free.within(Budget(max_activation_bytes=1e9))
+    with pytest.raises(BudgetError, match=words):
+        free.pareto("activation_bytes")
+    limited = Budget(max_activation_bytes=1e9, max_macs=free.best_source.candidate.cost.macs - 1)
+    result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=limited)
+    figures = [r.activation_bytes for r in result.ranked]
+    assert None in figures  # of the source that is over the limit on MACs
+    least = min(figure for figure in figures if figure is not None)
+    front = result.pareto("activation_bytes")
+    assert front[0].activation_bytes == least
+    assert all(r.activation_bytes is not None for r in front)
+    assert result.within(Budget(max_activation_bytes=least - 1)) is None
 
 
 def test_a_limit_on_latency_needs_a_search_that_measured_it(free: SearchResult, clock: Clock) -> None:

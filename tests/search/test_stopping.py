@@ -174,11 +174,11 @@ def test_no_loader_is_open_while_it_composes() -> None:
         return BEAM(space)
 
     loader = Loader()
-    expected = records(search(new_pool(), ranking="loo_accuracy"))
-    result = search(new_pool(), selection=loader, ranking="loo_accuracy", strategy=strategy)
+    expected = records(search(new_pool(), ranking="loo_r2"))
+    result = search(new_pool(), selection=loader, ranking="loo_r2", strategy=strategy)
     assert records(result) == expected
     # What can be read only once is not read twice.
-    result = search(new_pool(), selection=iter(SELECTION), ranking="loo_accuracy")
+    result = search(new_pool(), selection=iter(SELECTION), ranking="loo_r2")
     assert records(result) == expected
 
 

@@ -5,11 +5,10 @@ from typing import Literal
 
 import pytest
 import torch
-from doubles.helpers import donor, live, noise, plain
+from doubles.helpers import donor, live, noise, plain, sums_of
 from torch import nn
 
 from lightning_stitch.cost import Cost
-from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError, StitchError
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.segments import Segmented, chunks, segment
@@ -38,7 +37,7 @@ def test_the_pieces_in_a_row_are_the_source_up_to_its_features(
         for piece in part.pieces:
             x = piece(x)
     assert torch.equal(x, expected)
-    assert part.cost == network_cost(network, (3, 64, 64))
+    assert part.cost == sums_of(network, (3, 64, 64))
     assert part.cost == sum(part.costs, Cost(0, 0))
     assert part.cost_between(0, 1) + part.cost_between(1, len(part.pieces)) == part.cost
     assert part.name == name
@@ -69,7 +68,7 @@ def test_pieces_until_the_output_end_in_the_sources_own_classes() -> None:
             x = piece(x)
     assert torch.equal(x, expected)
     assert part.end is None
-    assert part.cost == network_cost(part.source.module, (3, 64, 64))
+    assert part.cost == sums_of(part.source.module, (3, 64, 64))
     assert part.cuts[-1].format == "vector"
 
 
