@@ -17,7 +17,6 @@ SCHEMA_VERSION = 1
 
 Format = Literal["NCHW", "NHWC", "tokens", "vector"]
 Placement = Literal["explicit", "producer", "consumer"]
-Fit = Literal["closed_loop", "open_loop", "row_weights"]
 Builder = Literal["timm", "torchvision", "python", "live"]
 
 
@@ -104,8 +103,6 @@ class StitchSpec:
         r2: Share of the receiver's variance that the map explains on calibration images held out of its fit.
         rank: Numerical rank of the least-squares problem.
         condition: Condition number of the regularised least-squares problem.
-        fit: How the map was fitted: on what the running network sends ("closed_loop"), on what the sender's own source
-            sends ("open_loop"), or on the former with weights ("row_weights").
     """
 
     in_format: Format
@@ -122,7 +119,6 @@ class StitchSpec:
     r2: float | None = None
     rank: int | None = None
     condition: float | None = None
-    fit: Fit = "closed_loop"
 
     @property
     def carries_prefix(self) -> bool:
@@ -146,8 +142,8 @@ class Recipe:
             trained for all of them; only layers that take a stitch in become a fragment's own.
         pooled: Whether the last fragment ends at a map or at tokens that are averaged over their positions: a network
             that ends early.
-        refinements: What was changed in its fragments after it was composed ("batch_norm", "healing"), in that order.
-        unhealed: Where it was healed, the layers behind stitches ("source: layer") that stayed as they are, and why.
+        healed: Whether the layers behind its stitches were healed after it was composed.
+        unhealed: Where it was, the layers behind stitches ("source: layer") that stayed as they are, and why.
         schema: Version of this format.
 
     Raises:
@@ -161,7 +157,7 @@ class Recipe:
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
     pooled: bool = False
-    refinements: tuple[str, ...] = ()
+    healed: bool = False
     unhealed: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 

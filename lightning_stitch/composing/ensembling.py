@@ -32,7 +32,7 @@ def ensemble(
     """One module of several candidates of one search, fragments and stitches that they share computed and held once.
 
     Two candidates share all pieces from the image up to the first that differs: another piece, another stitch before
-    it, a stitch folded into it, or other numbers (refinements). Each gets a head of its own.
+    it, a stitch folded into it, or other numbers (healing). Each gets a head of its own.
 
     Args:
         pool: The pool that was searched.
@@ -135,7 +135,7 @@ def _tree(members: Sequence[Candidate], parts: Sequence[Segmented]) -> list[_Nod
             for piece in range(step.first, step.last):
                 stitch = step.stitch if piece == step.first else None
                 folded = after is not None and piece + 1 == step.last and _is_folded_before(after)
-                # Stitches and refinements are known by their objects: a search makes each only once.
+                # Stitches and healed fragments are known by their objects: a search makes each only once.
                 own = (id(stitch), id(step.tensors) if step.tensors else None)
                 key = (parent, step.source, piece, *own, id(after.stitch) if after is not None and folded else None)
                 if key not in known:

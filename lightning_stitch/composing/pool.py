@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.healing import FITS, Refiner, check_refinements, refine
+from lightning_stitch.healing import Healer
 from lightning_stitch.io import Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
@@ -34,7 +34,7 @@ from lightning_stitch.search import (
     NoJournal,
     Outcome,
     Ranking,
-    RememberingRefiner,
+    RememberingHealer,
     SearchResult,
     SearchSpace,
     Strategy,
@@ -147,7 +147,7 @@ class Pool:
             images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once. Labels beside them are
                 not looked at.
             groups: For each image the label of what it shows (a photograph, patient or module), of which others may
-                be in other images: the images that judge fits and refinements are then whole groups. None: they are
+                be in other images: the images that judge stitches and healing are then whole groups. None: they are
                 the last quarter.
             progress: Where to show progress.
 
@@ -220,7 +220,7 @@ class Pool:
         bias: bool = True,
         max_candidates: int = 64,
         exits: bool = True,
-        refinements: Sequence[str] = (),
+        heal: bool = False,
         time_limit: float | None = None,
         journal: str | os.PathLike[str] | None = None,
         max_healed: int = 16,
@@ -247,16 +247,14 @@ class Pool:
             exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
                 are not where networks end at an output, nor under the ranking "cka_product", which would give each of
                 them the highest score, as they have no stitch.
-            refinements: What to try on each network, and keep where it explains more on held-out calibration images:
-                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`),
-                and after it is composed its "batch_norm" statistics and "healing"
-                (`lightning_stitch.healing.refinement`).
+            heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
+                (`lightning_stitch.healing`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.
             journal: A directory where the search remembers what it found, its calibration too, so that the same search
                 can be called again after it was stopped by whatever means, a killed process too, and goes on where it
                 was, to the same result. The same search has the same arguments and images; but `max_candidates`,
-                `time_limit`, the ranking, and refinements after composing may be others. None: nothing is remembered.
+                `time_limit`, the ranking, `heal` and `max_healed` may be others. None: nothing is remembered.
             max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
             groups: What each calibration image shows (`calibrate`); None: each shows something else.
             progress: Where to show progress.
@@ -272,7 +270,6 @@ class Pool:
         budget, progress = budget or Budget(), progress or Silent()
         exits = exits and self.settings.until == "features" and ranking != "cka_product"
         find_ranking(ranking, labelled=True)
-        check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
             selection = labelled(selection, ranking)
@@ -284,10 +281,7 @@ class Pool:
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
         kept: Answers = NoJournal() if journal is None else Journal(journal)
-        fits = [name for name in refinements if name in FITS]
-        kept.agree(
-            search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias, fits=fits)
-        )
+        kept.agree(search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias))
         if budget.max_latency_ms is not None:
             with timed(self.seconds, "measure"):
                 pieces = partial(piece_latencies, self.parts, self.device)
@@ -307,7 +301,6 @@ class Pool:
             costs=costs,
             budget=budget,
             ridge=ridge,
-            fits=fits,
             journal=kept,
             time_limit=limit,
         )
@@ -318,10 +311,10 @@ class Pool:
             stopped = until_stopped(proposed, candidates)
             # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
             candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
-        if set(refinements) - set(FITS):
-            with timed(self.seconds, "refine"):
-                refiner = RememberingRefiner(kept, self.calibrated, settings=self.settings, ridge=ridge)
-                candidates = refine(candidates, refiner, refinements, max_healed=max_healed, progress=progress)
+        if heal:
+            with timed(self.seconds, "heal"):
+                healer = RememberingHealer(kept, self.calibrated, settings=self.settings, ridge=ridge)
+                candidates = healer.heal_finalists(candidates, max_healed=max_healed, progress=progress)
         if calibration is not None:
             for source in self.calibrated:
                 source.release()
@@ -363,7 +356,7 @@ class Pool:
         *,
         ridge: float = 1e-3,
         bias: bool = True,
-        refinements: Sequence[str] = (),
+        heal: bool = False,
     ) -> Candidate:
         """Compose a network from fragments that you name, on the images that `calibrate` got; for `assemble`.
 
@@ -372,8 +365,7 @@ class Pool:
                 ends are cuts that the pool offers.
             ridge: Relative strength of the stitches' fit.
             bias: Whether stitches have a bias.
-            refinements: What to try on the network, in this order, and keep where it explains more on held-out images:
-                "batch_norm", "healing".
+            heal: Whether to heal the layers behind its stitches, where that explains more on held-out images.
 
         Raises:
             StitchError: If the fragments make no path; the nearest names of cuts and sources are offered.
@@ -383,13 +375,11 @@ class Pool:
             >>> pool.calibrate(loader)  # doctest: +SKIP
             >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
         """
-        check_refinements(refinements)
         self._check_calibrated()
         costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
-        fits = [name for name in refinements if name in FITS]
-        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge, fits=fits)
-        found = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
-        return refine([found], Refiner(self.calibrated, settings=self.settings, ridge=ridge), refinements)[0]
+        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
+        candidate = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
+        return Healer(self.calibrated, settings=self.settings, ridge=ridge).heal(candidate) if heal else candidate
 
     def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done.

@@ -196,8 +196,8 @@ class StitchedNetwork(nn.Module):
         activations = recipe.scores.get("activation_bytes")
         total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
         lines.append(total + (f" at {_size(recipe.input_size[1:])}" if recipe.input_size else ""))
-        if recipe.refinements:
-            lines.append(f"  refined: {', '.join(recipe.refinements)}")
+        if recipe.healed:
+            lines.append("  healed behind its stitches")
         for reason in dict.fromkeys(recipe.unhealed.values()):
             layers = [layer for layer, why in recipe.unhealed.items() if why == reason]
             lines.append(f"  not healed ({reason}): {', '.join(layers)}")

@@ -1,5 +1,5 @@
 from .costs import CompositionCosts, costs_of_pairs
-from .evaluation import Outcome, RememberingRefiner, milliseconds, outcomes
+from .evaluation import Outcome, RememberingHealer, milliseconds, outcomes
 from .journal import Answer, Answers, Journal, NoJournal, answered, search_identity
 from .latency import network_latency, piece_latencies
 from .paths import early_exits, follow, self_stitched, unmodified
@@ -31,7 +31,7 @@ __all__ = [
     "Outcome",
     "Ranked",
     "Ranking",
-    "RememberingRefiner",
+    "RememberingHealer",
     "SearchResult",
     "SearchSpace",
     "SelectionData",

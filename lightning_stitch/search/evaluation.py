@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_stitch.cutting import with_tensors
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.healing import Refiner
+from lightning_stitch.healing import Healer
 from lightning_stitch.io import key_of, tensors_hash
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
@@ -68,7 +68,7 @@ class PrefixTree:
                     node = self._stitch(node, step.stitch)
                 for piece in range(step.first, step.last):
                     own = parts[step.source].pieces[piece]
-                    # The same numbers mean the same mapping: each refinement makes one of its own.
+                    # The same numbers mean the same mapping: each healing makes one of its own.
                     key = ("piece", step.source, piece, id(step.tensors) if step.tensors else None)
                     if key not in node.children:
                         node.children[key] = _Node(with_tensors(own, step.tensors))
@@ -216,8 +216,8 @@ def milliseconds(journal: Answers, candidate: Candidate, measure: Callable[[], f
     return float(answered(journal, question, lambda: Answer(measure())).value)
 
 
-class RememberingRefiner(Refiner):
-    """As a refiner, but what the journal has is taken from there.
+class RememberingHealer(Healer):
+    """As a healer, but what the journal has is taken from there.
 
     Args:
         journal: What remembers it.
@@ -232,13 +232,12 @@ class RememberingRefiner(Refiner):
         super().__init__(sources, settings=settings, ridge=ridge)
         self.journal = journal
 
-    def refined(self, candidate: Candidate, name: str) -> Candidate:
-        """The candidate with one change made, or as it is."""
+    def heal(self, candidate: Candidate) -> Candidate:
+        """The candidate healed, or as it is."""
         if isinstance(self.journal, NoJournal):
-            return super().refined(candidate, name)
-        question = ["refined", name, *candidate_keys([candidate])]
-        refine = super().refined
-        found = answered(self.journal, question, lambda: _difference(candidate, refine(candidate, name)))
+            return super().heal(candidate)
+        question, heal = ["healed", *candidate_keys([candidate])], super().heal
+        found = answered(self.journal, question, lambda: _difference(candidate, heal(candidate)))
         return candidate if found.value is None else _rebuilt(candidate, found)
 
     def explained(self, candidate: Candidate) -> float | None:
@@ -249,7 +248,7 @@ class RememberingRefiner(Refiner):
 
 
 def _rebuilt(candidate: Candidate, answer: Answer) -> Candidate:
-    """What a refinement made of a candidate, as `_difference` noted it."""
+    """What healing made of a candidate, as `_difference` noted it."""
     recipe = Recipe.from_dict(answer.value["recipe"])
     steps = []
     for index, (step, spec) in enumerate(zip(candidate.steps, (None, *recipe.stitches), strict=True)):

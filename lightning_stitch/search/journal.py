@@ -278,7 +278,6 @@ def search_identity(
     *,
     ridge: float,
     bias: bool,
-    fits: Sequence[str],
 ) -> dict[str, Any]:
     """All that decides what a search finds, but for the images.
 
@@ -297,5 +296,4 @@ def search_identity(
         "budget": dataclasses.asdict(budget),
         "ridge": ridge,
         "bias": bias,
-        "fits": sorted(fits),
     }

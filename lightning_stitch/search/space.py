@@ -51,8 +51,6 @@ class SearchSpace:
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
         shortlist: Most receivers of one grid and size class that are scored exactly at one step. Where there are more,
             those nearest by CKA on few rows are (`lightning_stitch.search.scoring`).
-        fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
-            "row_weights".
         journal: What remembers CKAs and fitted stitches, and is asked for them first.
         time_limit: When it is over, `walk`, `edges`, `edge` and `enter` raise TimeIsOver.
     """
@@ -66,7 +64,6 @@ class SearchSpace:
         budget: Budget | None = None,
         ridge: float = 1e-3,
         shortlist: int = 128,
-        fits: Sequence[str] = (),
         journal: Answers | None = None,
         time_limit: TimeLimit = NO_LIMIT,
     ) -> None:
@@ -75,7 +72,6 @@ class SearchSpace:
         self.budget = budget or Budget()
         self.costs = costs
         self.ridge = ridge
-        self.fits = tuple(fits)
         self.journal = journal or NoJournal()
         self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
@@ -182,7 +178,6 @@ class SearchSpace:
         receiver = self.sources[edge.source].statistics[edge.receiver]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = dataclasses.replace(placed.spec, cka=edge.cka)
-        open_loop = edge.state.activation is not None and "open_loop" in self.fits
 
         def fitted() -> Stitch:
             stitch = fit_stitch(
@@ -194,8 +189,6 @@ class SearchSpace:
                 num_images=self.num_images,
                 num_held_out=self.sources[edge.source].num_held_out,
                 ridge=self.ridge,
-                open_loop=self.sources[edge.state.source].activations[edge.cut] if open_loop else None,
-                weighted="row_weights" in self.fits,
             )
             assert stitch is not None  # or it would have no edges
             return stitch
@@ -295,7 +288,7 @@ class SearchSpace:
 
         def found() -> Answer:
             stitch = fit()
-            fields = {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition", "fit")}
+            fields = {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}
             return Answer(fields, stitch.state_dict())
 
         flat = self.costs.index[edge.source, edge.receiver]

@@ -313,7 +313,7 @@ def imitation(features: Tensor, wanted: Tensor, *, ridge: float) -> tuple[nn.Lin
     Raises:
         CalibrationError: If they have NaN or infinite values.
     """
-    affine, explained, _ = fit_rows(features, wanted, num_images=len(features), ridge=ridge, bias=True)
+    affine, explained = fit_rows(features, wanted, num_images=len(features), ridge=ridge, bias=True)
     return _linear(affine), explained
 
 
