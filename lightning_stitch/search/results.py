@@ -132,12 +132,12 @@ class SearchResult:
         Args:
             measure: The cost.
         """
-        places = {id(r): place for place, r in enumerate(self.ranked)}
-        found: list[Ranked] = []
-        for r in sorted(self.ranked, key=lambda r: (getattr(r.candidate.cost, measure), places[id(r)])):
-            if not found or r.score > found[-1].score:
-                found.append(r)
-        return found
+        front: list[Ranked] = []
+        # Sorting keeps those of equal cost in their order.
+        for r in sorted(self.ranked, key=lambda r: getattr(r.candidate.cost, measure)):
+            if not front or r.score > front[-1].score:
+                front.append(r)
+        return front
 
     @property
     def beat_best_source(self) -> bool:
@@ -282,12 +282,11 @@ def choose(
         )
     reasons = Counter(rejected)
     references = ("source", "self-stitched")
-    returned = [r for r in ranked if r.candidate.kind in references or any(r is kept for kept in fitting)]
-    dropped = [r for r in ranked if not any(r is kept for kept in returned)]
-    for r in dropped:
-        reasons[
-            "over the latency budget when measured" if r.reaches(budget.min_score) else "below the least score"
-        ] += 1
+    returned = [r for r in ranked if r.candidate.kind in references or _keeps(r, budget)]
+    for r in ranked:
+        if r.candidate.kind not in references and not _keeps(r, budget):
+            slow = r.reaches(budget.min_score)
+            reasons["over the latency budget when measured" if slow else "below the least score"] += 1
 
     def first(kind: str, among: Sequence[Ranked]) -> Ranked | None:
         return next((r for r in among if r.candidate.kind == kind), None)
