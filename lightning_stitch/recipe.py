@@ -23,7 +23,6 @@ SCHEMA_VERSION = 2
 
 Format = Literal["NCHW", "NHWC", "tokens", "vector"]
 Placement = Literal["explicit", "producer", "consumer"]
-Fit = Literal["closed_loop", "open_loop", "row_weights"]
 Statistic = Literal["mean", "std", "prefix"]
 Mean = Literal["arithmetic", "geometric"]
 Builder = Literal["timm", "torchvision", "python", "live"]
@@ -97,8 +96,6 @@ class StitchSpec:
         r2: Share of the receiver's variance that the map explains on calibration images held out of its fit.
         rank: Numerical rank of the least-squares problem.
         condition: Condition number of the regularised least-squares problem.
-        fit: How the map was fitted: on what the running network sends ("closed_loop"), on what the sender's own source
-            sends ("open_loop"), or on the former with weights ("row_weights").
     """
 
     in_format: Format
@@ -115,7 +112,6 @@ class StitchSpec:
     r2: float | None = None
     rank: int | None = None
     condition: float | None = None
-    fit: Fit = "closed_loop"
 
     @property
     def carries_prefix(self) -> bool:
@@ -202,8 +198,8 @@ class Recipe:
         share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
             (one fragment used twice, fragments that overlap, weights that the source ties) is there once, and is
             trained for all of them; only layers that take a stitch in become a fragment's own.
-        refinements: What was changed in its fragments after it was composed ("healing"), in that order.
-        unhealed: Where it was healed, the layers behind stitches ("source: layer") that stayed as they are, and why.
+        healed: Whether the layers behind its stitches were healed after it was composed.
+        unhealed: Where it was, the layers behind stitches ("source: layer") that stayed as they are, and why.
         schema: Version of this format.
 
     Raises:
@@ -217,7 +213,7 @@ class Recipe:
     average: Average | None = None
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
-    refinements: tuple[str, ...] = ()
+    healed: bool = False
     unhealed: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 

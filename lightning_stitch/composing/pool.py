@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,27 +20,21 @@ from torch import Tensor
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import network_activation_bytes
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.healing import FITS, Refiner, check_refinements, refine
-from lightning_stitch.io import Spool
+from lightning_stitch.healing import Healer
+from lightning_stitch.io import Answer, Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search import (
     NEED_LABELS,
-    Answer,
-    Answers,
     Beam,
     CompositionCosts,
-    Journal,
-    NoJournal,
     Outcome,
     Ranking,
-    RememberingRefiner,
     SearchResult,
     SearchSpace,
     Strategy,
     TimeLimit,
-    answered,
     choose,
     costs_of_pairs,
     early_exits,
@@ -48,7 +42,6 @@ from lightning_stitch.search import (
     follow,
     labelled,
     measured,
-    milliseconds,
     network_latency,
     outcomes,
     piece_latencies,
@@ -65,7 +58,6 @@ from lightning_stitch.stitching import (
     Calibrated,
     Candidate,
     Kind,
-    calibrate_all,
     calibrate_once,
     check_same_outputs,
     load_calibration,
@@ -148,7 +140,7 @@ class Pool:
             images: Batches (batch, channels, height, width), float, in [0, 1]; iterated once. Labels beside them are
                 not looked at.
             groups: For each image the label of what it shows (a photograph, patient or module), of which others may
-                be in other images: the images that judge fits and refinements are then whole groups. None: they are
+                be in other images: the images that judge stitches and healing are then whole groups. None: they are
                 the last quarter.
             progress: Where to show progress.
 
@@ -157,7 +149,7 @@ class Pool:
                 are not as many labels as images, or there is but one group.
         """
         with timed(self.seconds, "calibrate"):
-            self._calibrate(images, NoJournal(), progress or Silent(), groups)
+            self._calibrate(images, Answers(), progress or Silent(), groups)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
@@ -221,7 +213,7 @@ class Pool:
         bias: bool = True,
         max_candidates: int = 64,
         exits: bool = True,
-        refinements: Sequence[str] = (),
+        heal: bool = False,
         time_limit: float | None = None,
         journal: str | os.PathLike[str] | None = None,
         max_healed: int = 16,
@@ -248,16 +240,14 @@ class Pool:
             exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
                 are not where networks end at an output, nor under the ranking "cka_product", which would give each of
                 them the highest score, as they have no stitch.
-            refinements: What to try on each network, and keep where it explains more on held-out calibration images:
-                other fits of its stitches ("open_loop", "row_weights", `lightning_stitch.stitching.stitches.fit_rows`),
-                and after it is composed its "batch_norm" statistics and "healing"
-                (`lightning_stitch.healing.refinement`).
+            heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
+                (`lightning_stitch.healing`).
             time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
                 looked at with every cut and stitch.
             journal: A directory where the search remembers what it found, its calibration too, so that the same search
                 can be called again after it was stopped by whatever means, a killed process too, and goes on where it
                 was, to the same result. The same search has the same arguments and images; but `max_candidates`,
-                `time_limit`, the ranking, and refinements after composing may be others. None: nothing is remembered.
+                `time_limit`, the ranking, `heal` and `max_healed` may be others. None: nothing is remembered.
             max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
             groups: What each calibration image shows (`calibrate`); None: each shows something else.
             progress: Where to show progress.
@@ -273,7 +263,6 @@ class Pool:
         budget, progress = budget or Budget(), progress or Silent()
         exits = exits and self.settings.until == "features" and ranking != "cka_product"
         find_ranking(ranking, labelled=True)
-        check_refinements(refinements)
         num_selected = num_images(selection)
         if ranking in NEED_LABELS:
             selection = labelled(selection)
@@ -284,70 +273,67 @@ class Pool:
             most = getattr(strategy, "max_fragments", 16)
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
-        kept: Answers = NoJournal() if journal is None else Journal(journal)
-        fits = [name for name in refinements if name in FITS]
-        kept.agree(
-            search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias, fits=fits)
-        )
-        if budget.max_latency_ms is not None:
-            with timed(self.seconds, "measure"):
-                pieces = partial(piece_latencies, self.parts, self.device)
-                answer = answered(kept, ["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
-                self._latencies = answer.value
-                costs.time(answer.value)
-                costs.check(budget)
-        budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
-        if calibration is None:
-            kept.agree({"calibration images": self._images_hash})
-        else:
-            with timed(self.seconds, "calibrate"):
-                self._calibrate(calibration, kept, progress, groups)
-        space = SearchSpace(
-            self.calibrated,
-            self.settings,
-            costs=costs,
-            budget=budget,
-            ridge=ridge,
-            fits=fits,
-            journal=kept,
-            time_limit=limit,
-        )
-        with timed(self.seconds, "search"):
-            candidates, ends = unmodified(space), early_exits(space) if exits else []
-            progress.start("composing", max_candidates)
-            proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
-            stopped = until_stopped(proposed, candidates)
-            # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
-            candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
-        if set(refinements) - set(FITS):
-            with timed(self.seconds, "refine"):
-                refiner = RememberingRefiner(kept, self.calibrated, settings=self.settings, ridge=ridge)
-                candidates = refine(candidates, refiner, refinements, max_healed=max_healed, progress=progress)
-        if calibration is not None:
-            for source in self.calibrated:
-                source.release()
-        with timed(self.seconds, "rank"):
-            progress.start("ranking", num_selected)
-            outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
-            ranked = rank(
-                candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
+        with Answers() if journal is None else Journal(journal) as kept:
+            kept.agree(
+                search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias)
             )
-        meters = {
-            "activation_bytes": self._activation_bytes,
-            "latency_ms": lambda c: milliseconds(kept, c, partial(self._latency, c)),
-        }
-        meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
-        if meters:
-            with timed(self.seconds, "measure"):
-                ranked = measured(ranked, budget, meters, progress)
-        return choose(
-            ranked,
-            budget,
-            rejected=space.rejected,
-            seconds=self.seconds,
-            num_selection_labels=0 if labels is None else len(labels),
-            stopped=stopped,
-        )
+            if budget.max_latency_ms is not None:
+                with timed(self.seconds, "measure"):
+                    pieces = partial(piece_latencies, self.parts, self.device)
+                    answer = kept.recall(["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
+                    self._latencies = answer.value
+                    costs.time(answer.value)
+                    costs.check(budget)
+            budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
+            if calibration is None:
+                kept.agree({"calibration images": self._images_hash})
+            else:
+                with timed(self.seconds, "calibrate"):
+                    self._calibrate(calibration, kept, progress, groups)
+            space = SearchSpace(
+                self.calibrated,
+                self.settings,
+                costs=costs,
+                budget=budget,
+                ridge=ridge,
+                journal=kept,
+                time_limit=limit,
+            )
+            with timed(self.seconds, "search"):
+                candidates, ends = unmodified(space), early_exits(space) if exits else []
+                progress.start("composing", max_candidates)
+                proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
+                stopped = until_stopped(proposed, candidates)
+                # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
+                candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
+            if heal:
+                with timed(self.seconds, "heal"):
+                    healer = Healer(self.calibrated, settings=self.settings, ridge=ridge, journal=kept)
+                    candidates = healer.heal_finalists(candidates, max_healed=max_healed, progress=progress)
+            if calibration is not None:
+                for source in self.calibrated:
+                    source.release()
+            with timed(self.seconds, "rank"):
+                progress.start("ranking", num_selected)
+                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
+                ranked = rank(
+                    candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
+                )
+            meters: dict[str, Callable[[Candidate], float]] = {
+                "activation_bytes": self._activation_bytes,
+                "latency_ms": partial(self._latency, kept),
+            }
+            if meters := {measure: meter for measure, meter in meters.items() if measure in budget.limits}:
+                with timed(self.seconds, "measure"):
+                    ranked = measured(ranked, budget, meters, progress)
+            return choose(
+                ranked,
+                budget,
+                rejected=space.rejected,
+                seconds=self.seconds,
+                num_selection_labels=0 if labels is None else len(labels),
+                stopped=stopped,
+            )
 
     def outcomes(
         self,
@@ -360,7 +346,7 @@ class Pool:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
         images = read_again(batches, self.image_shape, self.device, labels)
-        found = outcomes(candidates, self.parts, images, journal=journal or NoJournal(), on_batch=progress.advance)
+        found = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return found, torch.cat(labels) if labels else None
 
     def stitch(
@@ -369,7 +355,7 @@ class Pool:
         *,
         ridge: float = 1e-3,
         bias: bool = True,
-        refinements: Sequence[str] = (),
+        heal: bool = False,
     ) -> Candidate:
         """Compose a network from fragments that you name, on the images that `calibrate` got; for `assemble`.
 
@@ -378,8 +364,7 @@ class Pool:
                 ends are cuts that the pool offers.
             ridge: Relative strength of the stitches' fit.
             bias: Whether stitches have a bias.
-            refinements: What to try on the network, in this order, and keep where it explains more on held-out images:
-                "batch_norm", "healing".
+            heal: Whether to heal the layers behind its stitches, where that explains more on held-out images.
 
         Raises:
             StitchError: If the fragments make no path; the nearest names of cuts and sources are offered.
@@ -389,13 +374,11 @@ class Pool:
             >>> pool.calibrate(loader)  # doctest: +SKIP
             >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
         """
-        check_refinements(refinements)
         self._check_calibrated()
         costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
-        fits = [name for name in refinements if name in FITS]
-        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge, fits=fits)
-        found = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
-        return refine([found], Refiner(self.calibrated, settings=self.settings, ridge=ridge), refinements)[0]
+        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
+        candidate = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
+        return Healer(self.calibrated, settings=self.settings, ridge=ridge).heal(candidate) if heal else candidate
 
     def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done.
@@ -418,14 +401,7 @@ class Pool:
         if read.hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
             return
         progress.start("calibrating", len(self.parts))
-
-        run = partial(calibrate_all, self.parts, read.images, self.settings, read.num_held_out, progress)
-        if isinstance(journal, Journal):
-            self.calibrated = calibrate_once(
-                journal.calibration, self.parts, self.settings, self.device, (read.count, read.hash), run
-            )
-        else:
-            self.calibrated = run()
+        self.calibrated = calibrate_once(journal.calibration, self.parts, read, self.settings, self.device, progress)
         self._images_hash = read.hash
 
     def _check_calibrated(self) -> None:
@@ -437,5 +413,8 @@ class Pool:
     def _activation_bytes(self, candidate: Candidate) -> float:
         return network_activation_bytes(self.assemble(candidate), self.image_shape)
 
-    def _latency(self, candidate: Candidate) -> float:
-        return network_latency(self.assemble(candidate), self.image_shape, self.device)
+    def _latency(self, journal: Answers, candidate: Candidate) -> float:
+        def measure() -> Answer:
+            return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
+
+        return float(journal.recall(["latency", candidate.key], measure).value)

@@ -104,7 +104,7 @@ def shrink(
         budget=budget,
         ranking=by_fidelity,
         exits=False,
-        refinements=("healing",),
+        heal=True,
         max_healed=max_healed,
         groups=groups,
         progress=progress,

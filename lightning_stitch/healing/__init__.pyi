@@ -1,4 +1,4 @@
-from .refinement import FITS, Refiner, check_refinements, refine
+from .healer import Healer
 from .trials import run_on
 
-__all__ = ["FITS", "Refiner", "check_refinements", "refine", "run_on"]
+__all__ = ["Healer", "run_on"]

@@ -30,7 +30,7 @@ sends: a wide stitch that has seen them leaves nothing to be learnt from them (R
 own R2 on images that it has not seen is -.5). Their strength, too, is the one of `RIDGES` times the given one that
 explains most on these images. In the end the final features must agree more with those of the network's last source on
 the held-out images than with the same stitches and nothing healed (R2), or all of it is undone
-(`lightning_stitch.healing.refinement`). What was fitted without them stays: with the stitch of all images in its place,
+(`lightning_stitch.healing.healer`). What was fitted without them stays: with the stitch of all images in its place,
 R2 on other images moved by -.06 to +.02 (16 images), and solving everything once more on all of them takes as long
 again for -.08 to +.03 (16 images) or -.00 to +.02 (64).
 
@@ -211,8 +211,7 @@ def heal(
         steps.append(dataclasses.replace(step, tensors={**step.tensors, **tensors}))
     recipe = candidate.recipe.with_stitches([step.spec for step in steps])
     if not only_stitches:
-        refinements = (*recipe.refinements, "healing")
-        recipe = dataclasses.replace(recipe, refinements=refinements, unhealed=left)
+        recipe = dataclasses.replace(recipe, healed=True, unhealed=left)
     return dataclasses.replace(candidate, steps=tuple(steps), recipe=recipe)
 
 
@@ -237,7 +236,6 @@ def _stitched_anew(
         num_images=len(receiver.features),
         num_held_out=receiver.num_held_out,
         ridge=[ridge * factor for factor in RIDGES],
-        weighted=step.spec.fit == "row_weights",
         refit=False,
     )
     if stitch is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cutting import with_tensors
 from lightning_stitch.maths import r2
 from lightning_stitch.stitching import Calibrated, Candidate, Step, chunks
-
-Numbers = Mapping[str, Tensor]
 
 
 def divided(activation: Iterable[Tensor], num_held_out: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -62,16 +59,6 @@ def held_out_r2(candidate: Candidate, sources: Sequence[Calibrated], held_out: S
     """
     given = torch.cat([x.float() for x in run_on(candidate, sources, held_out)])
     return r2(given, sources[candidate.steps[-1].source].features[-len(given) :])
-
-
-def with_numbers(candidate: Candidate, numbers: Sequence[Numbers], name: str) -> Candidate:
-    """The candidate with each step's new numbers, which the refinement of that name gave."""
-    steps = tuple(
-        dataclasses.replace(step, tensors={**step.tensors, **own})
-        for step, own in zip(candidate.steps, numbers, strict=True)
-    )
-    recipe = dataclasses.replace(candidate.recipe, refinements=(*candidate.recipe.refinements, name))
-    return dataclasses.replace(candidate, steps=steps, recipe=recipe)
 
 
 Visitor = Callable[[str, nn.Module, Sequence[Tensor]], None]

@@ -407,7 +407,7 @@ def _composing(recipe: Recipe) -> str:
     """The same network, made by hand."""
     sources = "".join(f"    {_pinned(ref)},\n" for ref in recipe.sources)
     pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
-    refined = f", refinements={list(recipe.refinements)}" if recipe.refinements else ""
+    healed = ", heal=True" if recipe.healed else ""
     shared = ", share_weights=True" if recipe.share_weights else ""
     until = ', until="output"' if recipe.fragments[-1].end is None else ""
     return "\n".join(
@@ -418,7 +418,7 @@ def _composing(recipe: Recipe) -> str:
             f"sources = ls.load_sources([\n{sources}])",
             f"pool = ls.Pool(sources, {recipe.input_size}, settings=settings)",
             "pool.calibrate(batches)  # floats in [0, 1], not normalised",
-            f"found = pool.stitch([\n{pieces}]{refined})",
+            f"found = pool.stitch([\n{pieces}]{healed})",
             f"network = pool.assemble(found{shared})",
         )
     )

@@ -184,8 +184,8 @@ class StitchedNetwork(nn.Module):
                 if tap.fragment == index and (tap.statistics or numbered):
                     lines.append("    " + _tap_in_words(self.taps[number], tap))
         lines.append(self._total())
-        if recipe.refinements:
-            lines.append(f"  refined: {', '.join(recipe.refinements)}")
+        if recipe.healed:
+            lines.append("  healed behind its stitches")
         for reason in dict.fromkeys(recipe.unhealed.values()):
             layers = [layer for layer, why in recipe.unhealed.items() if why == reason]
             lines.append(f"  not healed ({reason}): {', '.join(layers)}")

@@ -175,7 +175,7 @@ def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:
         result: What the search found.
     """
     scores = dict.fromkeys(name for r in result.ranked for name in r.scores)
-    fronts = {measure: {id(r) for r in result.pareto(measure)} for measure in ("macs", "params")}
+    cheapest, smallest = result.pareto("macs"), result.pareto("params")
     return [
         {
             "place": place,
@@ -186,8 +186,8 @@ def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:
             "activation_bytes": r.activation_bytes,
             "latency_ms": r.latency_ms,
             **{name: r.scores.get(name) for name in scores},
-            "on_pareto_macs": id(r) in fronts["macs"],
-            "on_pareto_params": id(r) in fronts["params"],
+            "on_pareto_macs": r in cheapest,
+            "on_pareto_params": r in smallest,
         }
         for place, r in enumerate(result.ranked, start=1)
     ]

@@ -313,9 +313,10 @@ def choose(
         fitting = within
     reasons = Counter(rejected)
     references = ("source", "self-stitched")
-    returned = [r for r in ranked if r.candidate.kind in references or any(r is kept for kept in fitting)]
-    dropped = [r for r in ranked if not any(r is kept for kept in returned)]
-    for r in dropped:
+    returned = [r for r in ranked if r.candidate.kind in references or _keeps(r, budget)]
+    for r in ranked:
+        if r.candidate.kind in references or _keeps(r, budget):
+            continue
         over = [reason for measure, (_, reason) in _MEASURED.items() if not _is_within(r, budget, measure)]
         reasons[over[0] if r.reaches(budget.min_score) else "below the least score"] += 1
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.io import Carried, Deferred, Spool, carry
+from lightning_stitch.io import Answer, Answers, Carried, Deferred, Spool, carry
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
-from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.search.scoring import Scorer
 from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
 from lightning_stitch.settings import CalibrationSettings
@@ -51,8 +50,6 @@ class SearchSpace:
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
         shortlist: Most receivers of one grid and size class that are scored exactly at one step. Where there are more,
             those nearest by CKA on few rows are (`lightning_stitch.search.scoring`).
-        fits: Which other fits of a stitch are tried, and taken where they explain more on held-out images: "open_loop",
-            "row_weights".
         journal: What remembers CKAs and fitted stitches, and is asked for them first.
         time_limit: When it is over, `walk`, `edges`, `edge` and `enter` raise TimeIsOver.
     """
@@ -66,7 +63,6 @@ class SearchSpace:
         budget: Budget | None = None,
         ridge: float = 1e-3,
         shortlist: int = 128,
-        fits: Sequence[str] = (),
         journal: Answers | None = None,
         time_limit: TimeLimit = NO_LIMIT,
     ) -> None:
@@ -75,8 +71,7 @@ class SearchSpace:
         self.budget = budget or Budget()
         self.costs = costs
         self.ridge = ridge
-        self.fits = tuple(fits)
-        self.journal = journal or NoJournal()
+        self.journal = journal or Answers()
         self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
@@ -182,9 +177,9 @@ class SearchSpace:
         receiver = self.sources[edge.source].statistics[edge.receiver]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = dataclasses.replace(placed.spec, cka=edge.cka)
-        open_loop = edge.state.activation is not None and "open_loop" in self.fits
 
-        def fitted() -> Stitch:
+        @torch.inference_mode()
+        def fit() -> Answer:
             stitch = fit_stitch(
                 spec,
                 activation,
@@ -194,14 +189,18 @@ class SearchSpace:
                 num_images=self.num_images,
                 num_held_out=self.sources[edge.source].num_held_out,
                 ridge=self.ridge,
-                open_loop=self.sources[edge.state.source].activations[edge.cut] if open_loop else None,
-                weighted="row_weights" in self.fits,
             )
             assert stitch is not None  # or it would have no edges
-            return stitch
+            return Answer(
+                {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}, stitch.state_dict()
+            )
 
+        number = self.costs.index[edge.source, edge.receiver]
+        answer = self.journal.recall(self._question("stitch", edge.state, edge.cut, [number]), fit)
         with torch.inference_mode():
-            stitch = self._fitted(edge, spec, fitted)
+            stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
+            stitch.load_state_dict(dict(answer.tensors))
+            stitch.to(receiver.rows.device)
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
             steps=(*edge.state.steps, step),
@@ -278,29 +277,10 @@ class SearchSpace:
             yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
 
     def _question(self, kind: str, state: State, cut: int, receivers: Iterable[int]) -> list[object]:
-        """What a journal is asked: of which running network, at which cut, about which receivers, all by name."""
-        fragments = [(step.source, step.first, step.last) for step in state.steps]
-        parts = [self.sources[source].parts for source in range(len(self.sources))]
-        path = [
-            (parts[source].name, *(None if at == 0 else parts[source].cuts[at - 1].name for at in ends))
-            for source, *ends in [*fragments, (state.source, state.entry, cut + 1)]
-        ]
-        found = [(parts[s].name, parts[s].cuts[r].name) for s, r in (self._receivers[flat] for flat in receivers)]
-        return [kind, path, found]
-
-    def _fitted(self, edge: Edge, spec: StitchSpec, fit: Callable[[], Stitch]) -> Stitch:
-        """The fitted stitch of an edge, from the journal where it has it."""
-
-        def found() -> Answer:
-            stitch = fit()
-            fields = {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition", "fit")}
-            return Answer(fields, stitch.state_dict())
-
-        flat = self.costs.index[edge.source, edge.receiver]
-        answer = answered(self.journal, self._question("stitch", edge.state, edge.cut, [flat]), found)
-        stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
-        stitch.load_state_dict(dict(answer.tensors))
-        return stitch.to(self.sources[edge.source].statistics[edge.receiver].rows.device)
+        """What a journal is asked: of which running network, at which cut, about which receivers."""
+        path = [(step.source, step.first, step.last) for step in state.steps]
+        ends = [self._receivers[number] for number in receivers]
+        return [kind, path, (state.source, state.entry, cut), ends]
 
     def _similarities(
         self,
@@ -310,23 +290,17 @@ class SearchSpace:
         admissible: dict[Grid, list[int]],
         size_class: Callable[[int], int] | None = None,
     ) -> list[tuple[int, float]]:
-        """The receivers that can be scored and their CKAs, from the journal where it has them."""
+        """The receivers that can be scored and their CKAs."""
         self.time_limit.check()
         if not admissible:
             return []
-        if isinstance(self.journal, NoJournal):
-            return self._scored(state, cut, activation, admissible, size_class)
 
-        def found() -> Answer:
-            before = Counter(self.rejected)
-            scored = self._scored(state, cut, activation, admissible, size_class)
-            # Here they are counted below, as they are when the journal answers.
-            rejected = self.rejected - before
-            self.rejected -= rejected
-            return Answer([scored, rejected])
+        def score() -> Answer:
+            rejected: Counter[str] = Counter()
+            return Answer([self._scored(state, cut, activation, admissible, size_class, rejected), rejected])
 
         question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
-        scored, rejected = answered(self.journal, question, found).value
+        scored, rejected = self.journal.recall(question, score).value
         self.rejected.update(rejected)
         return [(flat, cka) for flat, cka in scored]
 
@@ -337,6 +311,7 @@ class SearchSpace:
         activation: Carried,
         admissible: dict[Grid, list[int]],
         size_class: Callable[[int], int] | None,
+        rejected: Counter[str],
     ) -> list[tuple[int, float]]:
         sender = self.sources[state.source]
         spent = state.cost.macs + self.costs.run(state.source, state.entry, cut + 1).macs
@@ -352,7 +327,7 @@ class SearchSpace:
             admissible,
             name=f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}",
             size_class=None if size_class is None else class_of,
-            rejected=self.rejected,
+            rejected=rejected,
         )
 
     @cached_property

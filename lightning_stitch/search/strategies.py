@@ -168,8 +168,8 @@ class Beam:
                             space.rejected["over the budget"] += 1
             states = []
             best = kept.best()
-            chosen = {id(edge) for edge, _ in best}
-            for edge, activation in [*best, *(entry for entry in deep.best() if id(entry[0]) not in chosen)]:
+            chosen = [edge for edge, _ in best]
+            for edge, activation in [*best, *(entry for entry in deep.best() if entry[0] not in chosen)]:
                 state = space.enter(edge, activation)
                 states.append(state)
                 if space.budget.allows(edge.total):

@@ -60,7 +60,7 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
-        num_held_out: How many of the images, the last ones, judge fits and refinements
+        num_held_out: How many of the images, the last ones, judge stitches and healing
         (`lightning_stitch.stitching.images`).
         stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
@@ -219,7 +219,7 @@ def calibrate(
         parts: The source taken apart, on the device to run on.
         images: Batches (batch, channels, height, width) in [0, 1].
         settings: What to keep, and where.
-        num_held_out: How many of the images, the last ones, judge fits and refinements; None: a quarter.
+        num_held_out: How many of the images, the last ones, judge stitches and healing; None: a quarter.
 
     Raises:
         CalibrationError: If there are too few images, or an activation is not finite.

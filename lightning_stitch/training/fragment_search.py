@@ -67,9 +67,8 @@ class FragmentSearch(pl.Callback):
             module's head ("class_map", "none") is fitted without.
         max_candidates: Most StitchNets that are ranked.
         exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
-        refinements: What to try on each network, and keep where it explains more on held-out calibration images: other
-            fits of its stitches ("open_loop", "row_weights"), its "batch_norm" statistics, and "healing" of the layers
-            behind its stitches (`Pool.search`).
+        heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
+            (`Pool.search`).
         max_healed: Most StitchNets that are healed.
         compare: For classes only: also evaluate all sources, their self-stitched forms and the best StitchNets on the
             test images, print the table and write comparison.csv and comparison.json in the log directory. The test
@@ -118,7 +117,7 @@ class FragmentSearch(pl.Callback):
         ranking: str = "auto",
         max_candidates: int = 64,
         exits: bool = True,
-        refinements: Sequence[str] = (),
+        heal: bool = False,
         max_healed: int = 16,
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
@@ -142,7 +141,7 @@ class FragmentSearch(pl.Callback):
         self.ranking = ranking
         self.max_candidates = max_candidates
         self.exits = exits
-        self.refinements = tuple(refinements)
+        self.heal = heal
         self.max_healed = max_healed
         self.compare = compare
         self.fractions = tuple(fractions)
@@ -344,7 +343,7 @@ class FragmentSearch(pl.Callback):
             bias=self.bias,
             max_candidates=2 if tiny else self.max_candidates,
             exits=self.exits,
-            refinements=self.refinements,
+            heal=self.heal,
             time_limit=self.time_limit,
             journal=None if tiny else self._journal(trainer),
             max_healed=2 if tiny else self.max_healed,
@@ -393,7 +392,7 @@ class FragmentSearch(pl.Callback):
             "estimator": self.estimator,
             "ranking": self.ranking,
             "exits": self.exits,
-            "refinements": list(self.refinements),
+            "heal": self.heal,
         }
         report_search(trainer, self.result, self.comparison, settings)
 

@@ -31,8 +31,8 @@ from ranking_statistics import spearman
 from ranking_tasks import Task
 
 from lightning_stitch import Pool
+from lightning_stitch.healing.healer import Healer
 from lightning_stitch.healing.healing import heal
-from lightning_stitch.healing.refinement import Refiner, refined
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
@@ -58,12 +58,13 @@ def measure(task: Task) -> None:
     joints = [(f"stitch at {at}, {a} -> {b}", a, at, b, at) for at in (EARLY, LATE) for a, b in NEXT]
     joints += [(f"skip to {BEHIND_SKIP}, {a} -> {b}", a, EARLY, b, BEHIND_SKIP) for a, b in SKIPS]
     own = {name: features(pool, pool.stitch([(name, None, None)]), task) for name in names}
+    healer = Healer(pool.calibrated, settings=pool.settings, ridge=1e-3)
     print(f"\n{len(images)} unlabelled images, {torch.get_num_threads()} threads\n")
     print("| network | M MACs | R2 stitched | R2 healed | s | bare passes |")
     print("|---|---|---|---|---|---|")
     for name, sender, leave, receiver, enter in joints:
         plain = pool.stitch([(names[sender], None, leave), (names[receiver], enter, None)])
-        healed, seconds = timed(refined, plain, pool.calibrated, "healing")
+        healed, seconds = timed(healer.heal, plain)
         _, bare = timed(PrefixTree([plain], pool.parts).run, [images])
         before, after = (r2(features(pool, c, task), own[names[receiver]]) for c in (plain, healed))
         macs = plain.cost.macs / 1e6
@@ -94,13 +95,13 @@ def skips(task: Task, low: float, high: float, *, count: int) -> list[Row]:
         plain = pool.stitch(ends)
         if len(rows) == count or not low <= plain.cost.macs / cheapest <= high:
             continue
-        refiner = Refiner(pool.calibrated, settings=pool.settings, ridge=1e-3)
+        healer = Healer(pool.calibrated, settings=pool.settings, ridge=1e-3)
         with torch.inference_mode():
             healed = heal(plain, pool.calibrated, pool.settings)
         wanted = own[ends[1][0]]
         given = [everything(pool, candidate, task) for candidate in (plain, healed)]
         row: Row = {"path": plain.recipe.path, "share": plain.cost.macs / cheapest, "cka": plain.cka_product}
-        row |= {"held_out": refiner.explained(plain)}
+        row |= {"held_out": healer.explained(plain)}
         row |= {name: r2(x[2], wanted[2]) for name, x in zip(FORMS, given, strict=True)}
         row |= {f"{name}, read": r2(read(x, wanted), wanted[2]) for name, x in zip(FORMS, given, strict=True)}
         rows.append(row)

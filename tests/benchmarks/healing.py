@@ -63,7 +63,7 @@ def measure(
         strategy=Beam(max_fragments=2, fractions=fractions, deep=4),
         ranking=ranking if labelled else by_fidelity,
         num_classes=task.num_classes if labelled else None,
-        refinements=("healing",),
+        heal=True,
         max_healed=MAX_HEALED,
         groups=groups,
     )
@@ -117,7 +117,7 @@ def contenders(
         begun = time.perf_counter()
         found[share, "unhealed"] = pool.stitch(ends)
         middle = time.perf_counter()
-        found[share, "healed"] = pool.stitch(ends, refinements=("healing",))
+        found[share, "healed"] = pool.stitch(ends, heal=True)
         seconds[share, "healed"] = time.perf_counter() - middle - (middle - begun)
     early = result.within(Budget(max_macs=macs), kind="early exit")
     return found if early is None else {**found, (share, "early exit"): early.candidate}

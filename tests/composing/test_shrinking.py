@@ -58,8 +58,8 @@ def test_with_a_least_fidelity_the_cheapest_version_is_taken_that_is_so_true() -
 def test_healing_makes_short_versions_truer() -> None:
     healed = shrunk(0.75)
     bare = shrink(SOURCE, CALIBRATION, SELECTION, 0.75, strategy=Beam(max_fragments=2), max_healed=0)
-    assert "healing" in healed.chosen.candidate.recipe.refinements
-    assert bare.chosen.candidate.recipe.refinements == ()
+    assert healed.chosen.candidate.recipe.healed
+    assert not bare.chosen.candidate.recipe.healed
     assert healed.fidelity > bare.fidelity + 0.02
 
 

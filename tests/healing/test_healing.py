@@ -18,9 +18,9 @@ from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch, Stitch
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
+from lightning_stitch.healing.healer import Healer
 from lightning_stitch.healing.healing import heal
 from lightning_stitch.healing.layers import layers_of
-from lightning_stitch.healing.refinement import Refiner, finalists, refined
 from lightning_stitch.healing.trials import held_out_images, held_out_r2
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import assemble
@@ -78,6 +78,10 @@ def every_stitch() -> list[Candidate]:
     return found
 
 
+def healer() -> Healer:
+    return Healer(space().sources, settings=SETTINGS, ridge=1e-3)
+
+
 def outputs(candidate: Candidate, where: SearchSpace, images: Tensor = IMAGES) -> Tensor:
     return PrefixTree([candidate], [source.parts for source in where.sources]).run([images])[0].features
 
@@ -114,7 +118,7 @@ def test_a_perturbed_network_recovers_its_outputs_where_rows_suffice(architectur
     cut = where.sources[0].parts.cuts[-3].name
     exact = stitched(where, (source.name, None, cut), (source.name, cut, None))
     wrong = perturbed(exact, where)
-    found = refined(wrong, where.sources, "healing", settings=SETTINGS, ridge=0.0)
+    found = Healer(where.sources, settings=SETTINGS, ridge=0.0).heal(wrong)
     unseen = 0.5 * digits(8, size, first=100)[0] + 0.5 * noise(8, 3, size, size, seed=1)
     own = outputs(references(where)[0], where, unseen)
     before, after = (distance(outputs(candidate, where, unseen), own) for candidate in (wrong, found))
@@ -140,7 +144,7 @@ def test_no_stitch_of_three_sources_explains_less_when_healed_and_most_explain_m
     better, skips = 0, 0
     for candidate in every_stitch():
         held_out = held_out_images(candidate, space().sources)[1]
-        found = refined(candidate, space().sources, "healing", settings=SETTINGS)
+        found = healer().heal(candidate)
         # The same stitch, fitted without the images that judge.
         fair = heal(candidate, space().sources, SETTINGS, only_stitches=True)
         kept = fair if found is candidate else found
@@ -161,7 +165,7 @@ def test_a_network_that_healing_would_make_worse_stays_as_it_is() -> None:
         held_out = held_out_images(candidate, space().sources)[1]
         fair, tried = (heal(candidate, space().sources, SETTINGS, only_stitches=only) for only in (True, False))
         if held_out_r2(tried, space().sources, held_out) <= held_out_r2(fair, space().sources, held_out):
-            worse.append(refined(candidate, space().sources, "healing", settings=SETTINGS) is candidate)
+            worse.append(healer().heal(candidate) is candidate)
     assert worse
     assert all(worse)
 
@@ -213,7 +217,7 @@ def test_no_held_out_image_is_fitted() -> None:
         assert two.stitch is not None
         assert torch.equal(one.stitch.state_dict()["weight"], two.stitch.state_dict()["weight"])
         assert not torch.equal(one.stitch.state_dict()["weight"], candidate.steps[1].stitch.state_dict()["weight"])
-    assert bare.recipe.refinements == ()
+    assert not bare.recipe.healed
 
 
 def test_what_was_not_healed_is_described() -> None:
@@ -221,7 +225,7 @@ def test_what_was_not_healed_is_described() -> None:
     recipe = dataclasses.replace(candidate.recipe, unhealed={"plain0: 3.0": "called 2 times"})
     graphs = {source.name: source.parts.graph for source in space().sources}
     network = assemble(Recipe.from_dict(recipe.to_dict()), graphs, [step.stitch for step in candidate.steps])
-    assert "refined: healing" in network.describe()
+    assert "healed behind its stitches" in network.describe()
     assert "not healed (called 2 times): plain0: 3.0" in network.describe()
 
 
@@ -230,7 +234,7 @@ def test_what_was_not_healed_is_described() -> None:
 
 def test_finalists_come_from_every_size_class() -> None:
     candidates = [*references(space()), *every_stitch()]
-    chosen = finalists(candidates, Refiner(space().sources, settings=SETTINGS, ridge=1e-3), 10)
+    chosen = healer().finalists(candidates, 10)
     cheapest = min(source.parts.cost.macs for source in space().sources)
 
     def sizes(among: Sequence[Candidate]) -> set[int]:
@@ -250,12 +254,12 @@ def test_a_search_finds_networks_of_every_share_of_the_cheapest_source_and_heals
     pool = Pool(sources, (3, 12, 12), settings=SETTINGS)
     cheapest = min(source.parts.cost.macs for source in space().sources)
     budget = Budget(max_macs=share * cheapest)
-    result = pool.search([IMAGES], [IMAGES.flip(3)], refinements=("healing",), budget=budget, max_healed=6)
-    healed = [r for r in result.ranked if "healing" in r.candidate.recipe.refinements]
+    result = pool.search([IMAGES], [IMAGES.flip(3)], heal=True, budget=budget, max_healed=6)
+    healed = [r for r in result.ranked if r.candidate.recipe.healed]
     assert healable <= len(healed) <= 6
     assert "stitched" in {r.candidate.kind for r in result.ranked}
     assert result.best.candidate.cost.macs <= share * cheapest
-    assert result.seconds["refine"] > 0
+    assert result.seconds["heal"] > 0
     for r in healed:
         assert r.candidate.cost.macs <= share * cheapest
         with torch.no_grad():
@@ -273,7 +277,7 @@ def test_a_journal_remembers_healed_networks_and_an_opened_pool_its_groups(tmp_p
                 [IMAGES],
                 [IMAGES.flip(3)],
                 strategy=Beam(width=2),
-                refinements=("batch_norm", "healing"),
+                heal=True,
                 max_healed=8,
                 groups=groups,
                 journal=journal,
@@ -290,9 +294,7 @@ def test_a_journal_remembers_healed_networks_and_an_opened_pool_its_groups(tmp_p
     pool.save(tmp_path / "pool")
     opened = Pool.open(tmp_path / "pool", sources)
     assert {source.num_held_out for source in [*opened.calibrated, *pool.calibrated]} == {7}
-    result = opened.search(
-        None, [IMAGES.flip(3)], strategy=Beam(width=2), refinements=("batch_norm", "healing"), max_healed=8
-    )
+    result = opened.search(None, [IMAGES.flip(3)], strategy=Beam(width=2), heal=True, max_healed=8)
     assert list(records(result)) == expected
 
 
@@ -300,11 +302,9 @@ def test_a_network_that_a_user_names_can_be_healed() -> None:
     pool = Pool([source.parts.source for source in space().sources], (3, 12, 12), settings=SETTINGS)
     pool.calibrate([IMAGES])
     named = [("normed2", None, "0"), ("normed2", "2", None)]
-    plain, healed = pool.stitch(named), pool.stitch(named, refinements=("healing",))
+    plain, healed = pool.stitch(named), pool.stitch(named, heal=True)
     own = space().sources[2].features
     assert r2(outputs(healed, space()), own) > r2(outputs(plain, space()), own) + 0.05
-    with pytest.raises(StitchError, match=r"Unknown refinements \['heal'\]"):
-        pool.stitch(named, refinements=("heal",))
 
 
 def test_a_trainer_installs_a_healed_network(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_trainer_installs_a_healed_network(tmp_path: Path) -> None:
         strategy=Beam(width=2, max_fragments=2),
         budget=Budget(max_macs=2e6),
         exits=False,
-        refinements=["healing"],
+        heal=True,
         max_healed=3,
     )
     model, options = StitchedClassifier(num_classes=3), {"logger": False, "enable_checkpointing": False}
@@ -338,7 +338,7 @@ def test_a_trainer_installs_a_healed_network(tmp_path: Path) -> None:
     )
     trainer.fit(model, data)
     assert search.result is not None
-    assert 0 < sum("healing" in r.candidate.recipe.refinements for r in search.result.ranked) <= 3
+    assert 0 < sum(r.candidate.recipe.healed for r in search.result.ranked) <= 3
     assert model.recipe == search.result.best.candidate.recipe
 
 

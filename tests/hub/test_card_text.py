@@ -24,8 +24,6 @@ def subject_of(**changes: object) -> CardSubject:
         words = {"spec": BAD, "licence": BAD, "weight_hash": BAD, "revision": BAD, "architecture": BAD}
         sources = tuple(dataclasses.replace(ref, **words) for ref in recipe.sources)
         recipe = dataclasses.replace(recipe, sources=sources)
-    if changes.pop("refinements", None):
-        recipe = dataclasses.replace(recipe, refinements=(BAD,))
     return dataclasses.replace(CardSubject(recipe, "two fragments", "StitchedNetwork", "multiclass"), **changes)
 
 
@@ -48,7 +46,6 @@ def outside_code(card: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "details"),
     [
-        ({"refinements": True}, {}),
         ({"description": BAD}, {}),
         ({"sources": True}, {}),
         ({"class_names": [BAD], "head": BAD}, {}),

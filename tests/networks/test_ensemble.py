@@ -47,7 +47,7 @@ def pool() -> Pool:
 
 @pytest.fixture(scope="module")
 def result(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION, num_classes=3, refinements=("batch_norm",))
+    return pool.search([CALIBRATION], SELECTION, num_classes=3, heal=True)
 
 
 def candidates(result: SearchResult) -> list[Candidate]:
@@ -78,7 +78,7 @@ def test_an_ensemble_gives_the_mean_of_its_members(pool: Pool, result: SearchRes
     assert {"source", "self-stitched", "early exit", "stitched"} == {member.kind for member in members}
     placements = {step.spec.placement for member in members for step in member.steps if step.spec is not None}
     assert placements == {"explicit", "producer", "consumer"}
-    assert any(member.recipe.refinements for member in members)
+    assert any(member.recipe.healed for member in members)
     network = ensemble(pool, members, TRAIN, mean=mean)
     expected = separately(pool, members, list(network.heads), mean)
     torch.testing.assert_close(probabilities(network), expected, atol=1e-5, rtol=1e-4)

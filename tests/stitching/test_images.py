@@ -92,8 +92,8 @@ def test_stitches_are_judged_by_the_same_images() -> None:
 
 def test_a_search_takes_groups_too() -> None:
     pool = Pool([plain("a", (4, 5, 6), seed=0), plain("b", (5, 6, 7), seed=1)], (3, 16, 16), settings=SETTINGS)
-    grouped = pool.search([IMAGES], [IMAGES.flip(3)], groups="aaaaaaaaaaaaaabb", refinements=("healing",))
-    alone = pool.search([IMAGES], [IMAGES.flip(3)], refinements=("healing",))
+    grouped = pool.search([IMAGES], [IMAGES.flip(3)], groups="aaaaaaaaaaaaaabb", heal=True)
+    alone = pool.search([IMAGES], [IMAGES.flip(3)], heal=True)
     scores = {tuple(path(r.candidate)): r.candidate.recipe.stitches for r in alone.ranked}
     assert any(
         r.candidate.recipe.stitches != scores.get(tuple(path(r.candidate)), r.candidate.recipe.stitches)

@@ -191,13 +191,11 @@ def test_early_exits_can_be_left_out(tmp_path: Path) -> None:
     assert {r.candidate.kind for r in callback.result.ranked} == {"source", "self-stitched", "stitched"}
 
 
-def test_refinements_are_tried_where_they_are_named(tmp_path: Path) -> None:
-    callback = search(refinements=["batch_norm"], max_candidates=2)
+def test_networks_are_healed_where_that_is_asked_for(tmp_path: Path) -> None:
+    callback = search(heal=True, max_candidates=2)
     trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
     assert callback.result is not None
-    assert callback.result.seconds["refine"] > 0
-    with pytest.raises(StitchError, match="Unknown refinements"):
-        trainer(tmp_path, search(refinements=["healing?"])).fit(StitchedClassifier(num_classes=3), digits())
+    assert callback.result.seconds["heal"] > 0
 
 
 def test_the_papers_method_can_be_asked_for(tmp_path: Path) -> None:
