@@ -1,27 +1,33 @@
 from .activation_store import Carried, Deferred, Portion, Spool, carry
 from .fingerprints import differences, in_words, key_of, plain, tensors_hash, versions
 from .hub_download import (
+    CONFIG,
+    LARGEST_CONFIG,
+    WEIGHTS,
     WeightFile,
     client_errors,
     download_of,
     find_hub_file,
     hub_file,
     offline,
-    patiently,
     sha256_of,
+    split_repository,
     status_of,
     tensor_shapes,
 )
 from .tensor_files import DTYPES, UNFINISHED, TensorFile, complete_or_absent, raw_bytes, write_json, write_tensors
 
 __all__ = [
+    "CONFIG",
     "Carried",
     "DTYPES",
     "Deferred",
+    "LARGEST_CONFIG",
     "Portion",
     "Spool",
     "TensorFile",
     "UNFINISHED",
+    "WEIGHTS",
     "WeightFile",
     "carry",
     "client_errors",
@@ -33,10 +39,10 @@ __all__ = [
     "in_words",
     "key_of",
     "offline",
-    "patiently",
     "plain",
     "raw_bytes",
     "sha256_of",
+    "split_repository",
     "status_of",
     "tensor_shapes",
     "tensors_hash",
