@@ -172,16 +172,17 @@ class HubRepository:
         from huggingface_hub.errors import HfHubHTTPError
 
         where = f"hub repository {self.repo_id!r}"
+        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *client_errors())
         try:
             return ask()
-        except (RuntimeError, ValueError, *client_errors()) as raised:
+        except failures as raised:
             # A large file's failure comes wrapped in a RuntimeError.
             error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
             token = self.api.token
             told = bool(token) and str(token) in f"{raised} {error}"
             shown = f"{type(error).__name__}, with the token in it" if told else first_lines(error)
             if isinstance(error, HfHubHTTPError):
-                problem = StitchError(_describe_refusal(status_of(error), where, what, shown))
+                problem: StitchError = StitchError(_describe_refusal(status_of(error), where, what, shown))
             elif isinstance(error, ValueError):
                 # The client's own word for a card that is refused, and for an answer that it cannot read.
                 problem = StitchError(f"The {where} refused to {what}: {shown}.")

@@ -191,10 +191,11 @@ def hub_file(
         )
     if known.file is not None:
         return known.file
+    failures: tuple[type[Exception], ...] = (EntryNotFoundError, RuntimeError, *client_errors())
     try:
         # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
         path = Path(hf_hub_download(repo, filename, revision=revision))
-    except (EntryNotFoundError, RuntimeError, *client_errors()) as error:
+    except failures as error:
         if isinstance(error, OSError) and error.errno in _LOCAL:
             raise SourceError(
                 f"{name} could not be written to the cache {constants.HF_HUB_CACHE}: {first_lines(error)}. Make room "
