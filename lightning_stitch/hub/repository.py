@@ -40,13 +40,11 @@ class Place:
     """What is there already.
 
     Attributes:
-        exists: Whether the repository is there.
-        branch: Whether the revision is.
-        head: Its commit; None: there is none.
+        branch: Whether the revision is there.
+        head: The commit of the revision, or of main; None: there is no such repository.
         has_card: Whether it holds a README.md.
     """
 
-    exists: bool
     branch: bool
     head: str | None
     has_card: bool
@@ -93,7 +91,7 @@ class HubRepository:
                     f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
                     f"organisation of yours ({', '.join(mine)})."
                 )
-            return Place(False, False, None, False)
+            return Place(False, None, False)
         if private is not None and bool(info.private) != private:
             is_, wanted = ("private", "public") if info.private else ("public", "private")
             raise StitchError(
@@ -102,7 +100,7 @@ class HubRepository:
             )
         # A branch that is made now begins as a copy of main.
         names = {file.rfilename for file in info.siblings or []}
-        return Place(True, at_revision is not None, info.sha, CARD in names)
+        return Place(at_revision is not None, info.sha, CARD in names)
 
     def _info(self, revision: str | None) -> Any:
         """What the hub has at a revision; None: nothing."""
@@ -143,7 +141,7 @@ class HubRepository:
         from huggingface_hub import CommitOperationAdd
 
         api, repo_id = self.api, self.repo_id
-        if not place.exists:
+        if place.head is None:
             self._ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
             # Somebody else may have made it since, with a card.
             place = self.find(revision, private)
@@ -212,8 +210,6 @@ def _describe_refusal(status: int, where: str, what: str, shown: str) -> str:
         401: "The token is not valid: log in with `hf auth login`, or set HF_TOKEN.",
         403: "Your token may not write there: check the name, and that the token has the right to write.",
         404: "It is not there, or not yours to see.",
-        409: "It changed in the meantime: try again.",
         412: "Somebody else committed to it in the meantime: look at it, and try again.",
-        429: "It asks to wait for longer: try again later.",
-    }.get(status, "Try again later." if status >= 500 else "")
+    }.get(status, "Try again later." if status >= 409 else "")
     return f"The {where} refused to {what} (status {status}). {advice} ({shown})".replace("  ", " ")

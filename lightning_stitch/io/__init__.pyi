@@ -15,12 +15,11 @@ from .hub_download import (
     status_of,
     tensor_shapes,
 )
-from .tensor_files import DTYPES, UNFINISHED, TensorFile, complete_or_absent, raw_bytes, write_json, write_tensors
+from .tensor_files import UNFINISHED, TensorFile, complete_or_absent, write_json, write_tensors
 
 __all__ = [
     "CONFIG",
     "Carried",
-    "DTYPES",
     "Deferred",
     "LARGEST_CONFIG",
     "Portion",
@@ -40,7 +39,6 @@ __all__ = [
     "key_of",
     "offline",
     "plain",
-    "raw_bytes",
     "sha256_of",
     "split_repository",
     "status_of",

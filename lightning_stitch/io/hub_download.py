@@ -155,7 +155,6 @@ def hub_file(
     *,
     revision: str | None = None,
     beside: Sequence[str] = (),
-    size: int | None = None,
     most: int | None = None,
 ) -> Path:
     """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
@@ -165,14 +164,13 @@ def hub_file(
         filename: A file at the top of the repository.
         revision: Branch, tag or commit; None: the default branch.
         beside: As `find_hub_file`.
-        size: Its bytes; a file that the hub says is of another size is not downloaded. None: any.
         most: Bytes that it may have; a file that the hub says is larger is not downloaded. None: any number.
 
     Returns:
         The file in the local cache, which keeps it in a folder that is named after its commit.
 
     Raises:
-        SourceError: As `find_hub_file`, if it is of another size or too large, if the download breaks or the cache
+        SourceError: As `find_hub_file`, if it is too large, if the download breaks or the cache
             cannot be written, or if it brings other bytes than the hub has.
     """
     from huggingface_hub import constants, hf_hub_download
@@ -180,13 +178,9 @@ def hub_file(
 
     known = find_hub_file(repo, filename, revision=revision, beside=beside)
     name = f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r})"
-    if size is not None and known.size not in (None, size):
-        raise SourceError(
-            f"{name} has {known.size} bytes; expected were {size}. It is another file, or was not uploaded whole."
-        )
     if most is not None and known.size is not None and known.size > most:
         raise SourceError(
-            f"{name} has {known.size} bytes; expected were {most} at most. It is not what its name says; look at it on "
+            f"{name} has {known.size} bytes; expected were {most} at most. It is not what it should be; look at it on "
             f"the repository's page."
         )
     if known.file is not None:
