@@ -443,27 +443,6 @@ def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
     return part
 
 
-def known_fields(cls: type, fields: Any) -> tuple[Any, list[str]]:
-    """Plain fields of a dataclass without those that this version does not know, and the names of these.
-
-    A newer version of the same schema may have added some. What is ill-typed stays as it is.
-    """
-    unknown: list[str] = []
-
-    def known(value: Any, wanted: Any) -> Any:
-        part = _part_of(wanted)
-        if isinstance(value, list):
-            item_type = _item_of(wanted)
-            return [known(item, item_type) for item in value] if item_type else value
-        if not isinstance(value, dict) or part is None:
-            return value
-        hints = _type_hints(part)
-        unknown.extend(f"{part.__name__}.{name}" for name in value if name not in hints)
-        return {name: known(item, hints[name]) for name, item in value.items() if name in hints}
-
-    return known(fields, cls), unknown
-
-
 def _part_of(wanted: Any) -> type | None:
     """The dataclass that a field holds, if it holds one."""
     options = (wanted, *(get_args(wanted) if get_origin(wanted) in (Union, UnionType) else ()))

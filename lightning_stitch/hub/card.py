@@ -124,7 +124,7 @@ def check_licence(recipe: Recipe, details: CardDetails) -> CombinedLicence:
             f"{found.why} Leave the source out, or, where you have the right to share it all the same, say why: "
             f"licence_override='written permission of ...'. It is written in the card."
         )
-    if found.name is None and details.licence is None:
+    if found.unknown and details.licence is None:
         warnings.warn(f"{found.why} The card says license: other. Where you know better, give licence=.", stacklevel=3)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.recipe import Recipe, SourceRef, known_fields
+from lightning_stitch.io import CONFIG, LARGEST_CONFIG
+from lightning_stitch.recipe import Recipe, SourceRef
 from lightning_stitch.sources import checked_preprocessing
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "lightning_stitch"
 FORMAT = 2
 
-_KNOWN = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "shared", "versions"}
-MOST_CONFIG_BYTES = 64 * 2**20
+_KNOWN = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "versions"}
+# Another file than the one that is there, so that a folder is written over by one rename, that of its config.
+WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
 
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: If it is no config of a stitched network, or of another format.
     """
-    if path.stat().st_size > MOST_CONFIG_BYTES:
+    if path.stat().st_size > LARGEST_CONFIG:
         raise RecipeError(f"{CONFIG} of {where!r} has {path.stat().st_size} bytes; that is no recipe.")
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
@@ -45,19 +46,19 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
             f"lightning_stitch if it is newer."
         )
     if unknown := sorted(own.keys() - _KNOWN):
-        _warn_unknown(f"{CONFIG} of {where!r}", unknown)
-    own = {"shared": {}, **own}
+        raise RecipeError(
+            f"{CONFIG} of {where!r} has {', '.join(unknown)}, which this version of lightning_stitch does not know. "
+            f"Upgrade lightning_stitch if a newer one wrote it."
+        )
     weights = own.get("weights")
-    shared = own["shared"]
     if not (
         own.get("kind") in ("network", "classifier")
         and isinstance(weights, dict)
         and isinstance(weights.get("bytes"), int)
         and isinstance(weights.get("sha256"), str)
-        and isinstance(shared, dict)
-        and all(isinstance(name, str) for name in shared.values())
+        and WEIGHTS_NAME.fullmatch(str(weights.get("file")))
     ):
-        raise RecipeError(f"{CONFIG} of {where!r} is malformed: kind, weights or shared is missing or ill-typed.")
+        raise RecipeError(f"{CONFIG} of {where!r} is malformed: kind or weights is missing or ill-typed.")
     return own
 
 
@@ -68,28 +69,12 @@ def read_recipe(own: Mapping[str, Any], where: str) -> Recipe:
         RecipeError: If it is malformed, or of another schema.
     """
     try:
-        recipe = Recipe.from_dict(_known_recipe(own.get("recipe"), where))
+        recipe = Recipe.from_dict(own.get("recipe", {}))
         for ref in recipe.sources:
             checked_preprocessing(ref.preprocessing)
         return recipe
     except (RecipeError, SourceError) as error:
         raise RecipeError(f"The recipe in {CONFIG} of {where!r} cannot be used: {error}") from error
-
-
-def _known_recipe(plain: Any, where: str) -> Any:
-    """The recipe without fields that a newer version of the same schema added; what is ill-typed stays as it is."""
-    known, unknown = known_fields(Recipe, plain)
-    if unknown:
-        _warn_unknown(f"The recipe of {where!r}", sorted(set(unknown)))
-    return known
-
-
-def _warn_unknown(what: str, names: list[str]) -> None:
-    warnings.warn(
-        f"{what} has {', '.join(names)}, which this version of lightning_stitch does not know and leaves out; a newer "
-        f"one may have written it.",
-        stacklevel=5,
-    )
 
 
 BUILDERS = ("lightning_stitch", "torch", "torchvision", "timm")  # what builds a structure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.hub.folder import CARD
-from lightning_stitch.io import client_errors, offline, patiently, status_of
+from lightning_stitch.io import client_errors, offline, status_of
 
 _Answer = TypeVar("_Answer")
 
@@ -41,13 +40,11 @@ class Place:
     """What is there already.
 
     Attributes:
-        exists: Whether the repository is there.
-        branch: Whether the revision is.
-        head: Its commit; None: there is none.
+        branch: Whether the revision is there.
+        head: The commit of the revision, or of main; None: there is no such repository.
         has_card: Whether it holds a README.md.
     """
 
-    exists: bool
     branch: bool
     head: str | None
     has_card: bool
@@ -77,29 +74,24 @@ class HubRepository:
             raise StitchError("HF_HUB_OFFLINE is set, and publishing needs the hub. Unset it first.")
         if self.api.token is None:
             raise StitchError("The hub needs to know who publishes: log in with `hf auth login`, or set HF_TOKEN.")
-        told: dict[str, Any] = self._asked(self.api.whoami, "ask the hub who you are")
+        told: dict[str, Any] = self._ask(self.api.whoami, "ask the hub who you are")
         if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise StitchError("Your token may only read. Make one that may write, and log in with it: `hf auth login`.")
         self.namespaces = {told.get("name"), *(org.get("name") for org in told.get("orgs", []))}
 
     def find(self, revision: str | None, private: bool | None) -> Place:
         """What is there already."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-        try:
-            info: Any = self._asked(lambda: self.api.model_info(self.repo_id, revision=revision), "look it up")
-            branch = True
-        except RevisionNotFoundError:
-            info, branch = self._asked(lambda: self.api.model_info(self.repo_id), "look it up"), False
-        except RepositoryNotFoundError:
+        at_revision = self._ask(lambda: self._info(revision), "look it up")
+        info = at_revision or self._ask(lambda: self._info(None), "look it up")
+        if info is None:
             owner = self.repo_id.partition("/")[0]
             if owner not in self.namespaces:
                 mine = sorted(name for name in self.namespaces if name)
                 raise StitchError(
                     f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
                     f"organisation of yours ({', '.join(mine)})."
-                ) from None
-            return Place(False, False, None, False)
+                )
+            return Place(False, None, False)
         if private is not None and bool(info.private) != private:
             is_, wanted = ("private", "public") if info.private else ("public", "private")
             raise StitchError(
@@ -108,7 +100,16 @@ class HubRepository:
             )
         # A branch that is made now begins as a copy of main.
         names = {file.rfilename for file in info.siblings or []}
-        return Place(True, branch, info.sha, CARD in names)
+        return Place(at_revision is not None, info.sha, CARD in names)
+
+    def _info(self, revision: str | None) -> Any:
+        """What the hub has at a revision; None: nothing."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            return self.api.model_info(self.repo_id, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
 
     def check_card_may_be_written(self, place: Place, existing_card: ExistingCard) -> None:
         """Refuse to overwrite a card untold."""
@@ -123,7 +124,7 @@ class HubRepository:
         from huggingface_hub import ModelCard
 
         content = path.read_text(encoding="utf-8")
-        self._asked(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
+        self._ask(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
 
     def upload(
         self,
@@ -137,86 +138,59 @@ class HubRepository:
         existing_card: ExistingCard = "refuse",
     ) -> Publication:
         """Make what is missing, then one commit."""
+        from huggingface_hub import CommitOperationAdd
+
         api, repo_id = self.api, self.repo_id
-        if not place.exists:
-            self._asked(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
+        if place.head is None:
+            self._ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
             # Somebody else may have made it since, with a card.
             place = self.find(revision, private)
             self.check_card_may_be_written(place, existing_card)
         if place.has_card and existing_card == "keep":
             files = [name for name in files if name != CARD]
         if revision not in (None, "main") and not place.branch:
-            self._asked(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
-
-        def commit() -> Any:
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=files,
+            self._ask(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
+        # Not upload_folder, which may make several commits of one call.
+        added = [CommitOperationAdd(name, folder / name) for name in files if (folder / name).exists()]
+        done = self._ask(
+            lambda: api.create_commit(
+                repo_id,
+                added,
                 revision=revision,
                 commit_message=message,
-                # Whoever else committed in the meantime is not overwritten, nor is a commit made twice.
+                # Whoever else committed in the meantime is not overwritten.
                 parent_commit=place.head,
-            )
+            ),
+            "upload to it",
+        )
+        return Publication(repo_id, f"{api.endpoint}/{repo_id}", done.oid, done.commit_url)
 
-        page = f"{api.endpoint}/{repo_id}"
-        try:
-            done = self._asked(commit, "upload to it")
-        except StitchError:
-            # The answer may have been lost on its way back, and the commit done.
-            made = self._commit_of(folder, files, revision)
-            if made is None or made == place.head:
-                raise
-            return Publication(repo_id, page, made, f"{page}/commit/{made}")
-        return Publication(repo_id, page, done.oid, done.commit_url)
-
-    def _commit_of(self, folder: Path, files: list[str], revision: str | None) -> str | None:
-        """The newest commit, if these very files are in it; None: they are not, or the hub does not say."""
-        try:
-            info: Any = self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
-        except client_errors():
-            return None
-        there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
-        ours = {name: folder / name for name in files if (folder / name).exists()}
-        if any(there.get(name) not in _names_of_content(path) for name, path in ours.items()):
-            return None
-        return str(info.sha)
-
-    def _asked(self, ask: Callable[[], _Answer], what: str) -> _Answer:
-        """The hub's answer; asked again where it is busy or broken, or the connection is cut."""
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    def _ask(self, ask: Callable[[], _Answer], what: str) -> _Answer:
+        """The hub's answer; what the client raises comes in words, without the token that may stand in it."""
+        from huggingface_hub.errors import HfHubHTTPError
 
         where = f"hub repository {self.repo_id!r}"
-        cut = client_errors()
-        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *cut)
+        failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *client_errors())
         try:
-            return patiently(ask, where, what, also=cut)
+            return ask()
         except failures as raised:
-            error = raised.__cause__ if type(raised) is RuntimeError else raised
-            if what == "look it up" and isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-                raise
-            found: StitchError | None = None
+            # A large file's failure comes wrapped in a RuntimeError.
+            error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
+            token = self.api.token
+            told = bool(token) and str(token) in f"{raised} {error}"
+            shown = f"{type(error).__name__}, with the token in it" if told else first_lines(error)
             if isinstance(error, HfHubHTTPError):
-                found = StitchError(_in_words(status_of(error), where, what, self._shown(error)))
-            elif isinstance(error, cut):
-                found = SourceError(
-                    f"The {where} cannot be reached (to {what}): {self._shown(error)}. Check the connection "
-                    f"and try again; what has arrived is not sent again."
-                )
+                problem: StitchError = StitchError(_describe_refusal(status_of(error), where, what, shown))
             elif isinstance(error, ValueError):
                 # The client's own word for a card that is refused, and for an answer that it cannot read.
-                found = StitchError(f"The {where} refused to {what}: {self._shown(error)}.")
-            if found is None:
-                raise
+                problem = StitchError(f"The {where} refused to {what}: {shown}.")
+            else:
+                problem = SourceError(
+                    f"The {where} cannot be reached (to {what}): {shown}. Check the connection and try again; what has "
+                    f"arrived is not sent again."
+                )
             # A traceback shows the cause as well.
-            raise found from (None if self._tells_token(raised) or self._tells_token(error) else raised)
-
-    def _tells_token(self, error: BaseException | None) -> bool:
-        return bool(self.api.token) and str(self.api.token) in str(error)
-
-    def _shown(self, error: BaseException) -> str:
-        """An error's text; none of it where the token is in it, whole, or else cut short with the line."""
-        return f"{type(error).__name__}, with the token in it" if self._tells_token(error) else first_lines(error)
+            raise problem from (None if told else raised)
 
 
 def _usable(token: str | None) -> str | None:
@@ -231,24 +205,11 @@ def _usable(token: str | None) -> str | None:
     return token or None
 
 
-def _names_of_content(path: Path) -> tuple[str, str]:
-    """What the hub calls a file's content: git's name for it, and its sha256 where it is large."""
-    blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            blob.update(block)
-            digest.update(block)
-    return blob.hexdigest(), digest.hexdigest()
-
-
-def _in_words(status: int, where: str, what: str, shown: str) -> str:
+def _describe_refusal(status: int, where: str, what: str, shown: str) -> str:
     advice = {
         401: "The token is not valid: log in with `hf auth login`, or set HF_TOKEN.",
         403: "Your token may not write there: check the name, and that the token has the right to write.",
         404: "It is not there, or not yours to see.",
-        409: "It changed in the meantime: try again.",
         412: "Somebody else committed to it in the meantime: look at it, and try again.",
-        429: "It asks to wait for longer: try again later.",
-    }.get(status, "Try again later." if status >= 500 else "")
+    }.get(status, "Try again later." if status >= 409 else "")
     return f"The {where} refused to {what} (status {status}). {advice} ({shown})".replace("  ", " ")

@@ -1,13 +1,13 @@
-"""Writing the folder of a stitched network: config.json and model.safetensors, for `pretrained_reading`."""
+"""Writing the folder of a stitched network: its config, weights and card."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,18 +18,14 @@ from lightning_stitch.hub.folder import (
     ARCHITECTURE,
     BUILDERS,
     CARD,
-    CONFIG,
     FORMAT,
     PICTURE,
-    WEIGHTS,
+    WEIGHTS_NAME,
     shown_recipe,
     tensors_of,
 )
-from lightning_stitch.io import UNFINISHED, raw_bytes, sha256_of, versions, write_json
+from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, sha256_of, versions, write_json
 from lightning_stitch.recipe import Recipe
-
-# Smaller tensors that happen to be alike (counters, zeros) are not worth an entry.
-_LEAST_SHARED_BYTES = 1024
 
 
 def check_rebuildable(recipe: Recipe) -> None:
@@ -61,42 +57,6 @@ def check_writable(directory: Path, *, overwrite: bool) -> None:
         raise StitchError(f"{directory} already holds {', '.join(there)}. Take another folder, or pass overwrite=True.")
 
 
-def write_pretrained(
-    parts: Mapping[str, nn.Module],
-    directory: Path,
-    *,
-    recipe: Recipe,
-    kind: str,
-    num_outputs: int,
-    task: Mapping[str, Any] | None = None,
-) -> None:
-    """Write config.json and model.safetensors; weights that are alike are there once.
-
-    Args:
-        parts: "network", and "head" where there is one.
-        directory: The folder; made if it does not exist.
-        recipe: The structure of the network.
-        kind: "network" or "classifier".
-        num_outputs: Width of the output.
-        task: For a classifier its head, task, num_classes and class_names.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors, shared = _without_doubles(_state_of(parts))
-    weights, written = directory / f"{WEIGHTS}{UNFINISHED}", directory / f"{CONFIG}.new"
-    try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        # safetensors makes it the owner's alone; whoever may read the folder may read the file.
-        weights.chmod(directory.stat().st_mode & 0o666)
-        facts = {"sha256": sha256_of(weights), "bytes": weights.stat().st_size}
-        write_json(written, _config(recipe, kind, num_outputs, {**(task or {}), "weights": facts, "shared": shared}))
-        # Both are complete: a folder that is written over is one network or the other.
-        os.replace(weights, directory / WEIGHTS)
-        os.replace(written, directory / CONFIG)
-    finally:
-        weights.unlink(missing_ok=True)
-        written.unlink(missing_ok=True)
-
-
 def _config(recipe: Recipe, kind: str, num_outputs: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     own = {"format": FORMAT, "kind": kind, "recipe": shown_recipe(recipe), **facts, "versions": versions(*BUILDERS)}
     names = own.get("class_names")
@@ -106,9 +66,9 @@ def _config(recipe: Recipe, kind: str, num_outputs: int, facts: Mapping[str, Any
         "num_classes": num_outputs,
         **({"label_names": names} if names else {}),
         "pretrained_cfg": {
-            "input_size": list(recipe.input_size or ()),
-            "mean": [0.0] * (recipe.input_size or (3,))[0],
-            "std": [1.0] * (recipe.input_size or (3,))[0],
+            "input_size": list(recipe.input_size),
+            "mean": [0.0] * recipe.input_size[0],
+            "std": [1.0] * recipe.input_size[0],
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "squash",
@@ -118,34 +78,11 @@ def _config(recipe: Recipe, kind: str, num_outputs: int, facts: Mapping[str, Any
     }
 
 
-def _state_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{part}.{name}": tensor.detach()
-        for part, module in parts.items()
-        for name, tensor in tensors_of(module).items()
-    }
-
-
-def _without_doubles(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of different numbers, and of the others by which name they are to be found."""
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    memories: set[int] = set()
-    for name, tensor in state.items():
-        numbers = tensor.contiguous().cpu()
-        key = (numbers.dtype, tuple(numbers.shape), hashlib.sha256(raw_bytes(numbers)).digest())
-        if numbers.nbytes >= _LEAST_SHARED_BYTES and key in seen:
-            shared[name] = seen[key]
-            continue
-        seen[key] = name
-        memory = numbers.untyped_storage()
-        if memory.data_ptr() in memories or memory.nbytes() != numbers.nbytes:
-            # Two small tensors may be one and the same, or parts of one, which safetensors refuses.
-            numbers = numbers.clone()
-        memories.add(memory.data_ptr())
-        tensors[name] = numbers
-    return tensors, shared
+def _tensors_once(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All tensors by name, those that have several names once; in memory of their own, as safetensors wants them."""
+    named = tensors_of(nn.ModuleDict(dict(parts)))
+    names = {id(tensor): name for name, tensor in named.items()}
+    return {name: named[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in names.values()}
 
 
 def save_folder(
@@ -160,6 +97,8 @@ def save_folder(
     overwrite: bool = False,
 ) -> None:
     """Write config.json, model.safetensors, README.md and, with matplotlib, composition.png.
+
+    A folder that is written over holds at any time one network or the other, whole.
 
     Args:
         parts: "network", and "head" where there is one.
@@ -179,5 +118,22 @@ def save_folder(
     check_rebuildable(subject.recipe)
     check_writable(folder, overwrite=overwrite)
     kind = next(kind for kind, loader in _LOADERS.items() if loader == subject.loader)
-    write_pretrained(parts, folder, recipe=subject.recipe, kind=kind, num_outputs=num_outputs, task=task)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, config = folder / f"{WEIGHTS}{UNFINISHED}", folder / f"{CONFIG}{UNFINISHED}"
+    try:
+        save_file(_tensors_once(parts), weights, metadata={"format": "pt"})
+        # safetensors makes it the owner's alone; whoever may read the folder may read the file.
+        weights.chmod(folder.stat().st_mode & 0o666)
+        digest = sha256_of(weights)
+        file = f"model-{digest[:16]}.safetensors" if os.path.lexists(folder / WEIGHTS) else WEIGHTS
+        facts = {"file": file, "sha256": digest, "bytes": weights.stat().st_size}
+        write_json(config, _config(subject.recipe, kind, num_outputs, {**(task or {}), "weights": facts}))
+        os.replace(weights, folder / file)
+        os.replace(config, folder / CONFIG)  # which names its weights: from here on it is the new network
+    finally:
+        weights.unlink(missing_ok=True)
+        config.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if WEIGHTS_NAME.fullmatch(path.name) and path.name != file:
+            path.unlink()
     write_card(subject, folder, details or CardDetails(), name=name or folder.resolve().name)

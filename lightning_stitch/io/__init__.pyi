@@ -1,30 +1,35 @@
 from .activation_store import Carried, Deferred, Portion, Spool, carry
 from .fingerprints import differences, in_words, key_of, plain, tensors_hash, versions
 from .hub_download import (
+    CONFIG,
+    LARGEST_CONFIG,
+    WEIGHTS,
     WeightFile,
     client_errors,
     download_of,
     find_hub_file,
     hub_file,
     offline,
-    patiently,
     sha256_of,
+    split_repository,
     status_of,
     tensor_shapes,
 )
 from .journal import Answer, Answers, Journal
-from .tensor_files import DTYPES, UNFINISHED, complete_or_absent, raw_bytes, write_json
+from .tensor_files import UNFINISHED, complete_or_absent, write_json
 
 __all__ = [
     "Answer",
     "Answers",
+    "CONFIG",
     "Carried",
-    "DTYPES",
     "Deferred",
     "Journal",
+    "LARGEST_CONFIG",
     "Portion",
     "Spool",
     "UNFINISHED",
+    "WEIGHTS",
     "WeightFile",
     "carry",
     "client_errors",
@@ -36,10 +41,9 @@ __all__ = [
     "in_words",
     "key_of",
     "offline",
-    "patiently",
     "plain",
-    "raw_bytes",
     "sha256_of",
+    "split_repository",
     "status_of",
     "tensor_shapes",
     "tensors_hash",

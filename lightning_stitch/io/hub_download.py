@@ -5,41 +5,36 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from torch import hub
 
 from lightning_stitch.errors import SourceError, first_lines
 
-_TRIES = 4
-_LONGEST_WAIT = 60.0
-# Too many requests, and what is wrong with a server for a while.
-_FOR_A_WHILE = (429, 500, 502, 503, 504)
-
-# Seconds. A hub that let a question wait is not asked again at once: dozens of questions would each wait as long.
-_SLOW, _REST = 1.0, 60.0
-# By the address of the hub: when the last question failed, and how.
-_failed: dict[str, tuple[float, Exception]] = {}
+# The files of a network, in timm's layout and in ours.
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LARGEST_CONFIG = 16 * 2**20  # bytes; a stranger may have put anything under its name
 
 # What the disk of the cache says, not the network.
 _LOCAL = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
 )
 
-_Answer = TypeVar("_Answer")
+
+def split_repository(words: str) -> tuple[str, str | None] | None:
+    """Repository and revision of "ORG/NAME" or "ORG/NAME@REVISION"; None: it is neither."""
+    match = re.fullmatch("([^/@]+/[^/@]+)(?:@(.+))?", words)
+    return None if match is None else (match[1], match[2])
 
 
 def find_hub_file(repo: str, filename: str, *, revision: str | None = None, beside: Sequence[str] = ()) -> WeightFile:
     """Find a file of a hub repository without downloading it.
 
-    One request, asked again only where the hub says that it is busy or broken: `hf_hub_download` and timm ask a dead
-    network for up to 49 seconds.
+    A hub that cannot be reached is asked once, since the client would ask a dead network for up to 49 seconds. One that
+    is busy or broken is asked again by the client's own rules, unless the file is in the local cache.
 
     Args:
         repo: "ORG/NAME".
@@ -59,26 +54,31 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    unreachable = client_errors()
+    unreachable, folder = client_errors(), Path(constants.HF_HUB_CACHE)
     try:
         url = hf_hub_url(repo, filename, revision=revision)
-        waits = constants.HF_HUB_ETAG_TIMEOUT
-        metadata = _asked(
-            url, lambda: get_hf_file_metadata(url, timeout=waits), f"hub repository {repo!r}", f"look up {filename}"
-        )
+        try:
+            metadata = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except HfHubHTTPError as error:
+            cached = try_to_load_from_cache(repo, filename, revision=revision)
+            if isinstance(cached, str) or (status_of(error) < 500 and status_of(error) not in (408, 429)):
+                raise
+            metadata = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, retry_on_errors=True)
         commit = metadata.commit_hash or revision or "main"  # a mirror may not tell the commit
         cached = try_to_load_from_cache(repo, filename, revision=commit)
         return WeightFile(
             file=Path(cached) if isinstance(cached, str) else None,
-            folder=Path(constants.HF_HUB_CACHE),
+            folder=folder,
             size=metadata.size,
             hub=(repo, filename, commit),
-            sha256=_sha256_of_tag(metadata.etag),
+            # What the hub names a large file by; a small one has git's name, which is shorter.
+            sha256=metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None,
         )
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no name of a hub repository ({error}).") from error
@@ -102,44 +102,20 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         ) from error
     except unreachable as error:
         reason = "HF_HUB_OFFLINE is set" if offline() else f"the hub cannot be reached ({first_lines(error)})"
-        refused = status_of(error) in (401, 403)
-        if refused:
-            reason = f"the hub refuses your token (status {status_of(error)})"
+        mend = f"Get it with a connection, `{_command(repo, [filename, *beside], revision)}`"
+        if (status := status_of(error)) in (401, 403):
+            reason = f"the hub refuses your token (status {status})"
+            mend = "Log in with `hf auth login`, or unset HF_TOKEN"
         cached = try_to_load_from_cache(repo, filename, revision=revision)
         if isinstance(cached, str):
             file = Path(cached)
             # the cache names the folder of a snapshot after its commit
-            found = (repo, filename, file.parent.name)
-            return WeightFile(file, Path(constants.HF_HUB_CACHE), file.stat().st_size, hub=found, unreachable=reason)
-        command = _command(repo, [filename, *beside], revision)
-        mend = "Log in with `hf auth login`, or unset HF_TOKEN" if refused else f"Get it with a connection, `{command}`"
+            place = (repo, filename, file.parent.name)
+            return WeightFile(file, folder, file.stat().st_size, hub=place, unreachable=reason)
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) is not in the local cache, and "
             f"{reason}. {mend}; or give a folder: 'local-dir:PATH'."
         ) from error
-
-
-def _asked(url: str, ask: Callable[[], _Answer], where: str, what: str) -> _Answer:
-    """The hub's answer; where it has just failed, that failure at once, or after one more try.
-
-    A hub that gave no answer within a second is left alone for a minute. One that said that it is busy is asked once,
-    and not patiently.
-    """
-    address = urlsplit(url).netloc
-    began = time.monotonic()
-    failed_at, failure = _failed.get(address, (-_REST, None))
-    fresh = failure is not None and began - failed_at < _REST and not offline()
-    if fresh and failure is not None and not status_of(failure):
-        raise failure.with_traceback(None)
-    try:
-        answer = ask() if fresh else patiently(ask, where, what)
-    except client_errors() as error:
-        slow = time.monotonic() - began > _SLOW
-        if status_of(error) in _FOR_A_WHILE or (slow and not status_of(error)):
-            _failed[address] = (time.monotonic(), error)
-        raise
-    _failed.pop(address, None)
-    return answer
 
 
 def tensor_shapes(file: WeightFile) -> dict[str, tuple[int, ...]] | None:
@@ -179,7 +155,6 @@ def hub_file(
     *,
     revision: str | None = None,
     beside: Sequence[str] = (),
-    size: int | None = None,
     most: int | None = None,
 ) -> Path:
     """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
@@ -189,54 +164,46 @@ def hub_file(
         filename: A file at the top of the repository.
         revision: Branch, tag or commit; None: the default branch.
         beside: As `find_hub_file`.
-        size: Its bytes; a file that the hub says is of another size is not downloaded. None: any.
         most: Bytes that it may have; a file that the hub says is larger is not downloaded. None: any number.
 
     Returns:
         The file in the local cache, which keeps it in a folder that is named after its commit.
 
     Raises:
-        SourceError: As `find_hub_file`, if it is of another size or too large, if the download breaks or the cache
+        SourceError: As `find_hub_file`, if it is too large, if the download breaks or the cache
             cannot be written, or if it brings other bytes than the hub has.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    found = find_hub_file(repo, filename, revision=revision, beside=beside)
-    if size is not None and found.size not in (None, size):
+    known = find_hub_file(repo, filename, revision=revision, beside=beside)
+    name = f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r})"
+    if most is not None and known.size is not None and known.size > most:
         raise SourceError(
-            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) has {found.size} bytes; expected "
-            f"were {size}. It is another file, or was not uploaded whole."
+            f"{name} has {known.size} bytes; expected were {most} at most. It is not what it should be; look at it on "
+            f"the repository's page."
         )
-    if most is not None and found.size is not None and found.size > most:
-        raise SourceError(
-            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) has {found.size} bytes; expected "
-            f"were {most} at most. It is not what its name says; look at it on the repository's page."
-        )
-    if found.file is not None:
-        return found.file
-    failures: tuple[type[Exception], ...] = (EntryNotFoundError, *client_errors())
-    where, what = f"hub repository {repo!r}", f"download {filename}"
+    if known.file is not None:
+        return known.file
+    failures: tuple[type[Exception], ...] = (EntryNotFoundError, RuntimeError, *client_errors())
     try:
         # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
-        path = Path(patiently(lambda: hf_hub_download(repo, filename, revision=revision), where, what))
+        path = Path(hf_hub_download(repo, filename, revision=revision))
     except failures as error:
         if isinstance(error, OSError) and error.errno in _LOCAL:
             raise SourceError(
-                f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be written to "
-                f"the cache {constants.HF_HUB_CACHE}: {first_lines(error)}. Make room or let it be written there, or "
-                f"let HF_HOME (or HF_HUB_CACHE) name another folder."
+                f"{name} could not be written to the cache {constants.HF_HUB_CACHE}: {first_lines(error)}. Make room "
+                f"or let it be written there, or let HF_HOME (or HF_HUB_CACHE) name another folder."
             ) from error
         raise SourceError(
-            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) could not be downloaded: "
-            f"{first_lines(error)}. Check the connection and try again."
+            f"{name} could not be downloaded: {first_lines(error)}. Check the connection and try again."
         ) from error
-    if found.sha256 is not None and sha256_of(path) != found.sha256:
+    if known.sha256 is not None and sha256_of(path) != known.sha256:
         path.resolve().unlink()  # or the cache would give it the next time
         path.unlink()
         raise SourceError(
-            f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) did not arrive as the hub has it "
-            f"(its sha256 is not {found.sha256[:12]}...). It was deleted from the cache; try again."
+            f"{name} did not arrive as the hub has it (its sha256 is not {known.sha256[:12]}...). It was deleted from "
+            f"the cache; try again."
         )
     return path
 
@@ -250,55 +217,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def patiently(ask: Callable[[], _Answer], where: str, what: str, *, also: tuple[type[Exception], ...] = ()) -> _Answer:
-    """The hub's answer; asked again where it says that it is busy or broken.
-
-    The client itself asks again while it sends and fetches large files, but not for the rest.
-
-    Args:
-        ask: Asks the hub.
-        where: Whom, for the warning.
-        what: What for.
-        also: What to ask again after besides, such as connections that were cut.
-
-    Raises:
-        Exception: What the last of four tries raised.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    failures: tuple[type[Exception], ...] = (RuntimeError, HfHubHTTPError, *also)
-    for attempt in range(1, _TRIES + 1):
-        try:
-            return ask()
-        except failures as raised:
-            # A large file's failure comes wrapped in a RuntimeError.
-            error: Any = raised.__cause__ if type(raised) is RuntimeError else raised
-            busy = isinstance(error, HfHubHTTPError) and status_of(error) in _FOR_A_WHILE
-            cut = isinstance(error, also) and not isinstance(error, HfHubHTTPError)
-            if attempt == _TRIES or not (busy or cut):
-                raise
-            wait = _wait(error, attempt)
-        warnings.warn(f"The {where} did not answer (to {what}); asking again in {wait:.0f} s.", stacklevel=4)
-        time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
 def status_of(error: Any) -> int:
     """What the hub answered; 0: nothing."""
     response = getattr(error, "response", None)
     return 0 if response is None else int(response.status_code)
-
-
-def _wait(error: Any, attempt: int) -> float:
-    """Seconds: as the hub asks for, else 1, 2, 4."""
-    response = getattr(error, "response", None)
-    asked = "" if response is None else response.headers.get("Retry-After", "")
-    return min(float(asked) if asked.isdigit() else 2.0 ** (attempt - 1), _LONGEST_WAIT)
-
-
-def _sha256_of_tag(etag: str | None) -> str | None:
-    """What the hub names a large file by; a small one has git's name, which is shorter."""
-    return etag if etag is not None and re.fullmatch("[0-9a-f]{64}", etag) else None
 
 
 def _command(repo: str, filenames: Sequence[str], revision: str | None) -> str:

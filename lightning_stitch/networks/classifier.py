@@ -104,7 +104,7 @@ def load_classifier(where: str | Path, *, trust_factory: bool = False) -> SavedC
 def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) -> SavedClassifier:
     """The same of a folder that was found."""
     recipe = folder.recipe
-    arguments = {key: folder.own.get(key) for key in ("head", "task", "num_classes", "class_names")}
+    arguments = {key: folder.config.get(key) for key in ("head", "task", "num_classes", "class_names")}
     names = arguments["class_names"]
     try:
         _check_written_out(arguments["head"])

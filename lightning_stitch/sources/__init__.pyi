@@ -1,7 +1,7 @@
 from .blueprint import checked_preprocessing
 from .finding import SPECS
 from .licences import CombinedLicence, combine_licences, hub_words
-from .meta_device import build_on_meta, give_memory
+from .meta_device import build_on_meta
 from .preflight_checks import Preflight, preflight
 from .preflight_table import fitting_sources, print_preflight, refusal, usable_sources
 from .source import Source, build_architecture, find_sources, load_source, load_sources
@@ -21,7 +21,6 @@ __all__ = [
     "combine_licences",
     "find_sources",
     "fitting_sources",
-    "give_memory",
     "hub_repository",
     "hub_words",
     "load_source",

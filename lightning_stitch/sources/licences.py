@@ -1,7 +1,6 @@
-"""Which licence a network has that is made of parts of others: the most restrictive one, where that can be told.
+"""Which licence a network has that is made of parts of others: that of all of them, where they have the same.
 
-A table of a few dozen well-known licences and simple rules over it. It is no legal advice: what it cannot decide it
-leaves open and says so.
+No legal advice: which of several licences governs the whole is left open and said so.
 """
 
 from __future__ import annotations
@@ -9,33 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-# What a licence asks for. "same": what is made of it comes under the same licence. "no derivatives" and "no sharing":
-# what is made of it may not be given to others.
-Condition = Literal[
-    "name the author", "say what changed", "share its own files", "same", "not for sale", "use limits",
-    "no derivatives", "no sharing",
-]  # fmt: skip
-
-_NAMED: frozenset[Condition] = frozenset({"name the author"})
-_CHANGED: frozenset[Condition] = _NAMED | {"say what changed"}
-_FILES: frozenset[Condition] = _CHANGED | {"share its own files"}
-_SAME: frozenset[Condition] = _FILES | {"same"}
-
-_CONDITIONS: dict[str, frozenset[Condition]] = {
-    **dict.fromkeys(("cc0-1.0", "unlicense", "pddl", "pddl-1.0", "wtfpl", "0bsd"), frozenset()),
-    **dict.fromkeys(("mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "bsl-1.0"), _NAMED),
-    **dict.fromkeys(("apache-2.0", "odc-by", "odc-by-1.0", "cdla-permissive-2.0"), _CHANGED),
-    **dict.fromkeys(("mpl-2.0", "epl-2.0", "lgpl", "lgpl-2.1", "lgpl-3.0"), _FILES),
-    **dict.fromkeys(("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "odbl", "odbl-1.0"), _SAME),
-    **dict.fromkeys(("openrail", "creativeml-openrail-m", "bigscience-openrail-m"), _CHANGED | {"use limits"}),
-    **dict.fromkeys(("proprietary", "all-rights-reserved", "no-sharing"), frozenset({"no sharing"})),
-}
-# Creative Commons' licences of every version and country, or of none that is named: cc-by-nc-sa-3.0-igo.
-_CREATIVE_COMMONS = re.compile(r"cc-by((?:-(?:nc|sa|nd))*)(?:-\d(?:\.\d)?(?:-[a-z]{2,3})?)?")
-# Whatever else the words say.
-_NO_DERIVATIVES = re.compile(r"(?:^|-)nd(?:-|$)|no-?deriv")
 # What the hub takes as a card's `license`, of the licences that are more than one network's own.
 _HUB_WORDS = """
     apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -46,9 +19,16 @@ _HUB_WORDS = """
     gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa
     unlicense zlib pddl lgpl-lr
 """
-_FORBIDS: frozenset[Condition] = frozenset({"no derivatives", "no sharing"})
-# Licences of which neither governs the other, though the table of conditions alone would say so.
-_AT_ODDS = frozenset({frozenset({"apache-2.0", "gpl-2.0"})})
+# Others that are known. Creative Commons' come of every version and country, or of none that is named:
+# cc-by-nc-sa-3.0-igo.
+_OTHER_WORDS = "0bsd pddl-1.0 odc-by-1.0 odbl-1.0 proprietary all-rights-reserved no-sharing"
+_CREATIVE_COMMONS = re.compile(r"cc-by((?:-(?:nc|sa|nd))*)(?:-\d(?:\.\d)?(?:-[a-z]{2,3})?)?")
+# What a licence forbids, by what stands in its name.
+_FORBIDDEN = {
+    "derivatives": re.compile(r"(?:^|-)nd(?:-|$)|no-?deriv"),
+    "sharing": re.compile(r"^(proprietary|all-rights-reserved|no-sharing)$"),
+    "commercial use": re.compile(r"(?:^|-)nc(?:-|$)|non-?commercial"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +36,9 @@ class CombinedLicence:
     """The licence of a network, derived from those of its sources.
 
     Attributes:
-        name: The licence that fulfils what all of them ask for; None: it cannot be told.
+        name: The licence that all of them are under; None: they are under several, or it cannot be told.
         sources: Each source's licence as it says itself, by the source's name; None: it says nothing.
-        unknown: Names of sources whose licence is missing or not in the table.
+        unknown: Names of sources whose licence is missing or not a well-known one.
         forbidding: Names of sources whose licence forbids to share what is made of them.
         why: In a sentence, how the licence came about.
     """
@@ -71,39 +51,43 @@ class CombinedLicence:
 
 
 def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
-    """The most restrictive of several licences, if one of them fulfils what all of them ask for.
+    """The licence of what is made of several sources, if all of them have the same and may be shared.
 
     Args:
         licences: SPDX identifiers or the hub's words, in any case, by the sources' names; None: not known.
 
-    Returns:
-        What can be said. Two licences that both want all that is made of them under their own terms cannot be met at
-        once, and an unknown one may ask for anything: then there is no name.
-
     Example:
-        >>> combine_licences({"a": "MIT", "b": "Apache-2.0"}).name
-        'apache-2.0'
-        >>> combine_licences({"a": "gpl-3.0", "b": "cc-by-nc-4.0"}).name is None
-        True
+        >>> combine_licences({"a": "MIT", "b": "mit"}).name
+        'mit'
+        >>> combine_licences({"a": "mit", "b": "apache-2.0"}).why
+        "The sources are under several licences: 'a' (mit), 'b' (apache-2.0)."
     """
     words = {name: _word(licence) for name, licence in licences.items()}
-    unknown = tuple(name for name, word in words.items() if _conditions(word) is None)
-    forbidding = tuple(name for name, word in words.items() if (_conditions(word) or frozenset()) & _FORBIDS)
-    found: str | None = None
+    forbidding = tuple(
+        name for name, licence in licences.items() if {"derivatives", "sharing"} & set(forbidden_by(licence))
+    )
+    unknown = tuple(name for name, word in words.items() if name not in forbidding and not _is_known(word))
+    licence: str | None = None
     if forbidding:
         why = f"{_listed(forbidding, words)} may not be shared in changed form."
     elif unknown:
         why = f"The licence of {_listed(unknown, words)} is not known, so that of the whole cannot be told."
+    elif len(set(words.values())) == 1:
+        licence = next(iter(words.values()))
+        why = f"All sources are under {licence}."
     else:
-        distinct = list(dict.fromkeys(str(word) for word in words.values()))
-        found = next((word for word in distinct if all(_covers(word, other) for other in distinct)), None)
-        if found is None:
-            why = f"None of {', '.join(distinct)} fulfils what all of them ask for."
-        elif len(distinct) == 1:
-            why = f"All sources are under {found}."
-        else:
-            why = f"{found} asks for most among {', '.join(distinct)}."
-    return CombinedLicence(found, dict(licences), unknown, forbidding, why)
+        why = f"The sources are under several licences: {_listed(words, words)}."
+    return CombinedLicence(licence, dict(licences), unknown, forbidding, why)
+
+
+def forbidden_by(licence: str | None) -> list[str]:
+    """What a licence's name says that it forbids: "derivatives", "sharing", "commercial use".
+
+    Example:
+        >>> forbidden_by("CC BY-NC-ND 4.0")
+        ['derivatives', 'commercial use']
+    """
+    return [use for use, words in _FORBIDDEN.items() if words.search(_word(licence) or "")]
 
 
 def hub_words(licence: str | None) -> tuple[str, str | None]:
@@ -127,26 +111,10 @@ def hub_words(licence: str | None) -> tuple[str, str | None]:
     return "other", re.sub("[^a-z0-9.]+", "-", word).strip("-.")[:64] or "see-card"
 
 
-def _covers(word: str, other: str) -> bool:
-    """Whether what is under the first licence keeps the terms of the other."""
-    if word == other:
-        return True
-    if frozenset({word, other}) in _AT_ODDS:
-        return False
-    asked, kept = _conditions(other), _conditions(word)
-    return asked is not None and kept is not None and "same" not in asked and asked <= kept
-
-
-def _conditions(word: str | None) -> frozenset[Condition] | None:
-    """What a licence asks for; None: it is not known."""
-    if word is None or word in _CONDITIONS:
-        return _CONDITIONS.get(str(word))
-    if match := _CREATIVE_COMMONS.fullmatch(word):
-        parts = match[1].split("-")
-        found = _SAME if "sa" in parts else _CHANGED
-        found |= {"not for sale"} if "nc" in parts else frozenset()
-        return found | ({"no derivatives"} if "nd" in parts else frozenset())
-    return frozenset({"no derivatives"}) if _NO_DERIVATIVES.search(word) else None
+def _is_known(word: str | None) -> bool:
+    return word is not None and (
+        word in _HUB_WORDS.split() or word in _OTHER_WORDS.split() or bool(_CREATIVE_COMMONS.fullmatch(word))
+    )
 
 
 def _word(licence: str | None) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _READ_WHILE_BUILDING = frozenset({torch.arange, torch.linspace, torch.tensor})
@@ -46,21 +46,3 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
             raise
         with torch.device("meta"), _ListsInMemory():
             return build()
-
-
-def give_memory(module: nn.Module) -> None:
-    """Give what a network's state dict holds memory on the CPU, any numbers in it; what is one tensor stays one.
-
-    Buffers that the state dict leaves out get none; their numbers have to be put there.
-    """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that no other gets its identity
-    for part in module.modules():
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None or not tensor.is_meta or name in part._non_persistent_buffers_set:
-                continue
-            if id(tensor) not in made:
-                empty = torch.empty_like(tensor, device="cpu")
-                parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = tensor, nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-            # Not into the dict itself: recurrent layers take notice of what is set.
-            setattr(part, name, made[id(tensor)][1])

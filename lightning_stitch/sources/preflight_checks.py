@@ -26,6 +26,7 @@ from lightning_stitch.io import WeightFile, tensor_shapes
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.finding import SPECS, distinct, find_mapping
+from lightning_stitch.sources.licences import forbidden_by
 from lightning_stitch.sources.source import Source, outline
 from lightning_stitch.sources.views import check_names, opened, view_size
 
@@ -280,8 +281,7 @@ def _licence_notes(licence: str | None) -> list[str]:
     """What a licence means for what will be composed."""
     if licence is None:
         return ["its licence is unknown"]
-    words = licence.lower().replace("_", "-").split("-")
-    forbidden = [meaning for word, meaning in (("nd", "derivatives"), ("nc", "commercial use")) if word in words]
+    forbidden = forbidden_by(licence)
     return [f"its licence ({licence}) forbids {' and '.join(forbidden)}"] if forbidden else []
 
 

@@ -13,13 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_stitch.errors import SourceError, first_lines, nearest
-from lightning_stitch.io import WeightFile, download_of, find_hub_file, hub_file
+from lightning_stitch.io import (
+    CONFIG,
+    LARGEST_CONFIG,
+    WEIGHTS,
+    WeightFile,
+    download_of,
+    find_hub_file,
+    hub_file,
+    split_repository,
+)
 from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
 
 # Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.
 Weights = Callable[[], Mapping[str, Any]]
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_LARGEST_CONFIG = 16 * 2**20  # bytes; a stranger may have put anything under its name
 UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
@@ -106,11 +113,11 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
     Raises:
         SourceError: If the repository, the revision or a file is missing, or the hub cannot be reached.
     """
-    repo, at, wanted = repository.partition("@")
-    if repo.count("/") != 1 or not all(repo.split("/")) or (at and not wanted):
+    if (place := split_repository(repository)) is None:
         raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
+    repo, wanted = place
     beside = (WEIGHTS,) if pretrained else ()
-    config_file = hub_file(repo, CONFIG, revision=wanted or None, beside=beside, most=_LARGEST_CONFIG)
+    config_file = hub_file(repo, CONFIG, revision=wanted, beside=beside, most=LARGEST_CONFIG)
     revision = config_file.parent.name
     architecture, config, saved = _read_config(config_file)
     file = find_hub_file(repo, WEIGHTS, revision=revision) if pretrained else None

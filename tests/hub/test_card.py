@@ -37,15 +37,13 @@ def test_the_metadata_are_read_back_by_the_hubs_own_parser() -> None:
     details = CardDetails(dataset="org/digits", metrics={"accuracy": 0.5}, num_images=30, split="validation")
     data = ModelCard(str(model_card(subject(FROM_HUB), details, name="me/net"))).data
     assert data.base_model == ["org/one", "timm/test_convnext.r160_in1k"]
-    assert (data.license, data.library_name, data.pipeline_tag) == (
-        "apache-2.0",
-        "lightning-stitch",
-        "image-classification",
-    )
+    assert (data.license, data.license_name) == ("other", "see-sources")
+    assert (data.library_name, data.pipeline_tag) == ("lightning-stitch", "image-classification")
     assert "merge" in data.tags
     assert data.base_model_relation == "merge"
     assert data.datasets == ["org/digits"]
     assert [entry["revision"] for entry in data.stitched_from] == ["a" * 40, "b" * 40]
+    assert [entry["license"] for entry in data.stitched_from] == ["mit", "apache-2.0"]
     [result] = data.eval_results
     assert (result.dataset_split, result.metric_type, result.metric_value) == ("validation", "accuracy", 0.5)
     assert result.dataset_args == {"num_images": 30}

@@ -96,7 +96,6 @@ def test_the_card_of_the_meantime_is_treated_as_was_asked_for(
     assert hub.files(REPO)["model.safetensors"] != b"theirs"
 
 
-@pytest.mark.filterwarnings("ignore:The hub.* did not answer:UserWarning")
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

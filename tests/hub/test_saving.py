@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,11 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     )
     assert own["versions"].keys() == {"lightning_stitch", "torch", "torchvision", "timm"}
     weights = (tmp_path / "model.safetensors").read_bytes()
-    assert own["weights"] == {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+    assert own["weights"] == {
+        "file": "model.safetensors",
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "bytes": len(weights),
+    }
 
 
 def test_another_process_loads_it_with_neither_sources_nor_a_network_connection(saved: Path) -> None:
@@ -174,17 +179,23 @@ def test_an_early_exit_travels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share_weights", [False, True])
-def test_a_fragment_that_is_used_twice_is_written_once(share_weights: bool, tmp_path: Path) -> None:
+def test_what_fragments_share_is_written_once_and_is_shared_again(share_weights: bool, tmp_path: Path) -> None:
     original = network(twice=True, share_weights=share_weights)
     original.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors").values()
-    large = [t for t in tensors if t.nbytes >= 1024]
-    assert len({hashlib.sha256(t.numpy().tobytes()).digest() for t in large}) == len(large)
-    assert sum(t.numel() for t in tensors) < sum(t.numel() for t in original.state_dict().values())
+    written = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert written == sum(tensor.numel() for tensor in (*original.parameters(), *original.buffers()))
+    assert (written < sum(tensor.numel() for tensor in original.state_dict().values())) is share_weights
     loaded = StitchedNetwork.from_pretrained(tmp_path)
     assert torch.equal(outputs(loaded), outputs(original))
     # what was one parameter is one again, what were two alike are two
     assert len(list(loaded.parameters())) == len(list(original.parameters()))
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "copied")
+    loaded = StitchedNetwork.from_pretrained(tmp_path / "copied")
+    os.truncate(tmp_path / "copied" / "model.safetensors", 0)
+    assert torch.equal(outputs(loaded), outputs(network()))
 
 
 def test_only_the_fragments_that_are_used_are_written(saved: Path) -> None:
