@@ -177,13 +177,16 @@ class CutGraph:
                 if cut.format == "vector":
                     return cut
                 break
-        if self._flow.two[self._output].shape is not None and len(self._flow.two[self._output].shape or ()) == 2:
+        if (
+            self._flow.yields_at_2[self._output].shape is not None
+            and len(self._flow.yields_at_2[self._output].shape or ()) == 2
+        ):
             return None
         raise CutError(f"{type(self.module).__name__} has no feature vector: its output is not (batch, features).")
 
     def output_features(self) -> int:
         """Width of the output: number of classes or features."""
-        shape = self._flow.two[self._output].shape
+        shape = self._flow.yields_at_2[self._output].shape
         assert shape is not None
         return shape[-1]
 
@@ -212,7 +215,7 @@ class CutGraph:
         made: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
-            two, three = self._flow.two[node].value, self._flow.three[node].value
+            two, three = self._flow.yields_at_2[node].value, self._flow.yields_at_3[node].value
             made[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
         for node in self._flow.nodes:
             if node in kept:
@@ -229,7 +232,7 @@ class CutGraph:
     @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
-        return max(math.prod(seen.shape) for seen in self._flow.two.values() if seen.shape) // 2
+        return max(math.prod(seen.shape) for seen in self._flow.yields_at_2.values() if seen.shape) // 2
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -275,7 +278,7 @@ class CutGraph:
     def _is_cut(self, node: fx.Node) -> bool:
         if not self._flow.is_activation(node):
             return False
-        shape = self._flow.two[node].shape
+        shape = self._flow.yields_at_2[node].shape
         assert shape is not None
         format = layout_of(node, shape, self.module)
         return format is not None and (format != "tokens" or self._tokens(shape[1]) is not None)
@@ -313,7 +316,7 @@ class CutGraph:
         return names, aliases
 
     def _describe(self, node: fx.Node) -> Cut:
-        shape = (self._flow.two[node].shape or ())[1:]
+        shape = (self._flow.yields_at_2[node].shape or ())[1:]
         format = layout_of(node, (2, *shape), self.module)
         assert format is not None
         prefix, grid = 0, None
