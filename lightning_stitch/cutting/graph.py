@@ -24,7 +24,7 @@ from lightning_stitch.cutting.granularity import block_outputs, reference_inputs
 from lightning_stitch.cutting.layouts import layout_of
 from lightning_stitch.cutting.probing import value_for_batch
 from lightning_stitch.cutting.tracing import follow_device, trace_somehow
-from lightning_stitch.cutting.train_mode import warn_where_modes_differ
+from lightning_stitch.cutting.train_mode import train_mode_difference
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 from lightning_stitch.settings import Granularity
@@ -64,8 +64,7 @@ class CutGraph:
     """A traced network at one input size: its cuts, the fragments between them, and what they cost.
 
     Args:
-        network: The network; traced in eval mode, its modes are restored and it is not changed. A UserWarning tells
-            where it would do something else in train mode.
+        network: The network; traced in eval mode, its modes are restored and it is not changed.
         input_size: (channels, height, width) of the images.
 
     Attributes:
@@ -83,7 +82,6 @@ class CutGraph:
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
         self._trace(input_size)
         self._resize(input_size)
-        warn_where_modes_differ(network, self.module, self.way, input_size)
 
     def at(self, input_size: tuple[int, int, int]) -> CutGraph:
         """The same network at another input size; traced again only if it was traced by example.
@@ -260,6 +258,14 @@ class CutGraph:
     def parameters(self, start: str | None, end: str | None) -> list[nn.Parameter]:
         """The parameters of the fragment between two cuts, each once."""
         return self._parameters_of(self._flow.collect(*self._ends(start, end))[0])
+
+    def train_mode_difference(self) -> str | None:
+        """The first operation that the network does in train mode alone, in words; None: there is none.
+
+        Fragments run what eval mode does, in train mode too. Dropout, drop path and BatchNorm follow `train()` in them
+        and are no difference. Found by tracing the network once more, in train mode.
+        """
+        return train_mode_difference(self._network, self.module, self.way, self.input_size)
 
     # -- inner workings ------------------------------------------------------------------------------------------
 

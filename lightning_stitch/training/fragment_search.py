@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -337,6 +338,8 @@ class FragmentSearch(pl.Callback):
             progress=progress,
         )
         self._install(trainer, module, data, self.result.best.candidate, progress)
+        if module.train_mode and trainer.max_epochs != 0:
+            warn_of_train_mode(pool, self.result.best.candidate)
         if self.compare and not tiny:
             data.setup("test")
             self.comparison = compare(
@@ -394,6 +397,21 @@ class FragmentSearch(pl.Callback):
             "refinements": list(self.refinements),
         }
         report_search(trainer, self.result, self.comparison, settings)
+
+
+def warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
+    """Warn of sources that do something else in train mode, where a network of their fragments is trained in it."""
+    used = {fragment.source for fragment in candidate.recipe.fragments}
+    for part in pool.parts:
+        difference = part.graph.train_mode_difference() if part.name in used else None
+        if difference is not None:
+            warnings.warn(
+                f"Source {part.name!r} does something else in train mode than in eval mode: {difference}. Its "
+                f"fragments run eval mode's operations in train mode, too. Let a small module of its own ask for "
+                f"`training` (one whose parts have no parts), or register it as a whole with "
+                f"timm.layers.register_notrace_module: modules that are kept whole follow train() and eval().",
+                stacklevel=2,
+            )
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

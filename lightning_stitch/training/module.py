@@ -121,6 +121,11 @@ class StitchedClassifier(pl.LightningModule):
         return None if plain is None else any_recipe(plain)
 
     @property
+    def train_mode(self) -> bool:
+        """Whether thawed layers run in train mode."""
+        return self._plan.train_mode
+
+    @property
     def task(self) -> str:
         """What `predict_step` gives, for whoever writes it down: without a head numbers, as of a regression."""
         return "regression" if self.head_settings.name == "none" else self.head_settings.task

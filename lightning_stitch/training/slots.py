@@ -79,6 +79,11 @@ class BackboneSlot:
             return None
         return present.recipe.to_dict()
 
+    @property
+    def train_mode(self) -> bool:
+        """Whether the network that is in it follows `train()`."""
+        return isinstance(self.present, StitchedBackbone) and self.present.train_mode
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that a checkpoint holds.
 
