@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 
@@ -352,6 +352,8 @@ class ExampleTracer(ScopeTracer):
 
     def __init__(self, input_size: tuple[int, int, int], like: Tensor) -> None:
         super().__init__(_FACTORIES)
+        # Private: torch.fx patches the functions only where it looks, and autowrap_modules=(torch,) would wrap all of
+        # torch's functions and classes.
         self._autowrap_search.append(torch)
         self.values: dict[fx.Node, Any] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,13 +173,12 @@ def create(
 
     location = weights() if weights else {}
     try:
-        with _download_progress():
-            return timm.create_model(
-                architecture,
-                pretrained=bool(location),
-                pretrained_cfg={**config, **location} if config else None,
-                **arguments,
-            )
+        return timm.create_model(
+            architecture,
+            pretrained=bool(location),
+            pretrained_cfg={**config, **location} if config else None,
+            **arguments,
+        )
     except Exception as error:  # timm and its readers raise whatever they meet; here it gets the user's words
         what = f"load {location.get('file') or location.get('url') or 'its weights'} into" if location else "build"
         raise SourceError(
@@ -263,19 +261,6 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if declared.fixed_input_size and grid != list(default.input_size[1:]):
         arguments.setdefault("img_size", grid)
     return architecture, config, arguments
-
-
-@contextmanager
-def _download_progress() -> Iterator[None]:
-    """Let timm show what it downloads from other places than the hub, whose client shows it anyway."""
-    from timm.models import _builder, set_pretrained_download_progress
-
-    before = _builder._DOWNLOAD_PROGRESS
-    set_pretrained_download_progress(True)
-    try:
-        yield
-    finally:
-        set_pretrained_download_progress(before)
 
 
 def commit_of(file: WeightFile | None) -> str | None:
