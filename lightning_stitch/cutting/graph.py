@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from lightning_stitch.cutting.activation_memory import Occupancy
-from lightning_stitch.cutting.copies import copied
+from lightning_stitch.cutting.copies import copied, with_network
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch.cutting.layouts import layout_of
@@ -96,6 +96,25 @@ class CutGraph:
             other._trace(input_size)
         other._resize(input_size)
         return other
+
+    def carried_over(self, network: nn.Module) -> CutGraph | None:
+        """The same cuts of another network that only has other weights, without tracing that one.
+
+        Args:
+            network: What the graph shall share its parameters with, such as the network of which the traced one was an
+                outline on the meta device.
+
+        Returns:
+            None where the trace may depend on more than both networks have in common: their modules, plain attributes
+            and shapes differ, or it holds a tensor or a device of the first.
+        """
+        module = with_network(self.module, self._network, network)
+        if module is None:
+            return None
+        graph = copy.copy(self)
+        graph._network, graph.module, graph._flow = network, module, copy.copy(self._flow)
+        graph._flow.module = module
+        return graph
 
     def _trace(self, input_size: tuple[int, int, int]) -> None:
         self.module, self._calls, self.way = trace_somehow(self._network, input_size)

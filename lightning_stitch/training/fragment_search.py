@@ -20,6 +20,7 @@ from lightning_stitch.report import Comparison, compare
 from lightning_stitch.search import Beam, Ranked, SearchResult, Strategy, find_ranking
 from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
 from lightning_stitch.sources import (
+    Blueprint,
     Source,
     find_sources,
     fitting_sources,
@@ -150,7 +151,8 @@ class FragmentSearch(pl.Callback):
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
-        self._usable: list[Any] | None = None
+        self._found: Sequence[Blueprint] | None = None  # looked up, not checked yet
+        self._usable: Sequence[Blueprint] | None = None  # checked, not loaded yet
 
     def fetch_sources(self) -> None:
         """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
@@ -159,14 +161,15 @@ class FragmentSearch(pl.Callback):
 
     def check_sources(
         self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
-    ) -> list[Any]:
+    ) -> Sequence[Blueprint]:
         """Those of the sources that can be used, checked before their weights are fetched; prints the table if asked.
 
         Raises:
             SourceError: If one is rejected (and `skip_rejected` is False), or they cannot be used together.
         """
         settings, skip = self.settings(until), self.skip_rejected
-        self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
+        sources, self._found = self._found or self.sources, None
+        self._usable = usable_sources(sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
     def _place(self, trainer: pl.Trainer) -> StitchedClassifier | BackboneSlot | None:
@@ -180,7 +183,7 @@ class FragmentSearch(pl.Callback):
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded; likewise."""
         if not self.skip_rejected and self._place(trainer) is not None:
-            find_sources(self.sources)
+            self._found = find_sources(self.sources)
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
         """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
@@ -223,7 +226,7 @@ class FragmentSearch(pl.Callback):
         quiet = bar is None or not trainer.is_global_zero
         with isolate_rng(), Bar() if not quiet else Silent() as progress:
             self._run(trainer, module, data, self._fetched, progress)
-        self._fetched = None
+        self._fetched = self._usable = None
         self._report(trainer)
 
     def install_within(self, trainer: pl.Trainer, budget: Budget, *, kind: Kind | None = None) -> Ranked:
