@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor  # has no public home
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -118,23 +117,17 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         formula = self._formulas.get(getattr(func, "_overloadpacket", func))
         if formula is None:
-            if _is_composite(func):  # in inference mode it comes whole
+            if isinstance(func, OpOverload) and func.namespace != "prim":
                 with self:
-                    return func.decompose(*args, **kwargs)
+                    # In inference mode what is made of other operators on every device comes whole.
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if _is_computed(result):
             self.flops += int(formula(*args, **kwargs, out_val=result))
         return result
-
-
-@cache
-def _is_composite(func: Any) -> bool:
-    """Whether an operator is made of others on every device."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    if not isinstance(func, OpOverload) or func.namespace == "prim":
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _is_computed(result: Any) -> bool:

@@ -75,6 +75,7 @@ def describe_source(source: Source, *, granularity: Any = "blocks") -> dict[str,
         "activation_bytes": graph.activation_bytes(None, None),
         "uncounted": list(graph.uncounted),
         "traced": graph.way,
+        "train_mode_difference": graph.train_mode_difference(),
         "granularity": granularity,
         "cuts": [_describe_cut(source, cut) for cut in graph.cuts(granularity)],
     }
@@ -95,7 +96,7 @@ def _describe_cut(source: Source, cut: Cut) -> dict[str, Any]:
 
 def _print_source(report: dict[str, Any]) -> None:
     console = Console()
-    size = "x".join(map(str, report["input_size"]))
+    size, difference = "x".join(map(str, report["input_size"])), report["train_mode_difference"]
     console.print(f"{report['name']} ({report['architecture']})", markup=False, highlight=False)
     for label, value in (
         ("licence", report["licence"] or "unknown"),
@@ -109,6 +110,7 @@ def _print_source(report: dict[str, Any]) -> None:
         ),
         *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
         ("traced", _WAYS[report["traced"]]),
+        *([("training", f"{difference}; fragments do what eval mode does")] if difference else []),
     ):
         console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)
     table = Table(

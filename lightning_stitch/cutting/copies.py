@@ -1,14 +1,16 @@
-"""Copies of networks: deep ones of what has run already, and ones that share all but some tensors."""
+"""Copies of networks: deep ones of what has run already, ones that share all but some tensors, graphs of twins."""
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -57,6 +59,77 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
         layer, _, last = name.rpartition(".")
         _set_tensor(variant.get_submodule(layer), last, tensors[name])
     return variant.train(fragment.training)
+
+
+def with_network(traced: fx.GraphModule, network: nn.Module, twin: nn.Module) -> fx.GraphModule | None:
+    """The graph of a network over another one that only has other weights.
+
+    Args:
+        traced: The trace of `network`; the graph itself, which is not copied, is from now on the result's.
+        network: The network that was traced; on the meta device, its weights stand for any.
+        twin: The other network.
+
+    Returns:
+        None where the trace may depend on more than both have in common.
+    """
+    if not _are_twins(network, twin) or _holds_meta_device(traced.graph):
+        return None
+    root = copy.copy(twin)
+    root._modules = dict(twin._modules)
+    for node in traced.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        try:
+            operator.attrgetter(str(node.target))(root)
+        except AttributeError:
+            if node.op == "get_attr":
+                return None  # a tensor that was made while the network was traced
+            # A function that stands for a module: it has no weights.
+            root.add_module(str(node.target), traced.get_submodule(str(node.target)))
+    return fx.GraphModule(root, traced.graph, class_name=type(twin).__name__)
+
+
+def _are_twins(network: nn.Module, twin: nn.Module) -> bool:
+    """Whether two networks are the same to a trace but for the values of tensors that are on the meta device in one."""
+    parts, counterparts = dict(network.named_modules()), dict(twin.named_modules())
+    if parts.keys() != counterparts.keys():
+        return False
+    for path, part in parts.items():
+        counterpart = counterparts[path]
+        if type(part) is not type(counterpart) or _plain_attributes(part) != _plain_attributes(counterpart):
+            return False
+        tensors, others = ({**x._parameters, **x._buffers} for x in (part, counterpart))
+        if tensors.keys() != others.keys():
+            return False
+        if not all(_may_be_same(x, others[name]) for name, x in tensors.items()):
+            return False
+    return True
+
+
+def _may_be_same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return (x.shape, x.dtype) == (y.shape, y.dtype) and (x.is_meta or (x.device == y.device and torch.equal(x, y)))
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module's Python may decide by: its attributes that are numbers, words, or tuples and lists of such."""
+    return {name: value for name, value in vars(module).items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _holds_meta_device(graph: fx.Graph) -> bool:
+    """Whether a trace was told the device of an outline, where what it outlines will be elsewhere."""
+    devices: list[torch.device] = []
+    for node in graph.nodes:
+        for value in (*node.args, *node.kwargs.values()):
+            map_aggregate(value, lambda x: devices.append(x) if isinstance(x, torch.device) else None)
+    return any(device.type == "meta" for device in devices)
 
 
 def _caller(name: str, called: set[str]) -> str | None:

@@ -29,8 +29,8 @@ class Dataflow:
         position: The index of each.
         input: The images' node.
         output: The node of the result.
-        two: What each node yields for two images.
-        three: And for three.
+        yields_at_2: What each node yields for two images.
+        yields_at_3: What each node yields for three images.
         writers: For each node the later ones that write into its memory, their results read or not.
 
     Raises:
@@ -44,14 +44,14 @@ class Dataflow:
         self.input = next(node for node in self.nodes if node.op == "placeholder")
         output = next(node for node in self.nodes if node.op == "output")
         # Two batch sizes tell the batch dimension from a constant, in shapes and in integers alike.
-        self.two = probe(module, input_size, batch_size=2)
-        if self.two[output].shape is None:
+        self.yields_at_2 = probe(module, input_size, batch_size=2)
+        if self.yields_at_2[output].shape is None:
             raise CutError(
-                f"{type(module).__name__} returns {_in_words(self.two[output].value)}, not one tensor. Give a part of "
-                f"it that returns one, or wrap it in a module whose forward picks one."
+                f"{type(module).__name__} returns {_in_words(self.yields_at_2[output].value)}, not one tensor. Give a "
+                f"part of it that returns one, or wrap it in a module whose forward picks one."
             )
         self.output = output.all_input_nodes[0]
-        self.three = probe(module, input_size, batch_size=3)
+        self.yields_at_3 = probe(module, input_size, batch_size=3)
         self.writers = self._find_writers()
         self._of_pixels = self._find_of_pixels()
 
@@ -112,19 +112,19 @@ class Dataflow:
         """Whether a node yields one floating-point tensor for each image, and the network can go on from it alone."""
         if node in (self.input, self.output) or not self.descendants(node).issuperset(self.writers.get(node, ())):
             return False
-        two, three = self.two[node], self.three[node]
+        two, three = self.yields_at_2[node], self.yields_at_3[node]
         if two.shape is None or three.shape is None or not two.is_floating or not two.shape:
             return False
         if (two.shape[0], three.shape[0]) != (2, 3) or two.shape[1:] != three.shape[1:]:
             return False
         return all(
-            is_linear_in_batch(self.two[size].value, self.three[size].value)
+            is_linear_in_batch(self.yields_at_2[size].value, self.yields_at_3[size].value)
             for size in self.collect(node, self.output)[1]
         )
 
     def macs(self, nodes: Iterable[fx.Node]) -> int:
         """For one image; work that is the same for any batch, as on position tables, counts in full."""
-        return sum(2 * self.two[node].macs - self.three[node].macs for node in nodes)
+        return sum(2 * self.yields_at_2[node].macs - self.yields_at_3[node].macs for node in nodes)
 
     def activation_bytes(self, first: fx.Node, last: fx.Node) -> int:
         """The most bytes of activations that are alive at once on the way from one node to another, for one image."""
@@ -138,23 +138,23 @@ class Dataflow:
 
     def uncounted(self, nodes: Container[fx.Node]) -> tuple[str, ...]:
         """What `macs` leaves out, as "module: operator"."""
-        return uncounted_work({node: seen for node, seen in self.two.items() if node in nodes})
+        return uncounted_work({node: seen for node, seen in self.yields_at_2.items() if node in nodes})
 
     def _footprint(self, node: fx.Node) -> Footprint:
         """For one image; what is the same for any batch counts in full, as in `macs`."""
-        two, three = self.two[node].footprint, self.three[node].footprint
+        two, three = self.yields_at_2[node].footprint, self.yields_at_3[node].footprint
         sizes = zip(two.held, two.held.values(), three.held.values(), strict=False)
         held = {memory: 2 * of_two - of_three for memory, of_two, of_three in sizes}
         return Footprint(held, 2 * two.most - three.most)
 
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
-        memory = {node: seen.memory for node, seen in self.two.items()}
+        memory = {node: seen.memory for node, seen in self.yields_at_2.items()}
         written = [
             (node, memory[argument])
             for node in self.nodes
             for argument in node.all_input_nodes
             # What did not write in this run, such as dropout, may do so in train mode.
-            if argument in self.two[node].written
+            if argument in self.yields_at_2[node].written
             or (argument is node.all_input_nodes[0] and is_in_place(node, self.module))
         ]
         return {
@@ -167,13 +167,15 @@ class Dataflow:
         """The nodes whose tensors hold something of the images' values, not of their size alone."""
         found = {self.input}
         for node in self.nodes:
-            if any(argument in found for argument in node.all_input_nodes) and _holds_tensor(self.two.get(node)):
+            if any(argument in found for argument in node.all_input_nodes) and _holds_tensor(
+                self.yields_at_2.get(node)
+            ):
                 found.add(node)
         return found
 
     def _is_size(self, node: fx.Node) -> bool:
         """True for sizes, devices and types that come from a tensor, and integers made of them."""
-        if node is self.input or node not in self.two or _holds_tensor(self.two[node]):
+        if node is self.input or node not in self.yields_at_2 or _holds_tensor(self.yields_at_2[node]):
             return False
         return bool(node.all_input_nodes)
 

@@ -17,13 +17,13 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.copies import copied
+from lightning_stitch.cutting.copies import copied, with_network
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch.cutting.layouts import layout_of
 from lightning_stitch.cutting.probing import value_for_batch
 from lightning_stitch.cutting.tracing import follow_device, trace_somehow
-from lightning_stitch.cutting.train_mode import warn_where_modes_differ
+from lightning_stitch.cutting.train_mode import train_mode_difference
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format
 from lightning_stitch.settings import Granularity
@@ -63,8 +63,7 @@ class CutGraph:
     """A traced network at one input size: its cuts, the fragments between them, and what they cost.
 
     Args:
-        network: The network; traced in eval mode, its modes are restored and it is not changed. A UserWarning tells
-            where it would do something else in train mode.
+        network: The network; traced in eval mode, its modes are restored and it is not changed.
         input_size: (channels, height, width) of the images.
 
     Attributes:
@@ -82,7 +81,6 @@ class CutGraph:
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
         self._trace(input_size)
         self._resize(input_size)
-        warn_where_modes_differ(network, self.module, self.way, input_size)
 
     def at(self, input_size: tuple[int, int, int]) -> CutGraph:
         """The same network at another input size; traced again only if it was traced by example.
@@ -97,6 +95,25 @@ class CutGraph:
             other._trace(input_size)
         other._resize(input_size)
         return other
+
+    def carried_over(self, network: nn.Module) -> CutGraph | None:
+        """The same cuts of another network that only has other weights, without tracing that one.
+
+        Args:
+            network: What the graph shall share its parameters with, such as the network of which the traced one was an
+                outline on the meta device.
+
+        Returns:
+            None where the trace may depend on more than both networks have in common: their modules, plain attributes
+            and shapes differ, or it holds a tensor or a device of the first.
+        """
+        module = with_network(self.module, self._network, network)
+        if module is None:
+            return None
+        graph = copy.copy(self)
+        graph._network, graph.module, graph._flow = network, module, copy.copy(self._flow)
+        graph._flow.module = module
+        return graph
 
     def _trace(self, input_size: tuple[int, int, int]) -> None:
         self.module, self._calls, self.way = trace_somehow(self._network, input_size)
@@ -176,13 +193,16 @@ class CutGraph:
                 if cut.format == "vector":
                     return cut
                 break
-        if self._flow.two[self._output].shape is not None and len(self._flow.two[self._output].shape or ()) == 2:
+        if (
+            self._flow.yields_at_2[self._output].shape is not None
+            and len(self._flow.yields_at_2[self._output].shape or ()) == 2
+        ):
             return None
         raise CutError(f"{type(self.module).__name__} has no feature vector: its output is not (batch, features).")
 
     def output_features(self) -> int:
         """Width of the output: number of classes or features."""
-        shape = self._flow.two[self._output].shape
+        shape = self._flow.yields_at_2[self._output].shape
         assert shape is not None
         return shape[-1]
 
@@ -211,7 +231,7 @@ class CutGraph:
         made: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
-            two, three = self._flow.two[node].value, self._flow.three[node].value
+            two, three = self._flow.yields_at_2[node].value, self._flow.yields_at_3[node].value
             made[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
         for node in self._flow.nodes:
             if node in kept:
@@ -228,7 +248,7 @@ class CutGraph:
     @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
-        return max(math.prod(seen.shape) for seen in self._flow.two.values() if seen.shape) // 2
+        return max(math.prod(seen.shape) for seen in self._flow.yields_at_2.values() if seen.shape) // 2
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -251,6 +271,14 @@ class CutGraph:
         """The parameters of the fragment between two cuts, each once."""
         return self._parameters_of(self._flow.collect(*self._ends(start, end))[0])
 
+    def train_mode_difference(self) -> str | None:
+        """The first operation that the network does in train mode alone, in words; None: there is none.
+
+        Fragments run what eval mode does, in train mode too. Dropout, drop path and BatchNorm follow `train()` in them
+        and are no difference. Found by tracing the network once more, in train mode.
+        """
+        return train_mode_difference(self._network, self.module, self.way, self.input_size)
+
     # -- inner workings ------------------------------------------------------------------------------------------
 
     def _ends(self, start: str | None, end: str | None) -> tuple[fx.Node, fx.Node]:
@@ -268,7 +296,7 @@ class CutGraph:
     def _is_cut(self, node: fx.Node) -> bool:
         if not self._flow.is_activation(node):
             return False
-        shape = self._flow.two[node].shape
+        shape = self._flow.yields_at_2[node].shape
         assert shape is not None
         format = layout_of(node, shape, self.module)
         return format is not None and (format != "tokens" or self._tokens(shape[1]) is not None)
@@ -306,7 +334,7 @@ class CutGraph:
         return names, aliases
 
     def _describe(self, node: fx.Node) -> Cut:
-        shape = (self._flow.two[node].shape or ())[1:]
+        shape = (self._flow.yields_at_2[node].shape or ())[1:]
         format = layout_of(node, (2, *shape), self.module)
         assert format is not None
         prefix, grid = 0, None

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 
@@ -34,7 +34,7 @@ _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     functional.alpha_dropout: nn.AlphaDropout,
     functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-DROPOUT_NAMES = frozenset(dropout.__name__ for dropout in _DROPOUTS)
+_DROPOUT_NAMES = frozenset(dropout.__name__ for dropout in _DROPOUTS)
 FUNCTIONAL_DROPOUT = "functional_dropout"
 _CACHES = (dict, list, set)
 _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -109,17 +109,6 @@ class ScopeTracer(fx.Tracer):
         """A proxy of a node."""
         return WritableProxy(node, self)
 
-    def parts_followed(self, network: nn.Module) -> Iterator[nn.Module]:
-        """The network and those of its parts whose own Python a trace follows."""
-
-        def followed(module: nn.Module, path: str) -> Iterator[nn.Module]:
-            if not self.is_leaf_module(module, path):
-                yield module
-                for name, child in module.named_children():
-                    yield from followed(child, f"{path}.{name}")
-
-        yield from followed(network, _PREFIX)
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node."""
         # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
@@ -153,7 +142,7 @@ def _is_random(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     names = set(code.co_names if code else ())
     is_small = not any(list(child.children()) for child in module.children())
-    return is_small and "training" in names and not names & DROPOUT_NAMES
+    return is_small and "training" in names and not names & _DROPOUT_NAMES
 
 
 def check_traceable(network: nn.Module) -> None:
@@ -363,6 +352,8 @@ class ExampleTracer(ScopeTracer):
 
     def __init__(self, input_size: tuple[int, int, int], like: Tensor) -> None:
         super().__init__(_FACTORIES)
+        # Private: torch.fx patches the functions only where it looks, and autowrap_modules=(torch,) would wrap all of
+        # torch's functions and classes.
         self._autowrap_search.append(torch)
         self.values: dict[fx.Node, Any] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,55 +1,34 @@
-"""Tell where a network does something else in train mode than in eval mode, which is what its fragments always run."""
+"""What a network does in train mode alone, by comparing two traces; its fragments always do what eval mode does."""
 
 from __future__ import annotations
 
-import dis
-import inspect
 import random
 import warnings
 from collections.abc import Iterator
 from itertools import zip_longest
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.tracing import (
-    DROPOUT_NAMES,
-    FUNCTIONAL_DROPOUT,
-    ScopeTracer,
-    Way,
-    is_in_place,
-    trace,
-    tracer_for,
-)
+from lightning_stitch.cutting.tracing import FUNCTIONAL_DROPOUT, Way, is_in_place, trace, tracer_for
 from lightning_stitch.errors import CutError
 
-# What follows an argument in bytecode, in some version of Python.
-_BEHIND_AN_ARGUMENT = frozenset(
-    (
-        *("LOAD_CONST", "KW_NAMES", "PRECALL", "CALL", "CALL_KW"),
-        *("CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"),
-    )
-)
 
-
-def warn_where_modes_differ(
-    network: nn.Module, traced: fx.GraphModule, way: Way, input_size: tuple[int, int, int]
-) -> None:
-    """Warn if a trace in train mode gives other operations than that in eval mode, or cannot be made.
+def train_mode_difference(
+    network: nn.Module, evaluated: fx.GraphModule, way: Way, input_size: tuple[int, int, int]
+) -> str | None:
+    """The first operation in which a trace in train mode differs from that in eval mode, in words; None: none does.
 
     Dropout, drop path, BatchNorm and other modules that are kept whole follow `train()` in fragments, too, and are no
-    difference. A network of which no part that a trace follows asks for `training` is not traced again.
+    difference.
 
     Args:
         network: The network. Not changed.
-        traced: Its trace in eval mode.
+        evaluated: Its trace in eval mode.
         way: How that was made.
         input_size: (channels, height, width) of the images.
     """
-    if not any(map(_asks_for_mode, ScopeTracer().parts_followed(network))):
-        return
     # What only training draws (layer drop, noise) must not move the caller's random numbers.
     state = random.getstate()
     try:
@@ -57,59 +36,10 @@ def warn_where_modes_differ(
             warnings.simplefilter("ignore")
             trained, _ = trace(network, tracer_for(network, way, input_size), training=True)
     except CutError as error:
-        difference: str | None = f"in train mode it {str(error).splitlines()[0].partition(' ')[2]}"
-    else:
-        difference = _first_difference(traced, trained)
+        return f"in train mode it {str(error).splitlines()[0].partition(' ')[2]}"
     finally:
         random.setstate(state)
-    if difference is not None:
-        warnings.warn(
-            f"{type(network).__name__} does something else in train mode than in eval mode: {difference}. Its cuts "
-            f"and fragments are those of eval mode, and run it in train mode, too. Let a small module of its own ask "
-            f"for `training` (one whose parts have no parts), or register it as a whole with "
-            f"timm.layers.register_notrace_module: modules that are kept whole follow train() and eval().",
-            stacklevel=3,
-        )
-
-
-def _asks_for_mode(module: nn.Module) -> bool:
-    """Whether a module's forward, or a method that it names, mentions `training` otherwise than to a dropout."""
-    homes = [vars(module), *map(vars, type(module).__mro__)]
-    names, seen = ["forward"], {"forward"}
-    while names:
-        name = names.pop()
-        for code in (code for home in homes if name in home for code in _codes(home[name])):
-            if "training" in code.co_names and not _tells_dropout_alone(code):
-                return True
-            names += [other for other in code.co_names if other not in seen]
-            seen.update(code.co_names)
-    return False
-
-
-def _tells_dropout_alone(code: CodeType) -> bool:
-    """Whether code that mentions `training` only hands it on, as `F.dropout(x, training=self.training)` does."""
-    if not DROPOUT_NAMES & set(code.co_names):
-        return False
-    instructions = list(dis.get_instructions(code))
-    told, dropouts = [], 0
-    for before, load, after in zip([instructions[0], *instructions], instructions, instructions[1:], strict=False):
-        if load.argval == "training":
-            told.append(after.opname in _BEHIND_AN_ARGUMENT)
-        elif load.argval in DROPOUT_NAMES:
-            # Not the module `self.dropout`.
-            dropouts += load.opname == "LOAD_GLOBAL" or not before.opname.startswith("LOAD_FAST")
-    return all(told) and len(told) <= dropouts
-
-
-def _codes(attribute: Any) -> Iterator[CodeType]:
-    """The code of a function, method or property, and of the functions inside it."""
-    function = getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
-    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    stack = [code] if isinstance(code, CodeType) else []
-    while stack:
-        code = stack.pop()
-        yield code
-        stack += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return _first_difference(evaluated, trained)
 
 
 def _first_difference(evaluated: fx.GraphModule, trained: fx.GraphModule) -> str | None:

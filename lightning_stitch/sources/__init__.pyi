@@ -1,14 +1,16 @@
-from .blueprint import checked_preprocessing
-from .finding import SPECS
+from .blueprint import Blueprint
+from .finding import find_sources
 from .licences import CombinedLicence, combine_licences, hub_words
 from .meta_device import build_on_meta
 from .preflight_checks import Preflight, preflight
 from .preflight_table import fitting_sources, print_preflight, refusal, usable_sources
-from .source import Source, build_architecture, find_sources, load_source, load_sources
+from .source import Source, build_architecture, load_source, load_sources
+from .spec import SPECS, checked_preprocessing
 from .timm_models import hub_repository
 from .views import Preprocess, check_names, opened, view_size, without_strangers
 
 __all__ = [
+    "Blueprint",
     "CombinedLicence",
     "Preflight",
     "Preprocess",

@@ -1,106 +1,104 @@
-"""From what a user writes to a source that was found, with its configuration but without its weights."""
+"""From what a user says to a source that was found: its configuration and its files are known, no weight is read."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_stitch.errors import SourceError
-from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.sources import timm_models as timm_sources
-from lightning_stitch.sources.blueprint import Blueprint, checked_licence, checked_preprocessing
-from lightning_stitch.sources.other_modules import from_factory, from_module, from_torchvision
+from lightning_stitch.sources.blueprint import Blueprint
+from lightning_stitch.sources.python_modules import find_factory, find_module
+from lightning_stitch.sources.spec import SPECS, SourceSpec, checked_licence, checked_preprocessing
+from lightning_stitch.sources.timm_models import find_in_folder, find_in_registry, find_on_hub
+from lightning_stitch.sources.torchvision_models import find_in_torchvision
 
-SPECS = (
-    "a timm name ('resnet50.a1_in1k'), 'torchvision:NAME', 'local-dir:PATH', 'hf-hub:ORG/NAME[@REVISION]', "
-    "'python:package.module:factory', or a live torch.nn.Module"
-)
+AnySource = str | nn.Module | Mapping[str, Any] | Blueprint
+"""What a list of sources may hold: specs, mappings of the fields of `SourceSpec`, and what was found already."""
+
+_FINDERS: dict[str, Callable[[SourceSpec, str], Blueprint]] = {
+    "torchvision": find_in_torchvision,
+    "local-dir": find_in_folder,
+    "hf-hub": find_on_hub,
+    "python": find_factory,
+}
 
 
-def find_source(
-    spec: str | nn.Module,
-    *,
-    name: str | None = None,
-    pretrained: bool = True,
-    licence: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Blueprint:
-    """Find a source, with the user's overrides; every failure names the spec."""
+def find_source(spec: SourceSpec) -> Blueprint:
+    """Find a source; what the user says of it holds before what it says of itself.
+
+    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
+
+    Raises:
+        SourceError: If the source cannot be found or reached; names the spec.
+    """
     try:
-        if name is not None and not isinstance(name, str):
-            raise SourceError(f"name must be text; found {name!r}. In YAML, put it in quotes.")
-        if not isinstance(pretrained, bool):
-            raise SourceError(f"pretrained must be true or false; found {pretrained!r}.")
-        if isinstance(spec, nn.Module):
-            found = from_module(spec, name, preprocessing)
-        elif isinstance(spec, str) and spec.strip():
-            found = _find_text(spec, pretrained, arguments)
-        else:
-            raise SourceError(f"expected {SPECS}.")
-        chosen = preprocessing or found.preprocessing
+        spec.check()
+        blueprint = find_module(spec) if isinstance(spec.spec, nn.Module) else _find_text(spec, spec.spec)
+        preprocessing = spec.preprocessing or blueprint.preprocessing
         return dataclasses.replace(
-            found,
-            name=name or found.name,
-            licence=checked_licence(licence or found.licence),
-            preprocessing=checked_preprocessing(chosen) if chosen else None,
+            blueprint,
+            name=spec.name or blueprint.name,
+            licence=checked_licence(spec.licence or blueprint.licence),
+            preprocessing=checked_preprocessing(preprocessing) if preprocessing else None,
         )
     except SourceError as error:
-        raise SourceError(f"Source {_shown(spec)}: {error}") from error
+        raise SourceError(f"Source {spec.shown}: {error}") from error
 
 
-def find_mapping(options: Mapping[str, Any]) -> Blueprint:
-    """A source given with options, as a YAML file gives it."""
-    allowed = list(inspect.signature(find_source).parameters)
-    if "spec" not in options or not options.keys() <= set(allowed):
-        raise SourceError(f"A source given as a mapping needs 'spec' and may hold {allowed}; found {list(options)}.")
-    chosen = dict(options)
-    wanted = chosen.get("preprocessing")
-    if isinstance(wanted, Mapping):
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()
-        }
+def find_sources(sources: Sequence[AnySource]) -> list[Blueprint]:
+    """Find several sources, without their weights; those that were found already are taken as they are.
+
+    Args:
+        sources: As in `load_sources`.
+
+    Raises:
+        SourceError: If there are none, or some cannot be found; all of those are named.
+    """
+    check_list(sources)
+    blueprints, failures = [], []
+    for source in sources:
         try:
-            chosen["preprocessing"] = Preprocessing(**fields)
-        except TypeError as error:
-            raise SourceError(f"Source {_shown(options['spec'])}: preprocessing cannot be read ({error}).") from error
-    return find_source(**chosen)
+            blueprints.append(source if isinstance(source, Blueprint) else find_source(SourceSpec.of(source)))
+        except SourceError as error:
+            failures.append(str(error))
+    if failures:
+        listed = "\n".join(f"- {failure}" for failure in failures)
+        raise SourceError(f"{len(failures)} of {len(sources)} sources cannot be had; nothing was loaded.\n{listed}")
+    return blueprints
 
 
-def _shown(spec: object) -> str:
-    """A spec in an error; a module's own text would be its whole structure."""
-    return type(spec).__name__ if isinstance(spec, nn.Module) else repr(spec)
+def check_list(sources: object) -> None:
+    """Refuse what is no list of sources.
 
-
-def _find_text(spec: str, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
-    """Dispatch on the prefix."""
-    prefix, colon, rest = spec.partition(":")
-    if not colon:
-        return timm_sources.from_registry(spec, pretrained=pretrained, arguments=arguments)
-    finders: dict[str, Callable[..., Blueprint]] = {
-        "torchvision": from_torchvision,
-        "local-dir": timm_sources.from_folder,
-        "hf-hub": timm_sources.from_hub,
-        "python": from_factory,
-    }
-    if prefix not in finders:
-        raise SourceError(f"unknown prefix {prefix!r}. Expected {SPECS}.")
-    if not rest:
-        raise SourceError(f"nothing follows {prefix!r}. Expected {SPECS}.")
-    return finders[prefix](spec, rest, pretrained=pretrained, arguments=arguments)
+    Raises:
+        SourceError: If it is one source alone, or empty.
+    """
+    if isinstance(sources, str | nn.Module | Mapping) or not sources:
+        raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
 
 
 def distinct(names: Sequence[str]) -> list[str]:
     """Names of sources that can be told apart: one that occurs again gets "#2", "#3", ... behind it."""
     taken: dict[str, None] = {}
-    for given in names:
-        name, count = given, 1
+    for base in names:
+        name, count = base, 1
         while name in taken:
             count += 1
-            name = f"{given}#{count}"
+            name = f"{base}#{count}"
         taken[name] = None
     return list(taken)
+
+
+def _find_text(spec: SourceSpec, text: str) -> Blueprint:
+    """Dispatch on the prefix."""
+    prefix, colon, rest = text.partition(":")
+    if not colon:
+        return find_in_registry(spec, text)
+    if prefix not in _FINDERS:
+        raise SourceError(f"unknown prefix {prefix!r}. Expected {SPECS}.")
+    if not rest:
+        raise SourceError(f"nothing follows {prefix!r}. Expected {SPECS}.")
+    return _FINDERS[prefix](spec, rest)

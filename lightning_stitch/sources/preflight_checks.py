@@ -15,7 +15,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.io import WeightFile, tensor_shapes
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import SPECS, distinct, find_mapping
+from lightning_stitch.sources.finding import AnySource, check_list, distinct, find_source
 from lightning_stitch.sources.licences import forbidden_by
 from lightning_stitch.sources.source import Source, outline
+from lightning_stitch.sources.spec import SourceSpec
 from lightning_stitch.sources.views import check_names, opened, view_size
 
 _SECONDS_TO_ANSWER = 10
@@ -103,6 +104,8 @@ class Preflight:
         problems: What stands against all sources together.
         notes: What could not be checked.
         seconds: What it took.
+        blueprints: The sources that fit, under the names of the rows, as they were found and traced; `load_sources`
+            takes them without doing either again.
     """
 
     image_shape: tuple[int, int, int] | None
@@ -111,6 +114,7 @@ class Preflight:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    blueprints: tuple[Blueprint, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def fits(self) -> bool:
@@ -118,13 +122,15 @@ class Preflight:
         return not self.problems and all(row.fits for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values, with `fits` for the whole and for each source."""
+        """The same as plain JSON values, without blueprints, with `fits` for the whole and for each source."""
+        plain = asdict(replace(self, blueprints=()))
+        del plain["blueprints"]
         rows = [{**asdict(row), "fits": row.fits} for row in self.rows]
-        return {**asdict(self), "rows": rows, "fits": self.fits}
+        return {**plain, "rows": rows, "fits": self.fits}
 
 
 def preflight(
-    sources: Sequence[str | nn.Module | Mapping[str, Any]],
+    sources: Sequence[AnySource],
     *,
     image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None = None,
     settings: CalibrationSettings | None = None,
@@ -154,13 +160,11 @@ def preflight(
         >>> checked.fits, checked.rows[0].formats
         (True, {'NCHW': 6})
     """
-    if isinstance(sources, str | nn.Module | Mapping) or not sources:
-        raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
+    check_list(sources)
     began = time.monotonic()
     chosen = settings or CalibrationSettings()
-    options = [dict(given) if isinstance(given, Mapping) else {"spec": given} for given in sources]
-    found = [_found(given) for given in options]
-    missing = [bool(problems) for _, problems in found]
+    findings = [_find(source) for source in sources]
+    missing = [bool(finding.problems) for finding in findings]
     unread: tuple[str, ...] = ()
     if callable(image_shape):
         try:
@@ -169,46 +173,75 @@ def preflight(
             if not any(missing):
                 raise
             image_shape, unread = None, (f"The images cannot be used: {error}",)
-    names = distinct([_name(given, blueprint) for given, (blueprint, _) in zip(options, found, strict=True)])
-    rows, files, silences = [], [], Counter[str]()
-    for given, name, (blueprint, problems) in zip(options, names, found, strict=True):
-        download = 0 if given.get("pretrained") is False else None
-        row = SourceCheck(name, _spec(given), download=download, problems=problems)
-        file = blueprint.weights if blueprint and not problems else None
-        if blueprint is not None:
-            row, file = _checked(row, replace(blueprint, name=name), file, chosen, image_shape)
+    rows, files, blueprints, silences = [], [], [], Counter[str]()
+    for finding, name in zip(findings, distinct([finding.name for finding in findings]), strict=True):
+        row, blueprint, file = _check(finding, name, chosen, image_shape)
         if file is not None and file.unreachable and file.file is not None:
             silences[file.unreachable] += 1
         rows.append(row)
         files.append(file if row.fits else None)
+        if blueprint is not None and row.fits:
+            blueprints.append(blueprint)
     disks, shortages = _disks(files)
     problems = (*unread, *shortages, *_joint_problems(rows, chosen, image_shape))
     notes = tuple(
         f"{reason}: for {count} of {len(rows)} sources the cache was taken." for reason, count in silences.items()
     )
-    return Preflight(image_shape, tuple(rows), disks, problems, notes, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Preflight(image_shape, tuple(rows), disks, problems, notes, seconds, tuple(blueprints))
 
 
-def _found(given: Mapping[str, Any]) -> tuple[Blueprint | None, tuple[str, ...]]:
-    """The source; where its weights cannot be had, that reason, and the source without them if it is known."""
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What came of looking for a source; where its weights cannot be had, the source without them if it is known."""
+
+    spec: str
+    name: str
+    blueprint: Blueprint | None = None
+    problems: tuple[str, ...] = ()
+    download: int | None = None
+
+
+def _find(source: AnySource) -> _Finding:
+    if isinstance(source, Blueprint):
+        return _Finding(source.spec, source.name, source, download=None if source.weights else 0)
+    label = _label(source)
     try:
-        return find_mapping(given), ()
+        spec = SourceSpec.of(source)
     except SourceError as error:
-        problem = str(error).removeprefix(f"Source {given.get('spec')!r}: ")
+        return _Finding(*label, problems=(str(error),))
+    download = 0 if spec.pretrained is False else None
     try:
-        return find_mapping({**given, "pretrained": False}), (problem,)
+        blueprint = find_source(spec)
+        return _Finding(blueprint.spec, blueprint.name, blueprint, download=download)
+    except SourceError as error:
+        problems = (str(error).removeprefix(f"Source {spec.shown}: "),)
+    try:
+        blueprint = find_source(replace(spec, pretrained=False))
+        return _Finding(blueprint.spec, blueprint.name, blueprint, problems, download)
     except SourceError:
-        return None, (problem,)
+        return _Finding(*label, problems=problems, download=download)
 
 
-def _checked(
-    row: SourceCheck,
-    blueprint: Blueprint,
-    file: WeightFile | None,
+def _label(source: str | nn.Module | Mapping[str, Any]) -> tuple[str, str]:
+    """What a source that was not found is called: its spec and its name."""
+    spec = source.get("spec") if isinstance(source, Mapping) else source
+    text = f"live:{type(spec).__qualname__}" if isinstance(spec, nn.Module) else str(spec)
+    return text, str(source.get("name") or text) if isinstance(source, Mapping) else text
+
+
+def _check(
+    finding: _Finding,
+    name: str,
     settings: CalibrationSettings,
     image_shape: tuple[int, int, int] | None,
-) -> tuple[SourceCheck, WeightFile | None]:
-    """A source that was found, looked at more closely."""
+) -> tuple[SourceCheck, Blueprint | None, WeightFile | None]:
+    """A source, looked at more closely where it was found; its blueprint with what was traced, its file."""
+    row = SourceCheck(name, finding.spec, download=finding.download, problems=finding.problems)
+    if finding.blueprint is None:
+        return row, None, None
+    blueprint = replace(finding.blueprint, name=name)
+    file = None if finding.problems else blueprint.weights
     problems, notes = list(row.problems), []
     row = replace(row, architecture=blueprint.architecture, revision=blueprint.revision, licence=blueprint.licence)
     if file is not None and file.size is None and file.url is not None:
@@ -230,11 +263,13 @@ def _checked(
     if source is not None:
         row, more = _cut(row, source, settings, image_shape or source.preprocessing.input_size)
         problems += more
+        blueprint = replace(blueprint, graphs=source.graphs)
     if file is not None:
         row = replace(row, weights=file.size, download=0 if file.file is not None else file.size)
     elif blueprint.outline is None or not row.problems:
         row = replace(row, download=0)
-    return replace(row, problems=tuple(problems), notes=(*_licence_notes(row.licence), *notes)), file
+    notes = [*_licence_notes(row.licence), *notes]
+    return replace(row, problems=tuple(problems), notes=tuple(notes)), blueprint, file
 
 
 def _cut(
@@ -346,12 +381,3 @@ def _joint_problems(
     if settings.until == "output" and len(set(widths.values())) > 1:
         problems.append(f"Networks that end at a source's output need outputs of one width; found {widths}.")
     return problems
-
-
-def _name(given: Mapping[str, Any], blueprint: Blueprint | None) -> str:
-    return blueprint.name if blueprint is not None else str(given.get("name") or _spec(given))
-
-
-def _spec(given: Mapping[str, Any]) -> str:
-    spec = given.get("spec")
-    return f"live:{type(spec).__qualname__}" if isinstance(spec, nn.Module) else str(spec)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.sources.blueprint import Blueprint
+from lightning_stitch.sources.finding import AnySource
 from lightning_stitch.sources.preflight_checks import Preflight, SourceCheck, preflight
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import opened
@@ -90,14 +91,14 @@ def refusal(checked: Preflight) -> str:
 
 
 def usable_sources(
-    sources: Sequence[str | nn.Module | Mapping[str, Any]],
+    sources: Sequence[AnySource],
     image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None,
     settings: CalibrationSettings,
     *,
     skip_rejected: bool,
     show: bool,
-) -> list[Any]:
-    """Those of the sources with which a search may begin, as mappings that hold the names they were checked under.
+) -> tuple[Blueprint, ...]:
+    """Those of the sources with which a search may begin, found and traced, under the names they were checked under.
 
     Args:
         sources: What `load_sources` takes.
@@ -113,12 +114,7 @@ def usable_sources(
     require(checked, skip_rejected=skip_rejected)
     if show:
         print_preflight(checked)
-    # By the names of the table: without the rejected ones before it, a second "test_resnet" would be called otherwise.
-    return [
-        {**(source if isinstance(source, Mapping) else {"spec": source}), "name": row.name}
-        for source, row in zip(sources, checked.rows, strict=True)
-        if row.fits
-    ]
+    return checked.blueprints
 
 
 def fitting_sources(

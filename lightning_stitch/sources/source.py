@@ -19,16 +19,13 @@ from lightning_stitch.cutting import Cut, CutGraph
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity
-from lightning_stitch.sources import timm_models as timm_sources
-from lightning_stitch.sources.blueprint import Blueprint, checked_licence, checked_preprocessing, reserved_arguments
-from lightning_stitch.sources.finding import SPECS, distinct, find_mapping, find_source
+from lightning_stitch.sources.blueprint import Blueprint
+from lightning_stitch.sources.finding import AnySource, distinct, find_source, find_sources
 from lightning_stitch.sources.meta_device import build_on_meta
-from lightning_stitch.sources.other_modules import (
-    call_factory,
-    create_torchvision,
-    declared_config,
-    declared_preprocessing,
-)
+from lightning_stitch.sources.python_modules import call_factory, declared_config, declared_preprocessing
+from lightning_stitch.sources.spec import SourceSpec, checked_licence, checked_preprocessing, reserved_arguments
+from lightning_stitch.sources.timm_models import check_architecture, create_timm
+from lightning_stitch.sources.torchvision_models import create_torchvision
 
 
 @dataclass(slots=True)
@@ -38,11 +35,12 @@ class Source:
     Attributes:
         ref: Its identity, and what rebuilds its architecture.
         module: The network in eval mode, on the CPU unless it was given as a live module that is elsewhere.
+        graphs: Its graphs that were made already, by input size (`graph_at`).
     """
 
     ref: SourceRef
     module: nn.Module
-    _graphs: dict[tuple[int, int, int], CutGraph] = field(default_factory=dict, init=False, repr=False)
+    graphs: dict[tuple[int, int, int], CutGraph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -74,11 +72,11 @@ class Source:
         Raises:
             CutError: If it cannot be traced, has no cut, or does not take images of that size.
         """
-        if input_size not in self._graphs:
-            traced = next(iter(self._graphs.values()), None)
+        if input_size not in self.graphs:
+            traced = next(iter(self.graphs.values()), None)
             graph = CutGraph(self.module, input_size) if traced is None else traced.at(input_size)
-            self._graphs[input_size] = graph
-        return self._graphs[input_size]
+            self.graphs[input_size] = graph
+        return self.graphs[input_size]
 
     def cuts(self, granularity: Granularity | Sequence[str] = "blocks") -> list[Cut]:
         """Its cuts at the native input size, as `CutGraph.cuts`."""
@@ -131,38 +129,15 @@ def load_source(
         >>> source.name, source.preprocessing.input_size
         ('test_resnet.r160_in1k', (3, 160, 160))
     """
-    return _load(
-        find_source(
-            spec,
-            name=name,
-            pretrained=pretrained,
-            licence=licence,
-            arguments=arguments,
-            preprocessing=preprocessing,
-        )
-    )
+    return _load(find_source(SourceSpec(spec, name, pretrained, licence, arguments, preprocessing)))
 
 
-def check_source(spec: str | nn.Module, **options: Any) -> None:
-    """Raise what `load_source` with the same arguments would raise, as far as that shows without reading weights.
-
-    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
-
-    Args:
-        spec: As in `load_source`.
-        options: Keyword arguments as in `load_source`.
-
-    Raises:
-        SourceError: If the source cannot be found or reached.
-    """
-    find_source(spec, **options)
-
-
-def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Source]:
+def load_sources(sources: Sequence[AnySource]) -> list[Source]:
     """Load several sources; all are found before the first one's weights are read.
 
     Args:
-        specs: Specs as in `load_source`, or mappings {"spec": ..., and keyword arguments of `load_source`}.
+        sources: Specs as in `load_source`, mappings {"spec": ..., and keyword arguments of `load_source`}, or
+            `Preflight.blueprints`, which are not looked for or traced again.
 
     Returns:
         The sources in the same order. A name that occurs again gets "#2", "#3", ... behind it.
@@ -170,32 +145,9 @@ def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[S
     Raises:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
     """
-    blueprints = find_sources(specs)
+    blueprints = find_sources(sources)
     names = distinct([blueprint.name for blueprint in blueprints])
     return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
-
-
-def find_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Blueprint]:
-    """Find several sources, without their weights.
-
-    Args:
-        specs: As in `load_sources`.
-
-    Raises:
-        SourceError: If there are none, or some cannot be found; all of those are named.
-    """
-    if isinstance(specs, str | nn.Module | Mapping) or not specs:
-        raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {specs!r}.")
-    blueprints, failures = [], []
-    for spec in specs:
-        try:
-            blueprints.append(find_mapping(spec) if isinstance(spec, Mapping) else find_source(spec))
-        except SourceError as error:
-            failures.append(str(error))
-    if failures:
-        listed = "\n".join(f"- {failure}" for failure in failures)
-        raise SourceError(f"{len(failures)} of {len(specs)} sources cannot be had; nothing was loaded.\n{listed}")
-    return blueprints
 
 
 def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Source | None:
@@ -226,11 +178,10 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
             except SourceError:
                 # What is not timm's or torchvision's own may need numbers while it is built.
                 module = built()
+        module = _in_float32(module.eval())
+        return Source(ref=_ref(blueprint, "", module), module=module)
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
-    module = _in_float32(module.eval())
-    preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
-    return Source(ref=_ref(blueprint, "", preprocessing, module), module=module)
 
 
 def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Module:
@@ -275,24 +226,32 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
 
 def _checked_timm(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Only names of timm's registry: `timm.create_model` itself would follow "hf-hub:" and "local-dir:"."""
-    timm_sources.check_architecture(architecture)
-    return timm_sources.create(architecture, arguments)
+    check_architecture(architecture)
+    return create_timm(architecture, arguments)
 
 
 def _load(blueprint: Blueprint) -> Source:
-    """Build a found source and take its identity."""
+    """Build a source that was found and take its identity, and the graphs of its outline where they are its own."""
     try:
         with _seeded(blueprint.spec):
             module = blueprint.build().eval()
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
-        preprocessing = checked_preprocessing(blueprint.preprocessing or declared_preprocessing(module))
-        return Source(ref=_ref(blueprint, weight_hash, preprocessing, module), module=module)
+        source = Source(ref=_ref(blueprint, weight_hash, module), module=module)
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
+    for input_size, outlined in blueprint.graphs.items():
+        graph = outlined.carried_over(module)
+        if graph is not None:
+            source.graphs[input_size] = graph
+    return source
 
 
-def _ref(blueprint: Blueprint, weight_hash: str, preprocessing: Preprocessing, module: nn.Module) -> SourceRef:
+def _ref(blueprint: Blueprint, weight_hash: str, module: nn.Module) -> SourceRef:
+    """The identity; the built network tells what the blueprint could not."""
+    preprocessing = blueprint.preprocessing
+    if preprocessing is None:
+        preprocessing = checked_preprocessing(declared_preprocessing(module))
     return SourceRef(
         name=blueprint.name,
         spec=blueprint.spec,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,15 @@ from lightning_stitch.io import (
     hub_file,
     split_repository,
 )
-from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
+from lightning_stitch.sources.blueprint import Blueprint, preprocessing_from
+from lightning_stitch.sources.spec import SourceSpec
 
 # Fetches weights when called and says, in the words of timm's pretrained_cfg, where they are: a file or a URL.
 Weights = Callable[[], Mapping[str, Any]]
 UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
-def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+def find_in_registry(spec: SourceSpec, name: str) -> Blueprint:
     """A timm name such as "resnet50.a1_in1k"; its weights come from the hub, pinned to a commit.
 
     Raises:
@@ -39,10 +39,10 @@ def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] |
     import timm
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
-    check_architecture(spec)
-    architecture = spec.partition(".")[0]
+    check_architecture(name)
+    architecture = name.partition(".")[0]
     try:
-        registered = get_pretrained_cfg(spec) or PretrainedCfg()
+        registered = get_pretrained_cfg(name) or PretrainedCfg()
     except RuntimeError as error:
         tagged = ", ".join(repr(name) for name in timm.list_pretrained(f"{architecture}.*"))
         raise SourceError(
@@ -52,29 +52,29 @@ def from_registry(spec: str, *, pretrained: bool, arguments: Mapping[str, Any] |
     config = registered.to_dict(remove_source=True) | {"custom_load": False}
     weights: Weights | None = None
     file: WeightFile | None = None
-    if pretrained:
+    if spec.pretrained:
         if registered.hf_hub_id:
             file = find_hub_file(registered.hf_hub_id, WEIGHTS)
-            weights = partial(_hub_weights, registered.hf_hub_id, None, commit_of(file))
+            weights = partial(_hub_weights, file, registered.hf_hub_id)
         elif registered.url and isinstance(registered.url, str):
             file = download_of(registered.url)
             weights = partial(dict, url=registered.url)
         else:
             raise SourceError("timm has no pre-trained weights for it. Take pretrained=False for random weights.")
     return _blueprint(
-        spec=spec,
-        name=spec,
+        spec=name,
+        name=name,
         # with the tag: another version of timm may have another default
         architecture=f"{architecture}.{config['tag']}" if config.get("tag") else architecture,
         config=config,
-        arguments=plain_arguments(arguments, builder="timm"),
+        arguments=spec.plain_arguments("timm"),
         weights=weights,
         file=file,
         revision=commit_of(file),
     )
 
 
-def from_folder(spec: str, path: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+def find_in_folder(spec: SourceSpec, path: str) -> Blueprint:
     """A folder in timm's layout: config.json and model.safetensors.
 
     Raises:
@@ -85,11 +85,11 @@ def from_folder(spec: str, path: str, *, pretrained: bool, arguments: Mapping[st
         raise SourceError(f"there is no folder {path!r}. Expected one that holds {CONFIG} and {WEIGHTS}.")
     if not (folder / CONFIG).is_file():
         raise SourceError(f"the folder holds no {CONFIG}, but {_contents(folder)}. timm.models.save_for_hf writes one.")
-    if pretrained and not (folder / WEIGHTS).is_file():
+    if spec.pretrained and not (folder / WEIGHTS).is_file():
         pickled = [file.name for file in folder.iterdir() if file.suffix in UNSAFE_SUFFIXES]
         advice = (
             f"Reading {pickled[0]} could run code that it carries, so only safetensors are read. If you trust it, "
-            f'convert it once: timm.models.save_for_hf(timm.create_model("{spec}", pretrained=True), "{path}", '
+            f'convert it once: timm.models.save_for_hf(timm.create_model("{spec.spec}", pretrained=True), "{path}", '
             f"safe_serialization=True)"
             if pickled
             else "Take pretrained=False for random weights"
@@ -97,17 +97,17 @@ def from_folder(spec: str, path: str, *, pretrained: bool, arguments: Mapping[st
         raise SourceError(f"the folder holds no {WEIGHTS}, but {_contents(folder)}. {advice}.")
     architecture, config, saved = _read_config(folder / CONFIG)
     return _blueprint(
-        spec=spec,
+        spec=f"local-dir:{path}",
         name=folder.resolve().name,
         architecture=architecture,
         config=config,
-        arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
-        weights=partial(dict, file=str(folder / WEIGHTS)) if pretrained else None,
-        file=WeightFile(folder / WEIGHTS, folder, (folder / WEIGHTS).stat().st_size) if pretrained else None,
+        arguments=spec.plain_arguments("timm", saved),
+        weights=partial(dict, file=str(folder / WEIGHTS)) if spec.pretrained else None,
+        file=WeightFile(folder / WEIGHTS, folder, (folder / WEIGHTS).stat().st_size) if spec.pretrained else None,
     )
 
 
-def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+def find_on_hub(spec: SourceSpec, repository: str) -> Blueprint:
     """A hub repository in timm's layout, "ORG/NAME" or "ORG/NAME@REVISION", pinned to the commit that was found.
 
     Raises:
@@ -116,18 +116,18 @@ def from_hub(spec: str, repository: str, *, pretrained: bool, arguments: Mapping
     if (place := split_repository(repository)) is None:
         raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
     repo, wanted = place
-    beside = (WEIGHTS,) if pretrained else ()
+    beside = (WEIGHTS,) if spec.pretrained else ()
     config_file = hub_file(repo, CONFIG, revision=wanted, beside=beside, most=LARGEST_CONFIG)
     revision = config_file.parent.name
     architecture, config, saved = _read_config(config_file)
-    file = find_hub_file(repo, WEIGHTS, revision=revision) if pretrained else None
+    file = find_hub_file(repo, WEIGHTS, revision=revision) if spec.pretrained else None
     return _blueprint(
-        spec=spec,
+        spec=f"hf-hub:{repository}",
         name=repo.partition("/")[2],
         architecture=architecture,
         config=config,
-        arguments=plain_arguments({**saved, **(arguments or {})}, builder="timm"),
-        weights=partial(_hub_weights, repo, revision, revision) if pretrained else None,
+        arguments=spec.plain_arguments("timm", saved),
+        weights=partial(_hub_weights, file, repo, revision) if file else None,
         file=file,
         revision=revision,
     )
@@ -165,7 +165,7 @@ def check_architecture(name: str) -> None:
         )
 
 
-def create(
+def create_timm(
     architecture: str,
     arguments: Mapping[str, Any],
     *,
@@ -181,13 +181,12 @@ def create(
 
     location = weights() if weights else {}
     try:
-        with _download_progress():
-            return timm.create_model(
-                architecture,
-                pretrained=bool(location),
-                pretrained_cfg={**config, **location} if config else None,
-                **arguments,
-            )
+        return timm.create_model(
+            architecture,
+            pretrained=bool(location),
+            pretrained_cfg={**config, **location} if config else None,
+            **arguments,
+        )
     except Exception as error:  # timm and its readers raise whatever they meet; here it gets the user's words
         what = f"load {location.get('file') or location.get('url') or 'its weights'} into" if location else "build"
         raise SourceError(
@@ -224,7 +223,7 @@ def _blueprint(
         name=name,
         builder="timm",
         architecture=architecture,
-        build=partial(create, architecture, arguments, config=config, weights=weights),
+        build=partial(create_timm, architecture, arguments, config=config, weights=weights),
         arguments=arguments,
         preprocessing=preprocessing_from({**config, "input_size": size, "fixed_input_size": fixed}),
         licence=config.get("license"),
@@ -238,7 +237,7 @@ def _outline(
     architecture: str, arguments: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
 ) -> nn.Module:
     """The network with random weights, or with tensors that are loaded as the file's would be."""
-    return create(
+    return create_timm(
         architecture, arguments, config=config, weights=partial(dict, state_dict=tensors) if tensors else None
     )
 
@@ -272,19 +271,6 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return architecture, config, arguments
 
 
-@contextmanager
-def _download_progress() -> Iterator[None]:
-    """Let timm show what it downloads from other places than the hub, whose client shows it anyway."""
-    from timm.models import _builder, set_pretrained_download_progress
-
-    before = _builder._DOWNLOAD_PROGRESS
-    set_pretrained_download_progress(True)
-    try:
-        yield
-    finally:
-        set_pretrained_download_progress(before)
-
-
 def commit_of(file: WeightFile | None) -> str | None:
     """The commit of a hub's file; None for others."""
     return file.hub[2] if file and file.hub else None
@@ -296,9 +282,11 @@ def _contents(folder: Path) -> str:
     return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "nothing at all"
 
 
-def _hub_weights(repo: str, revision: str | None, commit: str | None) -> dict[str, str]:
-    """Where timm finds a hub repository's weights, after the download."""
-    file = hub_file(repo, WEIGHTS, revision=revision)
-    if file.parent.name != commit:
-        raise SourceError(f"hub repository {repo!r} moved on from commit {commit} while it was read. Load it again.")
-    return {"file": str(file)}
+def _hub_weights(file: WeightFile, repo: str, revision: str | None = None) -> dict[str, str]:
+    """Where timm finds the weights that were found, after the download."""
+    if file.file is not None:
+        return {"file": str(file.file)}
+    path, commit = hub_file(repo, WEIGHTS, revision=revision), commit_of(file)
+    if path.parent.name != commit:  # the default branch has moved on since
+        path = hub_file(repo, WEIGHTS, revision=commit)
+    return {"file": str(path)}

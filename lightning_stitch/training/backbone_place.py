@@ -72,6 +72,11 @@ class BackbonePlace:
         """The structure of the network that is there; None: there is none yet."""
         return self.present.recipe if isinstance(self.present, StitchedBackbone) else None
 
+    @property
+    def train_mode(self) -> bool:
+        """Whether the network that is there follows `train()`."""
+        return isinstance(self.present, StitchedBackbone) and self.present.train_mode
+
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
         """Take the targets from the data; refuse what cannot be used with them.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
@@ -20,6 +19,7 @@ from lightning_stitch.report import Comparison, compare
 from lightning_stitch.search import Beam, Ranked, SearchResult, Strategy, find_ranking
 from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
 from lightning_stitch.sources import (
+    Blueprint,
     Source,
     find_sources,
     fitting_sources,
@@ -157,7 +157,8 @@ class FragmentSearch(pl.Callback):
         self.result: SearchResult | None = None
         self.comparison: Comparison | None = None
         self._fetched: list[Source] | None = None
-        self._usable: list[Any] | None = None
+        self._found: Sequence[Blueprint] | None = None  # looked up, not checked yet
+        self._usable: Sequence[Blueprint] | None = None  # checked, not loaded yet
         self._restoring: RemovableHandle | None = None
 
     def fetch_sources(self) -> None:
@@ -167,14 +168,15 @@ class FragmentSearch(pl.Callback):
 
     def check_sources(
         self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
-    ) -> list[Any]:
+    ) -> Sequence[Blueprint]:
         """Those of the sources that can be used, checked before their weights are fetched; prints the table if asked.
 
         Raises:
             SourceError: If one is rejected (and `skip_rejected` is False), or they cannot be used together.
         """
         settings, skip = self.settings(until), self.skip_rejected
-        self._usable = usable_sources(self.sources, image_shape, settings, skip_rejected=skip, show=show)
+        sources, self._found = self._found or self.sources, None
+        self._usable = usable_sources(sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
 
     def _place(self, trainer: pl.Trainer) -> Place | None:
@@ -188,7 +190,7 @@ class FragmentSearch(pl.Callback):
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded; likewise."""
         if not self.skip_rejected and self._place(trainer) is not None:
-            find_sources(self.sources)
+            self._found = find_sources(self.sources)
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
         """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
@@ -350,6 +352,8 @@ class FragmentSearch(pl.Callback):
             progress=progress,
         )
         self._install(trainer, place, data, self.result.best.candidate, progress)
+        if place.train_mode and trainer.max_epochs != 0:
+            warn_of_train_mode(pool, self.result.best.candidate)
         if self.compare and not tiny:
             data.setup("test")
             self.comparison = compare(
@@ -415,6 +419,21 @@ def _one_rank_first(trainer: pl.Trainer) -> Iterator[None]:
     yield
     if trainer.local_rank == 0:
         trainer.strategy.barrier("one_rank_first")
+
+
+def warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
+    """Warn of sources that do something else in train mode, where a network of their fragments is trained in it."""
+    used = {fragment.source for fragment in candidate.recipe.fragments}
+    for part in pool.parts:
+        difference = part.graph.train_mode_difference() if part.name in used else None
+        if difference is not None:
+            warnings.warn(
+                f"Source {part.name!r} does something else in train mode than in eval mode: {difference}. Its "
+                f"fragments run eval mode's operations in train mode, too. Let a small module of its own ask for "
+                f"`training` (one whose parts have no parts), or register it as a whole with "
+                f"timm.layers.register_notrace_module: modules that are kept whole follow train() and eval().",
+                stacklevel=2,
+            )
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:

@@ -120,6 +120,11 @@ class StitchedClassifier(pl.LightningModule):
         return None if plain is None else Recipe.from_dict(plain)
 
     @property
+    def train_mode(self) -> bool:
+        """Whether thawed layers run in train mode."""
+        return self._plan.train_mode
+
+    @property
     def task(self) -> str:
         """What `predict_step` gives, for those who write it down: without a head numbers, as for a regression."""
         return "regression" if self.head_settings.name == "none" else self.head_settings.task

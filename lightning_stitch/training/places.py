@@ -34,6 +34,10 @@ class Place(Protocol):
     def recipe(self) -> Recipe | None:
         """The structure of the network that is there; None: there is none yet."""
 
+    @property
+    def train_mode(self) -> bool:
+        """Whether the network follows `train()` while it is trained."""
+
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
         """Refuse data that the place, the ranking or the comparison cannot use.
 
@@ -95,6 +99,11 @@ class ClassifierPlace:
     def recipe(self) -> Recipe | None:
         """As `Place` has it."""
         return self.module.recipe
+
+    @property
+    def train_mode(self) -> bool:
+        """As `Place` has it."""
+        return self.module.train_mode
 
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
         """As `Place` has it; classes must be named alike, too."""

@@ -108,6 +108,25 @@ def test_inspect_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [cut["macs_before"] for cut in report["cuts"]] == sorted(cut["macs_before"] for cut in report["cuts"])
 
 
+class ScalesInTrainMode(torch.nn.Sequential):
+    input_size, mean, std = (3, 8, 8), (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self) -> None:
+        deep = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1)))
+        super().__init__(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), deep)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+def test_inspect_tells_what_train_mode_does_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", f"python:{__name__}:ScalesInTrainMode"])
+    words = "training  mul where eval mode has other arguments; fragments do what eval mode does"
+    assert words in capsys.readouterr().out
+    main(["inspect", "test_resnet", "--pretrained", "false"])
+    assert "training" not in capsys.readouterr().out
+
+
 @torch.library.custom_op("test_cli::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2

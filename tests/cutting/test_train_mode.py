@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-import warnings
+import re
 from collections.abc import Callable
 
 import pytest
@@ -18,12 +18,9 @@ from lightning_stitch.sources.source import load_source
 SIZE = (3, 16, 16)
 
 
-def told(network: nn.Module, size: tuple[int, int, int]) -> list[str]:
-    """What cutting a network warns of."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        CutGraph(network, size)
-    return [str(warning.message) for warning in seen]
+def difference(network: nn.Module, size: tuple[int, int, int]) -> str | None:
+    """What a network does in train mode alone."""
+    return CutGraph(network, size).train_mode_difference()
 
 
 class Network(nn.Module):
@@ -125,11 +122,11 @@ DIFFERENT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
-def test_what_only_train_mode_does_is_told_and_fragments_do_what_eval_mode_does(kind: str) -> None:
+def test_what_only_train_mode_does_is_found_and_fragments_do_what_eval_mode_does(kind: str) -> None:
     make, words = DIFFERENT[kind]
     network = make().train()
-    with pytest.warns(UserWarning, match=f"{type(network).__name__} does something else in train mode .*: {words}"):
-        graph = CutGraph(network, SIZE)
+    graph = CutGraph(network, SIZE)
+    assert re.match(words, graph.train_mode_difference() or "")
     assert all(module.training for module in network.modules())
     images = noise(2, *SIZE)
     expected = network.eval()(images)
@@ -195,7 +192,7 @@ class AsksInVain(Network):
 @pytest.mark.parametrize("make", [Network, Handed, Follows, Small, Caches, Guarded, AsksInVain])
 def test_what_follows_train_and_eval_is_no_difference(make: Callable[[], nn.Module]) -> None:
     network = make().eval()
-    assert told(network, SIZE) == []
+    assert difference(network, SIZE) is None
     fragment, images = CutGraph(network, SIZE).fragment(None, None), noise(2, *SIZE)
     for mode in (True, False):
         torch.manual_seed(0)
@@ -204,19 +201,18 @@ def test_what_follows_train_and_eval_is_no_difference(make: Callable[[], nn.Modu
         assert torch.equal(fragment.train(mode)(images), expected)
 
 
-@pytest.mark.parametrize(
-    ("make", "times"), [(Network, 1), (Follows, 1), (Handed, 1), (Small, 1), (AsksInVain, 1), (Caches, 2)]
-)
-def test_only_networks_that_ask_for_their_mode_are_traced_twice(make: type[Network], times: int) -> None:
-    calls: list[bool] = []
+def test_a_network_is_traced_in_train_mode_only_when_that_is_asked_for() -> None:
+    modes: list[bool] = []
 
-    class Counted(make):  # type: ignore[misc, valid-type]
+    class Noted(Scales):
         def forward(self, x: Tensor) -> Tensor:
-            calls.append(True)
+            modes.append(self.training)
             return super().forward(x)
 
-    CutGraph(Counted(), SIZE)
-    assert len(calls) == times
+    graph = CutGraph(Noted(), SIZE)
+    assert modes == [False]
+    assert graph.train_mode_difference() is not None
+    assert modes == [False, True]
 
 
 class LooksAtSizes(Scales):
@@ -225,12 +221,11 @@ class LooksAtSizes(Scales):
 
 
 @pytest.mark.parametrize(("make", "way"), [(Scales, "symbolic"), (LooksAtSizes, "example")])
-def test_it_is_told_when_the_graph_is_made_and_not_again_at_other_sizes(make: type[Network], way: str) -> None:
-    with pytest.warns(UserWarning, match="mul where eval mode has other arguments") as seen:
-        graph = CutGraph(make(), SIZE)
-    assert [warning.filename for warning in seen] == [__file__]
+def test_it_is_found_at_every_input_size(make: type[Network], way: str) -> None:
+    graph = CutGraph(make(), SIZE)
     assert graph.way == way
-    assert graph.at((3, 24, 24)).cuts("all")
+    for size in (SIZE, (3, 24, 24)):
+        assert graph.at(size).train_mode_difference() == "mul where eval mode has other arguments"
 
 
 class Draws(Network):
@@ -251,7 +246,7 @@ def test_looking_for_differences_leaves_network_and_random_numbers_as_they_were(
     network = Draws().eval()
     network.a.train()
     modes, state = [module.training for module in network.modules()], (random.getstate(), torch.get_rng_state())
-    CutGraph(network, SIZE)
+    difference(network, SIZE)
     assert [module.training for module in network.modules()] == modes
     assert network.count == 0
     assert not hasattr(network, "drawn")
@@ -259,20 +254,20 @@ def test_looking_for_differences_leaves_network_and_random_numbers_as_they_were(
     assert torch.equal(torch.get_rng_state(), state[1])
 
 
-def test_torchvisions_auxiliary_classifier_is_told_of_and_its_plain_network_is_not() -> None:
-    with pytest.warns(UserWarning, match="GoogLeNet does something else .*: adaptive_avg_pool2d in aux1 where eval"):
-        CutGraph(models.googlenet(init_weights=False), (3, 64, 64))
+def test_torchvisions_auxiliary_classifier_is_found_and_its_plain_network_has_no_difference() -> None:
+    auxiliary = difference(models.googlenet(init_weights=False), (3, 64, 64))
+    assert (auxiliary or "").startswith("adaptive_avg_pool2d in aux1 where eval")
     plain = load_source("torchvision:googlenet", pretrained=False)
-    assert told(plain.module, (3, 64, 64)) == []
+    assert difference(plain.module, (3, 64, 64)) is None
 
 
-@pytest.mark.parametrize(("dropout", "warned"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize(("dropout", "matters"), [(0.0, False), (0.1, True)])
 def test_a_function_told_to_drop_in_train_mode_matters_where_there_is_something_to_drop(
-    dropout: float, warned: bool
+    dropout: float, matters: bool
 ) -> None:
     network = models.swin_transformer.SwinTransformer([4, 4], 24, [2], [2], [4, 4], attention_dropout=dropout)
-    found = told(network, (3, 32, 32))
-    assert ["shifted_window_attention in features.1.0.attn" in message for message in found] == [True] * warned
+    found = difference(network, (3, 32, 32))
+    assert found is None if not matters else "shifted_window_attention in features.1.0.attn" in (found or "")
 
 
 @pytest.mark.parametrize(
@@ -287,4 +282,4 @@ def test_a_function_told_to_drop_in_train_mode_matters_where_there_is_something_
 )
 def test_dropout_and_stochastic_depth_of_timms_networks_are_no_difference(name: str, options: dict[str, float]) -> None:
     network = timm.create_model(name, **options)
-    assert told(network, network.pretrained_cfg["input_size"]) == []
+    assert difference(network, network.pretrained_cfg["input_size"]) is None

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 import yaml
-from doubles.helpers import digits
+from doubles.helpers import assert_same_weights, digits
 from doubles.hub import HubDouble
 from pytorch_lightning import LightningDataModule, Trainer
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import (
@@ -26,9 +29,13 @@ from lightning_stitch import (
     StitchedClassifier,
     StitchError,
     compare_methods,
+    load_source,
+    load_sources,
     preflight,
 )
 from lightning_stitch.cli.main import main
+from lightning_stitch.cutting import graph
+from lightning_stitch.cutting.tracing import trace_somehow
 
 RANDOM = {"spec": "test_resnet", "pretrained": False}
 
@@ -95,6 +102,63 @@ def test_a_module_with_a_recipe_needs_no_sources(tmp_path: Path) -> None:
     trainer(tmp_path, first).fit(model, data())
     trainer(tmp_path, search(["test_resnt"])).fit(model, data())
     trainer(tmp_path, search(["test_resnt"])).test(model, data(), verbose=False)
+
+
+# Once for a fit
+
+
+class Wrapped(LightningDataModule):
+    """A data module whose wrapper looks sources up before it downloads images."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(images(), batch_size=8)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_fit_finds_and_traces_each_source_once(
+    hub: HubDouble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool, cached: bool
+) -> None:
+    for repo in ("org/mine", "org/twin"):
+        hub.publish(repo, folder)
+        if cached:
+            load_source(f"hf-hub:{repo}")
+    hub.requests.clear()
+    load_source("hf-hub:org/twin")
+    expected = [request.replace("org/twin", "org/mine") for request in hub.requests]
+    hub.requests.clear()
+
+    traced: list[str] = []
+
+    def count(network: torch.nn.Module, *args: Any) -> Any:
+        traced.append(type(network).__name__)
+        return trace_somehow(network, *args)
+
+    monkeypatch.setattr(graph, "trace_somehow", count)
+    callback = search(["hf-hub:org/mine", {"spec": "test_vit", "pretrained": False}])
+    given = CalibrationDataModule(datamodule=Wrapped(), calibration_samples=16) if wrapped else data()
+    trainer(tmp_path, callback).fit(StitchedClassifier(3), given)
+    # The first bytes of the weights, which tell their shapes, are all that the check itself asks for.
+    asked = [request for request in hub.requests if request.startswith("HEAD")]
+    assert asked == [request for request in expected if request.startswith("HEAD")]
+    assert len(asked) == (2 if cached else 5)
+    assert sorted(traced) == ["ResNet", "VisionTransformer"]
+
+
+@pytest.mark.parametrize("spec", ["hf-hub:org/mine", "test_resnet"])
+def test_what_was_checked_is_what_is_loaded_though_the_repository_moves_on(
+    hub: HubDouble, folder: Path, tmp_path: Path, spec: str
+) -> None:
+    repo = "org/mine" if spec != "test_resnet" else "timm/test_resnet.r160_in1k"
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "first"), safe_serialization=True)
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "second"), safe_serialization=True)
+    hub.publish(repo, tmp_path / "first")
+    checked, commit = preflight([spec]), hub.commit(repo)
+    hub.publish(repo, tmp_path / "second")
+    (source,) = load_sources(checked.blueprints)
+    assert source.ref.revision == commit != hub.commit(repo)
+    assert_same_weights(source.module, load_file(tmp_path / "first" / "model.safetensors"))
+    assert load_source(spec).ref.revision == hub.commit(repo)
 
 
 # What is left when some are rejected

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import (
@@ -373,3 +375,28 @@ def test_strategies_that_restore_after_building_optimizers_need_the_recipe_first
     run = trainer(tmp_path, search(), strategy=Sharded(device=torch.device("cpu")), accelerator="auto")
     with pytest.raises(StitchError, match="Sharded builds optimizers before checkpoints are restored"):
         run.fit(StitchedClassifier(num_classes=3), digits())
+
+
+class ScalesInTrainMode(nn.Sequential):
+    input_size, mean, std = (3, 32, 32), (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self) -> None:
+        deep = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()))
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if self.training else x)
+
+
+@pytest.mark.parametrize(("train_mode", "max_epochs", "warned"), [(True, 1, True), (True, 0, False), (False, 1, False)])
+def test_what_fragments_will_not_do_in_train_mode_is_told_where_they_are_trained_in_it(
+    train_mode: bool, max_epochs: int, warned: bool, tmp_path: Path
+) -> None:
+    callback = search(sources=[f"python:{__name__}:ScalesInTrainMode"])
+    model = StitchedClassifier(num_classes=3, train_mode=train_mode)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callback, max_epochs=max_epochs).fit(model, digits())
+    told = [str(warning.message) for warning in seen if "train mode" in str(warning.message)]
+    expected = "Source 'ScalesInTrainMode' does something else in train mode than in eval mode: mul where eval mode"
+    assert [message.startswith(expected) for message in told] == [True] * warned

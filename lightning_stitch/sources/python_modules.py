@@ -1,4 +1,4 @@
-"""Sources that torchvision, a factory of the user's, or a live module bring."""
+"""Sources that the user's own Python makes: factories, and live modules."""
 
 from __future__ import annotations
 
@@ -10,91 +10,23 @@ from typing import Any
 from torch import nn
 
 from lightning_stitch.cutting import copied
-from lightning_stitch.errors import SourceError, first_lines, nearest
-from lightning_stitch.io import download_of
+from lightning_stitch.errors import SourceError, first_lines
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.sources.blueprint import Blueprint, plain_arguments, preprocessing_from
+from lightning_stitch.sources.blueprint import Blueprint, preprocessing_from
+from lightning_stitch.sources.spec import SourceSpec
 
 
-def from_torchvision(
-    spec: str, architecture: str, *, pretrained: bool, arguments: Mapping[str, Any] | None
-) -> Blueprint:
-    """A classifier of torchvision, with its DEFAULT weights."""
-    from torchvision import models
-
-    _check_classifier(architecture)
-    weights = models.get_model_weights(architecture).DEFAULT
-    file = download_of(weights.url) if pretrained else None
-    given = plain_arguments(arguments, builder="torchvision")
-    transforms = weights.transforms()
-    fixed = architecture.startswith(("vit_", "maxvit"))
-    # torchvision switches these by itself when it loads weights; without weights they must be said.
-    switched: dict[str, Any] = {
-        "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
-        "inception_v3": {"transform_input": True, "init_weights": False},
-    }.get(architecture, {"image_size": transforms.crop_size[0]} if architecture.startswith("vit_") else {})
-    rebuilt = {**switched, **given}
-    size = rebuilt.get("image_size", transforms.crop_size[0])
-    return Blueprint(
-        spec=spec,
-        name=architecture,
-        builder="torchvision",
-        architecture=architecture,
-        build=partial(create_torchvision, architecture, given if pretrained else rebuilt, pretrained=pretrained),
-        arguments=rebuilt,
-        preprocessing=Preprocessing(
-            input_size=(3, size, size),
-            mean=tuple(transforms.mean),
-            std=tuple(transforms.std),
-            interpolation=transforms.interpolation.value,
-            fixed_size=fixed,
-        ),
-        licence=weights.meta.get("license"),
-        weights=file,
-        outline=lambda _: create_torchvision(architecture, rebuilt),
-    )
-
-
-def create_torchvision(architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """Let torchvision build a classifier; the first use of weights downloads them.
-
-    Raises:
-        SourceError: If torchvision has no such classifier, does not take the arguments, or the weights fail.
-    """
-    from torchvision import models
-
-    _check_classifier(architecture)
-    try:
-        return models.get_model(architecture, weights="DEFAULT" if pretrained else None, **arguments)
-    except Exception as error:  # network, cache, hash, arguments: each has a type of its own
-        raise SourceError(
-            f"torchvision could not build {architecture!r} with arguments {dict(arguments)}: {first_lines(error)}"
-        ) from error
-
-
-def _check_classifier(architecture: str) -> None:
-    """Classifiers alone: detectors give no single tensor, and fetch a backbone's weights unasked."""
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if architecture not in known:
-        raise SourceError(
-            f"torchvision has no classifier {architecture!r}. Nearest: {nearest(architecture, known)}. "
-            f"torchvision.models.list_models(module=torchvision.models) lists all."
-        )
-
-
-def from_factory(spec: str, path: str, *, pretrained: bool, arguments: Mapping[str, Any] | None) -> Blueprint:
+def find_factory(spec: SourceSpec, path: str) -> Blueprint:
     """A callable that returns a module with the weights it wants; `pretrained` is not its business."""
     _import_factory(path)
-    given = plain_arguments(arguments, builder="python")
+    arguments = spec.plain_arguments("python")
     return Blueprint(
-        spec=spec,
+        spec=f"python:{path}",
         name=path.rpartition(":")[2],
         builder="python",
         architecture=path,
-        build=partial(call_factory, path, given),
-        arguments=given,
+        build=partial(call_factory, path, arguments),
+        arguments=arguments,
     )
 
 
@@ -132,18 +64,20 @@ def call_factory(path: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def from_module(module: nn.Module, name: str | None, preprocessing: Preprocessing | None) -> Blueprint:
+def find_module(spec: SourceSpec) -> Blueprint:
     """A live module, copied so that neither eval mode here nor training there touches the other."""
-    if not name:
+    module = spec.spec
+    assert isinstance(module, nn.Module)
+    if not spec.name:
         raise SourceError("a live module needs a name: load_source(module, name=...).")
     qualified = f"{type(module).__module__}.{type(module).__qualname__}"
     return Blueprint(
         spec=f"live:{qualified}",
-        name=name,
+        name=spec.name,
         builder="live",
         architecture=qualified,
         build=partial(_copied, module),
-        preprocessing=preprocessing or declared_preprocessing(module),
+        preprocessing=spec.preprocessing or declared_preprocessing(module),
         licence=declared_config(module).get("license"),
         outline=lambda _: _copied(module),
     )
