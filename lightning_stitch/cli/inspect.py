@@ -6,8 +6,7 @@ import dataclasses
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from lightning_stitch.tables import print_table
 
 if TYPE_CHECKING:
     from lightning_stitch.cutting import Cut
@@ -75,39 +74,35 @@ def _describe_cut(source: Source, cut: Cut) -> dict[str, Any]:
 
 
 def _print_source(report: dict[str, Any]) -> None:
-    console = Console()
     size = "x".join(map(str, report["input_size"]))
-    console.print(f"{report['name']} ({report['architecture']})", markup=False, highlight=False)
-    for label, value in (
-        ("licence", report["licence"] or "unknown"),
-        ("revision", report["revision"] or "unknown"),
-        ("weights", report["weight_hash"]),
-        ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
-        (
-            "cost",
-            f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs, "
-            f"{report['activation_bytes'] / 1e6:.3g} MB of activations",
-        ),
-        *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
-        ("traced", _WAYS[report["traced"]]),
-    ):
-        console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(
-        box=None,
-        padding=(0, 2, 0, 0),
-        title=f"{len(report['cuts'])} cuts ({report['granularity']})",
-        title_justify="left",
-    )
-    for column in ("cut", "format", "shape", "stride", "M MACs before", "M params before"):
-        table.add_column(column, justify="left" if column in ("cut", "format") else "right")
-    for cut in report["cuts"]:
-        prefix = f" +{cut['prefix_tokens']}" if cut["prefix_tokens"] else ""
-        table.add_row(
-            cut["name"],
-            cut["format"] + prefix,
-            "x".join(map(str, cut["shape"])),
-            "-" if cut["stride"] is None else f"{cut['stride']:g}",
-            f"{cut['macs_before'] / 1e6:.1f}",
-            f"{cut['params_before'] / 1e6:.3f}",
-        )
-    console.print(table)
+    facts = {
+        "licence": report["licence"] or "unknown",
+        "revision": report["revision"] or "unknown",
+        "weights": report["weight_hash"],
+        "input": f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}",
+        "cost": f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs, "
+        f"{report['activation_bytes'] / 1e6:.3g} MB of activations",
+        "uncounted": ", ".join(report["uncounted"]),
+        "traced": _WAYS[report["traced"]],
+    }
+    print(f"{report['name']} ({report['architecture']})")
+    for label, fact in facts.items():
+        if fact:
+            print(f"  {label:<9} {fact}")
+    title = f"{len(report['cuts'])} cuts ({report['granularity']})"
+    if report["cuts"]:
+        print_table([_cells(cut) for cut in report["cuts"]], title=title, left=["format"])
+    else:
+        print(title)
+
+
+def _cells(cut: dict[str, Any]) -> dict[str, str]:
+    prefix = f" +{cut['prefix_tokens']}" if cut["prefix_tokens"] else ""
+    return {
+        "cut": cut["name"],
+        "format": cut["format"] + prefix,
+        "shape": "x".join(map(str, cut["shape"])),
+        "stride": "-" if cut["stride"] is None else f"{cut['stride']:g}",
+        "M MACs before": f"{cut['macs_before'] / 1e6:.1f}",
+        "M params before": f"{cut['params_before'] / 1e6:.3f}",
+    }

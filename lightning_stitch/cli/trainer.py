@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_stitch._lightning import NAMESPACE, mixture, pl
-from lightning_stitch.baselines import METHODS, FineTuning, Method, Row, compare_methods, print_methods
+from lightning_stitch.baselines import METHODS, FineTuning, Method, compare_methods, print_methods
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.progress import Bar, Silent
 from lightning_stitch.sources import Preflight, preflight, print_preflight, refusal
+from lightning_stitch.tables import Record
 from lightning_stitch.training import FragmentSearch, StitchedClassifier, check_order, place_for_network
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class StitchTrainer(pl.Trainer):
         finetuning: FineTuning = _RECIPE,
         plot: bool = True,
         seed: int = 0,
-    ) -> list[Row]:
+    ) -> list[Record]:
         """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
 
         The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in

@@ -1,5 +1,4 @@
 from .blueprint import checked_preprocessing
-from .finding import SPECS
 from .licences import CombinedLicence, combine_licences, hub_words
 from .meta_device import build_on_meta, give_memory
 from .preflight_checks import Preflight, preflight
@@ -12,7 +11,6 @@ __all__ = [
     "CombinedLicence",
     "Preflight",
     "Preprocess",
-    "SPECS",
     "Source",
     "build_architecture",
     "build_on_meta",
