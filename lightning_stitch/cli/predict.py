@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 def predict(
@@ -38,6 +34,7 @@ def predict(
     Raises:
         StitchError: If the checkpoint, an image, the device or the output file cannot be used.
     """
+    from lightning_stitch.baselines import quiet_trainers
     from lightning_stitch.report import as_csv
     from lightning_stitch.training import ImageFiles, open_classifier, predict_files
 
@@ -50,7 +47,7 @@ def predict(
             file=sys.stderr,
         )
     files = ImageFiles(images, batch_size, num_workers, skip_unreadable)
-    with _without_lightnings_notes():
+    with quiet_trainers():
         rows = predict_files(
             module, files, output=output, overwrite=overwrite, device=device, progress=output is not None
         )
@@ -60,20 +57,3 @@ def predict(
         print(as_csv(rows), end="")
     else:
         print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {output}.")
-
-
-@contextmanager
-def _without_lightnings_notes() -> Iterator[None]:
-    """Silence what Lightning tells of devices and workers, and what torch tells Lightning's developers."""
-    from lightning_stitch._lightning import NAMESPACE
-
-    logger = logging.getLogger(NAMESPACE)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            yield
-    finally:
-        logger.setLevel(level)

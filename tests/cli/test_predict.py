@@ -57,7 +57,7 @@ def test_predictions_are_printed_as_csv_and_nothing_else(
 def test_lightnings_own_notes_are_back_afterwards(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logging.getLogger(NAMESPACE)
+    logger = logging.getLogger(f"{NAMESPACE}.utilities.rank_zero")
     level = logger.level
     main(["predict", str(checkpoint), str(images)])
     assert capsys.readouterr().out.startswith("file,class,")
