@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_stitch as ls
+from lightning_stitch.report import print_comparison, write_comparison
 from lightning_stitch.report.comparison import compare
-from lightning_stitch.report.tables import print_table, write_table
 from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.sources.views import Preprocess
@@ -149,9 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=130)
     console.print(joints_table(result))
     title = "Test images: the sources, each stitched to itself, and the best CNN -> ViT"
-    print_table(comparison.rows, comparison.sentence, title=title, console=console)
+    print_comparison(comparison.rows, comparison.sentence, title=title, console=console)
     print(pool.assemble(result.best_stitched.candidate).describe())
-    written = write_table(comparison.rows, comparison.sentence, options.output)
+    written = write_comparison(comparison.rows, comparison.sentence, options.output)
     print(f"The table is in {written[0]} and {written[1]}.")
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, train_best
-from lightning_stitch.baselines.flops import Meter
+from lightning_stitch.baselines.flops import Meter, Spent
 from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.heads import fit_ridge_head
@@ -36,22 +36,8 @@ Method = Literal[
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What something took, as a `Meter` sees it."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    flops: int = 0
-
-    @classmethod
-    def of(cls, meter: Meter) -> Spent:
-        """What a meter has seen."""
-        return cls(meter.seconds, meter.cpu_seconds, meter.flops)
-
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds, self.flops + other.flops)
+# A head's loss on the selection images, the head, and how its training went, if it was trained.
+_Fit = tuple[float, nn.Module, Trained | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +51,7 @@ class Made:
         spent: What making it took.
         selection_loss: Mean cross-entropy on the selection images, in nats, by which it was chosen; None: by none.
         trained: How its training went; None: it was not trained.
+        source: Which source it is, by its place; None: it is composed.
         search_choice: What the search ranked first, where that is no StitchNet; None otherwise.
     """
 
@@ -74,6 +61,7 @@ class Made:
     spent: Spent
     selection_loss: float | None = None
     trained: Trained | None = None
+    source: int | None = None
     search_choice: str | None = None
 
 
@@ -164,60 +152,58 @@ class Contenders:
                 self._run(networks, loader)
                 for loader in (self.data.head_dataloader(), self.data.selection_dataloader())
             )
-        return train, selection, Spent.of(meter)
+        return train, selection, meter.spent
 
     def _run(self, networks: Sequence[nn.Module], loader: DataLoader) -> _Part:
-        found: list[list[Tensor]] = [[] for _ in networks]
+        collected: list[list[Tensor]] = [[] for _ in networks]
         labels = []
         for images, targets in loader:
             images = images.to(self.device)
             labels.append(targets)
-            for part, network, features in zip(self.parts, networks, found, strict=True):
+            for part, network, features in zip(self.parts, networks, collected, strict=True):
                 with torch.inference_mode():
                     features += [network(chunk) for chunk in chunks(images, part.images_at_once)]
         # Joined outside of inference mode, these are ordinary tensors again, on which a head can be trained.
-        return _Part([torch.cat(features).float() for features in found], torch.cat(labels).to(self.device))
+        return _Part([torch.cat(features).float() for features in collected], torch.cat(labels).to(self.device))
 
     @cached_property
     def _closed_form(self) -> Made:
-        return self._source(self._closed_form_choice)
+        def fit(features: Tensor, labels: Tensor, selection: Tensor, targets: Tensor) -> _Fit:
+            head, _ = fit_ridge_head(features, labels, num_classes=self.data.num_classes)
+            return _loss(head, selection, targets), head, None
 
-    @cached_property
-    def _closed_form_choice(self) -> tuple[int, nn.Module, float, Spent]:
-        """The source whose closed-form head has the least loss on the selection images."""
-        train, selection, spent = self._features
-        found = []
-        with Meter() as meter:
-            for index, features in enumerate(train.features):
-                head, _ = fit_ridge_head(features, train.labels, num_classes=self.data.num_classes)
-                found.append((_loss(head, selection.features[index], selection.labels), index, head))
-            loss, index, head = min(found, key=lambda one: one[0])
-        return index, head, loss, spent + Spent.of(meter)
-
-    def _source(self, choice: tuple[int, nn.Module, float, Spent]) -> Made:
-        index, head, loss, spent = choice
-        return Made(self._network(index), head, self.parts[index].name, spent, loss)
+        return self._best_source(fit)
 
     def _linear_probe(self) -> Made:
+        def fit(features: Tensor, labels: Tensor, selection: Tensor, targets: Tensor) -> _Fit:
+            probe = Classifier(nn.Identity(), self._linear(features.shape[1]))
+            trained = train_best(
+                probe,
+                partial(self._batches, features, labels, shuffle=True),
+                self._batches(selection, targets),
+                self.finetuning,
+                learning_rates=self.finetuning.head_learning_rates,
+                epochs=self.finetuning.probe_epochs,
+                seed=self.seed,
+                trainer_options=self.trainer_options,
+            )
+            return trained.loss, probe.head, trained
+
+        return self._best_source(fit)
+
+    def _best_source(self, fit: Callable[[Tensor, Tensor, Tensor, Tensor], _Fit]) -> Made:
+        """The source whose head has the least loss on the selection images, the first of them where several have."""
         train, selection, spent = self._features
-        found = []
         with Meter() as meter:
-            for index, features in enumerate(train.features):
-                probe = Classifier(nn.Identity(), self._linear(features.shape[1]))
-                trained = train_best(
-                    probe,
-                    partial(self._batches, features, train.labels, shuffle=True),
-                    self._batches(selection.features[index], selection.labels),
-                    self.finetuning,
-                    learning_rates=self.finetuning.head_learning_rates,
-                    epochs=self.finetuning.probe_epochs,
-                    seed=self.seed,
-                    trainer_options=self.trainer_options,
-                )
-                found.append((trained, index, probe.head))
-            trained, index, head = min(found, key=lambda one: one[0].loss)
-        name = self.parts[index].name
-        return Made(self._network(index), head, name, spent + Spent.of(meter), trained.loss, trained)
+            fits = [
+                fit(features, train.labels, chosen_by, selection.labels)
+                for features, chosen_by in zip(train.features, selection.features, strict=True)
+            ]
+            source = min(range(len(fits)), key=lambda index: fits[index][0])
+        loss, head, trained = fits[source]
+        return Made(
+            self._network(source), head, self.parts[source].name, spent + meter.spent, loss, trained, source=source
+        )
 
     def _batches(self, features: Tensor, labels: Tensor, *, shuffle: bool = False) -> DataLoader:
         generator = torch.Generator().manual_seed(self.seed)
@@ -225,18 +211,18 @@ class Contenders:
         return DataLoader(pairs, batch_size=self.data.batch_size, shuffle=shuffle, generator=generator)
 
     def _finetuned(self, *, through: Literal["head", "all"] = "all", closed_form: bool = False) -> Made:
-        index, ridge, _, spent = self._closed_form_choice
-        network = self._network(index)
-        head: nn.Module = (
-            copy.deepcopy(ridge) if closed_form else self._linear(self._features[0].features[index].shape[1])
-        )
+        chosen = self._closed_form
+        assert chosen.source is not None
+        network = self._network(chosen.source)
+        num_features = self._features[0].features[chosen.source].shape[1]
+        head = copy.deepcopy(chosen.head) if closed_form else self._linear(num_features)
         with Meter() as meter:
             if through == "head":
                 network.requires_grad_(False)
             elif self.finetuning.update_batch_norm:
                 network.train()
             trained = self._train(Classifier(network, head), head_alone=through == "head")
-        return Made(network, head, self.parts[index].name, spent + Spent.of(meter), trained.loss, trained)
+        return Made(network, head, chosen.name, chosen.spent + meter.spent, trained.loss, trained, source=chosen.source)
 
     def _train(self, model: pl.LightningModule, *, head_alone: bool = False) -> Trained:
         settings = self.finetuning
@@ -272,9 +258,9 @@ class Contenders:
         network, head = model.network, model.head
         assert isinstance(network, StitchedNetwork)
         assert head is not None
-        other = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
+        ranked_first = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
         self.search.pool = None  # and with it the sources
-        return model, Made(network, head, network.recipe.path, Spent.of(meter), search_choice=other)
+        return model, Made(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
 
     def _stitched_finetuned(self) -> Made:
         model, made = self._stitched
@@ -282,8 +268,9 @@ class Contenders:
             trained = self._train(model)
         assert model.network is not None
         assert model.head is not None
-        spent = made.spent + Spent.of(meter)
-        return Made(model.network, model.head, made.name, spent, trained.loss, trained, made.search_choice)
+        spent = made.spent + meter.spent
+        choice = made.search_choice
+        return Made(model.network, model.head, made.name, spent, trained.loss, trained, search_choice=choice)
 
 
 @torch.no_grad()

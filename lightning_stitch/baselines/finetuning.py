@@ -145,10 +145,13 @@ def quiet_trainers() -> Iterator[None]:
     logger = logging.getLogger(f"{NAMESPACE}.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)
+    advice = ("Found .* in eval mode at the start", "The '.*_dataloader' does not have many workers")
     try:
         with warnings.catch_warnings():
-            for advice in ("Found .* in eval mode at the start", "The '.*_dataloader' does not have many workers"):
-                warnings.filterwarnings("ignore", advice)
+            for words in advice:
+                warnings.filterwarnings("ignore", words)
+            # What torch tells Lightning's developers.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
-from lightning_stitch.baselines.table import Row, check_can_plot, plot_methods, write_methods
+from lightning_stitch.baselines.plots import check_can_plot, plot_methods
+from lightning_stitch.baselines.tables import write_methods
 from lightning_stitch.cutting import network_cost
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
@@ -22,6 +23,7 @@ from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report import Evaluation, score
 from lightning_stitch.search import network_latency
 from lightning_stitch.sources import load_sources
+from lightning_stitch.tables import Record
 from lightning_stitch.training import FragmentSearch
 
 
@@ -36,7 +38,7 @@ def compare_methods(
     seed: int = 0,
     trainer_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> list[Row]:
+) -> list[Record]:
     """Compare a StitchNet with linear probing and fine-tuning: same sources, split and labels; what each took.
 
     | method | what it is |
@@ -55,9 +57,9 @@ def compare_methods(
     what it has; methods.png shows accuracy against training FLOPs.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
-    `cpu_seconds` and `flops` of all that the method took (`method_table.COUNTED`, `lightning_stitch.baselines.flops`);
-    `labels`; the classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`,
-    `learning_rate` and `epoch`, where it has them.
+    `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`, `baselines.flops`); `labels`; the
+    classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate`
+    and `epoch`, where it has them.
 
     Args:
         search: The search, with its sources and settings. It is copied, and run without its table and journal.
@@ -97,7 +99,7 @@ def compare_methods(
     data.prepare_data()
     data.setup()
     progress = progress or Silent()
-    rows: list[Row] = []
+    rows: list[Record] = []
     with isolate_rng(), quiet_trainers():
         show = not isinstance(progress, Silent)
         contenders = Contenders(
@@ -155,7 +157,7 @@ def _one_device(options: dict[str, Any]) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.device, seed: int) -> Row:
+def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
     """A classifier, tested and measured."""
     classifier = nn.Sequential(made.network, made.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)

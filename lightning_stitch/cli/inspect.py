@@ -1,59 +1,39 @@
-"""`lightning-stitch inspect`: cuts, costs and licence of sources, before anything is trained."""
+"""`lightning-stitch inspect SOURCE`: cuts, costs and licence of a source, before anything is trained."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
-from importlib import import_module
+from json import dumps
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from lightning_stitch._lightning import NAMESPACE
-from lightning_stitch.cutting import Cut
-from lightning_stitch.errors import StitchError
-from lightning_stitch.sources import SPECS, Source, load_source
+from lightning_stitch.tables import print_table
 
 if TYPE_CHECKING:
-    from pytorch_lightning.cli import LightningCLI
-else:
-    try:
-        import_module("jsonargparse")
-    except ModuleNotFoundError as error:
-        raise StitchError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
-    LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
-
+    from lightning_stitch.cutting import Cut
+    from lightning_stitch.sources import Source
 
 _WAYS = {"symbolic": "symbolically, for any input size", "example": "by example, for this input size"}
 
 
-def inspect(arguments: Sequence[str]) -> None:
-    """List a source's cuts, their formats, shapes and costs, and its licence and preprocessing.
+def inspect(source: str, granularity: str = "blocks", pretrained: bool = True, json: bool = False) -> None:
+    """List where a network can be cut: formats, shapes and costs; its licence and preprocessing.
+
+    Args:
+        source: A model name of timm's, hf-hub:ORG/NAME[@REVISION], local-dir:PATH, torchvision:NAME or
+            python:MODULE:FACTORY.
+        granularity: stages, blocks, reference or all.
+        pretrained: Whether its weights are fetched; false makes random ones, without a download.
+        json: Print JSON.
 
     Raises:
         SourceError: If the source cannot be had.
         CutError: If it cannot be cut.
     """
-    parser = argparse.ArgumentParser(
-        prog="lightning-stitch inspect",
-        description="List where a network can be cut.",
-        epilog="lightning-stitch inspect --config FILE [--json] instead checks all sources of the search in a "
-        "configuration of `fit`, before any weights are fetched. It takes the options of `fit`, too.",
-    )
-    parser.add_argument("source", help=SPECS.replace(", or a live torch.nn.Module", ""))
-    parser.add_argument("--granularity", default="blocks", help="stages, blocks (default), reference or all")
-    parser.add_argument(
-        "--pretrained", default="true", choices=["true", "false"], help="false: random weights, no download"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    source = load_source(options.source, pretrained=options.pretrained == "true")
-    report = describe_source(source, granularity=options.granularity)
-    if options.json:
-        print(json.dumps(report, indent=2))
+    from lightning_stitch.sources import load_source
+
+    report = describe_source(load_source(source, pretrained=pretrained), granularity=granularity)
+    if json:
+        print(dumps(report, indent=2))
     else:
         _print_source(report)
 
@@ -95,40 +75,36 @@ def _describe_cut(source: Source, cut: Cut) -> dict[str, Any]:
 
 
 def _print_source(report: dict[str, Any]) -> None:
-    console = Console()
     size, difference = "x".join(map(str, report["input_size"])), report["train_mode_difference"]
-    console.print(f"{report['name']} ({report['architecture']})", markup=False, highlight=False)
-    for label, value in (
-        ("licence", report["licence"] or "unknown"),
-        ("revision", report["revision"] or "unknown"),
-        ("weights", report["weight_hash"]),
-        ("input", f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}"),
-        (
-            "cost",
-            f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs, "
-            f"{report['activation_bytes'] / 1e6:.3g} MB of activations",
-        ),
-        *([("uncounted", ", ".join(report["uncounted"]))] if report["uncounted"] else []),
-        ("traced", _WAYS[report["traced"]]),
-        *([("training", f"{difference}; fragments do what eval mode does")] if difference else []),
-    ):
-        console.print(f"  {label:<9} {value}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(
-        box=None,
-        padding=(0, 2, 0, 0),
-        title=f"{len(report['cuts'])} cuts ({report['granularity']})",
-        title_justify="left",
-    )
-    for column in ("cut", "format", "shape", "stride", "M MACs before", "M params before"):
-        table.add_column(column, justify="left" if column in ("cut", "format") else "right")
-    for cut in report["cuts"]:
-        prefix = f" +{cut['prefix_tokens']}" if cut["prefix_tokens"] else ""
-        table.add_row(
-            cut["name"],
-            cut["format"] + prefix,
-            "x".join(map(str, cut["shape"])),
-            "-" if cut["stride"] is None else f"{cut['stride']:g}",
-            f"{cut['macs_before'] / 1e6:.1f}",
-            f"{cut['params_before'] / 1e6:.3f}",
-        )
-    console.print(table)
+    facts = {
+        "licence": report["licence"] or "unknown",
+        "revision": report["revision"] or "unknown",
+        "weights": report["weight_hash"],
+        "input": f"{size}{' only' if report['fixed_size'] else ''}, mean {report['mean']}, std {report['std']}",
+        "cost": f"{report['params'] / 1e6:.3f} M parameters, {report['macs'] / 1e6:.1f} M MACs, "
+        f"{report['activation_bytes'] / 1e6:.3g} MB of activations",
+        "uncounted": ", ".join(report["uncounted"]),
+        "traced": _WAYS[report["traced"]],
+        "training": difference and f"{difference}; fragments do what eval mode does",
+    }
+    print(f"{report['name']} ({report['architecture']})")
+    for label, fact in facts.items():
+        if fact:
+            print(f"  {label:<9} {fact}")
+    title = f"{len(report['cuts'])} cuts ({report['granularity']})"
+    if report["cuts"]:
+        print_table([_cells(cut) for cut in report["cuts"]], title=title, left=["format"])
+    else:
+        print(title)
+
+
+def _cells(cut: dict[str, Any]) -> dict[str, str]:
+    prefix = f" +{cut['prefix_tokens']}" if cut["prefix_tokens"] else ""
+    return {
+        "cut": cut["name"],
+        "format": cut["format"] + prefix,
+        "shape": "x".join(map(str, cut["shape"])),
+        "stride": "-" if cut["stride"] is None else f"{cut['stride']:g}",
+        "M MACs before": f"{cut['macs_before'] / 1e6:.1f}",
+        "M params before": f"{cut['params_before'] / 1e6:.3f}",
+    }

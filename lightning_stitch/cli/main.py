@@ -1,103 +1,37 @@
-"""The command line: LightningCLI's commands, `compare` and `inspect` beside them; `predict` and `publish`."""
+"""`lightning-stitch COMMAND ...`: which command is meant, and how errors are told.
+
+A command that takes a configuration is a method of `StitchTrainer`; every other one is a function whose signature is
+its parser (`lightning_stitch.cli.parsers`). Whatever is slow to import, each command imports when it runs, so that
+`--help`, `--version` and a misspelt command are answered at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
-from lightning_stitch.cli import predict as predict_command
-from lightning_stitch.cli import publish as publish_command
+from lightning_stitch import __version__
 from lightning_stitch.cli.inspect import inspect
-from lightning_stitch.cli.trainer import StitchTrainer
-from lightning_stitch.errors import StitchError
-from lightning_stitch.training import FragmentSearch
+from lightning_stitch.cli.predict import predict
+from lightning_stitch.cli.publish import publish
+from lightning_stitch.errors import StitchError, nearest
 
-if TYPE_CHECKING:
-    from pytorch_lightning.cli import LightningCLI
-else:
-    try:
-        import_module("jsonargparse")
-    except ModuleNotFoundError as error:
-        raise StitchError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
-    LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
-
-
-class StitchCLI(LightningCLI):
-    """LightningCLI for any LightningModule and LightningDataModule, that keeps the result of a run without training.
-
-    With `max_epochs: 0` a Trainer writes no checkpoint, so one is written after fit: `stitched.ckpt` in the log
-    directory, which `test`, `predict` and `load_from_checkpoint` take.
-    """
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `compare` and `inspect`, which take the same configuration."""
-        own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "compare": own, "inspect": own}
-
-    def before_fit(self) -> None:
-        """Spare a search whose network a checkpoint replaces; "last" and the like only the Trainer can resolve."""
-        path = self.config["fit"].ckpt_path
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, FragmentSearch) and path is not None and Path(path).is_file():
-                callback.ckpt_path = path
-
-    def after_fit(self) -> None:
-        """Save what a search without training made."""
-        if self.trainer.max_epochs != 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "stitched.ckpt"
-        self.trainer.save_checkpoint(path)
-        if self.trainer.is_global_zero:
-            print(f"The stitched network is in {path}.")
+FUNCTIONS: dict[str, Callable[..., None]] = {function.__name__: function for function in (inspect, predict, publish)}
+CONFIGURED = {
+    "fit": "Search, compose and train as a configuration says (--config FILE).",
+    "validate": "Evaluate a checkpoint on the validation images of a configuration.",
+    "test": "Evaluate a checkpoint on the test images of a configuration.",
+    "predict_data": "Predict with a module, a data module and callbacks of a configuration.",
+    "check": "Check the sources of a configuration's search before anything is downloaded.",
+    "compare": "Compare a StitchNet with linear probing and fine-tuning, by a configuration.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of this library's is printed without a traceback and exits with 1."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["inspect"] and _is_configured(arguments):
-        # Both kinds of inspect take --json alone; the parser of configurations wants a value.
-        arguments = ["--json=true" if argument == "--json" else argument for argument in arguments]
-        sys.argv[1:] = sys.argv[1:] if argv is not None else arguments
     try:
-        if arguments[:1] == ["inspect"] and not _is_configured(arguments):
-            inspect(arguments[1:])
-        elif arguments[:1] == ["publish"]:
-            publish_command.publish_checkpoint(arguments[1:])
-        elif predict_command.is_meant(arguments):
-            predict_command.predict(arguments[1:])
-        else:
-            if arguments[:1] in (["-h"], ["--help"]):
-                print(
-                    "lightning-stitch inspect SOURCE ... lists a source's cuts; see lightning-stitch inspect --help.\n"
-                    "lightning-stitch inspect --config FILE ... checks the sources of a search before any download.\n"
-                    f"{predict_command.USAGE}\n{publish_command.USAGE}\n"
-                )
-            elif arguments in (["predict", "-h"], ["predict", "--help"]):
-                predict_command.parser().print_help()
-                print("\nOr, with a model and data of your own:\n")
-            StitchCLI(
-                pl.LightningModule,
-                pl.LightningDataModule,
-                trainer_class=StitchTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                # A second run with the same version directory would stop at the first one's saved configuration.
-                save_config_kwargs={"overwrite": True},
-                # LightningCLI warns where it is handed what stands on the command line anyway.
-                args=None if argv is None else arguments,
-            )
-    except SystemExit as stop:
-        # jsonargparse says only that a class is no subclass, by a name that both packages share.
-        if stop.code == 2 and (hint := explain_both_loaded()) is not None:
-            print(f"note: {hint}", file=sys.stderr)
-        raise
+        _run(list(sys.argv[1:] if argv is None else argv), from_process=argv is None)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,9 +44,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _is_configured(arguments: Sequence[str]) -> bool:
-    """Whether `inspect` is about the search of a configuration, and not about one source."""
-    return any(argument.partition("=")[0] in ("--config", "-c") for argument in arguments)
+def _run(arguments: list[str], *, from_process: bool) -> None:
+    try:
+        from lightning_stitch.cli.parsers import PROGRAM, overview, parser_of, summary_of
+    except ModuleNotFoundError as error:
+        raise StitchError("The command line needs jsonargparse: pip install 'lightning-stitch[cli]'") from error
+
+    command = arguments[0] if arguments else "--help"
+    if command in FUNCTIONS:
+        parser = parser_of(FUNCTIONS[command])
+        FUNCTIONS[command](**vars(parser.parse_args(arguments[1:])))
+    elif command in CONFIGURED or (command.startswith("--config") and CONFIGURED.keys() & set(arguments)):
+        from lightning_stitch.cli.trainer import run_configured
+
+        # LightningCLI warns where it is handed what stands on the command line anyway.
+        run_configured(None if from_process else arguments)
+    elif command.startswith("-"):
+        summaries = {name: summary_of(function) for name, function in FUNCTIONS.items()}
+        overview(CONFIGURED | summaries, __version__).parse_args([command])
+    else:
+        closest = nearest(command, [*CONFIGURED, *FUNCTIONS])
+        raise StitchError(f"There is no command {command!r}. Nearest: {closest}. {PROGRAM} --help lists all.")
 
 
 def _expected(error: BaseException | None) -> StitchError | None:
@@ -120,3 +72,7 @@ def _expected(error: BaseException | None) -> StitchError | None:
     while error is not None and not isinstance(error, StitchError):
         error = error.__cause__
     return error
+
+
+if __name__ == "__main__":
+    main()

@@ -2,113 +2,111 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub import CardDetails, open_pretrained, publish
-from lightning_stitch.networks import StitchedNetwork
-from lightning_stitch.training import StitchedClassifier, open_classifier
 
-USAGE = "lightning-stitch publish CHECKPOINT REPO shares a network on the hub; see lightning-stitch publish --help."
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    made = argparse.ArgumentParser(
-        prog="lightning-stitch publish",
-        description="Publish the network of a checkpoint on the hub, with head, class names and a card, in one commit.",
-    )
-    made.add_argument("checkpoint", help="a checkpoint such as stitched.ckpt, or a saved folder")
-    made.add_argument("repo", help="ORG/NAME; made if it does not exist")
-    visibility = made.add_mutually_exclusive_group()
-    visibility.add_argument("--private", action="store_true", default=None, help="a private repository")
-    visibility.add_argument("--public", dest="private", action="store_false", help="a public repository")
-    made.add_argument("--revision", help="a branch, made if it does not exist (default main)")
-    made.add_argument(
-        "--existing-card", choices=["refuse", "keep", "replace"], default="refuse", help="what becomes of a README.md"
-    )
-    made.add_argument("--message", default="Publish a stitched network", help="of the commit")
-    made.add_argument("--dataset", help="the data it was made for: an id on the hub, or a name")
-    made.add_argument("--metric", action="append", default=[], metavar="NAME=VALUE", help="what was measured on them")
-    made.add_argument("--split", default="test", help="the part of the data the metrics are of (default test)")
-    made.add_argument("--num-images", type=int, help="how many images that are")
-    made.add_argument(
-        "--comparison", help="comparison.json of the search, for the card (default: beside the checkpoint, if there)"
-    )
-    made.add_argument("--command", help="the command that makes the network again, for the card")
-    made.add_argument("--licence", help="your word on the licence, where the sources' do not tell it")
-    made.add_argument("--licence-override", metavar="REASON", help="why it may be shared although a licence forbids it")
-    made.add_argument("--class-names", nargs="+", help="names of the classes, instead of the checkpoint's")
-    return made
+if TYPE_CHECKING:
+    from lightning_stitch.networks import StitchedNetwork
+    from lightning_stitch.training import StitchedClassifier
 
 
-def publish_checkpoint(arguments: Sequence[str]) -> None:
-    """Publish a checkpoint and print where it is.
+def publish(
+    checkpoint: str,
+    repo: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    existing_card: Literal["refuse", "keep", "replace"] = "refuse",
+    message: str = "Publish a stitched network",
+    dataset: str | None = None,
+    metrics: dict[str, float] = {},  # noqa: B006 (never changed; shown as the default in the help)
+    split: str = "test",
+    num_images: int | None = None,
+    comparison: str | None = None,
+    command: str | None = None,
+    licence: str | None = None,
+    licence_override: str | None = None,
+    class_names: list[str] | None = None,
+) -> None:
+    """Publish the network of a checkpoint on the hub, with head, class names and a card, in one commit.
+
+    Args:
+        checkpoint: A checkpoint such as stitched.ckpt, or a saved folder.
+        repo: ORG/NAME; made if it does not exist.
+        private: Whether the repository is private; null leaves it as it is, or to the hub.
+        revision: A branch, made if it does not exist; null is main.
+        existing_card: What becomes of a README.md that is there.
+        message: Of the commit.
+        dataset: The data it was made for: an id on the hub, or a name.
+        metrics: What was measured on them, such as --metrics.accuracy 0.93.
+        split: The part of the data that the metrics are of.
+        num_images: How many images that are.
+        comparison: The comparison.json of the search, for the card; null is the one beside the checkpoint, if there.
+        command: The command that makes the network again, for the card.
+        licence: Your word on the licence, where the sources' do not tell it.
+        licence_override: The reason why it may be shared although a licence forbids it.
+        class_names: Names of the classes, instead of the checkpoint's.
 
     Raises:
-        StitchError: If the checkpoint or an option cannot be used, or as `publish`.
+        StitchError: If the checkpoint or an option cannot be used, or as `lightning_stitch.publish`.
     """
-    options = parser().parse_args(arguments)
-    table = _comparison(options.comparison, Path(options.checkpoint))
+    from lightning_stitch.hub import CardDetails
+    from lightning_stitch.hub import publish as publish_network
+    from lightning_stitch.training import StitchedClassifier
+
+    table = _comparison(comparison, Path(checkpoint))
     details = CardDetails(
-        dataset=options.dataset,
-        metrics=dict(map(_metric, options.metric)),
-        split=options.split,
-        num_images=options.num_images,
+        dataset=dataset,
+        metrics=metrics,
+        split=split,
+        num_images=num_images,
         rows=table.get("rows", []),
         verdict=table.get("verdict"),
-        command=options.command,
-        licence=options.licence,
-        licence_override=options.licence_override,
+        command=command,
+        licence=licence,
+        licence_override=licence_override,
     )
-    network = _opened(options.checkpoint)
-    if options.class_names:
+    network = _network_of(checkpoint)
+    if class_names:
         if not isinstance(network, StitchedClassifier):
-            raise StitchError(f"--class-names names a classifier's outputs; {options.checkpoint} holds none.")
-        network.class_names = options.class_names
-    found = publish(
+            raise StitchError(f"--class_names names a classifier's outputs; {checkpoint} holds none.")
+        network.class_names = class_names
+    published = publish_network(
         network,
-        options.repo,
-        private=options.private,
-        revision=options.revision,
+        repo,
+        private=private,
+        revision=revision,
         details=details,
-        existing_card=options.existing_card,
-        commit_message=options.message,
+        existing_card=existing_card,
+        commit_message=message,
     )
-    print(f"Published {found.url}\ncommit {found.commit}")
+    print(f"Published {published.url}\ncommit {published.commit}")
 
 
-def _opened(where: str) -> StitchedClassifier | StitchedNetwork:
+def _network_of(checkpoint: str) -> StitchedClassifier | StitchedNetwork:
     """What a checkpoint or a saved folder holds."""
-    if Path(where).is_dir() and open_pretrained(where, weights=False).kind != "classifier":
-        return StitchedNetwork.from_pretrained(where)
-    return open_classifier(where)
+    from lightning_stitch.hub import open_pretrained
+    from lightning_stitch.networks import StitchedNetwork
+    from lightning_stitch.training import open_classifier
+
+    if Path(checkpoint).is_dir() and open_pretrained(checkpoint, weights=False).kind != "classifier":
+        return StitchedNetwork.from_pretrained(checkpoint)
+    return open_classifier(checkpoint)
 
 
-def _metric(words: str) -> tuple[str, float]:
-    name, equals, value = words.partition("=")
-    try:
-        if not (name and equals):
-            raise ValueError
-        return name, float(value)
-    except ValueError as error:
-        raise StitchError(f"--metric takes NAME=VALUE, such as accuracy=0.93; found {words!r}.") from error
-
-
-def _comparison(given: str | None, checkpoint: Path) -> dict[str, Any]:
-    path = Path(given) if given else checkpoint.parent / "comparison.json"
-    if not given and not path.is_file():
+def _comparison(file: str | None, checkpoint: Path) -> dict[str, Any]:
+    """The record that a search wrote of its comparison; empty where none is named and none is beside the checkpoint."""
+    path = Path(file) if file else checkpoint.parent / "comparison.json"
+    if not file and not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["rows"], list) or not all(isinstance(row, dict) for row in found["rows"]):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["rows"], list) or not all(isinstance(row, dict) for row in record["rows"]):
             raise TypeError("rows should be a list of tables' rows")
-        if not isinstance(found.get("verdict"), str | None):
+        if not isinstance(record.get("verdict"), str | None):
             raise TypeError("verdict should be a sentence")
-        return dict(found)
+        return dict(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StitchError(f"{path} is no comparison.json of a search ({error}).") from error

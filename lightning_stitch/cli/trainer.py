@@ -1,18 +1,28 @@
-"""StitchTrainer: Lightning's Trainer with `compare` and `inspect` beside `fit` and `test`, for the command line."""
+"""The commands that take a configuration: LightningCLI's, with `check` and `compare` beside `fit` and `test`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_stitch._lightning import pl
-from lightning_stitch.baselines import METHODS, FineTuning, Method, Row, compare_methods, print_methods
+from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
+from lightning_stitch.baselines import METHODS, FineTuning, Method, compare_methods, print_methods
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.progress import Bar, Silent
 from lightning_stitch.sources import Preflight, preflight, print_preflight, refusal
+from lightning_stitch.tables import Record
 from lightning_stitch.training import FragmentSearch, StitchedClassifier, check_order, place_for_network
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI
+else:
+    LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
 
 _RECIPE = FineTuning()
 
@@ -23,7 +33,10 @@ class StitchTrainer(pl.Trainer):
     Its first logger says where to write.
     """
 
-    def inspect(
+    # By another name on the command line, where `predict` takes a checkpoint and image files.
+    predict_data = pl.Trainer.predict
+
+    def check(
         self,
         model: pl.LightningModule,
         datamodule: CalibrationDataModule | None = None,
@@ -50,7 +63,7 @@ class StitchTrainer(pl.Trainer):
             StitchError: If there is no FragmentSearch among the callbacks; after printing, if the images, the module
                 and the search do not suit each other.
         """
-        search = self._search("inspect")
+        search = self._search("check")
         check_order(self, search)
         place = place_for_network(model, search.attribute, search.head_attribute)
         unfit: list[StitchError] = []
@@ -95,7 +108,7 @@ class StitchTrainer(pl.Trainer):
         finetuning: FineTuning = _RECIPE,
         plot: bool = True,
         seed: int = 0,
-    ) -> list[Row]:
+    ) -> list[Record]:
         """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
 
         The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in
@@ -146,3 +159,59 @@ class StitchTrainer(pl.Trainer):
         if plot:
             print(f"Accuracy against training FLOPs is drawn in {directory / 'methods.png'}.")
         return rows
+
+
+class StitchCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, that keeps the result of a run without training.
+
+    With `max_epochs: 0` a Trainer writes no checkpoint, so one is written after fit: `stitched.ckpt` in the log
+    directory, which `test`, `predict` and `load_from_checkpoint` take.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `check` and `compare`, which take the same configuration."""
+        commands = LightningCLI.subcommands()
+        commands["predict_data"] = commands.pop("predict")
+        return {**commands, "check": {"model", "datamodule"}, "compare": {"model", "datamodule"}}
+
+    def before_fit(self) -> None:
+        """Spare a search whose network a checkpoint replaces; "last" and the like only the Trainer can resolve."""
+        path = self.config["fit"].ckpt_path
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FragmentSearch) and path is not None and Path(path).is_file():
+                callback.ckpt_path = path
+
+    def after_fit(self) -> None:
+        """Save what a search without training made."""
+        if self.trainer.max_epochs != 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "stitched.ckpt"
+        self.trainer.save_checkpoint(path)
+        if self.trainer.is_global_zero:
+            print(f"The stitched network is in {path}.")
+
+
+def run_configured(arguments: Sequence[str] | None) -> None:
+    """Run one of `StitchCLI`'s commands.
+
+    Args:
+        arguments: The command and its options; None: those of the process.
+    """
+    try:
+        StitchCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            trainer_class=StitchTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # A second run with the same version directory would stop at the first one's saved configuration.
+            save_config_kwargs={"overwrite": True},
+            args=None if arguments is None else list(arguments),
+        )
+    except SystemExit as stop:
+        # jsonargparse says only that a class is no subclass, by a name that both packages share.
+        if stop.code == 2 and (hint := explain_both_loaded()) is not None:
+            print(f"note: {hint}", file=sys.stderr)
+        raise

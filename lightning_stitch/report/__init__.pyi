@@ -1,7 +1,7 @@
 from .comparison import Comparison, compare
 from .evaluation import Evaluation, score
 from .predictions import as_csv, check_output, prediction_rows, write_predictions
-from .tables import print_table, write_candidates, write_table
+from .tables import print_comparison, write_candidates, write_comparison
 
 __all__ = [
     "Comparison",
@@ -10,9 +10,9 @@ __all__ = [
     "check_output",
     "compare",
     "prediction_rows",
-    "print_table",
+    "print_comparison",
     "score",
     "write_candidates",
+    "write_comparison",
     "write_predictions",
-    "write_table",
 ]

@@ -16,10 +16,11 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
-from lightning_stitch.report.evaluation import Evaluation, Row, verdict
+from lightning_stitch.report.evaluation import Evaluation, verdict
 from lightning_stitch.report.tables import comparison_table
 from lightning_stitch.search import SearchResult
 from lightning_stitch.stitching import Candidate
+from lightning_stitch.tables import Record
 
 Loader = Iterable[Any]
 
@@ -53,7 +54,7 @@ class Comparison:
         unmet: The budgets that no StitchNet keeps, in words.
     """
 
-    rows: list[Row]
+    rows: list[Record]
     sentence: str
     unmet: tuple[str, ...]
 

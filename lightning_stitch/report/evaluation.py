@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
+from lightning_stitch.stitching import Kind
 
-Kind = Literal["source", "self-stitched", "early exit", "stitched"]
-Row = dict[str, Any]
-
-_METRICS = ("accuracy", "balanced_accuracy", "auroc")
+METRICS = ("accuracy", "balanced_accuracy", "auroc")
 _SIGNIFICANT = 0.05
 # Entries of one resamples x images block: 32 MB in float64.
 _BLOCK = 4_000_000
@@ -106,7 +104,7 @@ def score(
     points = _metrics(probabilities, targets, everything)
     blocks = [_metrics(probabilities, targets, w) for w in _resamples(len(targets), num_resamples, seed)]
     result: dict[str, float | None] = {}
-    for metric in _METRICS:
+    for metric in METRICS:
         low, high = _interval(torch.cat([block[metric] for block in blocks]))
         point = float(points[metric])
         numbers = {metric: point, f"{metric}_low": low, f"{metric}_high": high}

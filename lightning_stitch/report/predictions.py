@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io import complete_or_absent
+from lightning_stitch.tables import Record, csv_text
 
 SUFFIXES = (".csv", ".jsonl")
 _LIKELY = 0.5
@@ -21,7 +19,7 @@ _LIKELY = 0.5
 
 def prediction_rows(
     files: Sequence[str], outputs: Tensor, names: Sequence[str] | None = None, *, task: str = "multiclass"
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One row for each image, of plain strings, numbers, lists and dicts.
 
     | task | fields |
@@ -54,11 +52,11 @@ def prediction_rows(
     columns = [str(index) for index in range(outputs.shape[1])] if names is None else list(names)
     if len(columns) != outputs.shape[1]:
         raise StitchError(f"There are {len(columns)} names {columns[:10]} for {outputs.shape[1]} predicted columns.")
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     # str() of a float32 has the fewest digits that tell it from its neighbours.
     for file, numbers in zip(files, outputs.detach().float().cpu().numpy(), strict=True):
         named = {name: float(str(number)) for name, number in zip(columns, numbers, strict=True)}
-        row: dict[str, Any] = {"file": file}
+        row: Record = {"file": file}
         if task == "multiclass":
             best = columns[int(numbers.argmax())]
             row |= {"class": best, "probability": named[best], "probabilities": named}
@@ -91,7 +89,7 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
         raise StitchError(f"{path} exists; name another file, or have it replaced (overwrite, --overwrite).")
 
 
-def write_predictions(rows: Sequence[dict[str, Any]], output: str | Path) -> None:
+def write_predictions(rows: Sequence[Record], output: str | Path) -> None:
     """Write a file of predictions, whole or not at all: it gets its name when it is complete.
 
     In CSV a mapping becomes one column for each of its names, "probability_NAME" or "value_NAME", and a list is joined
@@ -108,20 +106,16 @@ def write_predictions(rows: Sequence[dict[str, Any]], output: str | Path) -> Non
         file.write(text.encode("utf-8", errors="surrogateescape"))
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Sequence[Record]) -> str:
     """The rows as CSV, with a header."""
     stems = {"probabilities": "probability", "values": "value"}
     flat = []
     for row in rows:
-        cells: dict[str, Any] = {}
+        cells: Record = {}
         for key, value in row.items():
             if isinstance(value, dict):
                 cells |= {f"{stems.get(key, key)}_{name}": number for name, number in value.items()}
             else:
                 cells[key] = ";".join(value) if isinstance(value, list) else value
         flat.append(cells)
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, fieldnames=list(flat[0]) if flat else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
+    return csv_text(flat)

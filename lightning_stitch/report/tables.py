@@ -1,28 +1,24 @@
-"""Tables of a comparison and of a search's candidates: on the console, as Markdown, CSV and JSON."""
+"""Tables of a comparison and of a search's candidates: on the console, as CSV and as JSON."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.report.evaluation import _METRICS, Evaluation, Row, score
+from lightning_stitch.report.evaluation import METRICS, Evaluation, score
 from lightning_stitch.search import SearchResult
-
-_WIDTH = 120
+from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
 
 
 def comparison_table(
     evaluations: Sequence[Evaluation], targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
-) -> list[Row]:
+) -> list[Record]:
     """One flat row per network, of plain strings, numbers and None: its name, kind and budget, `score`, its costs.
 
     Args:
@@ -52,8 +48,8 @@ def comparison_table(
     ]
 
 
-def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Console | None = None) -> None:
-    """Print the table and the verdict; 120 characters are wide enough. Its column CKA is the product of the CKAs.
+def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, console: Console | None = None) -> None:
+    """Print the table and the verdict. Its column CKA is the product of the CKAs; an empty column is left out.
 
     Args:
         rows: What `comparison_table` returned.
@@ -64,44 +60,14 @@ def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Cons
     Raises:
         StitchError: If there are no rows.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width; rich would assume 80.
-        console.width = max(console.width, _WIDTH)
-    roomy = console.width >= _WIDTH
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    cells = _cells(rows)
-    for column in cells[0]:
-        first = column == "network"
-        table.add_column(column, justify="left" if first else "right", no_wrap=roomy and not first, overflow="fold")
-    for row, line in zip(rows, cells, strict=True):
-        about = row["budget"] or row["kind"]
-        table.add_row(Text(f"{line['network']}\n {about}"), *list(line.values())[1:])
-    console.print(table)
-    console.print()
-    console.print(Text(sentence))
+    cells = [_cells(row) for row in rows]
+    shown = [column for column in (cells[0] if cells else ()) if any(row[column] != "-" for row in cells)]
+    lines = [{column: row[column] for column in shown} for row in cells]
+    print_table(lines, title=title, notes=["", Text(sentence)], console=console)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown, for a README or a model card.
-
-    Args:
-        rows: What `comparison_table` returned.
-
-    Raises:
-        StitchError: If there are no rows.
-    """
-    cells = [
-        {"network": line["network"], "kind": row["kind"], "budget": row["budget"] or "-", **line}
-        for row, line in zip(rows, _cells(rows), strict=True)
-    ]
-    columns = [column for column in cells[0] if column != "budget" or any(row["budget"] for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in cells)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_table(
-    rows: Sequence[Row], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
+def write_comparison(
+    rows: Sequence[Record], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
     """Write `comparison.csv` and `comparison.json`, replacing those that are there.
 
@@ -117,54 +83,22 @@ def write_table(
     Raises:
         StitchError: If there are no rows, or rows or settings are not plain finite JSON values; nothing is written.
     """
-    _require(rows)
-    record = {"verdict": sentence, "settings": dict(settings or {}), "rows": list(rows)}
-    try:
-        text = json.dumps(record, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise StitchError(f"Rows and settings must be plain JSON values, without NaN: {error}.") from error
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    csv_path, json_path = folder / "comparison.csv", folder / "comparison.json"
-    json_path.write_text(text + "\n", encoding="utf-8")
-    with csv_path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return csv_path, json_path
+    return write_records(rows, Path(directory) / "comparison", verdict=sentence, settings=dict(settings or {}))
 
 
-def _require(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise StitchError("There are no rows to show; `comparison_table` makes them.")
+def _cells(row: Record) -> dict[str, str]:
+    return {
+        "network": f"{row['name']}\n {row['budget'] or row['kind']}",
+        **{metric.replace("_", " ").replace("auroc", "AUROC"): with_interval(row, metric) for metric in METRICS},
+        "M params": f"{row['params'] / 1e6:.2f}",
+        "M MACs": f"{row['macs'] / 1e6:.1f}",
+        "seconds": f"{row['seconds']:.1f}",
+        "labels": str(row["labels"]),
+        "CKA": "-" if row["cka_product"] is None else f"{row['cka_product']:.3f}",
+    }
 
 
-def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """What both tables show, as text; a column that is empty throughout is left out."""
-    _require(rows)
-    table = [
-        {
-            "network": str(row["name"]),
-            **{metric.replace("_", " ").replace("auroc", "AUROC"): _with_interval(row, metric) for metric in _METRICS},
-            "M params": f"{row['params'] / 1e6:.2f}",
-            "M MACs": f"{row['macs'] / 1e6:.1f}",
-            "seconds": f"{row['seconds']:.1f}",
-            "labels": str(row["labels"]),
-            "CKA": "-" if row["cka_product"] is None else f"{row['cka_product']:.3f}",
-        }
-        for row in rows
-    ]
-    empty = {column for column in table[0] if all(line[column] == "-" for line in table)}
-    return [{column: cell for column, cell in line.items() if column not in empty} for line in table]
-
-
-def _with_interval(row: Row, metric: str) -> str:
-    if row[metric] is None:
-        return "-"
-    return f"{row[metric]:.3f} [{row[f'{metric}_low']:.2f}, {row[f'{metric}_high']:.2f}]"
-
-
-def candidate_rows(result: SearchResult) -> list[dict[str, Any]]:
+def candidate_rows(result: SearchResult) -> list[Record]:
     """One flat row for each candidate, best first, of plain strings, numbers, booleans and None.
 
     Its place (1 is the best), its kind and fragments in words, its costs (`activation_bytes` and `latency_ms` as
@@ -203,11 +137,4 @@ def write_candidates(result: SearchResult, directory: str | Path) -> Path:
     Returns:
         The path of the file.
     """
-    rows = candidate_rows(result)
-    path = Path(directory) / "candidates.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    return write_csv(candidate_rows(result), Path(directory) / "candidates.csv")

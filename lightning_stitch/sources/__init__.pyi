@@ -5,7 +5,7 @@ from .meta_device import build_on_meta
 from .preflight_checks import Preflight, preflight
 from .preflight_table import fitting_sources, print_preflight, refusal, usable_sources
 from .source import Source, build_architecture, load_source, load_sources
-from .spec import SPECS, checked_preprocessing
+from .spec import checked_preprocessing
 from .timm_models import hub_repository
 from .views import Preprocess, check_names, opened, view_size, without_strangers
 
@@ -14,7 +14,6 @@ __all__ = [
     "CombinedLicence",
     "Preflight",
     "Preprocess",
-    "SPECS",
     "Source",
     "build_architecture",
     "build_on_meta",

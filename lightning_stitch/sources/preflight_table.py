@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import StringIO
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.finding import AnySource
-from lightning_stitch.sources.preflight_checks import Preflight, SourceCheck, preflight
+from lightning_stitch.sources.preflight_checks import Preflight, preflight
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import opened
+from lightning_stitch.tables import print_table, table_text
 
-_WIDE = 1000  # in a pipe or a log there is no width to go by
-_COLUMNS = ("source", "fits", "sees", "cuts", "M params", "M MACs", "licence", "download")
-_NOT_FOR_NARROW_TERMINALS = ("M MACs", "cuts", "M params", "sees")  # what is missed least first
+_LEFT = ("fits", "sees", "cuts", "licence")
+_EXPENDABLE = ("M MACs", "cuts", "M params", "sees")
 
 
 def print_preflight(checked: Preflight, *, console: Console | None = None) -> None:
@@ -30,37 +27,19 @@ def print_preflight(checked: Preflight, *, console: Console | None = None) -> No
         checked: What `preflight` found.
         console: Where to; None: standard output.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        print(preflight_text(checked), file=console.file)
-        return
-    _print(checked, console)
-
-
-def _print(checked: Preflight, console: Console) -> None:
-    # The title goes before the table, which would fold it to its own width.
-    console.print(_title(checked), markup=False, highlight=False, soft_wrap=True, style="italic")
-    columns = list(_COLUMNS)
-    for column in _NOT_FOR_NARROW_TERMINALS:
-        if (
-            console.measure(_table(checked, columns), options=console.options.update(width=_WIDE)).maximum
-            <= console.width
-        ):
-            break
-        columns.remove(column)
-    console.print(_table(checked, columns))
-    reasons = [f"{row.name} is rejected: {problem}" for row in checked.rows for problem in row.problems]
-    notes = [f"{row.name}: {note}." for row in checked.rows if row.fits for note in row.notes]
-    for line in (*reasons, *checked.problems, *checked.notes, *notes, *map(_room, checked.disks)):
-        # Whole lines: they hold commands to copy.
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_table(
+        _rows(checked),
+        title=_title(checked),
+        notes=_notes(checked),
+        left=_LEFT,
+        expendable=_EXPENDABLE,
+        console=console,
+    )
 
 
 def preflight_text(checked: Preflight) -> str:
     """What `print_preflight` prints, without colours."""
-    text = StringIO()
-    _print(checked, Console(file=text, width=_WIDE, force_terminal=False))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return table_text(_rows(checked), title=_title(checked), notes=_notes(checked), left=_LEFT)
 
 
 def require(checked: Preflight, *, skip_rejected: bool = False) -> None:
@@ -149,38 +128,32 @@ def fitting_sources(
     return fitting
 
 
-def _table(checked: Preflight, columns: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column[:2] == "M " or column == "download" else "left",
-            no_wrap=column not in ("source", "licence", "cuts"),
-            overflow="fold",
-        )
-    for row in checked.rows:
-        cells = dict(zip(_COLUMNS, _cells(row), strict=True))
-        table.add_row(*(Text(cells[column]) for column in columns))
-    return table
-
-
 def _title(checked: Preflight) -> str:
     seen = "each in its own size" if checked.image_shape is None else f"for images of {_size(checked.image_shape)}"
     fitting = sum(row.fits for row in checked.rows)
     return f"{fitting} of {len(checked.rows)} sources fit, {seen}; checked in {checked.seconds:.1f} s"
 
 
-def _cells(row: SourceCheck) -> list[str]:
+def _rows(checked: Preflight) -> list[dict[str, str]]:
     return [
-        row.name,
-        "yes" if row.fits else "no",
-        "-" if row.view_size is None else _size(row.view_size),
-        "-" if row.formats is None else ", ".join(f"{count} {format}" for format, count in row.formats.items()),
-        "-" if row.params is None else f"{row.params / 1e6:.2f}",
-        "-" if row.macs is None else f"{row.macs / 1e6:.1f}",
-        row.licence or "unknown",
-        "?" if row.download is None else f"{row.download / 1e6:.1f} MB" if row.download else "-",
+        {
+            "source": row.name,
+            "fits": "yes" if row.fits else "no",
+            "sees": "-" if row.view_size is None else _size(row.view_size),
+            "cuts": "-" if row.formats is None else ", ".join(f"{n} {format}" for format, n in row.formats.items()),
+            "M params": "-" if row.params is None else f"{row.params / 1e6:.2f}",
+            "M MACs": "-" if row.macs is None else f"{row.macs / 1e6:.1f}",
+            "licence": row.licence or "unknown",
+            "download": "?" if row.download is None else f"{row.download / 1e6:.1f} MB" if row.download else "-",
+        }
+        for row in checked.rows
     ]
+
+
+def _notes(checked: Preflight) -> list[str]:
+    reasons = [f"{row.name} is rejected: {problem}" for row in checked.rows for problem in row.problems]
+    notes = [f"{row.name}: {note}." for row in checked.rows if row.fits for note in row.notes]
+    return [*reasons, *checked.problems, *checked.notes, *notes, *map(_room, checked.disks)]
 
 
 def _room(disk: Any) -> str:

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.report import Comparison, print_table, write_candidates, write_table
+from lightning_stitch.report import Comparison, print_comparison, write_candidates, write_comparison
 from lightning_stitch.search import SearchResult
 
 
@@ -39,14 +39,14 @@ def report_search(
     if comparison is not None:
         title = "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
         sentence = " ".join([comparison.sentence, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
-        print_table(comparison.rows, sentence, title=title)
+        print_comparison(comparison.rows, sentence, title=title)
         outcome = {
             "recipe": best.candidate.recipe.to_dict(),
             "seconds": result.seconds,
             "rejected": result.rejected,
             "num_candidates": len(result.ranked),
         }
-        paths = write_table(comparison.rows, sentence, Path(log_dir), settings={**settings, **outcome})
+        paths = write_comparison(comparison.rows, sentence, Path(log_dir), settings={**settings, **outcome})
         lines.append(f"The table is in {paths[0]} and {paths[1]}.")
     if trainer.progress_bar_callback is not None or comparison is not None:
         for line in lines:

@@ -22,8 +22,8 @@ def test_a_backward_pass_takes_twice_the_forward_one_but_for_the_first_layers_in
     with Meter() as backward:
         loss.backward()
     first, second = 2 * 11 * 5 * 7, 2 * 11 * 7 * 3
-    assert forward.flops == first + second
-    assert backward.flops == first + 2 * second
+    assert forward.spent.flops == first + second
+    assert backward.spent.flops == first + 2 * second
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_vit"])
@@ -34,7 +34,7 @@ def test_training_a_network_counts_what_torch_counts(architecture: str) -> None:
             network(images).sum().backward()
         with FlopCounterMode(display=False) as counter:
             network(images).sum().backward()
-    assert meter.flops == counter.get_total_flops() > 0
+    assert meter.spent.flops == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
@@ -45,7 +45,7 @@ def test_a_pass_counts_two_flops_for_each_mac_whatever_kernel_runs(
     network = donor(architecture).module
     with mode(), Meter() as meter:
         network(torch.rand(3, 3, 160, 160))
-    assert meter.flops == 3 * 2 * network_cost(network, (3, 160, 160)).macs
+    assert meter.spent.flops == 3 * 2 * network_cost(network, (3, 160, 160)).macs
 
 
 def test_fused_attention_computes_the_scores_once_more_on_the_way_back() -> None:
@@ -55,8 +55,8 @@ def test_fused_attention_computes_the_scores_once_more_on_the_way_back() -> None
             attended = functional.scaled_dot_product_attention(query, key, value)
         with Meter() as backward:
             attended.sum().backward()
-    assert forward.flops == 2 * (2 * 2 * 4 * 6 * 9 * 8)
-    assert backward.flops == 5 * (2 * 2 * 4 * 6 * 9 * 8)
+    assert forward.spent.flops == 2 * (2 * 2 * 4 * 6 * 9 * 8)
+    assert backward.spent.flops == 5 * (2 * 2 * 4 * 6 * 9 * 8)
 
 
 SQUARE = torch.eye(6, dtype=torch.float64)
@@ -77,13 +77,13 @@ SQUARE = torch.eye(6, dtype=torch.float64)
 def test_what_closed_form_fits_are_made_of_counts(run: Callable[[], Tensor], flops: int) -> None:
     with Meter() as meter:
         run()
-    assert meter.flops == flops
+    assert meter.spent.flops == flops
 
 
 def test_dry_runs_count_nothing() -> None:
     with Meter() as meter:
         assert network_cost(nn.Conv2d(3, 8, 3), (3, 8, 8)).macs > 0
-    assert meter.flops == 0
+    assert meter.spent.flops == 0
 
 
 def test_seconds_run_until_the_end_also_where_that_is_an_error() -> None:
@@ -94,7 +94,7 @@ def test_seconds_run_until_the_end_also_where_that_is_an_error() -> None:
     meter = Meter()
     with pytest.raises(ZeroDivisionError), meter:
         fail()
-    assert meter.seconds >= 0.05 > meter.cpu_seconds
-    assert meter.flops == 2 * 6**3
+    assert meter.spent.seconds >= 0.05 > meter.spent.cpu_seconds
+    assert meter.spent.flops == 2 * 6**3
     assert (SQUARE @ SQUARE).shape == (6, 6)
-    assert meter.flops == 2 * 6**3
+    assert meter.spent.flops == 2 * 6**3

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch._lightning import pl
-from lightning_stitch.baselines import table as method_plot
+from lightning_stitch.baselines import plots
 from lightning_stitch.baselines.contenders import METHODS
 from lightning_stitch.errors import BudgetError, CalibrationError, SourceError, StitchError
 
@@ -185,7 +185,7 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
 def test_a_plot_that_cannot_be_drawn_is_an_error_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(method_plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(StitchError, match="The plot needs matplotlib"):
         compared(tmp_path, plot=True)
     assert not list(tmp_path.iterdir())

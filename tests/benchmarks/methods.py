@@ -12,7 +12,6 @@ complete and goes on with the next one.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import statistics
@@ -23,7 +22,8 @@ from typing import Any
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch.baselines.contenders import METHODS
-from lightning_stitch.baselines.table import plot_methods
+from lightning_stitch.baselines.plots import plot_methods
+from lightning_stitch.tables import write_csv
 
 # Fewer images make fewer steps in an epoch.
 EPOCHS = {32: 20, 128: 8, 512: 3}
@@ -104,10 +104,7 @@ def main() -> None:
         for labels in options.labels:
             begun = time.perf_counter()
             rows += run(options, labels, seed)
-            with (options.output / "all.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(rows, options.output / "all.csv")
             print(f"{labels} labels, seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
     plot_methods(rows, options.output / "methods.png")
     print("\n" + spread_table(rows))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import lightning_stitch
 from lightning_stitch import StitchedClassifier
-from lightning_stitch.cli.main import main
+from lightning_stitch.cli.main import CONFIGURED, FUNCTIONS, main
+from lightning_stitch.cli.trainer import StitchCLI
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 
@@ -75,6 +78,89 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(arguments)
     assert stopped.value.code == 1
     return capsys.readouterr().err
+
+
+def without_breaks(text: str) -> str:
+    """Help texts are wrapped, at hyphens too."""
+    return "".join(text.split())
+
+
+def test_the_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = without_breaks(capsys.readouterr().out)
+    assert CONFIGURED.keys() == StitchCLI.subcommands().keys()
+    assert not CONFIGURED.keys() & FUNCTIONS.keys()
+    summaries = {name: str(function.__doc__).splitlines()[0] for name, function in FUNCTIONS.items()}
+    for name, words in (CONFIGURED | summaries).items():
+        assert without_breaks(name + words) in printed
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_commands_help_says_what_each_option_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    printed = without_breaks(capsys.readouterr().out)
+    assert f"usage:lightning-stitch{name}[" in printed
+    lines = str(FUNCTIONS[name].__doc__).splitlines()
+    for parameter in signature(FUNCTIONS[name]).parameters:
+        (described,) = (line.split(":", 1)[1] for line in lines if line.startswith(f"        {parameter}:"))
+        assert without_breaks(described) in printed
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "inspct", "--hepl"])
+def test_what_needs_no_network_loads_none(argument: str) -> None:
+    script = f"""
+import sys, time
+from lightning_stitch.cli.main import main
+try:
+    main(["{argument}"])
+finally:
+    heavy = {{"torch", "timm", "pytorch_lightning", "lightning", "huggingface_hub"}} & sys.modules.keys()
+    print("loaded:", heavy or None)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "loaded: None" in done.stdout
+    assert done.returncode == {"inspct": 1, "--hepl": 2}.get(argument, 0)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-stitch {lightning_stitch.__version__}\n"
+
+
+def test_a_misspelt_command_is_told_the_nearest_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = error_of(["inspct", "resnet50"], capsys)
+    assert printed.startswith("error: There is no command 'inspct'. Nearest: 'inspect', ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict"], "the following arguments are required: checkpoint, images"),
+        (["inspect", "test_resnet", "--pretrained", "perhaps"], "Expected a <class 'bool'>. Got value: perhaps"),
+        (["publish", "a.ckpt", "me/a", "--existing_card=burn"], "existing_card"),
+        (["publish", "a.ckpt", "me/a", "--metrics.accuracy=high"], "Expected a <class 'float'>. Got value: high"),
+        (["predict", "--config", "config.yaml", "--ckpt_path=a.ckpt"], "unrecognized arguments: --config"),
+        (["inspect", "test_resnet", "--config", "config.yaml"], "unrecognized arguments: --config config.yaml"),
+    ],
+)
+def test_options_that_do_not_fit_a_commands_signature_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_configuration_may_stand_before_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(yaml.safe_dump({"check": {"model": "lightning_stitch.StitchedClassifier"}}))
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--config={path}", "check", "--model.num_classes=3", "--trainer.callbacks=7"])
+    assert "callbacks" in capsys.readouterr().err
 
 
 def test_inspect_lists_cuts_with_formats_shapes_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +273,7 @@ def test_fit_then_test_validate_and_predict_from_yaml(
     model = StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
-    for command, metric in (("test", "test_accuracy"), ("validate", "val_accuracy"), ("predict", "")):
+    for command, metric in (("test", "test_accuracy"), ("validate", "val_accuracy"), ("predict_data", "")):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint)])
         assert metric in capsys.readouterr().out
 
@@ -297,7 +383,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     ("head", "task", "then"),
     [
         ({"name": "knn", "num_neighbours": 3, "metric": "euclidean"}, "multiclass", "test"),
-        ({"name": "class_map", "classes": {"a": "0-9", "b": [20, "30-39"]}, "other": True}, "none", "predict"),
+        ({"name": "class_map", "classes": {"a": "0-9", "b": [20, "30-39"]}, "other": True}, "none", "predict_data"),
     ],
 )
 def test_heads_with_options_and_tasks_come_from_yaml(

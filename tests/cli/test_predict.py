@@ -57,7 +57,7 @@ def test_predictions_are_printed_as_csv_and_nothing_else(
 def test_lightnings_own_notes_are_back_afterwards(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logging.getLogger(NAMESPACE)
+    logger = logging.getLogger(f"{NAMESPACE}.utilities.rank_zero")
     level = logger.level
     main(["predict", str(checkpoint), str(images)])
     assert capsys.readouterr().out.startswith("file,class,")
@@ -68,7 +68,7 @@ def test_predictions_are_written_where_options_stand_before_and_behind(
     checkpoint: Path, model: StitchedClassifier, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = as_csv(predict_files(model, images))
-    for name, options in (("a", ["--batch-size=12"]), ("b", ["--batch-size", "12", "--device", "cpu"])):
+    for name, options in (("a", ["--batch_size=12"]), ("b", ["--batch_size", "12", "--device", "cpu"])):
         output = tmp_path / f"{name}.csv"
         main(["predict", *options, "--output", str(output), str(checkpoint), str(images)])
         assert output.read_text() == expected
@@ -86,7 +86,7 @@ def test_unreadable_files_are_refused_or_skipped_and_named(
     (folder / "notes.png").write_text("no image")
     arguments = ["predict", str(checkpoint), str(folder)]
     assert "1 of 5 files cannot be read as images" in error_of(arguments, capsys)
-    main([*arguments, "--skip-unreadable"])
+    main([*arguments, "--skip_unreadable"])
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 1 + 4
     assert re.search(r"skipped: .*notes\.png: cannot identify image file", printed.err)
@@ -100,13 +100,13 @@ def test_classes_without_names_are_numbered_unless_they_are_given(
     printed = capsys.readouterr()
     assert printed.out.startswith("file,class,probability,probability_0,probability_1,probability_2\n")
     assert f"{unnamed} holds no class names, so classes are numbered from 0; give them with" in printed.err
-    main(["predict", unnamed, str(images), "--class-names", "x", "y", "z"])
+    main(["predict", unnamed, str(images), "--class_names", "x", "y", "z"])
     named = capsys.readouterr()
     assert [line.split(",")[1] for line in named.out.splitlines()[1:]] == [
         "xyz"[int(line.split(",")[1])] for line in printed.out.splitlines()[1:]
     ]
     assert named.err == ""
-    wrong = error_of(["predict", unnamed, str(images), "--class-names", "x", "y"], capsys)
+    wrong = error_of(["predict", unnamed, str(images), "--class_names", "x", "y"], capsys)
     assert "class_names should be 3 different names" in wrong
 
 
@@ -144,17 +144,6 @@ def test_files_that_are_no_checkpoint_of_a_network_are_refused(
         "empty.ckpt": "empty.ckpt holds no network: it was saved before one was composed",
     }.items():
         assert words in error_of(["predict", str(tmp_path / name), str(images)], capsys)
-
-
-def test_help_shows_both_ways_to_predict(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["predict", "--help"])
-    printed = capsys.readouterr().out
-    assert "lightning-stitch predict [-h]" in printed
-    assert "--ckpt_path" in printed
-    with pytest.raises(SystemExit, match="2"):
-        main(["predict"])
-    assert "the following arguments are required: checkpoint, images" in capsys.readouterr().err
 
 
 def test_class_names_are_in_the_checkpoint(checkpoint: Path) -> None:

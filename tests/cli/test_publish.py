@@ -31,7 +31,7 @@ def test_a_checkpoint_is_published_with_its_table(
     checkpoint = save_checkpoint(classifier().eval(), tmp_path / "stitched.ckpt")
     rows = [{"name": "StitchNet", "kind": "stitched", "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}]
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": rows, "verdict": "Inside the noise."}))
-    options = ["--private", "--dataset=digits", "--metric=accuracy=0.5", "--num-images=30"]
+    options = ["--private=true", "--dataset=digits", "--metrics.accuracy=0.5", "--num_images=30"]
     main(["publish", str(checkpoint), REPO, *options])
     assert f"commit {hub.repos[REPO].branches['main']}" in capsys.readouterr().out
     assert hub.repos[REPO].private
@@ -55,9 +55,8 @@ def test_a_comparison_whose_verdict_is_no_sentence_is_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--metric=accuracy"], "--metric takes NAME=VALUE"),
-        (["--metric=accuracy=nan", "--dataset=digits"], "finite numbers"),
-        (["--metric=accuracy=0.5"], "give dataset= as well"),
+        (["--metrics.accuracy=.nan", "--dataset=digits"], "finite numbers"),
+        (["--metrics.accuracy=0.5"], "give dataset= as well"),
         (["--comparison=nowhere.json"], "nowhere.json is no comparison.json"),
     ],
 )
@@ -77,8 +76,8 @@ def test_folders_of_every_kind_are_published(
         main(["publish", str(tmp_path / kind), f"lab/{kind}"])
         assert hub.files(f"lab/{kind}")["model.safetensors"] == (tmp_path / kind / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit):
-        main(["publish", str(tmp_path / "network"), "lab/other", "--class-names", "a", "b"])
-    assert "--class-names names a classifier's outputs" in capsys.readouterr().err
+        main(["publish", str(tmp_path / "network"), "lab/other", "--class_names", "a", "b"])
+    assert "--class_names names a classifier's outputs" in capsys.readouterr().err
 
 
 def test_a_configuration_publishes_what_it_composed_and_trained(

@@ -67,3 +67,12 @@ def bright_halves(count: int, *, left: float, right: float, seed: int) -> Tensor
     images[..., :8] += level[0] + left * labels[:, None, None, None]
     images[..., 8:] += level[1] + right * labels[:, None, None, None]
     return TensorDataset(images, labels)
+
+
+def row_of(
+    method: str, *, accuracy: float = 0.8, flops: int = 10**12, labels: int = 32, **changes: Any
+) -> dict[str, Any]:
+    """A row of a comparison of methods."""
+    interval = {f"{m}{end}": accuracy for m in ("accuracy", "auroc") for end in ("", "_low", "_high")}
+    costs = {"seconds": 12.34, "cpu_seconds": 11.0, "params": 3_400_000, "macs": 125_400_000, "latency_ms": 5.5}
+    return {"method": method, "network": "resnet", **interval, **costs, "flops": flops, "labels": labels, **changes}

@@ -122,7 +122,7 @@ def test_the_command_line_fits_tests_and_predicts_from_yaml(
     writer = {"class_path": "lightning_stitch.PredictionWriter", "init_args": {"output": str(lightnings)}}
     config["trainer"] |= {"logger": False, "callbacks": [writer]}
     path.write_text(yaml.safe_dump(config))
-    main(["predict", "--config", str(path), "--ckpt_path", str(checkpoint)])
+    main(["predict_data", "--config", str(path), "--ckpt_path", str(checkpoint)])
     assert lightnings.read_text() == friendly.read_text()
     model = StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     rows = predict_files(model, images)

@@ -353,17 +353,17 @@ def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
 
 
-def test_inspect_checks_the_sources_of_a_configuration(
+def test_check_checks_the_sources_of_a_configuration(
     hub: HubDouble, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.publish("org/mine", folder)
     config = str(config_file(tmp_path, ["hf-hub:org/mine", RANDOM]))
-    main(["inspect", "--config", config])
+    main(["check", "--config", config])
     printed = capsys.readouterr().out
     assert "2 of 2 sources fit, for images of 3x32x32" in printed
     assert "MB to download to" in printed
 
-    main(["inspect", f"--config={config}", "--json", "--trainer.callbacks.granularity=stages"])
+    main(["check", f"--config={config}", "--json=true", "--trainer.callbacks.granularity=stages"])
     told = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in told["rows"]] == ["mine", "test_resnet"]
     assert told["rows"][0]["download"] == len(hub.files("org/mine")["model.safetensors"])
@@ -376,18 +376,18 @@ def test_inspect_checks_the_sources_of_a_configuration(
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("json_option", [[], ["--json"]])
-def test_inspect_fails_where_the_search_would(
+@pytest.mark.parametrize("json_option", [[], ["--json", "true"]])
+def test_check_fails_where_the_search_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], json_option: list[str]
 ) -> None:
     config = str(config_file(tmp_path, [RANDOM, "test_resnt"]))
     with pytest.raises(SystemExit) as stopped:
-        main(["inspect", "--config", config, *json_option])
+        main(["check", "--config", config, *json_option])
     printed = capsys.readouterr()
     assert stopped.value.code == 1
     assert "knows no model 'test_resnt'" in printed.out
     assert printed.err.endswith("error: 1 of 2 sources cannot be used.\n")
-    main(["inspect", "--config", config, "--trainer.callbacks.skip_rejected=true", *json_option])
+    main(["check", "--config", config, "--trainer.callbacks.skip_rejected=true", *json_option])
     assert "knows no model 'test_resnt'" in capsys.readouterr().out
 
 
@@ -409,12 +409,12 @@ class Foreign(LightningDataModule):
         ({"trainer.callbacks.ranking": "foo"}, "Unknown ranking 'foo'"),
     ],
 )
-def test_inspect_tells_of_sources_and_of_what_else_the_search_would_refuse(
+def test_check_tells_of_sources_and_of_what_else_the_search_would_refuse(
     options: dict[str, str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(config_file(tmp_path, ["resnt", RANDOM], skip_rejected=True))
     with pytest.raises(SystemExit):
-        main(["inspect", "--config", config, *(f"--{key}={value}" for key, value in options.items())])
+        main(["check", "--config", config, *(f"--{key}={value}" for key, value in options.items())])
     printed = capsys.readouterr()
     assert "knows no model 'resnt'" in printed.out
     assert re.search(words, printed.out)
