@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import normal
+from doubles.tensors import normal
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 from torch.nn import functional as F

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import digits, live, noise, normal, path, pieces_run, records, shake, space_of
+from doubles.pools import path, pieces_run, records, space_of
+from doubles.small_sources import live, shake
+from doubles.tensors import digits, noise, normal
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, plain, shake, space_of
+from doubles.pools import space_of
+from doubles.small_sources import donor, live, plain, shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch.cutting.probing import network_cost

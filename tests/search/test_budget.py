@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from doubles.clock import Clock, timed
-from doubles.helpers import Recorder, digits, images_seen, noise, path, plain
+from doubles.pools import path
+from doubles.progress import Recorder
+from doubles.small_sources import images_seen, plain
+from doubles.tensors import digits, noise
 from torch import Tensor
 
 from lightning_stitch.composing.pool import Pool
