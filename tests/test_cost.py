@@ -10,7 +10,9 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from doubles.helpers import counted_bytes, counted_macs, live, noise, shake
+from doubles.references import counted_bytes, counted_macs
+from doubles.small_sources import live, shake
+from doubles.tensors import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula

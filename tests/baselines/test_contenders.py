@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import plain
 from doubles.methods import bright_halves, half_blind, search_of, spec_of, three_digits
+from doubles.small_sources import plain
 from torch import nn
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, fit_ridge_head, load_sources

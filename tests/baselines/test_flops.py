@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from doubles.helpers import donor
+from doubles.small_sources import donor
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import Recorder
 from doubles.methods import QUIET, bright_halves, half_blind, search_of, three_digits
+from doubles.progress import Recorder
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -34,7 +34,7 @@ from lightning_stitch import CalibrationSettings, CutError, CutGraph, Pool, Prep
 from lightning_stitch.progress import Silent
 
 sys.path.append(str(Path(__file__).parents[1]))
-from doubles.helpers import counted_macs
+from doubles.references import counted_macs
 
 SIZES = (64, 96, 128, 160)
 COLUMNS = [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from doubles.configs import config_file
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -21,8 +22,6 @@ import lightning_stitch
 from lightning_stitch import StitchedClassifier
 from lightning_stitch.cli.main import CONFIGURED, FUNCTIONS, main
 from lightning_stitch.cli.trainer import StitchCLI
-
-SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 
 
 @pytest.fixture(autouse=True)
@@ -40,37 +39,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         grey = (image.reshape(8, 8) * 15.9).astype(np.uint8)
         Image.fromarray(grey).save(folder / f"digit_{label}" / f"{index}.png")
     return folder
-
-
-def config_file(folder: Path, images: Path, **changes: Any) -> Path:
-    search = {"sources": SOURCES, "strategy": {"class_path": "lightning_stitch.Beam", "init_args": {"width": 1}}}
-    data = {"image_folder": str(images), "image_size": 32, "calibration_samples": 16, "train_samples": 60}
-    config = {
-        "seed_everything": 0,
-        "model": {"class_path": "lightning_stitch.StitchedClassifier", "init_args": {"num_classes": 3}},
-        "data": {
-            "class_path": "lightning_stitch.CalibrationDataModule",
-            "init_args": {**data, "selection_samples": 48, "test_samples": 60, **changes.pop("data", {})},
-        },
-        "trainer": {
-            "max_epochs": 0,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "logger": {
-                "class_path": "pytorch_lightning.loggers.CSVLogger",
-                "init_args": {"save_dir": str(folder), "name": "run"},
-            },
-            "callbacks": [
-                {"class_path": "lightning_stitch.FragmentSearch", "init_args": {**search, **changes.pop("search", {})}}
-            ],
-            **changes,
-        },
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

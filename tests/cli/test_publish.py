@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli.test_main import config_file
+from doubles.configs import config_file
 from doubles.hub import HubDouble
 from doubles.predictions import classifier, save_checkpoint, write_digits
 from doubles.published_networks import network, together

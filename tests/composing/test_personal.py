@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, donor, images_seen, live, noise, pieces_run, plain, shake
+from doubles.pools import pieces_run
+from doubles.small_sources import donor, images_seen, live, plain, shake
+from doubles.tensors import digits, noise
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional

@@ -9,7 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import Recorder, digits, images_seen, live, noise, path, plain, shake, sums_of
+from doubles.pools import path
+from doubles.progress import Recorder
+from doubles.references import sums_of
+from doubles.small_sources import images_seen, live, plain, shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 

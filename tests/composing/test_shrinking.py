@@ -4,7 +4,8 @@ import doctest
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, noise
+from doubles.small_sources import donor
+from doubles.tensors import digits, noise
 
 from lightning_stitch.composing import shrinking
 from lightning_stitch.composing.shrinking import Shrunk, shrink

@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from doubles.helpers import counted_bytes, donor, live, noise, shake, space_of
+from doubles.pools import space_of
+from doubles.references import counted_bytes
+from doubles.small_sources import donor, live, shake
+from doubles.tensors import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 

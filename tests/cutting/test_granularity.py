@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from doubles.helpers import donor, live, noise
+from doubles.small_sources import donor, live
+from doubles.tensors import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from doubles.helpers import donor, noise, shake
+from doubles.small_sources import donor, shake
+from doubles.tensors import noise
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 

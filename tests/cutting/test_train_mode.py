@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from doubles.helpers import noise
+from doubles.tensors import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models

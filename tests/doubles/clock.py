@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from doubles.helpers import live, shake
+from doubles.small_sources import live, shake
 from torch import Tensor, nn
 
 from lightning_stitch.sources.source import Source
@@ -46,7 +46,7 @@ class Takes(nn.Module):
 def timed(
     name: str, widths: Sequence[int], milliseconds: Sequence[float], *, seed: int = 0, cold: float = 0.0
 ) -> Source:
-    """`doubles.helpers.plain` with a `Takes` at the end of each block."""
+    """`doubles.small_sources.plain` with a `Takes` at the end of each block."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride, takes in zip((3, *widths), widths, (1, 2, 1), milliseconds, strict=False):
         conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from doubles.helpers import digits, plain
+from doubles.small_sources import plain
+from doubles.tensors import digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from doubles.helpers import noise, shake
+from doubles.small_sources import shake
+from doubles.tensors import noise
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from doubles.helpers import digits, live, shake
+from doubles.small_sources import live, shake
+from doubles.tensors import digits
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn

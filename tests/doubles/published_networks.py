@@ -6,7 +6,9 @@ import copy
 from functools import cache
 
 import torch
-from doubles.helpers import calibrated_pool, composed, digits, noise, shake
+from doubles.pools import calibrated_pool, composed
+from doubles.small_sources import shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch import CutGraph, FragmentRef, Recipe, StitchedClassifier, StitchedNetwork, ensemble

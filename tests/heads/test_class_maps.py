@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import normal
+from doubles.tensors import normal
 from timm.data import ImageNetInfo
 
 from lightning_stitch.errors import StitchError

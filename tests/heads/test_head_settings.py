@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import normal
+from doubles.tensors import normal
 from torch import Tensor, nn
 
 from lightning_stitch import fit_head

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import normal
+from doubles.tensors import normal
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor

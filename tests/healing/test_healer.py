@@ -5,7 +5,9 @@ from functools import cache
 
 import pytest
 import torch
-from doubles.helpers import digits, live, noise, shake, space_of
+from doubles.pools import space_of
+from doubles.small_sources import live, shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch.composing.pool import Pool

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import digits, distance, donor, live, noise, path, pieces_run, records, seeded, shake, space_of
+from doubles.pools import path, pieces_run, records, space_of
+from doubles.small_sources import donor, live, shake
+from doubles.tensors import digits, distance, noise, seeded
 from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

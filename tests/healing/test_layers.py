@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from doubles.helpers import distance, noise, normal, shake
+from doubles.small_sources import shake
+from doubles.tensors import distance, noise, normal
 from sklearn.linear_model import Ridge
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, fx, nn

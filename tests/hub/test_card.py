@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles.helpers import calibrated_pool, noise
+from doubles.pools import calibrated_pool
 from doubles.published_networks import STITCHED, network, together
+from doubles.tensors import noise
 from huggingface_hub import ModelCard
 from PIL import Image
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from doubles.helpers import noise
 from doubles.published_networks import classifier, network, outputs, source_network
+from doubles.tensors import noise
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import noise
 from doubles.hub import Fault, HubDouble
 from doubles.hub_server import point_client_at
 from doubles.predictions import classifier, small_source
+from doubles.tensors import noise
 from huggingface_hub import constants, snapshot_download
 
 from lightning_stitch import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import calibrated_pool, live
+from doubles.pools import calibrated_pool
 from doubles.predictions import write_digits
 from doubles.published_networks import (
     IMAGES,
@@ -23,6 +23,7 @@ from doubles.published_networks import (
     source_network,
     together,
 )
+from doubles.small_sources import live
 from safetensors.torch import load_file
 
 from lightning_stitch import (

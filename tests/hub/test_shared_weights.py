@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import live, noise, seeded, shake
+from doubles.small_sources import live, shake
+from doubles.tensors import noise, seeded
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from doubles.helpers import counted_macs
+from doubles.references import counted_macs
 from torch import Tensor, nn
 
 from lightning_stitch import CutError, CutGraph

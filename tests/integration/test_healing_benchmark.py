@@ -4,7 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from doubles.helpers import digits, plain
+from doubles.small_sources import plain
+from doubles.tensors import digits
 from healed_stitches import skips
 from healing import Row, markdown, measure, read
 from ranking_tasks import Task

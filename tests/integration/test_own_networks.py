@@ -9,8 +9,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from doubles.helpers import live, noise, plain, seeded
 from doubles.own_networks import NETWORKS, SIZE, Own
+from doubles.small_sources import live, plain
+from doubles.tensors import noise, seeded
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from doubles.helpers import live
+from doubles.small_sources import live
 from torch import Tensor, nn
 
 from lightning_stitch.cutting.graph import CutGraph

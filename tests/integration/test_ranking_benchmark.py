@@ -5,7 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, path, plain, space_of
+from doubles.pools import path, space_of
+from doubles.small_sources import plain
+from doubles.tensors import digits
 from ranking import measure, report
 from ranking_statistics import noise_ceiling, spearman, spearman_interval
 from ranking_tasks import EveryKind, Task

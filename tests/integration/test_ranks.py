@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from doubles.fragment_searches import digits, search, trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from training.test_fragment_search import digits, search, trainer
 
 from lightning_stitch import Budget, StitchedClassifier
 
@@ -38,7 +38,7 @@ import torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from lightning_stitch import Budget, StitchedClassifier
-from training.test_fragment_search import digits, search, trainer
+from doubles.fragment_searches import digits, search, trainer
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))

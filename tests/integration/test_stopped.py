@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from doubles.fragment_searches import digits, search, trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from training.test_fragment_search import digits, search, trainer
 
 from lightning_stitch import Beam, JournalError, StitchedClassifier
 from lightning_stitch.search.space import SearchSpace

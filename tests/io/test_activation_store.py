@@ -8,7 +8,8 @@ from typing import IO, Any
 
 import pytest
 import torch
-from doubles.helpers import digits, noise, plain
+from doubles.small_sources import plain
+from doubles.tensors import digits, noise
 from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from doubles.helpers import assert_same_weights
 from doubles.hub import Fault, HubDouble
 from doubles.hub_server import point_client_at
+from doubles.small_sources import assert_same_weights
 from safetensors.torch import load_file
 
 from lightning_stitch import SourceError, load_source

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import re
 import resource
@@ -21,10 +20,12 @@ from typing import Any
 import pytest
 import torch
 from doubles.clock import Clock, timed
-from doubles.helpers import digits, noise, pieces_run, plain, records
+from doubles.pair_searches import BEAM, CALIBRATION, IMAGES, LABELS, SELECTION, never, new_pool, pair, search
+from doubles.pools import pieces_run, records
+from doubles.small_sources import plain
 from torch import Tensor
 
-from lightning_stitch import CalibrationSettings, Pool
+from lightning_stitch import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
@@ -32,14 +33,9 @@ from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
-from lightning_stitch.sources.source import Source
 from lightning_stitch.stitching import saved_calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
 
-SHAPE = (3, 16, 16)
-CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)
-IMAGES, LABELS = digits(40, 16, first=20, classes=3)
-SELECTION = list(zip(IMAGES.split(16), LABELS.split(16), strict=True))
 ALL = DepthFirst(span=2, threshold=-9, edge_threshold=-9, max_fragments=4)
 
 
@@ -53,23 +49,6 @@ def backwards(space: SearchSpace) -> Iterator[Candidate]:
                 for later, y in space.walk(entered):
                     if later == 1:
                         yield from (space.complete(space.enter(e, y)) for e in space.edges(entered, later, y)[:1])
-
-
-def pair(seed: int = 1) -> list[Source]:
-    return [plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=seed, strides=(2, 2, 1))]
-
-
-def new_pool(sources: list[Source] | None = None, **settings: Any) -> Pool:
-    return Pool(sources or pair(), SHAPE, settings=CalibrationSettings(**settings))
-
-
-BEAM = Beam(max_upsampling=math.inf)
-
-
-def search(pool: Pool, **options: Any) -> SearchResult:
-    return pool.search(
-        **{"calibration": [CALIBRATION], "selection": SELECTION, "strategy": BEAM, "max_candidates": 12, **options}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +85,6 @@ def shorten(journal: Path, count: int) -> None:
     kept = "SELECT rowid FROM answers ORDER BY rowid LIMIT ?"
     with opened(journal) as database:
         database.execute(f"DELETE FROM answers WHERE rowid NOT IN ({kept})", (count,))
-
-
-def never() -> Iterator[Tensor]:
-    raise AssertionError("an image was read")
-    yield
 
 
 @pytest.mark.parametrize("strategy", [BEAM, ALL, backwards], ids=["beam", "depth first", "own"])

@@ -5,7 +5,7 @@ from functools import reduce
 
 import pytest
 import torch
-from doubles.helpers import normal, related
+from doubles.tensors import normal, related
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError

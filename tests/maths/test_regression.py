@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import normal, related
+from doubles.tensors import normal, related
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import r2_score
 

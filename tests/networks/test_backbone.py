@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from doubles.helpers import composed, digits, shake
+from doubles.own_modules import Classifier
+from doubles.pools import composed
+from doubles.small_sources import shake
+from doubles.tensors import digits
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BackboneFinetuning, LearningRateFinder, WeightAveraging
 from torch import Tensor, nn
@@ -31,32 +34,6 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def own_backbone() -> nn.Module:
     return shake(timm.create_model("test_resnet", num_classes=0), 7)
-
-
-class Classifier(LightningModule):
-    """An ordinary module that knows nothing of stitching."""
-
-    def __init__(self, lr: float = 1e-3) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.lr = lr
-        self.build()
-
-    def build(self) -> None:
-        self.backbone: nn.Module = StitchedBackbone(num_features=40)
-        self.head: nn.Module = nn.Linear(40, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
 class Told(Classifier):

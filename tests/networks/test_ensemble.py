@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, plain
+from doubles.small_sources import donor, plain
+from doubles.tensors import digits
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

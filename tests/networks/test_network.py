@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, plain, shake, space_of, sums_of
+from doubles.pools import space_of
+from doubles.references import sums_of
+from doubles.small_sources import donor, live, plain, shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import composed, digits
+from doubles.pools import composed
+from doubles.tensors import digits
 from torch import nn
 
 from lightning_stitch import RecipeError, StitchedBackbone, StitchError

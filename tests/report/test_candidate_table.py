@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from doubles.clock import Clock, timed
-from doubles.helpers import digits, noise
+from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from doubles.helpers import Recorder, digits, images_seen, noise, path, plain
+from doubles.pools import path
+from doubles.progress import Recorder
+from doubles.small_sources import images_seen, plain
+from doubles.tensors import digits, noise
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 

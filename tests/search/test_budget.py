@@ -7,7 +7,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from doubles.clock import Clock, timed
-from doubles.helpers import Recorder, counted_bytes, digits, images_seen, noise, path, plain, sums_of
+from doubles.pools import path
+from doubles.progress import Recorder
+from doubles.references import counted_bytes, sums_of
+from doubles.small_sources import images_seen, plain
+from doubles.tensors import digits, noise
 from torch import Tensor
 
 from lightning_stitch.composing.pool import Pool

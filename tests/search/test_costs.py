@@ -7,7 +7,10 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-from doubles.helpers import live, noise, path, plain, shake, space_of, sums_of
+from doubles.pools import path, space_of
+from doubles.references import sums_of
+from doubles.small_sources import live, plain, shake
+from doubles.tensors import noise
 from torch import nn
 
 from lightning_stitch.cost import Budget, Cost

@@ -6,7 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, path, plain, shake, space_of, sums_of
+from doubles.pools import path, space_of
+from doubles.references import sums_of
+from doubles.small_sources import donor, live, plain, shake
+from doubles.tensors import digits, noise
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

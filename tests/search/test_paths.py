@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import donor, live, noise, path, plain, sums_of
+from doubles.pools import path
+from doubles.references import sums_of
+from doubles.small_sources import donor, live, plain
+from doubles.tensors import noise
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer

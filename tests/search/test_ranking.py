@@ -5,8 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import bare_candidate as candidate
-from doubles.helpers import digits, images_seen, left_out_predictions, left_out_r2, noise, plain, space_of
+from doubles.pools import bare_candidate as candidate
+from doubles.pools import space_of
+from doubles.references import left_out_predictions, left_out_r2
+from doubles.small_sources import images_seen, plain
+from doubles.tensors import digits, noise
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from torch import Tensor

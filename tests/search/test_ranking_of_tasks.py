@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import bare_candidate as candidate
-from doubles.helpers import digits, left_out_predictions, left_out_r2, normal, plain
+from doubles.pools import bare_candidate as candidate
+from doubles.references import left_out_predictions, left_out_r2
+from doubles.small_sources import plain
+from doubles.tensors import digits, normal
 from torch import Tensor
 
 from lightning_stitch.composing.pool import Pool

@@ -6,7 +6,8 @@ from typing import Literal
 
 import pytest
 from doubles.clock import Clock, timed
-from doubles.helpers import digits, noise, plain
+from doubles.small_sources import plain
+from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost

@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from doubles.helpers import digits, noise, plain, space_of
+from doubles.pools import space_of
+from doubles.small_sources import plain
+from doubles.tensors import digits, noise
 
 from lightning_stitch.search.space import Edge, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import noise, seeded
+from doubles.tensors import noise, seeded
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, path, plain, shake, space_of
+from doubles.pools import path, space_of
+from doubles.small_sources import donor, live, plain, shake
+from doubles.tensors import digits, noise
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor, nn

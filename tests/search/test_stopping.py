@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from doubles.clock import CLOCK, Clock
-from doubles.helpers import Recorder, pieces_run, records
-from search.test_journal import BEAM, SELECTION, never, new_pool, search
+from doubles.pair_searches import BEAM, SELECTION, never, new_pool, search
+from doubles.pools import pieces_run, records
+from doubles.progress import Recorder
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, StitchError
@@ -235,7 +236,8 @@ import json, os, random, signal, sys
 sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
-from search.test_journal import new_pool, records, search
+from doubles.pair_searches import new_pool, search
+from doubles.pools import records
 
 os.chdir(sys.argv[1])
 pool = new_pool()

@@ -9,7 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, donor, images_seen, noise, path, plain, space_of
+from doubles.pools import path, space_of
+from doubles.small_sources import donor, images_seen, plain
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch.cost import Budget

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from doubles.helpers import assert_same_weights
 from doubles.hub import HubDouble
+from doubles.small_sources import assert_same_weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn

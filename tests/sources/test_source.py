@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from doubles.helpers import assert_same_weights
+from doubles.small_sources import assert_same_weights
 from torch import nn
 
 from lightning_stitch.errors import RecipeError, SourceError

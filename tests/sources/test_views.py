@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import noise
+from doubles.tensors import noise
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 

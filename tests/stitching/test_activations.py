@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, images_seen, live, noise, plain, shake
+from doubles.small_sources import donor, images_seen, live, plain, shake
+from doubles.tensors import digits, noise
 from torch import Tensor, nn
 
 from lightning_stitch.errors import CalibrationError

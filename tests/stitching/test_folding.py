@@ -8,7 +8,9 @@ from itertools import product
 import pytest
 import timm.layers
 import torch
-from doubles.helpers import donor, filled, joined, noise, seeded, shake
+from doubles.small_sources import donor, shake
+from doubles.stitches import filled, joined
+from doubles.tensors import noise, seeded
 from torch import Tensor, fx, nn
 
 from lightning_stitch.cutting.graph import Cut, CutGraph

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from doubles.helpers import digits, noise, path, plain
+from doubles.pools import path
+from doubles.small_sources import plain
+from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.errors import CalibrationError

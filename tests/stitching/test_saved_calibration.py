@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import Recorder, digits, donor, noise, path, pieces_run, plain, records
+from doubles.pools import path, pieces_run, records
+from doubles.progress import Recorder
+from doubles.small_sources import donor, plain
+from doubles.tensors import digits, noise
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -5,7 +5,9 @@ from typing import Literal
 
 import pytest
 import torch
-from doubles.helpers import donor, live, noise, plain, sums_of
+from doubles.references import sums_of
+from doubles.small_sources import donor, live, plain
+from doubles.tensors import noise
 from torch import nn
 
 from lightning_stitch.cost import Cost

@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import donor, noise, seeded
+from doubles.small_sources import donor
+from doubles.tensors import noise, seeded
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F

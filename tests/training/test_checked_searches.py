@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 import yaml
-from doubles.helpers import assert_same_weights, digits
 from doubles.hub import HubDouble
+from doubles.small_sources import assert_same_weights
+from doubles.tensors import digits
 from pytorch_lightning import LightningDataModule, Trainer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
@@ -48,8 +49,8 @@ def data(**options: Any) -> CalibrationDataModule:
     return CalibrationDataModule(images(), calibration_samples=16, **options)
 
 
-def search(sources: list[Any], kind: type[FragmentSearch] = FragmentSearch, **options: Any) -> FragmentSearch:
-    return kind(sources, strategy=Beam(width=1, max_fragments=2), exits=False, **options)
+def search(sources: list[Any], **options: Any) -> FragmentSearch:
+    return FragmentSearch(sources, strategy=Beam(width=1, max_fragments=2), exits=False, **options)
 
 
 def trainer(folder: Path, callback: FragmentSearch, **options: Any) -> Trainer:
@@ -244,9 +245,20 @@ import sys
 from pathlib import Path
 folder, tests = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, tests)
-from networks.test_backbone import Classifier
-from training.test_checked_searches import Waiting, search, trainer
-from lightning_stitch import CalibrationDataModule, FragmentSearch
+from doubles.fragment_searches import trainer
+from doubles.own_modules import Classifier
+from doubles.tensors import digits
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch
+
+class Waiting(LightningDataModule):
+    "A data module that waits for the other ranks when it is set up."
+    def setup(self, stage):
+        self.trainer.strategy.barrier("setup")
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*digits(90, 32, classes=3)), batch_size=8)
 
 class Watched(FragmentSearch):
     def setup(self, trainer, pl_module, stage):
@@ -254,21 +266,11 @@ class Watched(FragmentSearch):
         super().setup(trainer, pl_module, stage)
 
 if __name__ == "__main__":
-    callback = search(["hf-hub:org/mine"], kind=Watched, attribute="backbone")
+    beam = Beam(width=1, max_fragments=2)
+    callback = Watched(["hf-hub:org/mine"], attribute="backbone", strategy=beam, exits=False)
     run = trainer(folder, callback, strategy="ddp", devices=2)
     run.fit(Classifier(), CalibrationDataModule(datamodule=Waiting(), calibration_samples=16))
 """
-
-
-class Waiting(LightningDataModule):
-    """A data module that waits for the other ranks when it is set up."""
-
-    def setup(self, stage: str) -> None:
-        assert self.trainer is not None
-        self.trainer.strategy.barrier("setup")
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(images(), batch_size=8)
 
 
 @pytest.mark.slow

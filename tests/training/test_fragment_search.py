@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from doubles.fragment_searches import SOURCES, digits, search, trainer
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import (
-    Beam,
     Budget,
     BudgetError,
     CalibrationDataModule,
@@ -29,31 +28,6 @@ from lightning_stitch import (
     network_cost,
 )
 from lightning_stitch.report.tables import candidate_rows
-
-SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
-
-
-def digits(**options: Any) -> CalibrationDataModule:
-    images, labels = load_digits(n_class=3, return_X_y=True)
-    pool = TensorDataset(torch.tensor(images).view(-1, 1, 8, 8).float() / 16, torch.tensor(labels))
-    sizes = {"calibration_samples": 16, "train_samples": 90, "selection_samples": 60, "test_samples": 90}
-    return CalibrationDataModule(pool, **{"image_size": 32, **sizes, **options})
-
-
-def search(**options: Any) -> FragmentSearch:
-    return FragmentSearch(**{"sources": SOURCES, "strategy": Beam(width=2, max_fragments=2), **options})
-
-
-def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    settings = {"max_epochs": 0, "logger": False, "accelerator": "cpu", "enable_progress_bar": False} | options
-    return Trainer(
-        **settings,
-        callbacks=list(callbacks),
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        log_every_n_steps=1,
-    )
 
 
 def test_no_epoch_at_all_gives_a_usable_classifier_and_prints_nothing(

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from doubles.helpers import digits, noise
+from doubles.fragment_searches import digits as digits_module
+from doubles.fragment_searches import search, trainer
 from doubles.hub import TOKEN, HubDouble
 from doubles.hub_server import environment_of
 from doubles.predictions import classifier, quiet_trainer
+from doubles.tensors import digits, noise
 from huggingface_hub import ModelCard
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from training.test_fragment_search import digits as small_digits
-from training.test_fragment_search import search, trainer
 
 from lightning_stitch import CardDetails, PublishAfterFit, StitchedClassifier, StitchError, load_source
 
@@ -129,7 +129,7 @@ def test_a_metric_that_is_no_number_is_left_out_of_the_card(hub: HubDouble, tmp_
 def test_the_card_has_the_table_of_the_search_that_composed_the_network(hub: HubDouble, tmp_path: Path) -> None:
     searching = search(compare=True)
     run = trainer(tmp_path, searching, PublishAfterFit(REPO))
-    run.fit(StitchedClassifier(num_classes=3), small_digits())
+    run.fit(StitchedClassifier(num_classes=3), digits_module())
     assert searching.comparison is not None
     card = hub.files(REPO)["README.md"].decode()
     assert searching.comparison.sentence in card
@@ -173,7 +173,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from doubles.predictions import classifier, quiet_trainer
-from doubles.helpers import digits
+from doubles.tensors import digits
 from lightning_stitch import PublishAfterFit
 if __name__ == "__main__":
     images = torch.utils.data.TensorDataset(*digits(30, 16, classes=3))

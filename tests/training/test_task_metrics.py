@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.helpers import normal
+from doubles.tensors import normal
 from sklearn import metrics as reference
 from torch.nn import functional as F
 

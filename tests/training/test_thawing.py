@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import composed
+from doubles.pools import composed
 from torch import nn
 
 from lightning_stitch import StitchedNetwork, StitchError

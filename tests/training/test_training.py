@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.helpers import composed, digits
+from doubles.thawed import SCHEDULE, Watch, classifier, images, trainer
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import (
     BackboneFinetuning,
@@ -27,47 +27,17 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from lightning_stitch import CalibrationDataModule, FragmentSearch, RidgeHead, StitchedClassifier, StitchError
+from lightning_stitch import FragmentSearch, StitchedClassifier, StitchError
 
-SCHEDULE = {0: "head", 1: "stitches"}
 HEAD = {"head.weight", "head.bias"}
 STITCH = {"network.entries.1.weight", "network.entries.1.bias"}
 # The batch norm in this network's neighbours of the stitch.
 STATISTICS = {f"network.fragments.0.conv1.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
-def classifier(**options: Any) -> StitchedClassifier:
-    model = StitchedClassifier(num_classes=3, **{"lr": 1e-3, "thaw": SCHEDULE, **options})
-    network = composed(("test_resnet", None, "conv1.1"), ("test_efficientnet", "blocks.0.0.bn1", None))
-    head = RidgeHead(network.num_features, 3)
-    nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
-    model.install(network, head)
-    return model
-
-
-def images(**options: Any) -> CalibrationDataModule:
-    pool = TensorDataset(*digits(88, 32, classes=3))
-    sizes = {"calibration_samples": 8, "train_samples": 48, "selection_samples": 16, "test_samples": 16}
-    return CalibrationDataModule(pool, batch_size=8, **{**sizes, **options})
-
-
 def search_that_must_not_run() -> FragmentSearch:
     return FragmentSearch(["there is no such source"])
-
-
-def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    settings = {"max_epochs": 3, "logger": False, "enable_checkpointing": False, **options}
-    return Trainer(
-        **settings,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=folder,
-        log_every_n_steps=1,
-    )
 
 
 def weights(model: LightningModule) -> dict[str, Any]:
@@ -131,19 +101,6 @@ def test_in_train_mode_the_statistics_of_thawed_layers_alone_move(
     found = {name for name in moved(before, model) if "running" in name or "num_batches" in name}
     every = {name for name in before if "running" in name or "num_batches" in name}
     assert found == {0: set(), 3: STATISTICS, None: every}[statistics]
-
-
-class Watch(Callback):
-    """The parameters that train in each epoch, and a crash at the beginning of one."""
-
-    def __init__(self, crash_at: int | None = None) -> None:
-        self.crash_at = crash_at
-        self.trained: dict[int, set[str]] = {}
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.trained[trainer.current_epoch] = {n for n, p in pl_module.named_parameters() if p.requires_grad}
-        if trainer.current_epoch == self.crash_at:
-            raise KeyError("crash")
 
 
 def test_a_schedule_thaws_at_its_epochs_and_can_freeze_again(tmp_path: Path) -> None:
@@ -310,7 +267,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from training.test_training import Watch, classifier, images, trainer
+from doubles.thawed import Watch, classifier, images, trainer
 if __name__ == "__main__":
     model, watch = classifier(thaw={0: "head", 1: "stitches", 2: "all"}), Watch()
     run = trainer(Path(sys.argv[1]), watch, max_epochs=3, strategy="ddp", devices=2)
