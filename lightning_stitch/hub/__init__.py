@@ -1,4 +1,47 @@
-"""Folders, cards, repositories."""
+"""Saved folders, their cards, and repositories on the hub.
+
+In reading order:
+
+- `folder.py`: config.json, which may come from a stranger or from a newer version
+- `saving.py`: write config.json and model.safetensors
+- `loading.py`: read them, from whomever they come
+- `card.py`: README.md with metadata that the hub reads; `CardDetails` is what the author says
+- `picture.py`: the composition drawn, with matplotlib
+- `repository.py`: a hub repository to write to: what is there, one commit, errors in words that help
+- `publishing.py`: `publish`: check, write, load again and compare, then upload
+
+**What is written.** Only the fragments that are used, equal weights once, head, task and class names, and a card:
+sources with revisions, licences and weight hashes, the composition as a picture, metrics with split and number of
+images, the search's table, the recipe as YAML and the Python that composes the network again, limits. Folders of your
+machine are left out of it. Metrics come from `CardDetails(metrics=...)`, or from the last validation in
+`PublishAfterFit`; the table from a search with `compare: true`.
+
+**What is checked on loading**, whoever wrote it: plain files only, size (before the download) and sha256 of the
+weights, and name, kind and shape of each tensor against the recipe. Loading is strict; fields of a newer version
+warn, another format is refused. A `python:` source needs `trust_factory=True`, which runs its code; a live module
+cannot be saved, and the error offers `torch.export`. A stranger's recipe can still take long to build, say with
+thousands of layers; Ctrl-C ends it.
+
+**What is checked before uploading**: licences, your credentials, a README.md that is there (`existing_card=`), the
+visibility asked for, and that the saved folder gives the same outputs. `PublishAfterFit` checks all but the last
+before it trains. What fails on the way leaves the revision as it was; a second call goes on where the first one
+stopped.
+
+**Licence**: that of the source that asks for most, where a table of well-known ones can tell; unknown ones warn;
+those that forbid derivatives or sharing refuse unless `CardDetails(licence_override=...)` gives a reason, which the
+card shows. It is no legal advice.
+
+Limits: a published network is no source of another search, and strategies that shard weights publish from a
+checkpoint. Publishing is tested with the real client against a stand-in for the hub, which fails on purpose (401,
+403, 404, 412, 429, 500, cut connections, other bytes); the real hub's own rules, and its Xet storage, were out of
+reach.
+
+Example:
+    >>> from lightning_stitch.hub import CardDetails
+    >>> details = CardDetails(dataset="me/solar-cells", metrics={"accuracy": 0.93}, num_images=512)
+    >>> details.split
+    'test'
+"""
 
 import lazy_loader
 
