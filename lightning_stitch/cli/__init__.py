@@ -2,14 +2,15 @@
 
 In reading order:
 
-- `main.py`: the commands, and how an error is printed
+- `main.py`: which command is meant, and how an error is told
+- `parsers.py`: parsers from functions: a command's options are its function's parameters, their help is its docstring
 - `trainer.py`: `StitchTrainer`: Lightning's Trainer with `check` and `compare` beside `fit` and `test`
 - `inspect.py`: cuts, costs and licence of one source
 - `predict.py`: class names and probabilities of image files
 - `publish.py`: share the network of a checkpoint on the hub
 - `__main__.py`: `python -m lightning_stitch.cli` is `lightning-stitch`
 
-`fit`, `validate`, `test`, `predict`, `check` and `compare` take one configuration, of any LightningModule and
+`fit`, `validate`, `test`, `predict_data`, `check` and `compare` take one configuration, of any LightningModule and
 LightningDataModule. With `max_epochs: 0` a Trainer writes no checkpoint, so `fit` leaves `stitched.ckpt` in the log
 directory. Under `lightning` the command line needs `LIGHTNING_STITCH_NAMESPACE=lightning`; write `CSVLogger` rather
 than `pytorch_lightning.loggers.CSVLogger`, and a configuration serves both packages.

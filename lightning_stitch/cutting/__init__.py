@@ -12,16 +12,17 @@ order:
 - `layouts.py`: how a cut's tensor is laid out (map NCHW or NHWC, tokens, vector), read off the operations around it
 - `granularity.py`: which cuts are worth offering
 - `copies.py`: copies of networks, and ones that share all but some tensors
-- `train_mode.py`: where a network does something else in train mode than in eval mode, which its fragments always run
+- `train_mode.py`: what a network does in train mode alone; its fragments always do what eval mode does
 
 `granularity=` is "blocks" (the default), "stages", "all", "reference" (the rule of the StitchNet authors' code) or a
 list of names of cuts.
 
 What it cannot do: control flow on the values of a tensor stops both ways of tracing, and the error names the line. A
 network whose branches run side by side from the image to the output (CrossViT) has no cut. Fragments run the eval
-graph in float32; weights of other precisions are converted. Where the Python does something else in train mode
-(auxiliary heads) a warning says what, unless only a free function asks for `training`. Convolutions, matrix products,
-attention and recurrent layers are counted; operators without a formula are listed in `CutGraph.uncounted`.
+graph in float32; weights of other precisions are converted. What a source's Python does in train mode alone
+(auxiliary heads) `CutGraph.train_mode_difference` and `lightning-stitch inspect` show, and a search warns of it where
+such fragments are about to be trained with `train_mode=True`. Convolutions, matrix products, attention and recurrent
+layers are counted; operators without a formula are listed in `CutGraph.uncounted`.
 
 Example:
     >>> from timm import create_model

@@ -9,10 +9,10 @@ architecture, operations and folds stay. In reading order:
 - `healing.py`: what is solved, why, what it costs and where it fails: the method with its equations
 - `layers.py`: one layer: which can be solved, the rows that they are fed, the solution
 - `trials.py`: run a composed network from its first stitch on, with changes on trial, and judge it by held-out R2
-- `refinement.py`: try it on each finalist of a search, and keep it only if it helped
+- `healer.py`: heal the finalists of a search, and keep it only where it helped
 
-`refinements=["healing"]` asks `Pool.search`, `Pool.stitch` or `FragmentSearch` for it; `max_healed` says how many
-networks. `StitchedNetwork.describe()` lists the layers that stayed as they were, and why.
+`heal=True` asks `Pool.search`, `Pool.stitch` or `FragmentSearch` for it; `max_healed` says how many networks.
+`StitchedNetwork.describe()` lists the layers that stayed as they were, and why.
 
 Limits: it is off by default, because accuracy hardly follows fidelity (tests/benchmarks/README.md). Calibration
 images must come from the task's own distribution. Where several show one thing (a photograph, a patient, a module),

@@ -27,9 +27,9 @@ visibility asked for, and that the saved folder gives the same outputs. `Publish
 before it trains. What fails on the way leaves the revision as it was; a second call goes on where the first one
 stopped.
 
-**Licence**: that of the source that asks for most, where a table of well-known ones can tell; unknown ones warn;
-those that forbid derivatives or sharing refuse unless `CardDetails(licence_override=...)` gives a reason, which the
-card shows. It is no legal advice.
+**Licence**: that of all sources, where they are under the same one. Several become "other", with each source's
+listed; unknown ones warn; those that forbid derivatives or sharing refuse unless `CardDetails(licence_override=...)`
+gives a reason, which the card shows. It is no legal advice.
 
 Limits: a published network is no source of another search, and strategies that shard weights publish from a
 checkpoint. Publishing is tested with the real client against a stand-in for the hub, which fails on purpose (401,

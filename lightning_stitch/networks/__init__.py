@@ -17,9 +17,9 @@ source at hand. In reading order:
 - Or leave your own backbone in `__init__`. It is replaced, and the features are mapped by least squares onto what it
   gave, so that a head trained on it goes on working.
 
-Checkpoints hold the recipe as plain values in the state dict: `load_from_checkpoint(..., weights_only=True)`,
-`fit(ckpt_path=...)` and `test(ckpt_path=...)` need no second search and no sources. In the second and third case
-`load_from_checkpoint` needs one method more, which calls `restore_backbones(self, checkpoint)`: `on_load_checkpoint`.
+Checkpoints hold the recipe as plain values in the state dict: `load_from_checkpoint(..., weights_only=True)` and
+`test(ckpt_path=...)` need no search and no sources. In the second and third case `load_from_checkpoint` needs one
+method more, which calls `restore_backbones(self, checkpoint)`: `on_load_checkpoint`.
 
 The network normalises inside. Where the images are normalised by the dataset, say so to `CalibrationDataModule(mean=,
 std=)`; where your module normalises them itself, to `StitchedBackbone(mean=, std=)`. The network stays in eval mode

@@ -9,7 +9,6 @@ In reading order:
 - `search_report.py`: what a search inside a Trainer writes, logs and prints
 - `thawing.py`: what trains, from which epoch on, at which learning rate
 - `task_metrics.py`: what each task is trained by, measured by and told as
-- `resuming.py`: the checkpoint that a Trainer is about to restore, read before the module is built
 - `checkpoints.py`: a finished classifier, out of a checkpoint or a saved folder
 - `callback_order.py`: which callbacks must stand behind the search
 - `predicting.py`: `predict_files`, the data module `ImageFiles` and the callback `PredictionWriter`
@@ -41,16 +40,31 @@ ranks alike; under FSDP and DeepSpeed schedules were not tried.
 (`WeightAveraging`, `StochasticWeightAveraging`, `ModelPruning`, `BackboneFinetuning`); another order is refused with
 the one that works.
 
+**Resuming.** A run that restores a checkpoint, `fit(ckpt_path=...)`, ends with the checkpoint's network. Lightning
+names the checkpoint only after callbacks are set up, so that a module without a recipe is searched for once, for
+nothing. Loading the module first (`load_from_checkpoint`) spares that, and so does `FragmentSearch.ckpt_path`, which
+`lightning-stitch fit --ckpt_path FILE` sets.
+
 **Ranks.** Every rank runs the same search, and rank zero's recipe is used. `ddp_spawn` leaves nothing in the parent
 process. FSDP, DeepSpeed and ModelParallel need `StitchedClassifier(recipe=...)`.
 
 **Predicting.** The checkpoint is all it takes: size and channels come from its recipe, mean and standard deviation
 are in the network, class names are in the hyper-parameters (`FragmentSearch` takes them from the data module;
-`--class-names` gives them to a checkpoint without). Files and folders, folders with those inside, are sorted by name,
+`--class_names` gives them to a checkpoint without). Files and folders, folders with those inside, are sorted by name,
 and a file that is named twice is one row. An unreadable image is an error and leaves no file, unless
-`skip_unreadable`; a file that is there is replaced only with `overwrite`. On several devices rank zero gathers the
-rows and writes one file, in the same order. `PredictionWriter` takes any module whose `predict_step` gives a row of
-numbers for each image; `class_names` and `task` of the module name the columns.
+`skip_unreadable`; a file that is there is replaced only with `overwrite`. In a Trainer, and in YAML for
+`lightning-stitch predict_data`, `ImageFiles` and `PredictionWriter` do the same; on several devices rank zero gathers
+the rows and writes one file, in the same order. `PredictionWriter` takes any module whose `predict_step` gives a row
+of numbers for each image; `class_names` and `task` of the module name the columns.
+
+**Publishing from YAML**, when fit is over::
+
+    callbacks:
+      - class_path: lightning_stitch.PublishAfterFit
+        init_args:
+          repo_id: me/solar
+          private: true
+          details: {class_path: lightning_stitch.CardDetails, init_args: {dataset: me/solar-cells}}
 
 **Both Lightnings** (`lightning_stitch._lightning`). `pytorch_lightning` and `lightning.pytorch` hold the same classes
 twice, and a Trainer of the one refuses modules of the other. The one that the process imported first is used, or the
