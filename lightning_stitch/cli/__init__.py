@@ -21,6 +21,7 @@ Example::
     lightning-stitch fit --config examples/solar_cells.yaml
     lightning-stitch test --config examples/solar_cells.yaml --ckpt_path logs/solar_cells/version_0/stitched.ckpt
     lightning-stitch predict logs/solar_cells/version_0/stitched.ckpt new_images/ one_more.png --output predictions.csv
+    lightning-stitch compare --config examples/solar_cells.yaml --finetuning.epochs 5
     lightning-stitch compare --config examples/solar_cells.yaml --methods '["StitchNet", "full fine-tuning"]'
     lightning-stitch inspect resnet50.a1_in1k --json
 """

@@ -10,6 +10,9 @@ In reading order:
 - `repository.py`: a hub repository to write to: what is there, one commit, errors in words that help
 - `publishing.py`: `publish`: check, write, load again and compare, then upload
 
+`StitchedNetwork` and `StitchedClassifier` have `save_pretrained` and `from_pretrained`, of a folder, "ORG/NAME" or
+"ORG/NAME@REVISION", and `publish` takes both. `lightning-stitch predict hf-hub:ORG/NAME images/` needs nothing else.
+
 **What is written.** Only the fragments that are used, equal weights once, head, task and class names, and a card:
 sources with revisions, licences and weight hashes, the composition as a picture, metrics with split and number of
 images, the search's table, the recipe as YAML and the Python that composes the network again, limits. Folders of your

@@ -1,7 +1,8 @@
 """What a recipe describes, as `nn.Module`s.
 
-A recipe (`lightning_stitch.recipe`) is structure, a state dict is numbers: the two together are a network, with no
-source at hand. In reading order:
+A recipe (`lightning_stitch.recipe`) is structure, as plain JSON: fragments, stitches, sources with revision and
+weight hash. A state dict is numbers. The two together are a network, with no source at hand:
+`StitchedClassifier.load_from_checkpoint(path, weights_only=True)` and `from_pretrained` load it. In reading order:
 
 - `network.py`: `StitchedNetwork`: images in [0, 1] in, features out; chains, exits and ensembles alike
 - `backbone.py`: `StitchedBackbone`: a stitched network where a module of your own had its backbone
@@ -16,6 +17,7 @@ source at hand. In reading order:
   before `configure_optimizers`, and builds its head there.
 - Or leave your own backbone in `__init__`. It is replaced, and the features are mapped by least squares onto what it
   gave, so that a head trained on it goes on working.
+- `FragmentSearch(head_attribute="head")` fits a linear head in closed form; with `max_epochs=0` that is all.
 
 Checkpoints hold the recipe as plain values in the state dict: `load_from_checkpoint(..., weights_only=True)` and
 `test(ckpt_path=...)` need no search and no sources. In the second and third case `load_from_checkpoint` needs one

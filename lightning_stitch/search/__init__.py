@@ -25,7 +25,8 @@ selection images, or without labels the least value of the ranking's first score
 
 **Early exits** are candidates of every search: each source ended at each of its cuts, that cut averaged over its
 positions, with the same closed-form head (`exits=False` leaves them out). They are of sources alone, not of
-compositions.
+compositions. `FragmentSearch` writes every candidate with its fragments, costs, scores and whether it is on the
+Pareto sets to candidates.csv in the log directory.
 
 **Rankings.** "loo_soft_r2" (the default with labels), "loo_r2", "consensus" (the default without), "cka_product" (the
 paper's), or a function of your own. Scores hold leave-one-out accuracy and log-loss where there are labels, whatever
