@@ -6,7 +6,8 @@ In reading order:
 - `contenders.py`: the classifiers that are set side by side, and what making each of them took
 - `finetuning.py`: `FineTuning`: fine-tuning as a practitioner does it, the best epoch by the selection images kept
 - `flops.py`: seconds, and floating-point operations counted as they happen
-- `table.py`: the table on the console, as CSV and JSON, and the figure
+- `tables.py`: the table on the console, as CSV and JSON
+- `plots.py`: the figure: test accuracy against what training took
 
 **Chosen on the selection images, always**: the source (by the loss of its linear probe; for all other methods of its
 closed-form head), epoch, learning rate and StitchNet. Test images choose nothing. Labels are those of train and

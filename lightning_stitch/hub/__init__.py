@@ -13,17 +13,17 @@ In reading order:
 `StitchedNetwork` and `StitchedClassifier` have `save_pretrained` and `from_pretrained`, of a folder, "ORG/NAME" or
 "ORG/NAME@REVISION", and `publish` takes both. `lightning-stitch predict hf-hub:ORG/NAME images/` needs nothing else.
 
-**What is written.** Only the fragments that are used, equal weights once, head, task and class names, and a card:
+**What is written.** Only the fragments that are used, shared weights once, head, task and class names, and a card:
 sources with revisions, licences and weight hashes, the composition as a picture, metrics with split and number of
 images, the search's table, the recipe as YAML and the Python that composes the network again, limits. Folders of your
 machine are left out of it. Metrics come from `CardDetails(metrics=...)`, or from the last validation in
 `PublishAfterFit`; the table from a search with `compare: true`.
 
 **What is checked on loading**, whoever wrote it: plain files only, size (before the download) and sha256 of the
-weights, and name, kind and shape of each tensor against the recipe. Loading is strict; fields of a newer version
-warn, another format is refused. A `python:` source needs `trust_factory=True`, which runs its code; a live module
-cannot be saved, and the error offers `torch.export`. A stranger's recipe can still take long to build, say with
-thousands of layers; Ctrl-C ends it.
+weights, and every tensor against the recipe, whose structure is built on the meta device, where tensors have no
+memory. Loading is strict: fields that this version does not know and other formats are refused. A `python:` source
+needs `trust_factory=True`, which runs its code; a live module cannot be saved, and the error offers `torch.export`. A
+stranger's recipe can still take long to build, say with thousands of layers; Ctrl-C ends it.
 
 **What is checked before uploading**: licences, your credentials, a README.md that is there (`existing_card=`), the
 visibility asked for, and that the saved folder gives the same outputs. `PublishAfterFit` checks all but the last

@@ -3,9 +3,10 @@
 In reading order:
 
 - `hub_download.py`: single files of a hub repository, with a clear error at once where they cannot be had
-- `tensor_files.py`: files of JSON and of tensors that are either there in full or not there at all
+- `tensor_files.py`: files that are either there in full or not there at all
 - `activation_store.py`: activations of all calibration images in an unnamed temporary file, read a few at a time
 - `fingerprints.py`: hashes of tensors and settings, and how two descriptions differ, in words
+- `journal.py`: the answers that cost a search something to find, in SQLite, so that a stopped search can go on
 
 Downloads are huggingface_hub's, and so are its retries and its cache (`HF_HOME`). With `HF_HUB_OFFLINE=1` only the
 cache is used: what is not in it is an error at once that names the file, its repository and the command that gets it.

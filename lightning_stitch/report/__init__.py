@@ -4,7 +4,7 @@ In reading order:
 
 - `evaluation.py`: a network on test images, with intervals and costs, and one sentence on whether it was worth it
 - `comparison.py`: chosen networks beside all sources, same head and labels, on test images that chose nothing
-- `tables.py`: tables of a comparison and of a search's candidates: on the console, as Markdown, CSV and JSON
+- `tables.py`: tables of a comparison and of a search's candidates: on the console, as CSV and as JSON
 - `predictions.py`: predictions as rows of a table, CSV or JSON lines
 
 A row of predictions has the file, the class, its probability and every class's; rows stand in the order of the

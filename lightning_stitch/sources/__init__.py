@@ -2,16 +2,18 @@
 
 A source is a network with its identity (name, revision, weight hash), licence and preprocessing. In reading order:
 
-- `source.py`: `Source`, `load_source` and `load_sources`
-- `finding.py`: from what a user writes to a source that was found, with its configuration but without its weights
-- `blueprint.py`: what a spec turns out to mean before any weight is read
+- `spec.py`: what a user may say of a source, checked before anything is looked for
+- `finding.py`: from that to a source that was found: its configuration and its files are known, no weight is read
+- `blueprint.py`: a source that was found but not loaded
+- `source.py`: `Source`, `load_source` and `load_sources`: from a blueprint to a network with identity
 - `timm_models.py`: names of timm's registry, and folders and hub repositories in its layout
-- `other_modules.py`: what torchvision, a factory of the user's or a live module brings
+- `torchvision_models.py`: torchvision's classifiers
+- `python_modules.py`: what the user's own Python makes: factories, and live modules
 - `meta_device.py`: networks on the meta device, where tensors have shapes and no memory
 - `views.py`: a source's own view of an image: its size where that is fixed, its mean and standard deviation
 - `preflight_checks.py`: `preflight`: which sources can be used for images of a shape, and what it takes to get them
 - `preflight_table.py`: that as a table with the reasons below it; and going on, or not, after it
-- `licences.py`: which licence a network has that is made of parts of others
+- `licences.py`: which licence a network has that is made of parts of others: that of all, where they have the same
 
 **Downloads.** The cache is huggingface_hub's (`HF_HOME`), and torch.hub's (`TORCH_HOME`) for torchvision. In a
 Trainer, downloads happen once for each node, with progress, in `prepare_data`, where ranks wait without a time limit,

@@ -4,7 +4,8 @@ In reading order:
 
 - `module.py`: `StitchedClassifier`: a stitched network with a head, as a LightningModule
 - `fragment_search.py`: `FragmentSearch`: the callback that runs the search before fitting
-- `slots.py`: the attribute of your own LightningModule that it puts the network into
+- `places.py`: where it puts the network: a `StitchedClassifier`'s own, or another module's attribute
+- `backbone_place.py`: that attribute of your own LightningModule
 - `head_fitting.py`: check that the data suit the module's head, rank as it needs, fit it
 - `search_report.py`: what a search inside a Trainer writes, logs and prints
 - `thawing.py`: what trains, from which epoch on, at which learning rate
@@ -71,11 +72,11 @@ twice, and a Trainer of the one refuses modules of the other. The one that the p
 one that `LIGHTNING_STITCH_NAMESPACE` names ("lightning" or "pytorch_lightning"). `pip install
 "lightning-stitch[lightning]"` installs both packages, which live side by side; where only `lightning` is installed
 (`pip install --no-deps lightning-stitch`, and the other dependencies by hand), it is taken without being named. Plain
-checkpoints serve both; those of LightningCLI are taken over by `lightning-stitch predict`. What does not belong
-together is refused by both names and with the mend, before sources are fetched. One case Lightning refuses itself,
-before anything of this library runs: a module given to the other package's Trainer (`model must be a
-LightningModule`). So where both packages are loaded and the variable is not set, making a `StitchedClassifier` or a
-`FragmentSearch` warns whose classes they are.
+checkpoints serve both; those of LightningCLI are taken over by `lightning-stitch predict`. Callbacks refuse a Trainer
+or a module of the other package in `setup`, by both names and with the mend, before sources are fetched. What
+Lightning itself refuses, before anything of this library runs, is a module or a data module given to the other
+package's Trainer (`model must be a LightningModule`), and its words name one package. So where both packages are
+loaded and the variable is not set, making a `StitchedClassifier` or a `FragmentSearch` warns whose classes they are.
 
 Example:
     >>> from lightning_stitch.training import FragmentSearch, StitchedClassifier
