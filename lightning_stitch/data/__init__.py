@@ -1,4 +1,30 @@
-"""Images and labels."""
+"""Images and labels.
+
+Composing takes four disjoint sets of images: calibration (no labels used), train (the head), selection (choosing),
+test (reporting). In reading order:
+
+- `datamodule.py`: `CalibrationDataModule` draws these sets from a dataset, a folder or another data module
+- `images.py`: images as datasets give them, checked and decoded to float tensors in [0, 1]
+- `labels.py`: targets of whole datasets, and draws that are stratified by classes
+- `target_values.py`: one image's target, checked
+- `image_files.py`: image files and folders of them as a dataset, for prediction
+
+Draws depend on seed and datasets alone, and each epoch's order on seed and epoch, so that a run which crashed and was
+resumed ends with the weights of one that went through.
+
+`task="none"` is for images without labels; `image_folder` still holds them in at least one folder inside, as if that
+were a class. Transforms of a dataset of your own are not in a recipe: predict with your own dataloader then. Image
+files are resized as `image_size` says; grey ones are repeated to three channels, alpha is dropped, 16 bits count as
+such.
+
+Example:
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> from lightning_stitch.data import CalibrationDataModule
+    >>> digits = TensorDataset(torch.rand(100, 1, 8, 8), torch.arange(100) % 10)
+    >>> CalibrationDataModule(digits, calibration_samples=20).summary
+    {'calibration': 20, 'train': 48, 'selection': 16, 'test': 16}
+"""
 
 import lazy_loader
 

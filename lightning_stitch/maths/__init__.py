@@ -1,4 +1,24 @@
-"""Similarity and regression of rows."""
+"""Similarity and regression of rows: pure tensor maths.
+
+Rows are samples (images, pixels, tokens), columns are channels. Inputs are of any real dtype, sums run in float64. In
+reading order:
+
+- `rows.py`: rows of activations, checked, paired and centred
+- `cka.py`: linear CKA, debiased and biased, of whole, streamed and stored rows; its equations are in the docstring
+- `cka_metric.py`: the same as a torchmetrics `Metric`, streamed over batches and merged over processes
+- `regression.py`: ridge least squares, R2, and leave-one-out ridge for many strengths at once
+
+Example:
+    >>> import torch
+    >>> from lightning_stitch.maths import linear_cka, r2, ridge_least_squares
+    >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> y = x @ torch.ones(8, 3) + 1
+    >>> round(float(linear_cka(x, x)), 6)
+    1.0
+    >>> fitted = ridge_least_squares(x, y, ridge=0.0)
+    >>> round(float(r2(x @ fitted.weight.to(x).T + fitted.bias.to(x), y)), 6)
+    1.0
+"""
 
 import lazy_loader
 

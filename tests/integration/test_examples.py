@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from lightning_stitch import StitchedClassifier, load_source
 from lightning_stitch.cli.main import main
@@ -96,7 +98,7 @@ def test_a_folder_of_someone_elses_is_not_touched(script: ModuleType, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["solar_cells", "solar_cells_full"])
+@pytest.mark.parametrize("name", ["solar_cells", "solar_cells_full", "stitchnet_paper"])
 def test_the_configuration_runs_and_writes_its_table(
     name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +121,33 @@ def test_the_configuration_runs_and_writes_its_table(
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
     model = StitchedClassifier.load_from_checkpoint(folder / "stitched.ckpt", weights_only=True)
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+@pytest.mark.slow
+def test_photographs_are_sorted_into_mapped_classes_without_labels(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "solar_cells").symlink_to(workplace / "solar_cells")
+    (tmp_path / "photos" / "all").mkdir(parents=True)
+    for photograph, pixels in enumerate(load_sample_images().images):
+        for crop in range(32):
+            x, y = 12 * crop, 6 * crop
+            Image.fromarray(pixels[y : y + 200, x : x + 200]).save(
+                tmp_path / "photos" / "all" / f"{photograph}_{crop}.png"
+            )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-stitch"])
+    options = ["--data.init_args.image_size=64", "--trainer.callbacks.init_args.max_candidates=4"]
+    main(["fit", "--config", str(EXAMPLES / "class_map.yaml"), *options])
+    capsys.readouterr()
+    main(["predict", "logs/class_map/version_0/stitched.ckpt", "photos/all"])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(rows) == 64
+    # A temple and a dahlia: neither dogs, cats nor cups.
+    assert {row["class"] for row in rows} == {"other"}
+    assert {name for name in rows[0] if name.startswith("probability_")} == {
+        f"probability_{name}" for name in ("dog", "cat", "cup", "other")
+    }
 
 
 def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
