@@ -23,7 +23,7 @@ from lightning_stitch.progress import Progress
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Ranking
 from lightning_stitch.stitching import Candidate
-from lightning_stitch.training.head_fitting import check_targets
+from lightning_stitch.training.data_checks import check_targets
 
 
 class BackbonePlace:
@@ -117,10 +117,10 @@ class BackbonePlace:
         candidate: Candidate,
         pool: Pool,
         data: CalibrationDataModule,
-        batches: Iterable[Any],
+        batches: Any,
         *,
         ridge: float,
-        progress: Progress,
+        bar: Progress,
     ) -> None:
         """Put a candidate's network in, behind it a linear layer to the width that the module expects.
 
@@ -130,7 +130,7 @@ class BackbonePlace:
             StitchError: If the attribute holds a network that does not give vectors for such images, or the head does
                 not lead from them to the targets.
         """
-        outcomes, targets = pool.outcomes([candidate], batches, progress=progress)
+        outcomes, targets = pool.outcomes([candidate], batches, progress=bar)
         features = outcomes[0].features
         with torch.inference_mode(False):
             network = pool.assemble(candidate)

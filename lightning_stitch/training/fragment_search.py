@@ -29,10 +29,9 @@ from lightning_stitch.sources import (
     usable_sources,
     without_strangers,
 )
-from lightning_stitch.stitching import Candidate, Kind
+from lightning_stitch.stitching import Candidate, Kind, WithoutLabels
 from lightning_stitch.training.backbone_place import restore_when_loaded
 from lightning_stitch.training.callback_order import check_order
-from lightning_stitch.training.head_fitting import check_outputs, selection_for
 from lightning_stitch.training.places import Place, place_for_network
 from lightning_stitch.training.search_report import report_search
 
@@ -217,7 +216,7 @@ class FragmentSearch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
-        self._stop_restoring()
+        self.teardown(trainer, pl_module, stage)  # for a run that failed before its own
         if self.attribute is not None:
             self._restoring = restore_when_loaded(pl_module, self.attribute)
         if stage != "fit":
@@ -245,9 +244,6 @@ class FragmentSearch(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as other modules are."""
-        self._stop_restoring()
-
-    def _stop_restoring(self) -> None:
         if self._restoring is not None:
             self._restoring.remove()
             self._restoring = None
@@ -335,10 +331,15 @@ class FragmentSearch(pl.Callback):
             settings=without_strangers(self.settings(place.head_settings.until), [part.name for part in sources]),
             device=trainer.strategy.root_device,
         )
-        check_outputs(place.head_settings, pool)
+        if place.head_settings.until == "output":
+            # A class map of classes that the sources do not have is refused before they run.
+            place.head_settings.empty(pool.parts[0].graph.output_features())
+        selection = _batches(trainer, data.selection_dataloader())
+        if self.ranking == "auto" and not place.head_settings.needs_targets:
+            selection = WithoutLabels(selection)
         self.result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
-            selection_for(place.head_settings, _batches(trainer, data.selection_dataloader()), self.ranking),
+            selection,
             strategy=self.strategy or Beam(),
             budget=self.budget,
             ranking=self.ranking,
@@ -370,18 +371,13 @@ class FragmentSearch(pl.Callback):
             )
 
     def _install(
-        self,
-        trainer: pl.Trainer,
-        place: Place,
-        data: CalibrationDataModule,
-        candidate: Candidate,
-        progress: Progress,
+        self, trainer: pl.Trainer, place: Place, data: CalibrationDataModule, candidate: Candidate, progress: Progress
     ) -> None:
         """Fit a candidate's head and give both to the module, the same on every rank."""
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
-        place.install(candidate, self.pool, data, batches, ridge=self.ridge, progress=progress)
+        place.install(candidate, self.pool, data, batches, ridge=self.ridge, bar=progress)
         place.agree(trainer.strategy)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:

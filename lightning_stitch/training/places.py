@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Ranking
 from lightning_stitch.stitching import Candidate
 from lightning_stitch.training.backbone_place import BackbonePlace
-from lightning_stitch.training.head_fitting import check_targets, fit_candidate_head, share_head
+from lightning_stitch.training.data_checks import check_targets
 from lightning_stitch.training.module import StitchedClassifier
 
 
@@ -60,10 +60,10 @@ class Place(Protocol):
         candidate: Candidate,
         pool: Pool,
         data: CalibrationDataModule,
-        batches: Iterable[Any],
+        batches: Any,
         *,
         ridge: float,
-        progress: Progress,
+        bar: Progress,
     ) -> None:
         """Put a candidate's network in, and fit its head where there is one to fit.
 
@@ -73,7 +73,7 @@ class Place(Protocol):
             data: The data module.
             batches: The head images as `data` gives them, (images, targets).
             ridge: Relative strength of the fit of a linear layer behind the network, where the place needs one.
-            progress: Where to show progress.
+            bar: Where to show progress.
         """
 
     def agree(self, strategy: Any) -> None:
@@ -128,16 +128,17 @@ class ClassifierPlace:
         candidate: Candidate,
         pool: Pool,
         data: CalibrationDataModule,
-        batches: Iterable[Any],
+        batches: Any,
         *,
         ridge: float,
-        progress: Progress,
+        bar: Progress,
     ) -> None:
         """As `Place` has it; nothing stands between the network and its head, so that `ridge` is not used."""
         module = self.module
-        head = fit_candidate_head(self.head_settings, pool, candidate, batches, progress)
+        images = batches if self.head_settings.needs_targets else [next(iter(batches))]
+        outcomes, targets = pool.outcomes([candidate], images, progress=bar)
         with torch.inference_mode(False):
-            network = pool.assemble(candidate)
+            head, network = self.head_settings.fit(outcomes[0].features, targets), pool.assemble(candidate)
         module.install(network.to(module.device), head.to(module.device))
         if module.class_names is None and self.head_settings.name != "none":
             module.class_names = data.class_names
@@ -154,7 +155,9 @@ class ClassifierPlace:
                 module.network.recipe = Recipe.from_dict(recipe)
             module.configure_model()
         assert module.head is not None
-        share_head(module.head, strategy)
+        # A head that holds labelled images has as many rows on every rank as rank zero's.
+        numbers = {name: tensor.cpu() for name, tensor in module.head.state_dict().items()}
+        module.head.load_state_dict(strategy.broadcast(numbers, src=0))
 
 
 def place_for_network(module: pl.LightningModule, attribute: str | None, head_attribute: str | None = None) -> Place:
