@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+from lightning_stitch.cost import Budget
 from lightning_stitch.errors import StitchError
 
 Granularity = Literal["stages", "blocks", "reference", "all"]
-
-
 Estimator = Literal["debiased", "biased"]
-
-
 Keeping = Literal["disk", "memory"]
+_Class = TypeVar("_Class")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,76 @@ class CalibrationSettings:
         if isinstance(self.granularity, Mapping):
             return self.granularity.get(source, "blocks")
         return self.granularity
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """What a search proposes, and by what it chooses.
+
+    Attributes:
+        strategy: A generator of candidates; None: `Beam()`. `DepthFirst(...)` is the paper's.
+        budget: Limits that the chosen network and all StitchNets of the result keep: on parameters, MACs, milliseconds,
+            bytes of activations and score; None: none.
+        ranking: How to rank on the selection images. By labels: "loo_soft_r2" or "loo_r2"; without: "consensus" or
+            "cka_product"; or a function. "auto": the first of those by labels, or of those without where there are
+            none, or where the module's head ("class_map", "none") is fitted without.
+        ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels; 0 is the paper's.
+        bias: Whether stitches have a bias; False is the paper's.
+        max_candidates: Most StitchNets that are ranked.
+        exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They are
+            not where networks end at an output, nor under the ranking "cka_product", which would give each of them the
+            highest score, as they have no stitch.
+        heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
+            (`lightning_stitch.healing`).
+        max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
+        time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
+            looked at with every cut and stitch. None: no limit.
+        journal: A directory where the search remembers what it found, its calibration too, so that the same search can
+            be called again after it was stopped by whatever means, a killed process too, and goes on where it was, to
+            the same result. The same search has the same settings and images; but `max_candidates`, `time_limit`,
+            `ranking`, `heal` and `max_healed` may be others. Of several ranks each has a directory of its own in it; a
+            fast_dev_run leaves it alone. None: nothing is remembered.
+    """
+
+    strategy: Callable[..., Any] | None = None
+    budget: Budget | None = None
+    ranking: str | Callable[..., Any] = "auto"
+    ridge: float = 1e-3
+    bias: bool = True
+    max_candidates: int = 64
+    exits: bool = True
+    heal: bool = False
+    max_healed: int = 16
+    time_limit: float | None = None
+    journal: str | os.PathLike[str] | None = None
+
+    @property
+    def limits(self) -> Budget:
+        """The budget; one without limits where none is set."""
+        return self.budget or Budget()
+
+
+def documents_options_of(*settings: type) -> Callable[[type[_Class]], type[_Class]]:
+    """Let a class whose options are fields of settings have their documentation in its own, which need not repeat it.
+
+    Args:
+        settings: Classes whose "Attributes:" say what the options are.
+    """
+
+    def document(cls: type[_Class]) -> type[_Class]:
+        options = inspect.signature(cls).parameters
+        entries: list[str] = []
+        for described in settings:
+            attributes = (inspect.getdoc(described) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+            for entry in re.split(r"\n(?=    \w+: )", attributes):
+                if entry.strip().partition(":")[0] in options:
+                    entries.append(entry)
+        before, args, behind = (inspect.getdoc(cls) or "").partition("Args:\n")
+        documented, blank, rest = behind.partition("\n\n")
+        cls.__doc__ = before + args + "\n".join([documented, *entries]) + blank + rest
+        return cls
+
+    return document
 
 
 LEAN = CalibrationSettings(granularity="stages", rows_per_image=16, keep_activations="memory")

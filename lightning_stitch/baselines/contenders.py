@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, train_best
 from lightning_stitch.baselines.flops import Meter, Spent
-from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork
@@ -101,13 +100,14 @@ class Contenders:
         device: torch.device,
     ) -> None:
         self.search = copy.copy(search)
-        self.search.compare, self.search.journal = False, None
+        self.search.compare = False
+        self.search.search_settings = replace(search.search_settings, journal=None)
         self.data = data
         self.finetuning = finetuning
         self.seed = seed
         self.trainer_options = trainer_options
         self.device = device
-        settings = CalibrationSettings(granularity=search.granularity)
+        settings = CalibrationSettings(granularity=search.calibration_settings.granularity)
         self.parts = [segment(source, settings, data.image_shape) for source in sources]
 
     def make(self, method: Method) -> Made:
@@ -254,7 +254,7 @@ class Contenders:
             assert result is not None
             first = result.best.candidate
             if first.kind != "stitched" and result.best_stitched is not None:
-                self.search.install_within(trainer, self.search.budget or Budget(), kind="stitched")
+                self.search.install_within(trainer, self.search.search_settings.limits, kind="stitched")
         network, head = model.network, model.head
         assert isinstance(network, StitchedNetwork)
         assert head is not None

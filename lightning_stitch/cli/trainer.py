@@ -80,7 +80,7 @@ class StitchTrainer(pl.Trainer):
                 unfit.append(error)
             return shape
 
-        settings = search.settings(place.head_settings.until)
+        settings = search.settings_until(place.head_settings.until)
         checked = preflight(search.sources, image_shape=image_shape, settings=settings, regardless=True)
         beside = checked  # what is said of the sources alone
         checked = replace(checked, problems=(*checked.problems, *map(str, unfit)))

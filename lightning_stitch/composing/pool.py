@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ from lightning_stitch.search import (
     Beam,
     CompositionCosts,
     Outcome,
-    Ranking,
+    Ranked,
     SearchResult,
     SearchSpace,
-    Strategy,
+    Stopped,
     TimeLimit,
     choose,
     costs_of_pairs,
@@ -51,19 +51,16 @@ from lightning_stitch.search import (
     unmodified,
     until_stopped,
 )
-from lightning_stitch.settings import LEAN, CalibrationSettings
+from lightning_stitch.settings import LEAN, CalibrationSettings, SearchSettings
 from lightning_stitch.sources import Source, check_names
 from lightning_stitch.stitching import (
     Batch,
-    Calibrated,
+    Calibration,
     Candidate,
     Kind,
-    calibrate_once,
     check_same_outputs,
-    load_calibration,
     put_down,
     read_again,
-    save_calibration,
     saved_settings,
     segment,
 )
@@ -101,8 +98,7 @@ class Pool:
         check_same_outputs(self.parts, self.settings)
         for part in self.parts:
             part.to(self.device)
-        self.calibrated: list[Calibrated] = []
-        self._images_hash = ""
+        self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
         self.prepared: dict[bool, CompositionCosts] = {}  # with early exits and without
 
@@ -148,8 +144,7 @@ class Pool:
             CalibrationError: If there are too few images, or an image or activation is not finite; likewise if there
                 are not as many labels as images, or there is but one group.
         """
-        with timed(self.seconds, "calibrate"):
-            self._calibrate(images, Answers(), progress or Silent(), groups)
+        self._calibrate(images, Answers(), progress or Silent(), groups)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
@@ -164,8 +159,7 @@ class Pool:
         Raises:
             CalibrationError: If the pool has not been calibrated, or the directory cannot be written to.
         """
-        self._check_calibrated()
-        save_calibration(Path(directory), self.calibrated, self.settings, self._images_hash)
+        self._whole_calibration().save(Path(directory))
 
     @classmethod
     def open(
@@ -197,28 +191,19 @@ class Pool:
         """
         image_shape, saved = saved_settings(Path(directory))
         pool = cls(sources, image_shape, settings=settings or saved, device=device)
-        pool.calibrated, pool._images_hash = load_calibration(Path(directory), pool.parts, pool.settings, pool.device)
+        pool.calibration = Calibration.open(Path(directory), pool.parts, pool.settings, pool.device)
         return pool
 
     def search(
         self,
         calibration: Iterable[Batch] | None,
         selection: Iterable[Batch],
+        settings: SearchSettings | None = None,
         *,
-        strategy: Strategy | None = None,
-        budget: Budget | None = None,
-        ranking: str | Ranking = "auto",
         num_classes: int | None = None,
-        ridge: float = 1e-3,
-        bias: bool = True,
-        max_candidates: int = 64,
-        exits: bool = True,
-        heal: bool = False,
-        time_limit: float | None = None,
-        journal: str | os.PathLike[str] | None = None,
-        max_healed: int = 16,
         groups: Sequence[Hashable] | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> SearchResult:
         """Compose networks and rank them; the sources as they are, self-stitched and ended early are among them.
 
@@ -229,28 +214,11 @@ class Pool:
             calibration: Batches of images, (batch, channels, height, width) in [0, 1]; labels are not looked at. None:
                 what the pool holds, from `Pool.open` or `calibrate`.
             selection: Batches of images, or of (images, targets as `SelectionData` has them), apart from calibration's.
-            strategy: A generator of candidates; None: `Beam()`.
-            budget: Limits that the chosen network and all StitchNets of the result keep; None: none.
-            ranking: Name of a ranking (`ranking.RANKINGS`), "auto" ("loo_soft_r2" with labels, "consensus" without), or
-                a function.
+            settings: What to propose and by what to choose; None: the defaults.
             num_classes: Number of classes, where there are labels.
-            ridge: Relative strength of the stitches' fit; 0 is the paper's.
-            bias: Whether stitches have a bias; False is the paper's.
-            max_candidates: Most StitchNets that are ranked.
-            exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They
-                are not where networks end at an output, nor under the ranking "cka_product", which would give each of
-                them the highest score, as they have no stitch.
-            heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
-                (`lightning_stitch.healing`).
-            time_limit: Seconds from the call after which no more is composed; ranking what there is comes on top. It is
-                looked at with every cut and stitch.
-            journal: A directory where the search remembers what it found, its calibration too, so that the same search
-                can be called again after it was stopped by whatever means, a killed process too, and goes on where it
-                was, to the same result. The same search has the same arguments and images; but `max_candidates`,
-                `time_limit`, the ranking, `heal` and `max_healed` may be others. None: nothing is remembered.
-            max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
             groups: What each calibration image shows (`calibrate`); None: each shows something else.
             progress: Where to show progress.
+            options: Fields of `SearchSettings`, in place of those of `settings`.
 
         Raises:
             BudgetError: If no network keeps the budget; names the one that comes nearest, and its cost. Where that can
@@ -259,76 +227,49 @@ class Pool:
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
             JournalError: If the journal is another search's, in use, or cannot be written; likewise but for images.
         """
-        limit, strategy = TimeLimit(time_limit), strategy or Beam()
-        budget, progress = budget or Budget(), progress or Silent()
-        exits = exits and self.settings.until == "features" and ranking != "cka_product"
-        find_ranking(ranking, labelled=True)
+        settings, progress = dataclasses.replace(settings or SearchSettings(), **options), progress or Silent()
+        limit = TimeLimit(settings.time_limit)
+        find_ranking(settings.ranking, labelled=True)
         num_selected = num_images(selection)
-        if ranking in NEED_LABELS:
+        if settings.ranking in NEED_LABELS:
             selection = labelled(selection)
         if calibration is None:
-            self._check_calibrated()
+            self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
-        with timed(self.seconds, "cut"):
-            most = getattr(strategy, "max_fragments", 16)
-            costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
-            costs.check(budget)
-        with Answers() if journal is None else Journal(journal) as kept:
-            kept.agree(
-                search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias)
-            )
-            if budget.max_latency_ms is not None:
-                with timed(self.seconds, "measure"):
-                    pieces = partial(piece_latencies, self.parts, self.device)
-                    answer = kept.recall(["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
-                    self._latencies = answer.value
-                    costs.time(answer.value)
-                    costs.check(budget)
-            budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
-            if calibration is None:
-                kept.agree({"calibration images": self._images_hash})
-            else:
-                with timed(self.seconds, "calibrate"):
-                    self._calibrate(calibration, kept, progress, groups)
+        costs = self._costs(settings)
+        with Answers() if settings.journal is None else Journal(settings.journal) as journal:
+            journal.agree(search_identity(self.parts, self.settings, settings, self.device))
+            self._time_pieces(costs, settings.limits, journal)
+            settings.limits.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
+            if calibration is not None:
+                self._calibrate(calibration, journal, progress, groups)
+            whole = self._whole_calibration()
+            journal.agree({"calibration images": whole.images_hash})
             space = SearchSpace(
-                self.calibrated,
+                whole.sources,
                 self.settings,
                 costs=costs,
-                budget=budget,
-                ridge=ridge,
-                journal=kept,
+                budget=settings.limits,
+                ridge=settings.ridge,
+                journal=journal,
                 time_limit=limit,
             )
-            with timed(self.seconds, "search"):
-                candidates, ends = unmodified(space), early_exits(space) if exits else []
-                progress.start("composing", max_candidates)
-                proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
-                stopped = until_stopped(proposed, candidates)
-                # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
-                candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
-            if heal:
+            candidates, stopped = self._compose(space, settings, progress)
+            if settings.heal:
                 with timed(self.seconds, "heal"):
-                    healer = Healer(self.calibrated, settings=self.settings, ridge=ridge, journal=kept)
-                    candidates = healer.heal_finalists(candidates, max_healed=max_healed, progress=progress)
+                    healer = Healer(whole.sources, settings=self.settings, ridge=settings.ridge, journal=journal)
+                    candidates = healer.heal_finalists(candidates, max_healed=settings.max_healed, progress=progress)
             if calibration is not None:
-                for source in self.calibrated:
-                    source.release()
+                whole.release()
             with timed(self.seconds, "rank"):
                 progress.start("ranking", num_selected)
-                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
-                ranked = rank(
-                    candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
-                )
-            meters: dict[str, Callable[[Candidate], float]] = {
-                "activation_bytes": self._activation_bytes,
-                "latency_ms": partial(self._latency, kept),
-            }
-            if meters := {measure: meter for measure, meter in meters.items() if measure in budget.limits}:
-                with timed(self.seconds, "measure"):
-                    ranked = measured(ranked, budget, meters, progress)
+                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=journal)
+                ranking, rejected = settings.ranking, space.rejected
+                ranked = rank(candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected)
+            ranked = self._measure(ranked, settings.limits, journal, progress)
             return choose(
                 ranked,
-                budget,
+                settings.limits,
                 rejected=space.rejected,
                 seconds=self.seconds,
                 num_selection_labels=0 if labels is None else len(labels),
@@ -374,11 +315,11 @@ class Pool:
             >>> pool.calibrate(loader)  # doctest: +SKIP
             >>> pool.stitch([("cnn", None, "stages.2"), ("vit", "blocks.3", None)])  # doctest: +SKIP
         """
-        self._check_calibrated()
+        sources = self._whole_calibration().sources
         costs = CompositionCosts(self.parts, bias=bias, max_fragments=len(fragments))
-        space = SearchSpace(self.calibrated, self.settings, costs=costs, ridge=ridge)
+        space = SearchSpace(sources, self.settings, costs=costs, ridge=ridge)
         candidate = follow(space, [f if isinstance(f, FragmentRef) else FragmentRef(*f) for f in fragments])
-        return Healer(self.calibrated, settings=self.settings, ridge=ridge).heal(candidate) if heal else candidate
+        return Healer(sources, settings=self.settings, ridge=ridge).heal(candidate) if heal else candidate
 
     def assemble(self, candidate: Candidate, *, share_weights: bool = False) -> StitchedNetwork:
         """A candidate as a network of its own: copies of the fragments, folds done.
@@ -392,23 +333,75 @@ class Pool:
         stitches = [step.stitch for step in candidate.steps]
         return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
 
+    def _costs(self, settings: SearchSettings) -> CompositionCosts:
+        """What compositions cost; refuses a budget that none can keep."""
+        exits = settings.exits and self.settings.until == "features" and settings.ranking != "cka_product"
+        longest = getattr(settings.strategy or Beam(), "max_fragments", 16)
+        with timed(self.seconds, "cut"):
+            costs = CompositionCosts(self.parts, bias=settings.bias, max_fragments=longest, early_exits=exits)
+            costs.check(settings.limits)
+        return costs
+
+    def _time_pieces(self, costs: CompositionCosts, budget: Budget, journal: Answers) -> None:
+        """Measure how long the pieces take, where the budget limits that."""
+        if budget.max_latency_ms is None:
+            return
+        with timed(self.seconds, "measure"):
+            measure = partial(piece_latencies, self.parts, self.device)
+            answer = journal.recall(["latencies of the pieces"], lambda: Answer(self._latencies or measure()))
+            self._latencies = answer.value
+            costs.time(answer.value)
+            costs.check(budget)
+
     def _calibrate(
         self, images: Iterable[Batch], journal: Answers, progress: Progress, groups: Sequence[Hashable] | None
     ) -> None:
-        """Read the images and run each source over them, unless the journal has what that gives."""
-        read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
-        journal.agree({"calibration images": read.hash})
-        if read.hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
-            return
-        progress.start("calibrating", len(self.parts))
-        self.calibrated = calibrate_once(journal.calibration, self.parts, read, self.settings, self.device, progress)
-        self._images_hash = read.hash
+        """Read the images and run each source over them, unless the pool or the journal has what that gives."""
+        with timed(self.seconds, "calibrate"):
+            read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
+            journal.agree({"calibration images": read.hash})
+            present = self.calibration
+            if present is not None and present.is_stored and present.images_hash == read.hash:
+                return
+            self.calibration = Calibration.of(
+                self.parts,
+                read,
+                self.settings,
+                device=self.device,
+                progress=progress,
+                directory=journal.calibration,
+            )
 
-    def _check_calibrated(self) -> None:
-        if not self.calibrated or any(len(s.activations) < len(s.statistics) for s in self.calibrated):
+    def _compose(
+        self, space: SearchSpace, settings: SearchSettings, progress: Progress
+    ) -> tuple[list[Candidate], Stopped | None]:
+        """Sources, self-stitched sources, early exits and StitchNets, and what ended the composing early."""
+        with timed(self.seconds, "search"):
+            candidates, ends = unmodified(space), early_exits(space) if space.costs.early_exits else []
+            progress.start("composing", settings.max_candidates)
+            proposed = islice((settings.strategy or Beam())(space), settings.max_candidates)
+            stopped = until_stopped(chain(self_stitched(space), counted(proposed, progress)), candidates)
+            # In this order: of equal scores the first one wins.
+            return sorted([*candidates, *ends], key=lambda c: get_args(Kind).index(c.kind)), stopped
+
+    def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
+        """The same, assembled and measured in what the budget limits and only an assembled network shows."""
+        meters: dict[str, Callable[[Candidate], float]] = {
+            "activation_bytes": self._activation_bytes,
+            "latency_ms": partial(self._latency, journal),
+        }
+        meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
+        if not meters:
+            return ranked
+        with timed(self.seconds, "measure"):
+            return measured(ranked, budget, meters, progress)
+
+    def _whole_calibration(self) -> Calibration:
+        if self.calibration is None or not self.calibration.is_whole:
             raise CalibrationError(
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
+        return self.calibration
 
     def _activation_bytes(self, candidate: Candidate) -> float:
         return network_activation_bytes(self.assemble(candidate), self.image_shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from lightning_stitch.errors import CalibrationError
 from lightning_stitch.maths import r2
 from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.progress import Progress
-from lightning_stitch.search import Beam, Ranked, SearchResult, SelectionData, Strategy
-from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.search import Beam, Ranked, SearchResult, SelectionData
+from lightning_stitch.settings import CalibrationSettings, SearchSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.stitching import Candidate, images_of
 
@@ -43,12 +44,11 @@ def shrink(
     selection: Iterable[Tensor | Sequence[Tensor]],
     budget: Budget | float,
     *,
-    settings: CalibrationSettings | None = None,
-    strategy: Strategy | None = None,
-    max_healed: int = 16,
+    calibration_settings: CalibrationSettings | None = None,
     groups: Sequence[Hashable] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Shrunk:
     """The short version of one network that stays truest to it, without labels or back-propagation.
 
@@ -63,12 +63,12 @@ def shrink(
         selection: Others, which choose among the versions.
         budget: Limits that it keeps; a number between 0 and 1: a share of the source's MACs. With `min_score`, a least
             fidelity, it is the version of the fewest MACs that is so true.
-        settings: How activations are sampled and where the network ends; None: at its output.
-        strategy: The search; None: `Beam(max_fragments=2, width=6, deep=6)`, of one skip.
-        max_healed: Most versions that are healed.
+        calibration_settings: How activations are sampled and where the network ends; None: at its output.
         groups: What each calibration image shows (`Pool.calibrate`).
         device: Where to run.
         progress: Where to show progress.
+        options: Others than these of `SearchSettings`: the strategy `Beam(max_fragments=2, width=6, deep=6)`, of one
+            skip; healing; and as the ranking how true a version is.
 
     Returns:
         The version, with its fidelity: the source itself where that keeps the budget and no least fidelity was asked
@@ -94,21 +94,12 @@ def shrink(
         raise CalibrationError("There are no calibration images.")
     channels, height, width = images_of(calibration[0]).shape[1:]
     shape = (channels, height, width)
-    pool = Pool([source], shape, settings=settings or CalibrationSettings(until="output"), device=device)
+    pool = Pool([source], shape, settings=calibration_settings or CalibrationSettings(until="output"), device=device)
     if not isinstance(budget, Budget):
         budget = Budget(max_macs=budget * pool.parts[0].cost.macs)
-    result = pool.search(
-        calibration,
-        selection,
-        strategy=strategy or Beam(max_fragments=2, width=6, deep=6),
-        budget=budget,
-        ranking=by_fidelity,
-        exits=False,
-        heal=True,
-        max_healed=max_healed,
-        groups=groups,
-        progress=progress,
-    )
+    beam = Beam(max_fragments=2, width=6, deep=6)
+    settings = SearchSettings(strategy=beam, budget=budget, ranking=by_fidelity, exits=False, heal=True)
+    result = pool.search(calibration, selection, settings, groups=groups, progress=progress, **options)
     chosen = result.best
     return Shrunk(pool.assemble(chosen.candidate), chosen.scores["fidelity"], chosen, result)
 

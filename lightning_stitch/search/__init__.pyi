@@ -15,7 +15,7 @@ from .ranking import (
 )
 from .results import Ranked, SearchResult, choose, measured, rank
 from .space import SearchSpace
-from .stopping import TimeLimit, until_stopped
+from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "SelectionData",
+    "Stopped",
     "Strategy",
     "TimeLimit",
     "by_loo_soft_r2",

@@ -79,7 +79,7 @@ class CompositionCosts:
         self._latencies: Sequence[Sequence[float]] | None = None
         self._ms_per_mac = 0.0
         self._max_fragments = max_fragments
-        self._early_exits = early_exits
+        self.early_exits = early_exits
 
     def time(self, latencies: Sequence[Sequence[float]]) -> None:
         """Estimate latencies from now on.
@@ -148,7 +148,7 @@ class CompositionCosts:
         for s, part in enumerate(self.parts):
             wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
             wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
-            if self._early_exits:
+            if self.early_exits:
                 exits = ((getattr(self.run(s, 0, c + 1), measure), cut.name) for c, cut in enumerate(part.cuts))
                 wholes += [(cost, f"{part.name} ended at {name}") for cost, name in exits]
         best, path = min(wholes, key=lambda whole: whole[0])

@@ -10,7 +10,7 @@ order:
 - `fitting.py`: fit it on what a running network sends and what the receiver was given in its own source
 - `folding.py`: fold its map into the layer before or behind it, where that is exact, and what it costs where
 - `candidates.py`: what a search handles: running networks, and the candidates that they end as
-- `saved_calibration.py`: calibrated sources in a directory, to be searched again without running any of them
+- `calibration.py`: all that as one value, in memory or saved in a directory
 
 **What is scored is what runs.** The running network's activation is resampled to the receiver's grid as the final
 network will do it, and CKA and the stitch come from the same sampled rows. It is carried forward, never computed from

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.report import Comparison, compare
-from lightning_stitch.search import Beam, Ranked, SearchResult, Strategy, find_ranking
-from lightning_stitch.settings import CalibrationSettings, Estimator, Keeping
+from lightning_stitch.search import Ranked, SearchResult, Strategy, find_ranking
+from lightning_stitch.settings import (
+    CalibrationSettings,
+    Estimator,
+    Keeping,
+    SearchSettings,
+    documents_options_of,
+)
 from lightning_stitch.sources import (
     Blueprint,
     Source,
@@ -36,6 +43,7 @@ from lightning_stitch.training.places import Place, place_for_network
 from lightning_stitch.training.search_report import report_search
 
 
+@documents_options_of(SearchSettings, CalibrationSettings)
 class FragmentSearch(pl.Callback):
     """Composes a network from sources before fitting and installs it, with a closed-form head, in the module.
 
@@ -55,35 +63,11 @@ class FragmentSearch(pl.Callback):
 
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
-        strategy: The search; None: `Beam()`. `DepthFirst(...)` is the paper's.
-        budget: Limits that the chosen network keeps: on parameters, MACs, milliseconds, bytes of activations and score.
-        granularity: Which cuts are offered: "stages", "blocks", "reference", "all", a list of cut names, or a mapping
-            from a source's name to one of these.
-        estimator: Of CKA: "debiased", or "biased" as in the paper.
-        rows_per_image: Most rows that are sampled of one image at one cut.
-        ridge: Relative strength of the stitches' fit; 0 is the paper's.
-        bias: Whether stitches have a bias; False is the paper's.
-        ranking: How to rank on the selection images. By labels: "loo_soft_r2" or "loo_r2"; without: "consensus"
-            or "cka_product"; or a function. "auto": the first of those by labels, or of those without where the
-            module's head ("class_map", "none") is fitted without.
-        max_candidates: Most StitchNets that are ranked.
-        exits: Whether sources that end early, at one of their cuts, are candidates too (`Pool.search`).
-        heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
-            (`Pool.search`).
-        max_healed: Most StitchNets that are healed.
         compare: For classes only: also evaluate all sources, their self-stitched forms and the best StitchNets on the
             test images, print the table and write comparison.csv and comparison.json in the log directory. The test
             images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
             the best early exit.
-        seed: Of the sampled positions.
-        keep_activations: Where activations of the calibration images wait while the search lasts: on "disk" (an unnamed
-            temporary file; TMPDIR says where), or in "memory".
-        time_limit: Seconds of the search after which it composes no more; ranking what there is comes on top. On every
-            rank alike.
-        journal: A directory where the search remembers what it found and its calibration, so that a run that was
-            stopped by whatever means, a killed process too, goes on where it was when it is started again. Of several
-            ranks each has a directory of its own in it. A fast_dev_run leaves it alone.
         attribute: Where in a LightningModule of your own the network goes, as "backbone" or "model.encoder". What is
             there gives vectors (batch, width) for images: a `StitchedBackbone`, or any network, which is replaced by
             one whose features are mapped, by least squares on the head images, onto what it gave. A module with a
@@ -98,6 +82,8 @@ class FragmentSearch(pl.Callback):
     so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
 
     Attributes:
+        search_settings: What is proposed, and by what it is chosen.
+        calibration_settings: How activations are sampled and scored; where networks end follows from the head.
         ckpt_path: A checkpoint file that the coming `fit` restores: its network is taken, and nothing is searched. None
             by default; `lightning-stitch fit --ckpt_path FILE` sets it.
         pool: The sources, cut, that the search composed from; None before it ran.
@@ -132,25 +118,29 @@ class FragmentSearch(pl.Callback):
     ) -> None:
         warn_where_both_are_loaded()
         self.sources = list(sources)
-        self.strategy = strategy
-        self.budget = budget
-        self.granularity = granularity
-        self.estimator = estimator
-        self.rows_per_image = rows_per_image
-        self.ridge = ridge
-        self.bias = bias
-        self.ranking = ranking
-        self.max_candidates = max_candidates
-        self.exits = exits
-        self.heal = heal
-        self.max_healed = max_healed
+        self.search_settings = SearchSettings(
+            strategy=strategy,
+            budget=budget,
+            ranking=ranking,
+            ridge=ridge,
+            bias=bias,
+            max_candidates=max_candidates,
+            exits=exits,
+            heal=heal,
+            max_healed=max_healed,
+            time_limit=time_limit,
+            journal=journal,
+        )
+        self.calibration_settings = CalibrationSettings(
+            granularity=granularity,
+            estimator=estimator,
+            rows_per_image=rows_per_image,
+            seed=seed,
+            keep_activations=keep_activations,
+        )
         self.compare = compare
         self.fractions = tuple(fractions)
-        self.seed = seed
-        self.keep_activations = keep_activations
         self.pool: Pool | None = None
-        self.time_limit = time_limit
-        self.journal = journal
         self.attribute = attribute
         self.head_attribute = head_attribute
         self.skip_rejected = skip_rejected
@@ -175,7 +165,7 @@ class FragmentSearch(pl.Callback):
         Raises:
             SourceError: If one is rejected (and `skip_rejected` is False), or they cannot be used together.
         """
-        settings, skip = self.settings(until), self.skip_rejected
+        settings, skip = self.settings_until(until), self.skip_rejected
         sources, self._found = self._found or self.sources, None
         self._usable = usable_sources(sources, image_shape, settings, skip_rejected=skip, show=show)
         return self._usable
@@ -233,13 +223,13 @@ class FragmentSearch(pl.Callback):
         with _one_rank_first(trainer):
             self._prepare(trainer, place.head_settings.until, lambda: data.image_shape)
         assert self._fetched is not None
-        settings, skip = self.settings(place.head_settings.until), self.skip_rejected
+        settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
         self._fetched = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         bar = trainer.progress_bar_callback
         quiet = bar is None or not trainer.is_global_zero
         with isolate_rng(), Bar() if not quiet else Silent() as progress:
             self._run(trainer, place, data, self._fetched, progress)
-        self._fetched = None
+        self._fetched = self._usable = None
         self._report(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -293,7 +283,7 @@ class FragmentSearch(pl.Callback):
             StitchError: If they do not.
         """
         check_same_namespace(trainer, "Trainer")
-        find_ranking(self.ranking, labelled=True)
+        find_ranking(self.search_settings.ranking, labelled=True)
         place = place_for_network(pl_module, self.attribute, self.head_attribute)
         data = _calibration_data(data)
         if trainer.strategy.restore_checkpoint_after_setup and place.recipe is None:
@@ -302,19 +292,12 @@ class FragmentSearch(pl.Callback):
                 f"must be known from the start: search with another strategy first, then give "
                 f"StitchedClassifier(recipe=...) or StitchedBackbone(recipe=...)."
             )
-        place.check(data, ranking=self.ranking, compare=self.compare)
+        place.check(data, ranking=self.search_settings.ranking, compare=self.compare)
         return place, data
 
-    def settings(self, until: str) -> CalibrationSettings:
+    def settings_until(self, until: str) -> CalibrationSettings:
         """How its pool is cut and calibrated, for networks that end `until` (`CalibrationSettings`)."""
-        return CalibrationSettings(
-            granularity=self.granularity,
-            estimator=self.estimator,
-            rows_per_image=self.rows_per_image,
-            seed=self.seed,
-            keep_activations=self.keep_activations,
-            until=until,
-        )
+        return replace(self.calibration_settings, until=until)
 
     def _run(
         self,
@@ -328,30 +311,23 @@ class FragmentSearch(pl.Callback):
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=without_strangers(self.settings(place.head_settings.until), [part.name for part in sources]),
+            settings=without_strangers(self.settings_until(place.head_settings.until), [part.name for part in sources]),
             device=trainer.strategy.root_device,
         )
         if place.head_settings.until == "output":
             # A class map of classes that the sources do not have is refused before they run.
             place.head_settings.empty(pool.parts[0].graph.output_features())
         selection = _batches(trainer, data.selection_dataloader())
-        if self.ranking == "auto" and not place.head_settings.needs_targets:
+        if self.search_settings.ranking == "auto" and not place.head_settings.needs_targets:
             selection = WithoutLabels(selection)
+        settings = replace(self.search_settings, journal=self._journal(trainer))
+        if tiny:
+            settings = replace(settings, journal=None, max_candidates=2, max_healed=2)
         self.result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
             selection,
-            strategy=self.strategy or Beam(),
-            budget=self.budget,
-            ranking=self.ranking,
+            settings,
             num_classes=data.num_classes,
-            ridge=self.ridge,
-            bias=self.bias,
-            max_candidates=2 if tiny else self.max_candidates,
-            exits=self.exits,
-            heal=self.heal,
-            time_limit=self.time_limit,
-            journal=None if tiny else self._journal(trainer),
-            max_healed=2 if tiny else self.max_healed,
             progress=progress,
         )
         self._install(trainer, place, data, self.result.best.candidate, progress)
@@ -377,24 +353,23 @@ class FragmentSearch(pl.Callback):
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
-        place.install(candidate, self.pool, data, batches, ridge=self.ridge, bar=progress)
+        place.install(candidate, self.pool, data, batches, ridge=self.search_settings.ridge, bar=progress)
         place.agree(trainer.strategy)
 
     def _journal(self, trainer: pl.Trainer) -> Path | None:
-        if self.journal is None:
+        journal = self.search_settings.journal
+        if journal is None:
             return None
         ranks = trainer.world_size
-        return Path(self.journal) / f"rank_{trainer.global_rank}" if ranks > 1 else Path(self.journal)
+        return Path(journal) / f"rank_{trainer.global_rank}" if ranks > 1 else Path(journal)
 
     def _report(self, trainer: pl.Trainer) -> None:
         assert self.result is not None
         settings = {
             "sources": [str(source) for source in self.sources],
-            "granularity": self.granularity,
-            "estimator": self.estimator,
-            "ranking": self.ranking,
-            "exits": self.exits,
-            "heal": self.heal,
+            "granularity": self.calibration_settings.granularity,
+            "estimator": self.calibration_settings.estimator,
+            **{name: getattr(self.search_settings, name) for name in ("ranking", "exits", "heal")},
         }
         report_search(trainer, self.result, self.comparison, settings)
 

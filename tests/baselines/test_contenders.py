@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +198,17 @@ def test_the_stitchnet_is_one_also_where_the_search_ranks_a_source_first(tmp_pat
         return [{"score": {"source": 2.0}.get(c.kind, 1.0 + c.cost.macs / 1e9)} for c in candidates]
 
     search = search_of()
-    search.ranking = by_macs  # type: ignore[assignment]
+    search.search_settings = replace(search.search_settings, ranking=by_macs)
     made = contenders(tmp_path, search).make("StitchNet")
     assert made.search_choice is not None
     assert made.search_choice.startswith("source: ")
     assert "->" in made.name
-    assert len(made.network.stitches) > 0  # type: ignore[arg-type]
+    assert len(made.network.recipe.stitches) > 0  # type: ignore[arg-type]
 
 
 def test_where_there_is_no_stitchnet_the_searchs_own_choice_stands(tmp_path: Path) -> None:
     search = search_of(exits=False)
-    search.max_candidates = 0
+    search.search_settings = replace(search.search_settings, max_candidates=0)
     made = contenders(tmp_path, search).make("StitchNet")
     assert made.search_choice is not None
     assert made.search_choice.split(": ", 1)[1] == made.name

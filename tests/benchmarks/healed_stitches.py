@@ -58,7 +58,7 @@ def measure(task: Task) -> None:
     joints = [(f"stitch at {at}, {a} -> {b}", a, at, b, at) for at in (EARLY, LATE) for a, b in NEXT]
     joints += [(f"skip to {BEHIND_SKIP}, {a} -> {b}", a, EARLY, b, BEHIND_SKIP) for a, b in SKIPS]
     own = {name: features(pool, pool.stitch([(name, None, None)]), task) for name in names}
-    healer = Healer(pool.calibrated, settings=pool.settings, ridge=1e-3)
+    healer = Healer(pool.calibration.sources, settings=pool.settings, ridge=1e-3)
     print(f"\n{len(images)} unlabelled images, {torch.get_num_threads()} threads\n")
     print("| network | M MACs | R2 stitched | R2 healed | s | bare passes |")
     print("|---|---|---|---|---|---|")
@@ -95,9 +95,9 @@ def skips(task: Task, low: float, high: float, *, count: int) -> list[Row]:
         plain = pool.stitch(ends)
         if len(rows) == count or not low <= plain.cost.macs / cheapest <= high:
             continue
-        healer = Healer(pool.calibrated, settings=pool.settings, ridge=1e-3)
+        healer = Healer(pool.calibration.sources, settings=pool.settings, ridge=1e-3)
         with torch.inference_mode():
-            healed = heal(plain, pool.calibrated, pool.settings)
+            healed = heal(plain, pool.calibration.sources, pool.settings)
         wanted = own[ends[1][0]]
         given = [everything(pool, candidate, task) for candidate in (plain, healed)]
         row: Row = {"path": plain.recipe.path, "share": plain.cost.macs / cheapest, "cka": plain.cka_product}

@@ -128,10 +128,10 @@ def exits_without_labels(
 ) -> dict[tuple[float, str], Candidate]:
     """Under each share the early exit from which most of its source's outputs can be read."""
     costs = CompositionCosts(pool.parts, bias=True, max_fragments=1, early_exits=True)
-    exits = early_exits(SearchSpace(pool.calibrated, pool.settings, costs=costs))
+    exits = early_exits(SearchSpace(pool.calibration.sources, pool.settings, costs=costs))
     explained = {}
     for candidate, (calibrated, *_) in zip(exits, features(pool, exits, task), strict=True):
-        own = pool.calibrated[candidate.steps[-1].source].features
+        own = pool.calibration.sources[candidate.steps[-1].source].features
         fit = loo_ridge(calibrated, own, strengths=DEFAULT_STRENGTHS)
         explained[id(candidate)] = (
             -(fit.predictions - own).square().sum((1, 2)).min() / (own - own.mean(0)).square().sum()
@@ -148,11 +148,11 @@ def distilled(pool: Pool, candidate: Candidate, learning_rate: float) -> tuple[f
     """What lies behind the stitch trained towards its last source's features; held-out R2, seconds, and the network."""
     begun = time.perf_counter()
     first, last = candidate.steps
-    source = pool.calibrated[last.source]
+    source = pool.calibration.sources[last.source]
     # From what the stitch gives: the receiver's own layers are what healing changes, too.
     fragment = candidate.recipe.fragments[-1]
     receiver = source.parts.graph.fragment(fragment.start, fragment.end)
-    portions = pool.calibrated[first.source].activations[first.last - 1]
+    portions = pool.calibration.sources[first.source].activations[first.last - 1]
     fitted, held_out = divided(portions, source.num_held_out)
     with torch.no_grad():
         fed = torch.cat(entered(fitted, last, source)).clone()
@@ -168,7 +168,7 @@ def distilled(pool: Pool, candidate: Candidate, learning_rate: float) -> tuple[f
     tensors = {name: x.detach() for name, x in receiver.named_parameters()}
     found = dataclasses.replace(candidate, steps=(first, dataclasses.replace(last, tensors=tensors)))
     seconds = time.perf_counter() - begun
-    return held_out_r2(found, pool.calibrated, held_out), seconds, found
+    return held_out_r2(found, pool.calibration.sources, held_out), seconds, found
 
 
 def features(pool: Pool, candidates: Sequence[Candidate], task: Task) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -48,7 +48,7 @@ def run(stage: str, source: str, size: int, count: int, keep_activations: str) -
                     x = piece(x)
     if stage == "search":
         pool.calibrate(images(size, count))
-        space = SearchSpace(pool.calibrated, settings, costs=costs)
+        space = SearchSpace(pool.calibration.sources, settings, costs=costs)
         found = [*references(space), *Beam(threshold=-1.0)(space)]
         assert len(found) > 2
     unit = 2**10 if sys.platform == "linux" else 2**20

@@ -90,7 +90,7 @@ def ours(job: Job) -> Figures:
 def calibrated_space(pool: Pool, images: Tensor, *, paper: bool = True) -> SearchSpace:
     pool.calibrate([images])
     costs = CompositionCosts(pool.parts, bias=not paper, max_fragments=MAX_FRAGMENTS if paper else Beam().max_fragments)
-    return SearchSpace(pool.calibrated, pool.settings, costs=costs, ridge=0.0 if paper else 1e-3)
+    return SearchSpace(pool.calibration.sources, pool.settings, costs=costs, ridge=0.0 if paper else 1e-3)
 
 
 def searches(pool: Pool, images: Tensor, job: Job) -> Figures:

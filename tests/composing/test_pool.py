@@ -262,7 +262,7 @@ def test_every_image_goes_once_through_each_source(pool: Pool) -> None:
         result = pool.search(CALIBRATION.split(5), SELECTION)
     assert sum(first) == sum(second) == len(CALIBRATION) + len(IMAGES)
     assert len(result.ranked) > 8
-    assert all(source.activations == [] for source in pool.calibrated)
+    assert all(source.activations == [] for source in pool.calibration.sources)
 
 
 def test_depth_first_does_not_pass_a_self_stitched_source_off_as_a_stitchnet(pool: Pool) -> None:

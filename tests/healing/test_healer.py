@@ -134,7 +134,9 @@ def test_a_healed_network_can_be_trained_on(share_weights: bool) -> None:
     pool = Pool([normed("a", 0), normed("b", 1)], (3, 8, 8), settings=SETTINGS)
     pool.calibrate([IMAGES])
     fragments = [("a", None, "0"), ("b", "0", "1"), ("a", "1", None)]
-    candidate = Healer(pool.calibrated, settings=SETTINGS, ridge=1e-3).heal(amplified(pool.stitch(fragments), 4.0))
+    candidate = Healer(pool.calibration.sources, settings=SETTINGS, ridge=1e-3).heal(
+        amplified(pool.stitch(fragments), 4.0)
+    )
     assert candidate.recipe.healed
     network = pool.assemble(candidate, share_weights=share_weights).train()
     before = {name: x.clone() for name, x in network.state_dict().items()}

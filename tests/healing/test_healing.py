@@ -295,7 +295,7 @@ def test_a_journal_remembers_healed_networks_and_an_opened_pool_its_groups(tmp_p
     pool.calibrate([IMAGES], groups=groups)
     pool.save(tmp_path / "pool")
     opened = Pool.open(tmp_path / "pool", sources)
-    assert {source.num_held_out for source in [*opened.calibrated, *pool.calibrated]} == {7}
+    assert {source.num_held_out for source in [*opened.calibration.sources, *pool.calibration.sources]} == {7}
     result = opened.search(None, [IMAGES.flip(3)], strategy=Beam(width=2), heal=True, max_healed=8)
     assert list(records(result)) == expected
 

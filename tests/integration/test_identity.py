@@ -45,7 +45,7 @@ def test_a_network_stitched_to_itself_everywhere_reproduces_its_logits(kind: str
     pool = Pool([source], (3, *size), settings=settings)
     pool.calibrate(torch.rand(num_images, 3, *size).split(32))
     costs = CompositionCosts(pool.parts, bias=True, max_fragments=2)
-    _, stitched = references(SearchSpace(pool.calibrated, settings, costs=costs, ridge=0.0))
+    _, stitched = references(SearchSpace(pool.calibration.sources, settings, costs=costs, ridge=0.0))
     assert len(stitched.recipe.stitches) == len(pool.parts[0].cuts) >= 5
     network, images = pool.assemble(stitched), torch.rand(8, 3, *size)
     with torch.inference_mode():

@@ -33,7 +33,7 @@ from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
-from lightning_stitch.stitching import saved_calibration as calibration_files
+from lightning_stitch.stitching import calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
 
 ALL = DepthFirst(span=2, threshold=-9, edge_threshold=-9, max_fragments=4)

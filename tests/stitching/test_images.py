@@ -60,9 +60,9 @@ def test_the_images_that_judge_are_of_groups_that_no_fit_has_seen(batch: int) ->
     groups = "abcabcdabcabcdab"
     pool = pool_of(groups, batch=batch)
     held_out = held_out_groups(groups)
-    own = pool.calibrated[0].parts
+    own = pool.calibration.sources[0].parts
     candidate = pool.stitch([("a", None, "0"), ("b", "0", None)])
-    for images, chosen in zip(held_out_images(candidate, pool.calibrated), (False, True), strict=True):
+    for images, chosen in zip(held_out_images(candidate, pool.calibration.sources), (False, True), strict=True):
         wanted = torch.stack([x for x, out in zip(IMAGES, held_out, strict=True) if out is chosen])
         with torch.no_grad():
             assert torch.allclose(torch.cat(images), own.pieces[0](own.preprocess(wanted)), atol=1e-5)
@@ -74,7 +74,7 @@ def test_stitches_are_judged_by_the_same_images() -> None:
     held_out = sum(held_out_groups(groups))
     pool = pool_of(groups)
     stitch = pool.stitch([("a", None, "0"), ("b", "0", None)]).recipe.stitches[0]
-    x, y = (source.statistics[0].rows.double() for source in pool.calibrated)
+    x, y = (source.statistics[0].rows.double() for source in pool.calibration.sources)
     assert len(x) == 8 * 16
     split = 8 * (16 - held_out)
     assert stitch is not None
@@ -85,11 +85,11 @@ def test_stitches_are_judged_by_the_same_images() -> None:
     weight = torch.linalg.solve(gram, (x[:split] - mean_x).T @ (y[:split] - mean_y))
     assert stitch.r2 == pytest.approx(r2((x[split:] - mean_x) @ weight + mean_y, y[split:]), abs=1e-6)
     # The same images in that order from the first give the same without groups, but for who judges.
-    other = Pool([s.parts.source for s in pool.calibrated], (3, 16, 16), settings=SETTINGS)
+    other = Pool([s.parts.source for s in pool.calibration.sources], (3, 16, 16), settings=SETTINGS)
     other.calibrate([IMAGES[order]])
-    assert torch.allclose(other.calibrated[0].features, pool.calibrated[0].features, atol=1e-5)
-    assert [s.num_held_out for s in other.calibrated] == [num_held_out(16)] * 2 == [4, 4]
-    assert [s.num_held_out for s in pool.calibrated] == [2, 2]
+    assert torch.allclose(other.calibration.sources[0].features, pool.calibration.sources[0].features, atol=1e-5)
+    assert [s.num_held_out for s in other.calibration.sources] == [num_held_out(16)] * 2 == [4, 4]
+    assert [s.num_held_out for s in pool.calibration.sources] == [2, 2]
 
 
 def test_a_search_takes_groups_too() -> None:

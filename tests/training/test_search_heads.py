@@ -211,7 +211,7 @@ def test_data_heads_and_rankings_that_do_not_fit_are_refused_before_any_source_r
     callback = search(**options)
     with pytest.raises(error, match=words):
         trainer(tmp_path, callback).fit(StitchedClassifier(count, head=head, task=task), digits(data))
-    assert callback.pool is None or not callback.pool.calibrated
+    assert callback.pool is None or callback.pool.calibration is None
 
 
 def test_a_class_map_in_another_order_than_the_datas_classes_is_refused(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_files_are_json_and_safetensors(saved: Path) -> None:
     assert description["versions"]["torch"] == version("torch")
     pool = Pool.open(saved, pair())
     files = set()
-    for number, source in enumerate(pool.calibrated):
+    for number, source in enumerate(pool.calibration.sources):
         *of_cuts, features = sorted(saved.glob(f"source-{number}-*.safetensors"))
         assert torch.equal(load_file(features)["features"], source.features)
         for file, kept, activation in zip(of_cuts, source.statistics, source.activations, strict=True):
@@ -141,7 +141,7 @@ def test_what_an_opened_pool_holds_in_memory_does_not_grow_with_the_images(tmp_p
         source = plain("a", (5, 6, 8), seed=0)
         before = held()
         opened = Pool.open(tmp_path / str(size), [source])
-        assert len(opened.calibrated[0].activations) > 1
+        assert len(opened.calibration.sources[0].activations) > 1
         sizes.append(sum(x.nbytes for key, x in held().items() if key not in before))
     assert sizes[0] == sizes[1]
 
@@ -239,8 +239,8 @@ def test_saving_that_is_broken_off_leaves_the_old_calibration_or_the_new(
         return called
 
     def found(folder: Path) -> str:
-        features = Pool.open(folder, pair()).calibrated[0].features
-        return next(name for name, pool in pools.items() if torch.equal(pool.calibrated[0].features, features))
+        features = Pool.open(folder, pair()).calibration.sources[0].features
+        return next(name for name, pool in pools.items() if torch.equal(pool.calibration.sources[0].features, features))
 
     names = []
     for number in range(12):

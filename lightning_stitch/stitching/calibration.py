@@ -1,8 +1,8 @@
-"""Calibrated sources in a directory, to be searched again without running any of them.
+"""What the calibration images gave at the cuts of all sources, as one value, in memory or saved in a directory.
 
-Files of tensors (safetensors), one for each cut of each source with its sampled rows, prefix tokens and activation,
-portion by portion, and one for each source's features; and calibration.json, which is written last and says what all of
-it was made from. A file bears the hash of what is in it.
+A saved one is searched again without running any source. It is files of tensors (safetensors), one for each cut of each
+source with its sampled rows, prefix tokens and activation, portion by portion, and one for each source's features; and
+calibration.json, which is written last and says what all of it was made from. A file bears the hash of what is in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,27 +35,115 @@ SCHEMA_VERSION = 1
 _DESCRIPTION = "calibration.json"
 
 
-def save_calibration(
-    directory: Path, calibrated: Sequence[Calibrated], settings: CalibrationSettings, images_hash: str
-) -> None:
-    """Write calibrated sources; a calibration that is there already is replaced when all of this one is written.
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Sources with what one set of calibration images gave at their cuts, as one value.
 
-    Args:
-        directory: Where to; made if it is not there.
-        calibrated: The sources, their activations not released.
-        settings: What they were calibrated with.
+    Attributes:
+        sources: One entry for each source.
+        settings: How activations were sampled.
         images_hash: Of the calibration images.
-
-    Raises:
-        CalibrationError: If the directory cannot be written to.
     """
-    try:
-        _save(directory, calibrated, settings, images_hash)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
+
+    sources: tuple[Calibrated, ...]
+    settings: CalibrationSettings
+    images_hash: str
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[Segmented],
+        images: CalibrationImages,
+        settings: CalibrationSettings,
+        *,
+        device: torch.device,
+        progress: Progress,
+        directory: Path | None = None,
+    ) -> Calibration:
+        """Run each source once over the images, or take up what a directory has of that.
+
+        Args:
+            parts: The sources.
+            images: The calibration images.
+            settings: What to keep, and where.
+            device: Where activations are to be taken up.
+            progress: Where to show progress.
+            directory: Where the calibration is looked for, and saved if it is not there or cannot be used. None:
+                nowhere.
+
+        Raises:
+            CalibrationError: If there are too few images, or an activation is not finite; likewise if the directory
+                cannot be written to, or its disk has no room for the activations, before any source runs.
+        """
+
+        def run() -> Calibration:
+            progress.start("calibrating", len(parts))
+            sources = calibrate_all(parts, images.images, settings, images.num_held_out, progress)
+            return cls(tuple(sources), settings, images.hash)
+
+        if directory is None:
+            return run()
+        try:
+            saved = cls.open(directory, parts, settings, device)
+            if saved.images_hash == images.hash:
+                return saved
+        except CalibrationError:
+            pass  # not there yet, or what was written when the power failed
+        _check_room(directory, images.count * sum(4 * math.prod(cut.shape) for part in parts for cut in part.cuts))
+        run().save(directory)
+        return cls.open(directory, parts, settings, device)
+
+    def save(self, directory: Path) -> None:
+        """Write it; a calibration that is there already is replaced when all of this one is written.
+
+        Args:
+            directory: Where to; made if it is not there.
+
+        Raises:
+            CalibrationError: If the directory cannot be written to.
+        """
+        try:
+            _save(directory, self)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+
+    @classmethod
+    def open(
+        cls, directory: Path, parts: Sequence[Segmented], settings: CalibrationSettings, device: torch.device
+    ) -> Calibration:
+        """Take up a saved one: rows and features in memory, activations a portion at a time from the files.
+
+        Args:
+            directory: Where it was saved.
+            parts: The same sources, cut alike, in any order.
+            settings: The same settings.
+            device: Where activations are to be taken up.
+
+        Raises:
+            CalibrationError: If the calibration is another one's (what differs is named), cannot be read, or a file is
+                cut short or damaged.
+        """
+        sources, images_hash = _load(directory, parts, settings, device)
+        return cls(tuple(sources), settings, images_hash)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether networks can be composed on it: no activation was let go of."""
+        return all(len(source.activations) == len(source.statistics) for source in self.sources)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its activations lie in files, where they stay."""
+        return all(source.stored for source in self.sources)
+
+    def release(self) -> None:
+        """Let go of the activations, unless they are stored; rows and features stay."""
+        for source in self.sources:
+            source.release()
 
 
-def _save(directory: Path, calibrated: Sequence[Calibrated], settings: CalibrationSettings, images_hash: str) -> None:
+def _save(directory: Path, calibration: Calibration) -> None:
+    calibrated = calibration.sources
     directory.mkdir(parents=True, exist_ok=True)
     sources: dict[str, dict[str, Any]] = {}
     for index, source in enumerate(calibrated):
@@ -65,9 +154,9 @@ def _save(directory: Path, calibrated: Sequence[Calibrated], settings: Calibrati
         "versions": versions("lightning_stitch", "torch"),
         "image_shape": calibrated[0].parts.image_shape,
         "num_images": len(calibrated[0].features),
-        "images": images_hash,
+        "images": calibration.images_hash,
         "num_held_out": calibrated[0].num_held_out,
-        "settings": settings_identity(settings),
+        "settings": settings_identity(calibration.settings),
         "sources": sources,
     }
     write_json(directory / _DESCRIPTION, description)
@@ -130,24 +219,10 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
         raise CalibrationError(f"{directory / _DESCRIPTION} cannot be used ({error}).") from error
 
 
-def load_calibration(
+def _load(
     directory: Path, parts: Sequence[Segmented], settings: CalibrationSettings, device: torch.device
 ) -> tuple[list[Calibrated], str]:
-    """Take up a saved calibration: rows and features in memory, activations a portion at a time from the files.
-
-    Args:
-        directory: Where it was saved.
-        parts: The same sources, cut alike, in any order.
-        settings: The same settings.
-        device: Where activations are to be taken up.
-
-    Returns:
-        The calibrated sources in the order of `parts`, and the hash of the calibration images.
-
-    Raises:
-        CalibrationError: If the calibration is another one's (what differs is named), cannot be read, or a file is cut
-            short or damaged.
-    """
+    """The calibrated sources in the order of `parts`, and the hash of the calibration images."""
     description = read_description(directory)
     saved = description["sources"]
     found = differences(
@@ -183,50 +258,15 @@ def load_calibration(
     return calibrated, str(description["images"])
 
 
-def calibrate_once(
-    directory: Path | None,
-    parts: Sequence[Segmented],
-    images: CalibrationImages,
-    settings: CalibrationSettings,
-    device: torch.device,
-    progress: Progress,
-) -> list[Calibrated]:
-    """The calibration that is saved in a directory; made and saved there if it is not, or cannot be used.
-
-    Args:
-        directory: Where; None: nowhere, so that it is made.
-        parts: The sources.
-        images: The calibration images.
-        settings: What to keep, and where.
-        device: Where activations are to be taken up.
-        progress: Where to show progress.
-
-    Raises:
-        CalibrationError: If the directory cannot be written to, or its disk has no room for the activations; before any
-            source runs.
-    """
-    run = partial(calibrate_all, parts, images.images, settings, images.num_held_out, progress)
-    if directory is None:
-        return run()
-    try:
-        calibrated, images_hash = load_calibration(directory, parts, settings, device)
-        if images_hash == images.hash:
-            return calibrated
-    except CalibrationError:
-        # Not there yet, or what was written when the power failed.
-        pass
-    needed = images.count * sum(4 * math.prod(cut.shape) for part in parts for cut in part.cuts)
+def _check_room(directory: Path, needed: int) -> None:
+    """Refuse a directory that cannot be written to, or whose disk has no room for so many bytes of activations."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
     except OSError as error:
         raise _unwritable(directory, error) from error
     if free < needed:
-        raise _unwritable(
-            directory, f"the activations of {images.count} images need {needed:,} bytes, and {free:,} are free"
-        )
-    save_calibration(directory, run(), settings, images.hash)
-    return load_calibration(directory, parts, settings, device)[0]
+        raise _unwritable(directory, f"the activations need {needed:,} bytes, and {free:,} are free")
 
 
 def _unwritable(directory: Path, error: object) -> CalibrationError:
