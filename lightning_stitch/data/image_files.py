@@ -74,7 +74,7 @@ def readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path
     if reasons and not skip_unreadable:
         raise CalibrationError(
             f"{len(reasons)} of {len(files)} files cannot be read as images: {_shown(list(reasons.values()))}. Mend or "
-            f"remove them, or have them skipped (skip_unreadable, --skip-unreadable)."
+            f"remove them, or have them skipped (skip_unreadable, --skip_unreadable)."
         )
     if len(reasons) == len(files):
         raise CalibrationError(f"None of {len(files)} files can be read as an image: {_shown(list(reasons.values()))}.")
