@@ -75,7 +75,7 @@ def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[li
     if reasons and not skip_unreadable:
         raise CalibrationError(
             f"{len(reasons)} of {len(files)} files cannot be read as images: {listed}. Mend or remove them, or have "
-            f"them skipped (skip_unreadable, --skip-unreadable)."
+            f"them skipped (skip_unreadable, --skip_unreadable)."
         )
     if len(reasons) == len(files):
         raise CalibrationError(f"None of {len(files)} files can be read as an image: {listed}.")
