@@ -1,6 +1,6 @@
 from .card import CardDetails, CardSubject
 from .loading import PretrainedFolder, open_folder, open_pretrained
-from .publishing import check_destination, check_existing_card, check_publishable, check_repo_id, publish
+from .publishing import check_existing_card, check_publishable, check_repo_id, publish
 from .repository import ExistingCard, HubRepository, Publication
 from .saving import save_folder
 
@@ -11,7 +11,6 @@ __all__ = [
     "HubRepository",
     "PretrainedFolder",
     "Publication",
-    "check_destination",
     "check_existing_card",
     "check_publishable",
     "check_repo_id",

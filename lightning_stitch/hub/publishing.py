@@ -13,7 +13,7 @@ from lightning_stitch.cutting import left_as_it_was
 from lightning_stitch.errors import StitchError
 from lightning_stitch.hub.card import CardDetails, check_licence, check_whole
 from lightning_stitch.hub.folder import CARD, PICTURE
-from lightning_stitch.hub.repository import ExistingCard, HubRepository, Place, Publication
+from lightning_stitch.hub.repository import ExistingCard, HubRepository, Publication
 from lightning_stitch.hub.saving import check_rebuildable
 from lightning_stitch.io import CONFIG, WEIGHTS
 
@@ -63,23 +63,15 @@ def publish(
     # What torch.compile gives wraps the network.
     network = getattr(network, "_orig_mod", network)
     check_publishable(network, repo_id, details, existing_card=existing_card)
-    hub = HubRepository(repo_id, token)
-    place = check_destination(hub, private=private, revision=revision, existing_card=existing_card)
+    hub = HubRepository(repo_id, token=token, revision=revision, private=private, existing_card=existing_card)
+    place = hub.check()
     with tempfile.TemporaryDirectory(prefix="lightning-stitch-") as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         network.save_pretrained(folder, details=details, name=repo_id)  # type: ignore[operator]
         check_reloaded(network, folder)
         # Before a repository is made that nothing would come into.
         hub.check_card(folder / CARD)
-        return hub.upload(
-            folder,
-            _FILES,
-            place,
-            revision=revision,
-            private=private,
-            message=commit_message,
-            existing_card=existing_card,
-        )
+        return hub.upload(folder, _FILES, place, commit_message)
 
 
 def check_publishable(
@@ -135,24 +127,6 @@ def check_repo_id(repo_id: str) -> None:
         raise StitchError(
             f"A repository is 'ORG/NAME', ORG being your own name or an organisation's; found {repo_id!r}."
         )
-
-
-def check_destination(
-    hub: HubRepository, *, private: bool | None, revision: str | None, existing_card: ExistingCard
-) -> Place:
-    """Who is asking, and what is at the repository: what can be refused before there is anything to publish.
-
-    Returns:
-        What is there already.
-
-    Raises:
-        StitchError: If there is no token, the hub refuses it or cannot be asked, the repository is of another
-            visibility, or a README.md is in the way.
-    """
-    hub.check_credentials()
-    place = hub.find(revision, private)
-    hub.check_card_may_be_written(place, existing_card)
-    return place
 
 
 @torch.no_grad()

@@ -56,51 +56,77 @@ class HubRepository:
     Args:
         repo_id: "ORG/NAME".
         token: Of the hub; None: that of `hf auth login` or HF_TOKEN.
+        revision: The branch that is written to; None: "main".
+        private: Whether it has to be private; None: the hub's default, or what it is.
+        existing_card: What becomes of a README.md that is there.
 
     Raises:
         StitchError: If the token cannot be one.
     """
 
-    def __init__(self, repo_id: str, token: str | None) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        existing_card: ExistingCard = "refuse",
+    ) -> None:
         from huggingface_hub import HfApi, get_token
 
         self.api = HfApi(token=_usable(token or get_token()), library_name="lightning-stitch")
         self.repo_id = repo_id
-        self.namespaces: set[str | None] = set()
+        self.revision = revision
+        self.private = private
+        self.existing_card = existing_card
 
-    def check_credentials(self) -> None:
-        """Ask the hub who is asking, and whether the token may write."""
+    def check(self) -> Place:
+        """Ask who is asking and what is there: all that can be refused before there is anything to publish.
+
+        Returns:
+            What is there already.
+
+        Raises:
+            StitchError: If there is no token, the hub refuses it or cannot be asked, the repository is of another
+                visibility, or a README.md is in the way.
+        """
         if offline():
             raise StitchError("HF_HUB_OFFLINE is set, and publishing needs the hub. Unset it first.")
         if self.api.token is None:
             raise StitchError("The hub needs to know who publishes: log in with `hf auth login`, or set HF_TOKEN.")
-        told: dict[str, Any] = self._ask(self.api.whoami, "ask the hub who you are")
-        if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        user: dict[str, Any] = self._ask(self.api.whoami, "ask the hub who you are")
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise StitchError("Your token may only read. Make one that may write, and log in with it: `hf auth login`.")
-        self.namespaces = {told.get("name"), *(org.get("name") for org in told.get("orgs", []))}
+        place, owner = self._find(), self.repo_id.partition("/")[0]
+        names = [str(user.get("name")), *(str(org.get("name")) for org in user.get("orgs", []))]
+        if place.head is None and owner not in names:
+            raise StitchError(
+                f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
+                f"organisation of yours ({', '.join(sorted(names))})."
+            )
+        return place
 
-    def find(self, revision: str | None, private: bool | None) -> Place:
-        """What is there already."""
-        at_revision = self._ask(lambda: self._info(revision), "look it up")
+    def _find(self) -> Place:
+        """What is there, if it may be written to."""
+        at_revision = self._ask(lambda: self._info(self.revision), "look it up")
         info = at_revision or self._ask(lambda: self._info(None), "look it up")
         if info is None:
-            owner = self.repo_id.partition("/")[0]
-            if owner not in self.namespaces:
-                mine = sorted(name for name in self.namespaces if name)
-                raise StitchError(
-                    f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
-                    f"organisation of yours ({', '.join(mine)})."
-                )
             return Place(False, None, False)
-        if private is not None and bool(info.private) != private:
+        if self.private is not None and bool(info.private) != self.private:
             is_, wanted = ("private", "public") if info.private else ("public", "private")
             raise StitchError(
-                f"{self.repo_id!r} is there and {is_}; private={private} asks for a {wanted} one. Take another name, "
-                f"or change it on its page first."
+                f"{self.repo_id!r} is there and {is_}; private={self.private} asks for a {wanted} one. Take another "
+                f"name, or change it on its page first."
             )
         # A branch that is made now begins as a copy of main.
-        names = {file.rfilename for file in info.siblings or []}
-        return Place(at_revision is not None, info.sha, CARD in names)
+        has_card = any(file.rfilename == CARD for file in info.siblings or [])
+        if has_card and self.existing_card == "refuse":
+            raise StitchError(
+                f"{self.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
+                f"existing_card='keep' leaves it as it is."
+            )
+        return Place(at_revision is not None, info.sha, has_card)
 
     def _info(self, revision: str | None) -> Any:
         """What the hub has at a revision; None: nothing."""
@@ -111,14 +137,6 @@ class HubRepository:
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
 
-    def check_card_may_be_written(self, place: Place, existing_card: ExistingCard) -> None:
-        """Refuse to overwrite a card untold."""
-        if place.has_card and existing_card == "refuse":
-            raise StitchError(
-                f"{self.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
-                f"existing_card='keep' leaves it as it is."
-            )
-
     def check_card(self, path: Path) -> None:
         """Have the hub look at a card's metadata, which it would refuse with the commit."""
         from huggingface_hub import ModelCard
@@ -126,27 +144,16 @@ class HubRepository:
         content = path.read_text(encoding="utf-8")
         self._ask(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
 
-    def upload(
-        self,
-        folder: Path,
-        files: list[str],
-        place: Place,
-        *,
-        revision: str | None,
-        private: bool | None,
-        message: str,
-        existing_card: ExistingCard = "refuse",
-    ) -> Publication:
+    def upload(self, folder: Path, files: list[str], place: Place, message: str) -> Publication:
         """Make what is missing, then one commit."""
         from huggingface_hub import CommitOperationAdd
 
-        api, repo_id = self.api, self.repo_id
+        api, repo_id, revision = self.api, self.repo_id, self.revision
         if place.head is None:
-            self._ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create it")
+            self._ask(lambda: api.create_repo(repo_id, private=self.private, exist_ok=True), "create it")
             # Somebody else may have made it since, with a card.
-            place = self.find(revision, private)
-            self.check_card_may_be_written(place, existing_card)
-        if place.has_card and existing_card == "keep":
+            place = self._find()
+        if place.has_card and self.existing_card == "keep":
             files = [name for name in files if name != CARD]
         if revision not in (None, "main") and not place.branch:
             self._ask(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")

@@ -53,7 +53,6 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
@@ -82,14 +81,10 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         )
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no name of a hub repository ({error}).") from error
-    except GatedRepoError as error:
+    except RepositoryNotFoundError as error:  # or it is gated
         raise SourceError(
-            f"hub repository {repo!r} is gated. Ask for access on its page, then log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"the hub has no repository {repo!r} that you may see. Check the spelling; if it is private, log in with "
-            f"`hf auth login`."
+            f"the hub has no repository {repo!r} that you may see. Check the spelling; if it is private or gated, ask "
+            f"for access on its page, then log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         short = re.fullmatch("[0-9a-f]{4,39}", revision or "")

@@ -37,14 +37,12 @@ class CombinedLicence:
 
     Attributes:
         name: The licence that all of them are under; None: they are under several, or it cannot be told.
-        sources: Each source's licence as it says itself, by the source's name; None: it says nothing.
         unknown: Names of sources whose licence is missing or not a well-known one.
         forbidding: Names of sources whose licence forbids to share what is made of them.
         why: In a sentence, how the licence came about.
     """
 
     name: str | None
-    sources: dict[str, str | None]
     unknown: tuple[str, ...]
     forbidding: tuple[str, ...]
     why: str
@@ -77,7 +75,7 @@ def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
         why = f"All sources are under {licence}."
     else:
         why = f"The sources are under several licences: {_listed(words, words)}."
-    return CombinedLicence(licence, dict(licences), unknown, forbidding, why)
+    return CombinedLicence(licence, unknown, forbidding, why)
 
 
 def forbidden_by(licence: str | None) -> list[str]:

@@ -15,7 +15,6 @@ from lightning_stitch.hub import (
     ExistingCard,
     HubRepository,
     Publication,
-    check_destination,
     check_existing_card,
     check_publishable,
     check_repo_id,
@@ -108,8 +107,9 @@ class PublishAfterFit(pl.Callback):
         print(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
 
     def _check_destination(self) -> None:
-        hub = HubRepository(self.repo_id, None)
-        check_destination(hub, private=self.private, revision=self.revision, existing_card=self.existing_card)
+        HubRepository(
+            self.repo_id, revision=self.revision, private=self.private, existing_card=self.existing_card
+        ).check()
 
 
 def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:

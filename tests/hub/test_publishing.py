@@ -220,7 +220,7 @@ def test_a_commit_whose_answer_was_lost_is_an_error_and_is_made_once(hub: HubDou
     [
         (Fault("GET", "whoami", status=500), r"refused to ask the hub who you are \(status 500\)\. Try again later"),
         (Fault("GET", f"/api/models/{REPO}", status=503), r"refused to look it up \(status 503\)"),
-        (Fault("POST", "/repos/create", status=429), r"refused to create it \(status 429\).*try again later"),
+        (Fault("POST", "/repos/create", status=429), r"refused to create it \(status 429\)\. Try again later"),
         (Fault("POST", "/preupload/", cut=True, times=9), r"cannot be reached \(to upload to it\)"),
         (Fault("PUT", "/lfs/", status=500, times=9), r"refused to upload to it \(status 500\)"),
         (Fault("POST", "/commit/", status=401, times=9), r"status 401.*hf auth login"),
