@@ -53,9 +53,9 @@ class Preprocess(nn.Module):
 
     def activation_bytes(self, image_shape: tuple[int, int, int]) -> int:
         """Most bytes alive at once while one image of a shape goes through: it, its view, and what is subtracted."""
-        given, viewed = math.prod(image_shape), math.prod((image_shape[0], *(self.size or image_shape[1:])))
+        image, viewed = math.prod(image_shape), math.prod((image_shape[0], *(self.size or image_shape[1:])))
         resized = viewed if self.size not in (None, tuple(image_shape[1:])) else 0
-        return 4 * (given + resized + 2 * viewed)
+        return 4 * (image + resized + 2 * viewed)
 
 
 def view_size(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
