@@ -98,10 +98,10 @@ def _are_twins(network: nn.Module, twin: nn.Module) -> bool:
         counterpart = counterparts[path]
         if type(part) is not type(counterpart) or _plain_attributes(part) != _plain_attributes(counterpart):
             return False
-        tensors, others = ({**x._parameters, **x._buffers} for x in (part, counterpart))
-        if tensors.keys() != others.keys():
+        tensors, twins = ({**x._parameters, **x._buffers} for x in (part, counterpart))
+        if tensors.keys() != twins.keys():
             return False
-        if not all(_may_be_same(x, others[name]) for name, x in tensors.items()):
+        if not all(_may_be_same(x, twins[name]) for name, x in tensors.items()):
             return False
     return True
 
@@ -142,8 +142,8 @@ def _caller(name: str, called: set[str]) -> str | None:
 
 def _set_tensor(layer: nn.Module, name: str, x: Tensor) -> None:
     old = getattr(layer, name)
-    own = x.detach().to(old.device if old is not None else x.device).clone()
-    setattr(layer, name, nn.Parameter(own, requires_grad=old.requires_grad) if name in layer._parameters else own)
+    new = x.detach().to(old.device if old is not None else x.device).clone()
+    setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad) if name in layer._parameters else new)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

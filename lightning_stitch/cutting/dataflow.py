@@ -47,7 +47,7 @@ class Dataflow:
         self.yields_at_2 = probe(module, input_size, batch_size=2)
         if self.yields_at_2[output].shape is None:
             raise CutError(
-                f"{type(module).__name__} returns {_in_words(self.yields_at_2[output].value)}, not one tensor. Give a "
+                f"{type(module).__name__} returns {_describe(self.yields_at_2[output].value)}, not one tensor. Give a "
                 f"part of it that returns one, or wrap it in a module whose forward picks one."
             )
         self.output = output.all_input_nodes[0]
@@ -57,11 +57,11 @@ class Dataflow:
 
     def descendants(self, first: fx.Node) -> set[fx.Node]:
         """All nodes that a node reaches, itself among them."""
-        found = {first}
+        reached = {first}
         for node in self.nodes[self.position[first] + 1 :]:
-            if any(argument in found for argument in node.all_input_nodes):
-                found.add(node)
-        return found
+            if any(argument in reached for argument in node.all_input_nodes):
+                reached.add(node)
+        return reached
 
     def collect(self, first: fx.Node, last: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
         """The nodes that a fragment from one node to another needs, and the sizes from before it, to be made anew.
@@ -99,14 +99,14 @@ class Dataflow:
         live_until[self.output] = len(self.nodes)
         starts = {self.position[node]: node for node in live_until}
         live: set[fx.Node] = set()
-        found: set[fx.Node] = set()
+        alone: set[fx.Node] = set()
         for position in range(len(self.nodes)):
             live = {node for node in live if live_until[node] > position}
             if position in starts:
                 live.add(starts[position])
             if len(live) == 1:
-                found |= live
-        return found
+                alone |= live
+        return alone
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node yields one floating-point tensor for each image, and the network can go on from it alone."""
@@ -165,13 +165,13 @@ class Dataflow:
 
     def _find_of_pixels(self) -> set[fx.Node]:
         """The nodes whose tensors hold something of the images' values, not of their size alone."""
-        found = {self.input}
+        of_pixels = {self.input}
         for node in self.nodes:
-            if any(argument in found for argument in node.all_input_nodes) and _holds_tensor(
+            if any(argument in of_pixels for argument in node.all_input_nodes) and _holds_tensor(
                 self.yields_at_2.get(node)
             ):
-                found.add(node)
-        return found
+                of_pixels.add(node)
+        return of_pixels
 
     def _is_size(self, node: fx.Node) -> bool:
         """True for sizes, devices and types that come from a tensor, and integers made of them."""
@@ -180,7 +180,7 @@ class Dataflow:
         return bool(node.all_input_nodes)
 
 
-def _in_words(value: Any) -> str:
+def _describe(value: Any) -> str:
     kind = type(value).__name__.removeprefix("immutable_")  # torch.fx's own dicts and lists
     if isinstance(value, dict):
         return f"a {kind} of {', '.join(map(repr, value))}"

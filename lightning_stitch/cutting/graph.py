@@ -90,11 +90,11 @@ class CutGraph:
         """
         if input_size == self.input_size:
             return self
-        other = copy.copy(self)
+        graph = copy.copy(self)
         if self.way == "example":
-            other._trace(input_size)
-        other._resize(input_size)
-        return other
+            graph._trace(input_size)
+        graph._resize(input_size)
+        return graph
 
     def carried_over(self, network: nn.Module) -> CutGraph | None:
         """The same cuts of another network that only has other weights, without tracing that one.
@@ -228,18 +228,18 @@ class CutGraph:
         placeholder = graph.placeholder("x")
         # The caller's tensor is not the fragment's to overwrite.
         writes = self._flow.overwrites(first, kept)
-        made: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
+        copies: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
             two, three = self._flow.yields_at_2[node].value, self._flow.yields_at_3[node].value
-            made[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
+            copies[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
         for node in self._flow.nodes:
             if node in kept:
-                made[node] = graph.node_copy(node, lambda n: made[n])
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
                 if self._is_view(node, kept):
                     # What a stitch gives may lie in memory in another order than the network's own tensor.
-                    made[node].target = "reshape"
-        graph.output(made[last])
+                    copies[node].target = "reshape"
+        graph.output(copies[last])
         follow_device(graph, placeholder)
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
@@ -299,9 +299,9 @@ class CutGraph:
         shape = self._flow.yields_at_2[node].shape
         assert shape is not None
         format = layout_of(node, shape, self.module)
-        return format is not None and (format != "tokens" or self._tokens(shape[1]) is not None)
+        return format is not None and (format != "tokens" or self._split_tokens(shape[1]) is not None)
 
-    def _tokens(self, count: int) -> tuple[int, tuple[int, int]] | None:
+    def _split_tokens(self, count: int) -> tuple[int, tuple[int, int]] | None:
         """How many of so many tokens are prefix tokens, and the grid of the others; None where they make no grid."""
         _, height, width = self.input_size
         told = (0, self._num_prefix_tokens)
@@ -339,9 +339,9 @@ class CutGraph:
         assert format is not None
         prefix, grid = 0, None
         if format == "tokens":
-            found = self._tokens(shape[0])
-            assert found is not None
-            prefix, grid = found
+            split = self._split_tokens(shape[0])
+            assert split is not None
+            prefix, grid = split
         elif format != "vector":
             grid = (shape[1], shape[2]) if format == "NCHW" else (shape[0], shape[1])
         stride = None if grid is None else self.input_size[1] / grid[0]
@@ -349,7 +349,7 @@ class CutGraph:
         return Cut(self._names[node], format, shape, grid, stride, prefix, macs)
 
     def _parameters_of(self, nodes: Iterable[fx.Node]) -> list[nn.Parameter]:
-        found: dict[int, nn.Parameter] = {}
+        by_identity: dict[int, nn.Parameter] = {}
         for node in nodes:
             if node.op == "call_module":
                 parameters = list(self.module.get_submodule(str(node.target)).parameters())
@@ -359,8 +359,8 @@ class CutGraph:
                 parameters = [attribute] if isinstance(attribute, nn.Parameter) else []
             else:
                 parameters = []
-            found.update((id(parameter), parameter) for parameter in parameters)
-        return list(found.values())
+            by_identity.update((id(parameter), parameter) for parameter in parameters)
+        return list(by_identity.values())
 
     def _has_weights_between(self, first: fx.Node, last: fx.Node) -> bool:
         return any(parameter.ndim >= 2 for parameter in self._parameters_of(self._flow.collect(first, last)[0]))

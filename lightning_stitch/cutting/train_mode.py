@@ -39,17 +39,17 @@ def train_mode_difference(
         return f"in train mode it {str(error).splitlines()[0].partition(' ')[2]}"
     finally:
         random.setstate(state)
-    return _first_difference(evaluated, trained)
+    return _find_first_difference(evaluated, trained)
 
 
-def _first_difference(evaluated: fx.GraphModule, trained: fx.GraphModule) -> str | None:
+def _find_first_difference(evaluated: fx.GraphModule, trained: fx.GraphModule) -> str | None:
     """The first operation that differs between two traces of a network, in words; None where none does."""
-    for (node, operation), (counterpart, other) in zip_longest(
+    for (node, operation), (counterpart, operation_trained) in zip_longest(
         _operations(evaluated), _operations(trained), fillvalue=(None, None)
     ):
-        if operation != other:
-            found, expected = _in_words(counterpart, trained), _in_words(node, evaluated)
-            return f"{found} where eval mode has {expected if expected != found else 'other arguments'}"
+        if operation != operation_trained:
+            trains, evaluates = _describe(counterpart, trained), _describe(node, evaluated)
+            return f"{trains} where eval mode has {evaluates if evaluates != trains else 'other arguments'}"
     return None
 
 
@@ -73,7 +73,7 @@ def _operations(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
             positions[node] = f"node {len(positions)}"
 
 
-def _in_words(node: fx.Node | None, traced: fx.GraphModule) -> str:
+def _describe(node: fx.Node | None, traced: fx.GraphModule) -> str:
     if node is None or node.op == "output":
         return "the output"
     if node.op == "call_module":

@@ -245,7 +245,7 @@ def _check(
     problems, notes = list(row.problems), []
     row = replace(row, architecture=blueprint.architecture, revision=blueprint.revision, licence=blueprint.licence)
     if file is not None and file.size is None and file.url is not None:
-        file = _asked(file)
+        file = _ask_size(file)
         if file.unreachable:
             problems.append(f"{file.url} cannot be reached ({file.unreachable}), and {file.folder} does not hold it.")
     source = None
@@ -301,7 +301,7 @@ def _cut(
     )
 
 
-def _asked(file: WeightFile) -> WeightFile:
+def _ask_size(file: WeightFile) -> WeightFile:
     """The same, with the size that its server tells."""
     request = urllib.request.Request(str(file.url), method="HEAD")
     try:

@@ -76,14 +76,14 @@ def find_module(spec: SourceSpec) -> Blueprint:
         name=spec.name,
         builder="live",
         architecture=qualified,
-        build=partial(_copied, module),
+        build=partial(_copy, module),
         preprocessing=spec.preprocessing or declared_preprocessing(module),
         licence=declared_config(module).get("license"),
-        outline=lambda _: _copied(module),
+        outline=lambda _: _copy(module),
     )
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def _copy(module: nn.Module) -> nn.Module:
     try:
         return copied(module)
     except Exception as error:  # a module may hold anything

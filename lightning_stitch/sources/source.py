@@ -267,8 +267,8 @@ def _ref(blueprint: Blueprint, weight_hash: str, module: nn.Module) -> SourceRef
 
 def _in_float32(module: nn.Module) -> nn.Module:
     """Sources of several precisions meet in one network, and images come in float32."""
-    others = any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters())
-    return module.float() if others else module
+    is_mixed = any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters())
+    return module.float() if is_mixed else module
 
 
 @contextmanager
