@@ -82,24 +82,6 @@ def print_table(rows: Sequence[Row], sentence: str, *, title: str, console: Cons
     console.print(Text(sentence))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown, for a README or a model card.
-
-    Args:
-        rows: What `comparison_table` returned.
-
-    Raises:
-        StitchError: If there are no rows.
-    """
-    cells = [
-        {"network": line["network"], "kind": row["kind"], "budget": row["budget"] or "-", **line}
-        for row, line in zip(rows, _cells(rows), strict=True)
-    ]
-    columns = [column for column in cells[0] if column != "budget" or any(row["budget"] for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in cells)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def write_table(
     rows: Sequence[Row], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:

@@ -143,21 +143,6 @@ def load_source(
     )
 
 
-def check_source(spec: str | nn.Module, **options: Any) -> None:
-    """Raise what `load_source` with the same arguments would raise, as far as that shows without reading weights.
-
-    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
-
-    Args:
-        spec: As in `load_source`.
-        options: Keyword arguments as in `load_source`.
-
-    Raises:
-        SourceError: If the source cannot be found or reached.
-    """
-    find_source(spec, **options)
-
-
 def load_sources(specs: Sequence[str | nn.Module | Mapping[str, Any]]) -> list[Source]:
     """Load several sources; all are found before the first one's weights are read.
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.sources.source import build_architecture, check_source, load_source, load_sources
+from lightning_stitch.sources.finding import find_source
+from lightning_stitch.sources.source import build_architecture, load_source, load_sources
 
 
 def donor(name: str, **options: Any) -> Any:
@@ -81,7 +82,7 @@ def test_folder_without_weights_still_gives_random_ones(folder: Path) -> None:
     source = load_source(f"local-dir:{folder}", pretrained=False)
     assert source.module.num_classes == 5
     with pytest.raises(SourceError, match=r"no model.safetensors, but config.json. Take pretrained=False"):
-        check_source(f"local-dir:{folder}")
+        find_source(f"local-dir:{folder}")
 
 
 def test_pickled_weights_are_refused_and_the_advice_works(folder: Path) -> None:
@@ -111,7 +112,7 @@ def test_pickled_weights_are_refused_and_the_advice_works(folder: Path) -> None:
 def test_config_that_cannot_be_used(folder: Path, content: str | None, words: str) -> None:
     (folder / "config.json").unlink() if content is None else (folder / "config.json").write_text(content)
     with pytest.raises(SourceError, match=f"(?s){words}"):
-        check_source(f"local-dir:{folder}")
+        find_source(f"local-dir:{folder}")
 
 
 def rename_one(weights: dict[str, torch.Tensor]) -> None:
@@ -150,7 +151,7 @@ def test_file_that_is_no_safetensors_file(folder: Path) -> None:
 
 def test_pretrained_classifier_cannot_be_resized(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"weights have 5 classes; arguments ask for 7"):
-        check_source(f"local-dir:{folder}", arguments={"num_classes": 7})
+        find_source(f"local-dir:{folder}", arguments={"num_classes": 7})
 
 
 # Hub
@@ -162,7 +163,7 @@ def test_hub_source_is_pinned_and_stays_usable_offline(
 ) -> None:
     hub.publish("org/mine", folder)
     spec = f"hf-hub:org/mine{at}"
-    check_source(spec)
+    find_source(spec)
     assert not any("GET" in request and "safetensors" in request for request in hub.requests)
     source = load_source(spec)
     assert_same_weights(source.module, load_file(folder / "model.safetensors"))
@@ -207,7 +208,7 @@ def test_what_the_hub_does_not_have(hub: HubDouble, folder: Path, spec: str, wor
     hub.put("org/pickled", {"config.json": (folder / "config.json").read_bytes(), "pytorch_model.bin": b""})
     hub.put("org/bare", {"model.safetensors": (folder / "model.safetensors").read_bytes()})
     with pytest.raises(SourceError, match=f"(?s)^Source '{spec}': .*{words}"):
-        check_source(spec)
+        find_source(spec)
 
 
 def test_cached_hub_source_survives_a_dead_hub(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

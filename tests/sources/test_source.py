@@ -15,7 +15,8 @@ from torch import nn
 
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.sources.source import build_architecture, check_source, load_source, load_sources
+from lightning_stitch.sources.finding import find_source
+from lightning_stitch.sources.source import build_architecture, load_source, load_sources
 
 DONORS = timm.list_models("test_*")
 GREY = Preprocessing(input_size=(1, 8, 8), mean=(0.5,), std=(0.25,))
@@ -170,14 +171,14 @@ def test_channels_need_their_own_preprocessing() -> None:
     ],
 )
 def test_what_cannot_be_found_is_said_before_any_work(spec: Any, words: str) -> None:
-    for attempt in (check_source, load_source):
+    for attempt in (find_source, load_source):
         with pytest.raises(SourceError, match=f"(?s)^Source {spec!r}: .*{words}"):
             attempt(spec)
 
 
 def test_pretrained_without_weights_is_refused() -> None:
     with pytest.raises(SourceError, match=r"no pre-trained weights.*pretrained=False"):
-        check_source("test_vit4")
+        find_source("test_vit4")
 
 
 @pytest.mark.parametrize(
