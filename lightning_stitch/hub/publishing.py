@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.errors import StitchError
 from lightning_stitch.hub.card import CardDetails, check_licence, check_whole
 from lightning_stitch.hub.folder import CARD, PICTURE
@@ -167,7 +166,7 @@ def check_reloaded(network: nn.Module, folder: Path) -> None:
     loaded = loaded.to(tensor.device)
     size = network.recipe.input_size  # type: ignore[union-attr]
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(tensor.device, tensor.dtype)  # type: ignore[misc]
-    with _in_eval_mode(network):
+    with in_eval_mode(network):
         expected: Tensor = network(images).float()
     found: Tensor = loaded(images).float()
     worst = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
@@ -177,14 +176,3 @@ def check_reloaded(network: nn.Module, folder: Path) -> None:
             f"The network that was saved gives other outputs when it is loaded again (largest difference {worst:.3g}), "
             f"so it was not published. Was one of its layers replaced or hooked after it was composed?"
         )
-
-
-@contextmanager
-def _in_eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

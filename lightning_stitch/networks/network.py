@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.cutting import CutGraph, copied, reference_tensor, with_tensors
+from lightning_stitch.cutting import CutGraph, copied, in_eval_mode, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.hub import CardDetails, CardSubject, open_folder, save_folder
 from lightning_stitch.recipe import Recipe, StitchSpec
@@ -142,16 +142,10 @@ class StitchedNetwork(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of the output."""
-        with torch.no_grad():
-            size = self.recipe.input_size
-            assert size is not None
-            modes = {module: module.training for module in self.modules()}
-            self.eval()
-            like = reference_tensor(self)
-            width = self(torch.zeros((1, *size), device=like.device, dtype=like.dtype)).shape[-1]
-            for module, mode in modes.items():
-                module.training = mode
-        return int(width)
+        size, like = self.recipe.input_size, reference_tensor(self)
+        assert size is not None
+        with torch.no_grad(), in_eval_mode(self):
+            return int(self(torch.zeros((1, *size), device=like.device, dtype=like.dtype)).shape[-1])
 
     def describe(self) -> str:
         """The composition in words: fragments, stitches and where they live, parameters, MACs, activations, scores."""

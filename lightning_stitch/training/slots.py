@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._lightning import check_same_namespace, pl
+from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import CalibrationDataModule
-from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.errors import RecipeError, StitchError, nearest
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.maths import AffineMap
 from lightning_stitch.networks import (
@@ -58,10 +58,9 @@ class BackboneSlot:
             found = None
         if found is None:
             names = [name for name, _ in module.named_modules() if name]
-            near = difflib.get_close_matches(attribute, names, n=3) or names[:8]
             raise StitchError(
                 f"FragmentSearch(attribute={attribute!r}): {type(module).__name__} has no submodule of that name; "
-                f"it has {near}. Assign a StitchedBackbone to it in __init__."
+                f"the nearest are {nearest(attribute, names) or 'none'}. Assign a StitchedBackbone to it in __init__."
             )
         self.present: nn.Module = found
         if isinstance(found, StitchedBackbone) and found.announces_width and not hasattr(module, HOOK):
@@ -204,22 +203,20 @@ class BackboneSlot:
         """What the backbone that is there gives for the images, normalised as it is used to."""
         own = (replaced.mean, replaced.std) if isinstance(replaced, StitchedBackbone) else data.normalisation
         mean, std = (None if x is None else x.view(1, -1, 1, 1).to("cpu") for x in own)
-        modes = {part: part.training for part in replaced.modules()}
-        replaced.to(self.module.device).eval()
+        replaced.to(self.module.device)
         found = []
-        for images_and_targets in images:
-            batch = images_and_targets if isinstance(images_and_targets, Tensor) else images_and_targets[0]
-            given = batch if mean is None or std is None else (batch - mean) / std
-            try:
-                vectors = replaced(given.to(self.module.device))
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise self._no_vectors(f"fails on images of {tuple(given.shape)}: {error}") from error
-            if not isinstance(vectors, Tensor) or vectors.ndim != 2:
-                shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-                raise self._no_vectors(f"gives {shape} for images of {tuple(given.shape)}")
-            found.append(vectors.float())
-        for part, mode in modes.items():
-            part.training = mode
+        with in_eval_mode(replaced):
+            for images_and_targets in images:
+                batch = images_and_targets if isinstance(images_and_targets, Tensor) else images_and_targets[0]
+                given = batch if mean is None or std is None else (batch - mean) / std
+                try:
+                    vectors = replaced(given.to(self.module.device))
+                except (RuntimeError, ValueError, TypeError) as error:
+                    raise self._no_vectors(f"fails on images of {tuple(given.shape)}: {error}") from error
+                if not isinstance(vectors, Tensor) or vectors.ndim != 2:
+                    shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+                    raise self._no_vectors(f"gives {shape} for images of {tuple(given.shape)}")
+                found.append(vectors.float())
         return torch.cat(found)
 
     def _no_vectors(self, problem: str) -> StitchError:

@@ -27,6 +27,7 @@ from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import FragmentRef, Placement, Preprocessing, Recipe, SourceRef, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import self_stitched, unmodified
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
@@ -100,6 +101,11 @@ def counted_macs(network: nn.Module, size: tuple[int, int, int]) -> int:
     finally:
         torch.backends.mkldnn.set_flags(was_enabled)
     return counter.get_total_flops() // 2
+
+
+def references(space: SearchSpace) -> list[Candidate]:
+    """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
+    return [*unmodified(space), *self_stitched(space)]
 
 
 def sums_of(network: nn.Module, size: tuple[int, int, int]) -> Cost:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import digits, distance, donor, live, noise, path, pieces_run, records, seeded, shake, space_of
+from doubles.helpers import (
+    digits,
+    distance,
+    donor,
+    live,
+    noise,
+    path,
+    pieces_run,
+    records,
+    references,
+    seeded,
+    shake,
+    space_of,
+)
 from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -26,7 +39,7 @@ from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source

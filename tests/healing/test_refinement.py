@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.helpers import digits, live, noise, normal, path, pieces_run, records, shake, space_of
+from doubles.helpers import digits, live, noise, normal, path, pieces_run, records, references, shake, space_of
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from lightning_stitch.maths.regression import r2, ridge_least_squares
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam
 from lightning_stitch.settings import CalibrationSettings

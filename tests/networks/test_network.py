@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, plain, shake, space_of, sums_of
+from doubles.helpers import digits, donor, live, noise, plain, references, shake, space_of, sums_of
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings

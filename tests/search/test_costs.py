@@ -7,7 +7,7 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-from doubles.helpers import live, noise, path, plain, shake, space_of, sums_of
+from doubles.helpers import live, noise, path, plain, references, shake, space_of, sums_of
 from torch import nn
 
 from lightning_stitch.cost import Budget, Cost
@@ -15,7 +15,6 @@ from lightning_stitch.errors import BudgetError
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import DepthFirst
 from lightning_stitch.settings import CalibrationSettings

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.helpers import bare_candidate as candidate
-from doubles.helpers import digits, images_seen, left_out_predictions, left_out_r2, noise, plain, space_of
+from doubles.helpers import digits, images_seen, left_out_predictions, left_out_r2, noise, plain, references, space_of
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -15,7 +15,6 @@ from lightning_stitch.composing.personal import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import DepthFirst

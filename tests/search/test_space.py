@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, donor, live, noise, path, plain, shake, space_of
+from doubles.helpers import digits, donor, live, noise, path, plain, references, shake, space_of
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import Edge, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from doubles.helpers import digits, donor, images_seen, noise, path, plain, space_of
+from doubles.helpers import digits, donor, images_seen, noise, path, plain, references, space_of
 from torch import Tensor, nn
 
 from lightning_stitch.cost import Budget
@@ -17,7 +17,6 @@ from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
