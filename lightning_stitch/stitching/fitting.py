@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -116,7 +116,7 @@ def fit_rows(
         for name, strength in itertools.product(fits, ridges):
             rows, weights = fits[name]
             part = None if weights is None else weights[:split]
-            predict = _fitted(rows[:split], y[:split], part, ridge=strength, bias=bias)
+            predict = _weighted_fit(rows[:split], y[:split], part, ridge=strength, bias=bias, diagnose=False)
             try:
                 explained[name, strength] = r2(predict(x[split:].double()), y[split:])
             except CalibrationError:
@@ -130,30 +130,17 @@ def fit_rows(
     return _weighted_fit(rows, y, weights, ridge=strength, bias=bias), explained.get(best), fit
 
 
-def _weighted_fit(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> AffineMap:
+def _weighted_fit(
+    x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool, diagnose: bool = True
+) -> AffineMap:
     """`ridge_least_squares` of weighted rows."""
     if weights is None:
-        return ridge_least_squares(x, y, ridge=ridge, bias=bias)
+        return ridge_least_squares(x, y, ridge=ridge, bias=bias, diagnose=diagnose)
     x, y, weights = x.double(), y.double(), weights / weights.mean()
     mean_x, mean_y = (weights @ x / len(x), weights @ y / len(x)) if bias else (x.new_zeros(1), y.new_zeros(1))
     roots = weights.sqrt()[:, None]
-    fit = ridge_least_squares(roots * (x - mean_x), roots * (y - mean_y), ridge=ridge, bias=False)
+    fit = ridge_least_squares(roots * (x - mean_x), roots * (y - mean_y), ridge=ridge, bias=False, diagnose=diagnose)
     return dataclasses.replace(fit, bias=mean_y - fit.weight @ mean_x if bias else None)
-
-
-def _fitted(x: Tensor, y: Tensor, weights: Tensor | None, *, ridge: float, bias: bool) -> Callable[[Tensor], Tensor]:
-    """The same map, to be applied to other rows."""
-    if weights is not None or not ridge or len(x) < x.shape[1]:
-        fit = _weighted_fit(x, y, weights, ridge=ridge, bias=bias)
-        return lambda rows: rows @ fit.weight.T + (0 if fit.bias is None else fit.bias)
-    # With a penalty the normal equations are well-conditioned, and a factorisation is several times faster.
-    x, y = x.double(), y.double()
-    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
-    x = x - mean_x
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.trace() / len(gram))
-    weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(gram))
-    return lambda rows: (rows - mean_x) @ weight + mean_y
 
 
 def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
