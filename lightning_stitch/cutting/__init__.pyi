@@ -1,14 +1,14 @@
 from .copies import copied, reference_tensor, with_tensors
 from .graph import Cut, CutGraph
 from .probing import FORMULAS, network_activation_bytes, network_cost
-from .tracing import left_as_it_was
+from .tracing import in_eval_mode
 
 __all__ = [
     "Cut",
     "CutGraph",
     "FORMULAS",
     "copied",
-    "left_as_it_was",
+    "in_eval_mode",
     "network_activation_bytes",
     "network_cost",
     "reference_tensor",

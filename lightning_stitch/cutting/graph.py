@@ -8,7 +8,6 @@ from shapes do not count as live: a fragment computes them anew from its own inp
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lightning_stitch.cutting.layouts import layout_of
 from lightning_stitch.cutting.probing import value_for_batch
 from lightning_stitch.cutting.tracing import follow_device, trace_somehow
 from lightning_stitch.cutting.train_mode import train_mode_difference
-from lightning_stitch.errors import CutError
+from lightning_stitch.errors import CutError, nearest
 from lightning_stitch.recipe import Format
 from lightning_stitch.settings import Granularity
 
@@ -177,8 +176,8 @@ class CutGraph:
         """
         known = self._aliases.get(name, name)
         if known not in self._cuts:
-            near = difflib.get_close_matches(name, [*self._cuts, *self._aliases], n=3, cutoff=0.0)
-            raise CutError(f'No cut is named {name!r}. Nearest: {", ".join(near)}. cuts(granularity="all") lists all.')
+            near = nearest(name, [*self._cuts, *self._aliases])
+            raise CutError(f'No cut is named {name!r}. Nearest: {near}. cuts(granularity="all") lists all.')
         return self._cuts[known]
 
     def feature_cut(self) -> Cut | None:

@@ -218,6 +218,18 @@ def trace(
 
 
 @contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Run a network in eval mode, and put every module back into the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def left_as_it_was(network: nn.Module) -> Iterator[None]:
     """Put back every module's modes, attributes, caches and buffers at the end.
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.errors import CalibrationError, StitchError, nearest
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.stitching import Candidate, Segmented, is_bridgeable
-
-
-def references(space: SearchSpace) -> list[Candidate]:
-    """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
-    return [*unmodified(space), *self_stitched(space)]
 
 
 def unmodified(space: SearchSpace) -> list[Candidate]:
@@ -93,8 +87,7 @@ def _step(space: SearchSpace, fragment: FragmentRef) -> tuple[int, int | None, i
     """Indices of a fragment's source and of its two cuts; None: at the image, at the end."""
     names = [source.name for source in space.sources]
     if fragment.source not in names:
-        near = difflib.get_close_matches(fragment.source, names, n=3, cutoff=0.0)
-        raise StitchError(f"No source is named {fragment.source!r}. Nearest: {', '.join(near)}.")
+        raise StitchError(f"No source is named {fragment.source!r}. Nearest: {nearest(fragment.source, names)}.")
     index = names.index(fragment.source)
     parts = space.sources[index].parts
     start = None if fragment.start is None else _cut(parts, fragment.start)
@@ -108,9 +101,8 @@ def _cut(parts: Segmented, name: str) -> int:
     offered = [cut.name for cut in parts.cuts]
     wanted = parts.graph.find(name).name
     if wanted not in offered:
-        near = difflib.get_close_matches(wanted, offered, n=3, cutoff=0.0)
         raise StitchError(
             f"Cut {name!r} of source {parts.name!r} is not among those that this pool offers (granularity). Nearest: "
-            f"{', '.join(near)}."
+            f"{nearest(wanted, offered)}."
         )
     return offered.index(wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def fit_rows(
     explained: dict[float, float] = {}
     if split not in (0, len(x)):
         for strength in ridges:
-            predict = _fit_quickly(x[:split], y[:split], ridge=strength, bias=bias)
+            predict = ridge_least_squares(x[:split], y[:split], ridge=strength, bias=bias, diagnose=False)
             try:
                 explained[strength] = r2(predict(x[split:].double()), y[split:])
             except CalibrationError:
@@ -102,21 +102,6 @@ def fit_rows(
     if not refit:
         x, y = x[:split], y[:split]
     return ridge_least_squares(x, y, ridge=best, bias=bias), explained.get(best)
-
-
-def _fit_quickly(x: Tensor, y: Tensor, *, ridge: float, bias: bool) -> Callable[[Tensor], Tensor]:
-    """The map of `ridge_least_squares`, to be applied to other rows."""
-    if not ridge or len(x) < x.shape[1]:
-        fit = ridge_least_squares(x, y, ridge=ridge, bias=bias)
-        return lambda rows: rows @ fit.weight.T + (0 if fit.bias is None else fit.bias)
-    # With a penalty the normal equations are well-conditioned, and a factorisation is several times faster.
-    x, y = x.double(), y.double()
-    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
-    x = x - mean_x
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.trace() / len(gram))
-    weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(gram))
-    return lambda rows: (rows - mean_x) @ weight + mean_y
 
 
 def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:

@@ -22,7 +22,7 @@ import torch
 
 from lightning_stitch import Beam, CalibrationSettings, Pool, load_source
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.paths import references
+from lightning_stitch.search.paths import self_stitched, unmodified
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.stitching.segments import chunks
 
@@ -49,7 +49,7 @@ def run(stage: str, source: str, size: int, count: int, keep_activations: str) -
     if stage == "search":
         pool.calibrate(images(size, count))
         space = SearchSpace(pool.calibration.sources, settings, costs=costs)
-        found = [*references(space), *Beam(threshold=-1.0)(space)]
+        found = [*unmodified(space), *self_stitched(space), *Beam(threshold=-1.0)(space)]
         assert len(found) > 2
     unit = 2**10 if sys.platform == "linux" else 2**20
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)

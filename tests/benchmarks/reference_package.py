@@ -58,7 +58,7 @@ from torch import Tensor, nn
 
 from lightning_stitch import Beam, CalibrationSettings, DepthFirst, Pool, load_sources
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.paths import references
+from lightning_stitch.search.paths import self_stitched, unmodified
 from lightning_stitch.search.space import SearchSpace, State
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.segments import chunks
@@ -103,7 +103,7 @@ def searches(pool: Pool, images: Tensor, job: Job) -> Figures:
         if paper:
             candidates = [*DepthFirst(SPAN, THRESHOLD, THRESHOLD, MAX_FRAGMENTS, sample=True, seed=seed)(space)]
         else:
-            candidates = [*references(space), *Beam()(space)]
+            candidates = [*[*unmodified(space), *self_stitched(space)], *Beam()(space)]
         if not candidates:
             return None
         pool.assemble(candidates[-1])

@@ -15,6 +15,7 @@ from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search.costs import CompositionCosts
+from lightning_stitch.search.paths import self_stitched, unmodified
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
@@ -93,3 +94,8 @@ def bare_candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitch
         scores={"cka_product": product},
     )
     return Candidate(recipe, kind, (), Cost(1, 1))
+
+
+def references(space: SearchSpace) -> list[Candidate]:
+    """Every source as it is, and every source stitched to itself at each of its cuts that varies."""
+    return [*unmodified(space), *self_stitched(space)]

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from doubles.pools import space_of
+from doubles.pools import references, space_of
 from doubles.small_sources import live, shake
 from doubles.tensors import digits, noise
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lightning_stitch.healing.trials import run_layerwise
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source

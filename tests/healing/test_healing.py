@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.pools import path, pieces_run, records, space_of
+from doubles.pools import path, pieces_run, records, references, space_of
 from doubles.small_sources import donor, live, shake
 from doubles.tensors import digits, distance, noise, seeded
 from pytorch_lightning import Trainer
@@ -28,7 +28,7 @@ from lightning_stitch.maths.regression import r2
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import follow, references
+from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source

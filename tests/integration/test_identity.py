@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from doubles.helpers import references
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from lightning_stitch import CalibrationSettings, Pool, Preprocessing, Source, load_source
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 
 

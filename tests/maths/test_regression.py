@@ -32,6 +32,27 @@ def test_ridge_is_scikit_learns(n: int, channels: int, bias: bool) -> None:
     assert fit.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ridge", [0, 1e-3])
+@pytest.mark.parametrize(("n", "channels"), [(40, 6), (10, 25)])
+def test_without_a_diagnosis_it_is_the_same_map(n: int, channels: int, ridge: float, bias: bool) -> None:
+    x, y = related(n, channels, 4)
+    x, y = x + 3, y - 2
+    full, fast = (ridge_least_squares(x, y, ridge=ridge, bias=bias, diagnose=diagnose) for diagnose in (True, False))
+    torch.testing.assert_close(fast.weight, full.weight)
+    torch.testing.assert_close(fast(x), full(x))
+    assert fast.ridge == pytest.approx(full.ridge)
+    assert (fast.rank is None) == (fast.condition is None) == (ridge > 0 and n >= channels)
+    assert full(x).shape == y.shape
+
+
+def test_what_does_not_vary_predicts_the_mean_diagnosed_or_not() -> None:
+    x, y = torch.full((9, 3), 5.0), normal(9, 2)
+    for diagnose in (True, False):
+        fit = ridge_least_squares(x, y, ridge=0.1, diagnose=diagnose)
+        torch.testing.assert_close(fit(x.double()), y.mean(0).expand(9, 2))
+
+
 @pytest.mark.parametrize(("n", "channels", "rank"), [(40, 6, 6), (10, 25, 10), (40, 12, 5), (10, 25, 4)])
 def test_without_ridge_and_bias_it_is_the_papers_pseudo_inverse(n: int, channels: int, rank: int) -> None:
     x = normal(n, rank) @ normal(rank, channels, seed=1) if rank < min(n, channels) else normal(n, channels)

@@ -320,7 +320,7 @@ class Untold(Classifier):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (Classifier, {"attribute": "backbon"}, r"Classifier has no submodule of that name; it has \['backbone'"),
+        (Classifier, {"attribute": "backbon"}, r"Classifier has no submodule of that name; the nearest are 'backbone'"),
         (Classifier, {"attribute": ""}, "has no submodule of that name"),
         (
             Maps,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from doubles.pools import space_of
+from doubles.pools import references, space_of
 from doubles.references import sums_of
 from doubles.small_sources import donor, live, plain, shake
 from doubles.tensors import digits, noise
@@ -17,7 +17,6 @@ from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings

@@ -7,7 +7,7 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-from doubles.pools import path, space_of
+from doubles.pools import path, references, space_of
 from doubles.references import sums_of
 from doubles.small_sources import live, plain, shake
 from doubles.tensors import noise
@@ -18,7 +18,6 @@ from lightning_stitch.errors import BudgetError
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import DepthFirst
 from lightning_stitch.settings import CalibrationSettings

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.pools import bare_candidate as candidate
-from doubles.pools import space_of
+from doubles.pools import references, space_of
 from doubles.references import left_out_predictions, left_out_r2
 from doubles.small_sources import images_seen, plain
 from doubles.tensors import digits, noise
@@ -19,7 +19,6 @@ from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.io.journal import Answers
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree, outcomes
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import DepthFirst

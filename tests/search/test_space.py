@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from doubles.pools import path, space_of
+from doubles.pools import path, references, space_of
 from doubles.small_sources import donor, live, plain, shake
 from doubles.tensors import digits, noise
 from sklearn.linear_model import Ridge
@@ -16,7 +16,6 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import Edge, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from doubles.pools import path, space_of
+from doubles.pools import path, references, space_of
 from doubles.small_sources import donor, images_seen, plain
 from doubles.tensors import digits, noise
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
 from lightning_stitch.networks.network import assemble
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.paths import references
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings

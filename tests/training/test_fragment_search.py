@@ -327,7 +327,7 @@ def test_a_budget_afterwards_needs_a_search_before(tmp_path: Path) -> None:
 
 
 def test_an_unknown_cut_offers_the_nearest_and_names_the_source(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"Source 'test_resnet.*No cut is named 'layr2'. Nearest: layer"):
+    with pytest.raises(SourceError, match=r"Source 'test_resnet.*No cut is named 'layr2'. Nearest: 'layer"):
         trainer(tmp_path, search(granularity=["layr2"])).fit(StitchedClassifier(num_classes=3), digits())
 
 
