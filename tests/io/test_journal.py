@@ -178,7 +178,7 @@ def test_a_killed_process_leaves_a_journal_that_can_be_gone_on_with(
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from io_test_journal import new_pool, search
+from doubles.pair_searches import new_pool, search
 from lightning_stitch.io.journal import Journal
 record, made = Journal._record, []
 def dying(self, *arguments):
@@ -189,8 +189,7 @@ def dying(self, *arguments):
 Journal._record = dying
 search(new_pool(), journal=Path({str(tmp_path / "journal")!r}))
 """
-    (tmp_path / "io_test_journal.py").write_text(Path(__file__).read_text())
-    gone = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, capture_output=True, text=True)
+    gone = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True)
     assert gone.returncode == -signal.SIGKILL, gone.stderr
     assert len(answers(tmp_path / "journal")) == 14
     assert records(search(new_pool(), journal=tmp_path / "journal")) == records(uninterrupted)
