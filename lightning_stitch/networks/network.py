@@ -115,7 +115,7 @@ class StitchedNetwork(nn.Module):
     ) -> None:
         """Write all that `from_pretrained` needs, and a card: config.json, model.safetensors, README.md, a picture.
 
-        Only the fragments are written, weights that several of them hold alike once. Trained weights are as they are.
+        Only the fragments are written, weights that several of them share once. Trained weights are as they are.
 
         Args:
             directory: The folder; made if it does not exist.
