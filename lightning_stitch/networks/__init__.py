@@ -36,7 +36,8 @@ Example:
     >>> from lightning_stitch import FragmentRef, Recipe, load_source
     >>> from lightning_stitch.networks import StitchedNetwork
     >>> source = load_source("test_resnet", pretrained=False)
-    >>> recipe = Recipe((source.ref,), (FragmentRef("test_resnet", None, None),), input_size=(3, 64, 64))
+    >>> whole, size = FragmentRef("test_resnet", None, None), (3, 64, 64)
+    >>> recipe = Recipe.chain((source.ref,), (whole,), num_features=1000, input_size=size)
     >>> StitchedNetwork.from_recipe(recipe)(torch.rand(1, 3, 64, 64)).shape
     torch.Size([1, 1000])
 """

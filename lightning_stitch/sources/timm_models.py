@@ -259,6 +259,8 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
             f"its {CONFIG} is not in timm's layout, a dict with 'architecture' and 'pretrained_cfg' "
             f"({type(error).__name__}: {error}). timm.models.save_for_hf writes one."
         ) from error
+    if architecture == "lightning_stitch":
+        raise SourceError("it is a stitched network, which cannot be a source of another search.")
     check_architecture(architecture)
     config = declared.to_dict(remove_source=True)
     config |= {"architecture": architecture, "num_classes": arguments["num_classes"], "custom_load": False}

@@ -6,7 +6,7 @@ In reading order:
 - `fragment_search.py`: `FragmentSearch`: the callback that runs the search before fitting
 - `places.py`: where it puts the network: a `StitchedClassifier`'s own, or another module's attribute
 - `backbone_place.py`: that attribute of your own LightningModule
-- `head_fitting.py`: check that the data suit the module's head, rank as it needs, fit it
+- `data_checks.py`: what both places check of the data
 - `search_report.py`: what a search inside a Trainer writes, logs and prints
 - `thawing.py`: what trains, from which epoch on, at which learning rate
 - `task_metrics.py`: what each task is trained by, measured by and told as
