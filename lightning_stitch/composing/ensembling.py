@@ -135,9 +135,7 @@ def _tree(members: Sequence[Candidate], parts: Sequence[Segmented]) -> list[_Nod
             for piece in range(step.first, step.last):
                 stitch = step.stitch if piece == step.first else None
                 folded = after is not None and piece + 1 == step.last and _is_folded_before(after)
-                # Stitches and healed fragments are known by their objects: a search makes each only once.
-                own = (id(stitch), id(step.tensors) if step.tensors else None)
-                key = (parent, step.source, piece, *own, id(after.stitch) if after is not None and folded else None)
+                key = (parent, step.source, piece, step.key, after.key if after is not None and folded else None)
                 if key not in known:
                     known[key] = len(pieces)
                     pieces.append(_Node(parent, step.source, piece, piece + 1, stitch, step))

@@ -20,26 +20,20 @@ from torch import Tensor
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing import Healer
-from lightning_stitch.io import Spool
+from lightning_stitch.io import Answer, Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search import (
     NEED_LABELS,
-    Answer,
-    Answers,
     Beam,
     CompositionCosts,
-    Journal,
-    NoJournal,
     Outcome,
     Ranking,
-    RememberingHealer,
     SearchResult,
     SearchSpace,
     Strategy,
     TimeLimit,
-    answered,
     choose,
     costs_of_pairs,
     early_exits,
@@ -47,7 +41,6 @@ from lightning_stitch.search import (
     follow,
     labelled,
     measured,
-    milliseconds,
     network_latency,
     outcomes,
     piece_latencies,
@@ -64,7 +57,6 @@ from lightning_stitch.stitching import (
     Calibrated,
     Candidate,
     Kind,
-    calibrate_all,
     calibrate_once,
     check_same_outputs,
     load_calibration,
@@ -156,7 +148,7 @@ class Pool:
                 are not as many labels as images, or there is but one group.
         """
         with timed(self.seconds, "calibrate"):
-            self._calibrate(images, NoJournal(), progress or Silent(), groups)
+            self._calibrate(images, Answers(), progress or Silent(), groups)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
@@ -280,61 +272,63 @@ class Pool:
             most = getattr(strategy, "max_fragments", 16)
             costs = CompositionCosts(self.parts, bias=bias, max_fragments=most, early_exits=exits)
             costs.check(budget)
-        kept: Answers = NoJournal() if journal is None else Journal(journal)
-        kept.agree(search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias))
-        if budget.max_latency_ms is not None:
-            with timed(self.seconds, "measure"):
-                pieces = partial(piece_latencies, self.parts, self.device)
-                answer = answered(kept, ["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
-                self._latencies = answer.value
-                costs.time(answer.value)
-                costs.check(budget)
-        budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
-        if calibration is None:
-            kept.agree({"calibration images": self._images_hash})
-        else:
-            with timed(self.seconds, "calibrate"):
-                self._calibrate(calibration, kept, progress, groups)
-        space = SearchSpace(
-            self.calibrated,
-            self.settings,
-            costs=costs,
-            budget=budget,
-            ridge=ridge,
-            journal=kept,
-            time_limit=limit,
-        )
-        with timed(self.seconds, "search"):
-            candidates, ends = unmodified(space), early_exits(space) if exits else []
-            progress.start("composing", max_candidates)
-            proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
-            stopped = until_stopped(proposed, candidates)
-            # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
-            candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
-        if heal:
-            with timed(self.seconds, "heal"):
-                healer = RememberingHealer(kept, self.calibrated, settings=self.settings, ridge=ridge)
-                candidates = healer.heal_finalists(candidates, max_healed=max_healed, progress=progress)
-        if calibration is not None:
-            for source in self.calibrated:
-                source.release()
-        with timed(self.seconds, "rank"):
-            progress.start("ranking", num_selected)
-            outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
-            ranked = rank(
-                candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
+        with Answers() if journal is None else Journal(journal) as kept:
+            kept.agree(
+                search_identity(self.parts, self.settings, strategy, budget, self.device, ridge=ridge, bias=bias)
             )
-        if budget.max_latency_ms is not None:
-            with timed(self.seconds, "measure"):
-                ranked = measured(ranked, budget, lambda c: milliseconds(kept, c, partial(self._latency, c)), progress)
-        return choose(
-            ranked,
-            budget,
-            rejected=space.rejected,
-            seconds=self.seconds,
-            num_selection_labels=0 if labels is None else len(labels),
-            stopped=stopped,
-        )
+            if budget.max_latency_ms is not None:
+                with timed(self.seconds, "measure"):
+                    pieces = partial(piece_latencies, self.parts, self.device)
+                    answer = kept.recall(["latencies of the pieces"], lambda: Answer(self._latencies or pieces()))
+                    self._latencies = answer.value
+                    costs.time(answer.value)
+                    costs.check(budget)
+            budget.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
+            if calibration is None:
+                kept.agree({"calibration images": self._images_hash})
+            else:
+                with timed(self.seconds, "calibrate"):
+                    self._calibrate(calibration, kept, progress, groups)
+            space = SearchSpace(
+                self.calibrated,
+                self.settings,
+                costs=costs,
+                budget=budget,
+                ridge=ridge,
+                journal=kept,
+                time_limit=limit,
+            )
+            with timed(self.seconds, "search"):
+                candidates, ends = unmodified(space), early_exits(space) if exits else []
+                progress.start("composing", max_candidates)
+                proposed = chain(self_stitched(space), counted(islice(strategy(space), max_candidates), progress))
+                stopped = until_stopped(proposed, candidates)
+                # Sources, self-stitched sources, early exits, StitchNets: of equal scores the first in this order wins.
+                candidates = sorted([*candidates, *ends], key=lambda candidate: get_args(Kind).index(candidate.kind))
+            if heal:
+                with timed(self.seconds, "heal"):
+                    healer = Healer(self.calibrated, settings=self.settings, ridge=ridge, journal=kept)
+                    candidates = healer.heal_finalists(candidates, max_healed=max_healed, progress=progress)
+            if calibration is not None:
+                for source in self.calibrated:
+                    source.release()
+            with timed(self.seconds, "rank"):
+                progress.start("ranking", num_selected)
+                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=kept)
+                ranked = rank(
+                    candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=space.rejected
+                )
+            if budget.max_latency_ms is not None:
+                with timed(self.seconds, "measure"):
+                    ranked = measured(ranked, budget, partial(self._latency, kept), progress)
+            return choose(
+                ranked,
+                budget,
+                rejected=space.rejected,
+                seconds=self.seconds,
+                num_selection_labels=0 if labels is None else len(labels),
+                stopped=stopped,
+            )
 
     def outcomes(
         self,
@@ -347,7 +341,7 @@ class Pool:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
         images = read_again(batches, self.image_shape, self.device, labels)
-        found = outcomes(candidates, self.parts, images, journal=journal or NoJournal(), on_batch=progress.advance)
+        found = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return found, torch.cat(labels) if labels else None
 
     def stitch(
@@ -402,14 +396,7 @@ class Pool:
         if read.hash == self._images_hash and self.calibrated and all(source.stored for source in self.calibrated):
             return
         progress.start("calibrating", len(self.parts))
-
-        run = partial(calibrate_all, self.parts, read.images, self.settings, read.num_held_out, progress)
-        if isinstance(journal, Journal):
-            self.calibrated = calibrate_once(
-                journal.calibration, self.parts, self.settings, self.device, (read.count, read.hash), run
-            )
-        else:
-            self.calibrated = run()
+        self.calibrated = calibrate_once(journal.calibration, self.parts, read, self.settings, self.device, progress)
         self._images_hash = read.hash
 
     def _check_calibrated(self) -> None:
@@ -418,5 +405,8 @@ class Pool:
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
 
-    def _latency(self, candidate: Candidate) -> float:
-        return network_latency(self.assemble(candidate), self.image_shape, self.device)
+    def _latency(self, journal: Answers, candidate: Candidate) -> float:
+        def measure() -> Answer:
+            return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
+
+        return float(journal.recall(["latency", candidate.key], measure).value)

@@ -7,16 +7,20 @@ raise it the network stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.healing.healing import heal
 from lightning_stitch.healing.trials import held_out_images, held_out_r2
+from lightning_stitch.io import Answer, Answers
 from lightning_stitch.progress import Progress, Silent
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching import Calibrated, Candidate
+from lightning_stitch.stitching import Calibrated, Candidate, Stitch
 
 SIZE_CLASSES = (1.0, 0.75, 0.5, 1 / 3)
 
@@ -28,14 +32,22 @@ class Healer:
         sources: The sources with their activations of the calibration images.
         settings: How rows are sampled; the sources'.
         ridge: Strength of the stitches' fit, where they are fitted anew.
+        journal: What remembers healed networks; None: nothing does.
     """
 
-    def __init__(self, sources: Sequence[Calibrated], *, settings: CalibrationSettings, ridge: float) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Calibrated],
+        *,
+        settings: CalibrationSettings,
+        ridge: float,
+        journal: Answers | None = None,
+    ) -> None:
         self.sources = sources
         self.settings = settings
         self.ridge = ridge
+        self.journal = journal or Answers()
 
-    @torch.inference_mode()
     def heal(self, candidate: Candidate) -> Candidate:
         """The candidate healed, or as it is where that does not raise the held-out R2.
 
@@ -44,24 +56,15 @@ class Healer:
         """
         if len(candidate.steps) == 1 or candidate.pool is not None:
             return candidate
-        fitted, held_out = held_out_images(candidate, self.sources)
-        if not held_out or not fitted:
-            return candidate
-        try:
-            before = self._explained(candidate)
-            healed = heal(candidate, self.sources, self.settings, ridge=self.ridge)
-            return healed if held_out_r2(healed, self.sources, held_out) > before else candidate
-        except CalibrationError:
-            # The features do not vary over the held-out images, or are not finite: there is nothing to go by.
-            return candidate
+        answer = self.journal.recall(["healed", candidate.key], lambda: self._heal(candidate))
+        return candidate if answer.value is None else self._with_numbers(candidate, answer)
 
-    @torch.inference_mode()
     def explained(self, candidate: Candidate) -> float | None:
         """Held-out R2 of a candidate whose stitches have not seen those images; None where that cannot be had."""
-        try:
-            return self._explained(candidate)
-        except CalibrationError:
-            return None
+        explained: float | None = self.journal.recall(
+            ["explained", candidate.key], lambda: Answer(self._explained(candidate))
+        ).value
+        return explained
 
     def heal_finalists(
         self, candidates: Sequence[Candidate], *, max_healed: int, progress: Progress | None = None
@@ -105,6 +108,50 @@ class Healer:
         ranked = sorted((rank, size, index) for size, c in classes.items() for rank, (_, index) in enumerate(sorted(c)))
         return sorted(index for *_, index in ranked[:count])
 
-    def _explained(self, candidate: Candidate) -> float:
-        fair = heal(candidate, self.sources, self.settings, ridge=self.ridge, only_stitches=True)
-        return held_out_r2(fair, self.sources, held_out_images(candidate, self.sources)[1])
+    @torch.inference_mode()
+    def _heal(self, candidate: Candidate) -> Answer:
+        """The healed candidate's recipe and the numbers of its steps; None where healing does not help."""
+        fitted, held_out = held_out_images(candidate, self.sources)
+        before = self._explained(candidate) if held_out and fitted else None
+        if before is None:
+            return Answer()
+        try:
+            healed = heal(candidate, self.sources, self.settings, ridge=self.ridge)
+            if not held_out_r2(healed, self.sources, held_out) > before:
+                return Answer()
+        except CalibrationError:
+            return Answer()
+        numbers = {f"{place} {name}": x for place, step in enumerate(healed.steps) for name, x in step.tensors.items()}
+        for place, step in enumerate(healed.steps):
+            state = {} if step.stitch is None else step.stitch.state_dict()
+            numbers |= {f"stitch {place} {name}": x for name, x in state.items()}
+        return Answer(healed.recipe.to_dict(), numbers)
+
+    @torch.inference_mode()
+    def _explained(self, candidate: Candidate) -> float | None:
+        try:
+            fair = heal(candidate, self.sources, self.settings, ridge=self.ridge, only_stitches=True)
+            return held_out_r2(fair, self.sources, held_out_images(candidate, self.sources)[1])
+        except CalibrationError:
+            # The features do not vary over the held-out images, or are not finite: there is nothing to go by.
+            return None
+
+    @torch.inference_mode()
+    def _with_numbers(self, candidate: Candidate, answer: Answer) -> Candidate:
+        """The candidate healed, from what `_heal` noted."""
+        recipe = Recipe.from_dict(answer.value)
+        steps = []
+        for place, (step, spec) in enumerate(zip(candidate.steps, (None, *recipe.stitches), strict=True)):
+            device = self.sources[step.source].features.device
+            tensors = {name: x.to(device) for name, x in _under(f"{place} ", answer.tensors).items()}
+            stitch = None
+            if spec is not None:
+                stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
+                stitch.load_state_dict(_under(f"stitch {place} ", answer.tensors))
+                stitch.to(device)
+            steps.append(dataclasses.replace(step, spec=spec, stitch=stitch, tensors=tensors))
+        return dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

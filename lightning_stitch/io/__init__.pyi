@@ -12,15 +12,18 @@ from .hub_download import (
     status_of,
     tensor_shapes,
 )
-from .tensor_files import DTYPES, UNFINISHED, TensorFile, complete_or_absent, raw_bytes, write_json, write_tensors
+from .journal import Answer, Answers, Journal
+from .tensor_files import DTYPES, UNFINISHED, complete_or_absent, raw_bytes, write_json
 
 __all__ = [
+    "Answer",
+    "Answers",
     "Carried",
     "DTYPES",
     "Deferred",
+    "Journal",
     "Portion",
     "Spool",
-    "TensorFile",
     "UNFINISHED",
     "WeightFile",
     "carry",
@@ -42,5 +45,4 @@ __all__ = [
     "tensors_hash",
     "versions",
     "write_json",
-    "write_tensors",
 ]

@@ -1,6 +1,6 @@
 from .costs import CompositionCosts, costs_of_pairs
-from .evaluation import Outcome, RememberingHealer, milliseconds, outcomes
-from .journal import Answer, Answers, Journal, NoJournal, answered, search_identity
+from .evaluation import Outcome, outcomes
+from .identity import search_identity
 from .latency import network_latency, piece_latencies
 from .paths import early_exits, follow, self_stitched, unmodified
 from .ranking import (
@@ -20,24 +20,18 @@ from .stopping import TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
 
 __all__ = [
-    "Answer",
-    "Answers",
     "Beam",
     "CompositionCosts",
     "DepthFirst",
-    "Journal",
     "NEED_LABELS",
-    "NoJournal",
     "Outcome",
     "Ranked",
     "Ranking",
-    "RememberingHealer",
     "SearchResult",
     "SearchSpace",
     "SelectionData",
     "Strategy",
     "TimeLimit",
-    "answered",
     "by_loo_soft_r2",
     "check_ranking_fits",
     "choose",
@@ -48,7 +42,6 @@ __all__ = [
     "labelled",
     "left_out",
     "measured",
-    "milliseconds",
     "network_latency",
     "outcomes",
     "piece_latencies",

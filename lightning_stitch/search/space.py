@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.io import Carried, Deferred, Spool, carry
+from lightning_stitch.io import Answer, Answers, Carried, Deferred, Spool, carry
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
 from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
-from lightning_stitch.search.journal import Answer, Answers, NoJournal, answered
 from lightning_stitch.search.scoring import Scorer
 from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
 from lightning_stitch.settings import CalibrationSettings
@@ -72,7 +71,7 @@ class SearchSpace:
         self.budget = budget or Budget()
         self.costs = costs
         self.ridge = ridge
-        self.journal = journal or NoJournal()
+        self.journal = journal or Answers()
         self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
@@ -179,7 +178,8 @@ class SearchSpace:
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = dataclasses.replace(placed.spec, cka=edge.cka)
 
-        def fitted() -> Stitch:
+        @torch.inference_mode()
+        def fit() -> Answer:
             stitch = fit_stitch(
                 spec,
                 activation,
@@ -191,10 +191,16 @@ class SearchSpace:
                 ridge=self.ridge,
             )
             assert stitch is not None  # or it would have no edges
-            return stitch
+            return Answer(
+                {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}, stitch.state_dict()
+            )
 
+        number = self.costs.index[edge.source, edge.receiver]
+        answer = self.journal.recall(self._question("stitch", edge.state, edge.cut, [number]), fit)
         with torch.inference_mode():
-            stitch = self._fitted(edge, spec, fitted)
+            stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
+            stitch.load_state_dict(dict(answer.tensors))
+            stitch.to(receiver.rows.device)
         step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
         return State(
             steps=(*edge.state.steps, step),
@@ -273,29 +279,10 @@ class SearchSpace:
             yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
 
     def _question(self, kind: str, state: State, cut: int, receivers: Iterable[int]) -> list[object]:
-        """What a journal is asked: of which running network, at which cut, about which receivers, all by name."""
-        fragments = [(step.source, step.first, step.last) for step in state.steps]
-        parts = [self.sources[source].parts for source in range(len(self.sources))]
-        path = [
-            (parts[source].name, *(None if at == 0 else parts[source].cuts[at - 1].name for at in ends))
-            for source, *ends in [*fragments, (state.source, state.entry, cut + 1)]
-        ]
-        found = [(parts[s].name, parts[s].cuts[r].name) for s, r in (self._receivers[flat] for flat in receivers)]
-        return [kind, path, found]
-
-    def _fitted(self, edge: Edge, spec: StitchSpec, fit: Callable[[], Stitch]) -> Stitch:
-        """The fitted stitch of an edge, from the journal where it has it."""
-
-        def found() -> Answer:
-            stitch = fit()
-            fields = {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}
-            return Answer(fields, stitch.state_dict())
-
-        flat = self.costs.index[edge.source, edge.receiver]
-        answer = answered(self.journal, self._question("stitch", edge.state, edge.cut, [flat]), found)
-        stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
-        stitch.load_state_dict(dict(answer.tensors))
-        return stitch.to(self.sources[edge.source].statistics[edge.receiver].rows.device)
+        """What a journal is asked: of which running network, at which cut, about which receivers."""
+        path = [(step.source, step.first, step.last) for step in state.steps]
+        ends = [self._receivers[number] for number in receivers]
+        return [kind, path, (state.source, state.entry, cut), ends]
 
     def _similarities(
         self,
@@ -305,23 +292,17 @@ class SearchSpace:
         admissible: dict[Grid, list[int]],
         size_class: Callable[[int], int] | None = None,
     ) -> list[tuple[int, float]]:
-        """The receivers that can be scored and their CKAs, from the journal where it has them."""
+        """The receivers that can be scored and their CKAs."""
         self.time_limit.check()
         if not admissible:
             return []
-        if isinstance(self.journal, NoJournal):
-            return self._scored(state, cut, activation, admissible, size_class)
 
-        def found() -> Answer:
-            before = Counter(self.rejected)
-            scored = self._scored(state, cut, activation, admissible, size_class)
-            # Here they are counted below, as they are when the journal answers.
-            rejected = self.rejected - before
-            self.rejected -= rejected
-            return Answer([scored, rejected])
+        def score() -> Answer:
+            rejected: Counter[str] = Counter()
+            return Answer([self._scored(state, cut, activation, admissible, size_class, rejected), rejected])
 
         question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
-        scored, rejected = answered(self.journal, question, found).value
+        scored, rejected = self.journal.recall(question, score).value
         self.rejected.update(rejected)
         return [(flat, cka) for flat, cka in scored]
 
@@ -332,6 +313,7 @@ class SearchSpace:
         activation: Carried,
         admissible: dict[Grid, list[int]],
         size_class: Callable[[int], int] | None,
+        rejected: Counter[str],
     ) -> list[tuple[int, float]]:
         sender = self.sources[state.source]
         spent = state.cost.macs + self.costs.run(state.source, state.entry, cut + 1).macs
@@ -347,7 +329,7 @@ class SearchSpace:
             admissible,
             name=f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}",
             size_class=None if size_class is None else class_of,
-            rejected=self.rejected,
+            rejected=rejected,
         )
 
     @cached_property

@@ -2,9 +2,15 @@ from .activations import Calibrated, Grid, calibrate_all, centred_or_none, posit
 from .candidates import Candidate, Kind, Step
 from .fitting import fit_rows, fit_stitch, fitted_stitch
 from .folding import choose_placement, consumer_layers, fold_into_consumer, fold_into_producer, stitch_cost
-from .identity import settings_identity, source_identity
 from .images import Batch, WithoutLabels, images_of, put_down, read_again
-from .saved_calibration import calibrate_once, load_calibration, save_calibration, saved_settings
+from .saved_calibration import (
+    calibrate_once,
+    load_calibration,
+    save_calibration,
+    saved_settings,
+    settings_identity,
+    source_identity,
+)
 from .segments import Segmented, check_same_outputs, chunks, segment
 from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_memory, stitch_spec
 

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lightning_stitch.cost import Cost
+from lightning_stitch.io import key_of, tensors_hash
 from lightning_stitch.recipe import Recipe, StitchSpec
 from lightning_stitch.stitching.stitches import Stitch
 
@@ -17,10 +18,18 @@ Kind = Literal["source", "self-stitched", "early exit", "stitched"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Pieces [first, last) of one source, entered through a stitch; None: from the image.
+    """Pieces [first, last) of one source, entered through a stitch.
 
-    The stitch runs as a layer of its own here; its spec says where the assembled network will have it. `tensors` are
-    those of the source's parameters and buffers, by name, that have other numbers in this network.
+    Attributes:
+        source: Place of the source among those at hand.
+        first: Its first piece that runs.
+        last: Its first piece that does not.
+        stitch: What it is entered through, which runs as a layer of its own here; None: it begins at the image, or goes
+            on in its source.
+        spec: Where the assembled network will have the stitch.
+        tensors: Those of the source's parameters and buffers, by name, that have other numbers in this network.
+        key: The same for steps of the same numbers, in any process: a hash of those that are not its source's, the
+            stitch's and `tensors`; "" where there are none.
     """
 
     source: int
@@ -29,6 +38,15 @@ class Step:
     stitch: Stitch | None = field(default=None, repr=False)
     spec: StitchSpec | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash the numbers."""
+        state = {} if self.stitch is None else self.stitch.state_dict()
+        tensors = dict(sorted(self.tensors.items()))
+        names = [[*state], [*tensors]]
+        key = key_of(names, tensors_hash([*state.values(), *tensors.values()])) if state or tensors else ""
+        object.__setattr__(self, "key", key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +67,12 @@ class Candidate:
     steps: tuple[Step, ...]
     cost: Cost
     pool: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> str:
+        """The same for candidates that compute the same of the sources at hand, in any process."""
+        steps = [(step.source, step.first, step.last, step.key) for step in self.steps]
+        return key_of(steps, self.pool is not None)
 
     @property
     def cka_product(self) -> float:

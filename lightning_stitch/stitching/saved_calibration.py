@@ -1,36 +1,33 @@
 """Calibrated sources in a directory, to be searched again without running any of them.
 
-One file of tensors for each source (safetensors: sampled rows and prefix tokens of its cuts, its features, and the
-activations, portion by portion) and calibration.json, which is written last and says what all of it was made from.
+Files of tensors (safetensors), one for each cut of each source with its sampled rows, prefix tokens and activation,
+portion by portion, and one for each source's features; and calibration.json, which is written last and says what all of
+it was made from. A file bears the hash of what is in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io import (
-    UNFINISHED,
-    Carried,
-    TensorFile,
-    differences,
-    in_words,
-    versions,
-    write_json,
-    write_tensors,
-)
+from lightning_stitch.io import UNFINISHED, Carried, differences, in_words, plain, sha256_of, versions, write_json
+from lightning_stitch.progress import Progress
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated, CutStatistics, centred_or_none
-from lightning_stitch.stitching.identity import settings_identity, source_identity
+from lightning_stitch.stitching.activations import Calibrated, CutStatistics, calibrate_all, centred_or_none
+from lightning_stitch.stitching.images import CalibrationImages
 from lightning_stitch.stitching.segments import Segmented
 
 SCHEMA_VERSION = 1
@@ -59,15 +56,10 @@ def save_calibration(
 
 def _save(directory: Path, calibrated: Sequence[Calibrated], settings: CalibrationSettings, images_hash: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(f"*{UNFINISHED}"):
-        left.unlink()
     sources: dict[str, dict[str, Any]] = {}
     for index, source in enumerate(calibrated):
-        # A file's name says what is in it: what the description that is there already names stays as it is.
-        unnamed = directory / "source-unnamed.safetensors"
-        checksum = write_tensors(unnamed, _tensors(source))
-        unnamed.replace(directory / _file_name(index, checksum))
-        sources[source.name] = {"identity": source_identity(source.parts), "checksum": checksum}
+        names = [_write(directory, f"source-{index}-{place}", x) for place, x in enumerate(_tensors(source))]
+        sources[source.name] = {"identity": source_identity(source.parts), "files": names}
     description = {
         "schema": SCHEMA_VERSION,
         "versions": versions("lightning_stitch", "torch"),
@@ -79,10 +71,22 @@ def _save(directory: Path, calibrated: Sequence[Calibrated], settings: Calibrati
         "sources": sources,
     }
     write_json(directory / _DESCRIPTION, description)
-    current = {_file_name(index, source["checksum"]) for index, source in enumerate(sources.values())}
-    for file in directory.glob("source-*"):
-        if file.name not in current:
+    current = {_DESCRIPTION, *chain.from_iterable(source["files"] for source in sources.values())}
+    for file in directory.glob("*"):
+        if file.name not in current and file.suffix in (".safetensors", UNFINISHED):
             file.unlink()
+
+
+def _write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors, and give its name, which says what is in it: one that is there already stays good."""
+    unnamed = directory / f"{name}{UNFINISHED}"
+    try:
+        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, unnamed)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    name = f"{name}-{sha256_of(unnamed)[:16]}.safetensors"
+    unnamed.replace(directory / name)
+    return name
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -165,58 +169,63 @@ def load_calibration(
         )
     calibrated = []
     for part in parts:
-        checksum = int(saved[part.name].get("checksum", 0))
-        path = directory / _file_name(list(saved).index(part.name), checksum)
         try:
-            tensors = TensorFile(path, checksum)
-            calibrated.append(_calibrated(part, tensors, settings, device, description["num_held_out"]))
-        except (OSError, ValueError, KeyError) as error:
+            files = [directory / str(name) for name in saved[part.name]["files"]]
+            for file in files:
+                if not file.stem.endswith(sha256_of(file)[:16]):
+                    raise ValueError(f"{file.name} is damaged or not the file that was written")
+            calibrated.append(_calibrated(part, files, settings, device, description["num_held_out"]))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CalibrationError(
-                f"{path}, the saved calibration of source {part.name!r}, cannot be used: {error}. Calibrate and save "
-                f"again."
+                f"The saved calibration of source {part.name!r} in {directory} cannot be used: {error}. Calibrate and "
+                f"save again."
             ) from error
     return calibrated, str(description["images"])
 
 
 def calibrate_once(
-    directory: Path,
+    directory: Path | None,
     parts: Sequence[Segmented],
+    images: CalibrationImages,
     settings: CalibrationSettings,
     device: torch.device,
-    images: tuple[int, str],
-    run: Callable[[], list[Calibrated]],
+    progress: Progress,
 ) -> list[Calibrated]:
     """The calibration that is saved in a directory; made and saved there if it is not, or cannot be used.
 
     Args:
-        directory: Where.
-        parts: As `load_calibration`.
-        settings: Likewise.
-        device: Likewise.
-        images: The number of the calibration images and their hash.
-        run: Runs the sources.
+        directory: Where; None: nowhere, so that it is made.
+        parts: The sources.
+        images: The calibration images.
+        settings: What to keep, and where.
+        device: Where activations are to be taken up.
+        progress: Where to show progress.
 
     Raises:
         CalibrationError: If the directory cannot be written to, or its disk has no room for the activations; before any
             source runs.
     """
-    count, images_hash = images
+    run = partial(calibrate_all, parts, images.images, settings, images.num_held_out, progress)
+    if directory is None:
+        return run()
     try:
-        calibrated, found = load_calibration(directory, parts, settings, device)
-        if found == images_hash:
+        calibrated, images_hash = load_calibration(directory, parts, settings, device)
+        if images_hash == images.hash:
             return calibrated
     except CalibrationError:
         # Not there yet, or what was written when the power failed.
         pass
-    needed = count * sum(4 * math.prod(cut.shape) for part in parts for cut in part.cuts)
+    needed = images.count * sum(4 * math.prod(cut.shape) for part in parts for cut in part.cuts)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
     except OSError as error:
         raise _unwritable(directory, error) from error
     if free < needed:
-        raise _unwritable(directory, f"the activations of {count} images need {needed:,} bytes, and {free:,} are free")
-    save_calibration(directory, run(), settings, images_hash)
+        raise _unwritable(
+            directory, f"the activations of {images.count} images need {needed:,} bytes, and {free:,} are free"
+        )
+    save_calibration(directory, run(), settings, images.hash)
     return load_calibration(directory, parts, settings, device)[0]
 
 
@@ -224,36 +233,60 @@ def _unwritable(directory: Path, error: object) -> CalibrationError:
     return CalibrationError(f"The calibration cannot be written to {directory}: {error}. Name another directory.")
 
 
-def _file_name(index: int, checksum: int) -> str:
-    return f"source-{index}-{checksum:08x}.safetensors"
-
-
-def _tensors(source: Calibrated) -> dict[str, Callable[[], Tensor]]:
-    """What gives each tensor of a source, by its name in the file."""
-    found: dict[str, Callable[[], Tensor]] = {"features": lambda: source.features}
-    for index, (kept, activation) in enumerate(zip(source.statistics, source.activations, strict=True)):
-        found[f"rows.{index}"] = partial(torch.Tensor.detach, kept.rows)
-        if kept.prefix_rows is not None:
-            found[f"prefix.{index}"] = partial(torch.Tensor.detach, kept.prefix_rows)
-        for number, portion in enumerate(activation.portions):
-            found[f"activation.{index}.{number}"] = portion
-    return found
+def _tensors(source: Calibrated) -> Iterator[dict[str, Tensor]]:
+    """What goes into each file of a source, of one cut after the other, and at last its features."""
+    for kept, activation in zip(source.statistics, source.activations, strict=True):
+        prefix = {} if kept.prefix_rows is None else {"prefix": kept.prefix_rows}
+        portions = {f"activation.{number}": portion for number, portion in enumerate(activation)}
+        yield {"rows": kept.rows, **prefix, **portions}
+    yield {"features": source.features}
 
 
 def _calibrated(
-    part: Segmented, tensors: TensorFile, settings: CalibrationSettings, device: torch.device, num_held_out: int
+    part: Segmented, files: Sequence[Path], settings: CalibrationSettings, device: torch.device, num_held_out: int
 ) -> Calibrated:
+    *of_cuts, of_features = files
     statistics, activations = [], []
-    for index, cut in enumerate(part.cuts):
-        rows = tensors.read(f"rows.{index}").to(device)
-        prefix = tensors.read(f"prefix.{index}").to(device) if f"prefix.{index}" in tensors else None
-        name = f"cut {cut.name!r} of source {part.name!r}"
-        centred = centred_or_none(rows, settings, name=name)
+    for cut, file in zip(part.cuts, of_cuts, strict=True):
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+        rows = _taken_up(file, "rows", device)
+        prefix = _taken_up(file, "prefix", device) if "prefix" in names else None
+        centred = centred_or_none(rows, settings, name=f"cut {cut.name!r} of source {part.name!r}")
         statistics.append(CutStatistics(cut, rows, centred, None if prefix is None else prefix.mean(0), prefix))
-        portions = [portion for portion in tensors.names if portion.startswith(f"activation.{index}.")]
-        activations.append(Carried([partial(_taken_up, tensors, portion, device) for portion in portions]))
-    return Calibrated(part, statistics, activations, tensors.read("features").to(device), num_held_out, stored=True)
+        portions = [f"activation.{number}" for number in range(len(names - {"rows", "prefix"}))]
+        activations.append(Carried([partial(_taken_up, file, portion, device) for portion in portions]))
+    features = _taken_up(of_features, "features", device)
+    return Calibrated(part, statistics, activations, features, num_held_out, stored=True)
 
 
-def _taken_up(tensors: TensorFile, name: str, device: torch.device) -> Tensor:
-    return tensors.read(name).to(device)
+def _taken_up(file: Path, name: str, device: torch.device) -> Tensor:
+    """A tensor of a file, in memory of its own, aligned as any other: where it lies decides how it is summed up."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            x: Tensor = tensors.get_tensor(name)
+            return x.clone().to(device)
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{file} cannot be read any more: {error}. Keep it as long as it is used.") from error
+
+
+def source_identity(parts: Segmented) -> dict[str, Any]:
+    """What a source's activations depend on: its weights, what is built with them, and where it is cut; plain."""
+    ref = parts.source.ref
+    identity = {
+        "weights": ref.weight_hash,
+        "builder": ref.builder,
+        "architecture": ref.architecture,
+        "arguments": ref.arguments,
+        "preprocessing": dataclasses.asdict(ref.preprocessing),
+        "cuts": {c.name: [index, c.format, c.shape, c.num_prefix_tokens] for index, c in enumerate(parts.cuts)},
+        "end": parts.end,
+    }
+    return dict(plain(identity))
+
+
+def settings_identity(settings: CalibrationSettings) -> dict[str, Any]:
+    """The settings that change numbers, plain; where activations are kept does not."""
+    identity = dataclasses.asdict(settings)
+    del identity["keep_activations"]
+    return dict(plain(identity))

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import re
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
+from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
@@ -85,6 +87,26 @@ def journal(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "journal"))
 
 
+@contextmanager
+def opened(journal: Path) -> Iterator[sqlite3.Connection]:
+    """The database, to be looked at or spoilt."""
+    with closing(sqlite3.connect(journal / "journal.sqlite")) as database, database:
+        yield database
+
+
+def answers(journal: Path) -> list[tuple[str, str, str]]:
+    """What was recorded, in its order: the question's key, its kind and the value."""
+    with opened(journal) as database:
+        return list(database.execute("SELECT key, kind, value FROM answers ORDER BY rowid"))
+
+
+def shorten(journal: Path, count: int) -> None:
+    """Leave the first records alone."""
+    kept = "SELECT rowid FROM answers ORDER BY rowid LIMIT ?"
+    with opened(journal) as database:
+        database.execute(f"DELETE FROM answers WHERE rowid NOT IN ({kept})", (count,))
+
+
 def never() -> Iterator[Tensor]:
     raise AssertionError("an image was read")
     yield
@@ -119,56 +141,87 @@ def test_what_was_turned_down_is_remembered_too(tmp_path: Path) -> None:
 
 
 def test_a_search_goes_on_where_its_journal_ends(journal: Path, uninterrupted: SearchResult) -> None:
-    lines = (journal / "answers.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 30
+    whole = answers(journal)
+    kinds = [kind for _, kind, _ in whole]
+    composed, batches = kinds.index("features"), len(SELECTION)
+    assert kinds[composed:] == ["features"] * (len(uninterrupted.ranked) * batches)
     runs = []
-    for count in (3, 10, 25, len(lines) - 3, len(lines) - 1, len(lines)):
-        (journal / "answers.jsonl").write_text("".join(lines[:count]))
-        pool = new_pool()
+    for count in (3, 10, composed, composed + len(uninterrupted.ranked), len(whole) - 1, len(whole)):
+        shorten(journal, count)
+        left, pool = answers(journal), new_pool()
+        assert len(left) == count
         with pieces_run(pool) as ran:
             result = search(pool, journal=journal)
         assert records(result) == records(uninterrupted)
         assert result.rejected == uninterrupted.rejected
-        assert set(lines[:count]) <= set((journal / "answers.jsonl").read_text().splitlines(keepends=True))
+        assert answers(journal)[:count] == left
+        assert [answer[:2] for answer in answers(journal)] == [answer[:2] for answer in whole]
         runs.append(len(ran))
     assert runs == sorted(set(runs), reverse=True)
     assert runs[-1] == 0
 
 
-def test_without_its_last_record_only_the_last_batch_is_run_again(journal: Path) -> None:
-    *lines, last = (journal / "answers.jsonl").read_text().splitlines(keepends=True)
-    assert json.loads(last)["record"]["kind"] == "features"
+def test_a_process_that_dies_at_any_record_loses_none_that_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: SearchResult
+) -> None:
+    # What the files are at this moment is what a process that is killed now leaves behind.
+    moments: list[tuple[Path, list[tuple[str, str, str]]]] = []
+    journal, record, recall = tmp_path / "journal", Journal._record, Journal.recall_all
+
+    def remember(made: list[tuple[str, str, str]]) -> None:
+        moments.append((Path(shutil.copytree(journal, tmp_path / str(len(moments)))), made))
+
+    def remembering_record(self: Journal, *arguments: Any) -> None:
+        before = made_by(self)
+        record(self, *arguments)
+        # Within the transaction: it is there in full or not at all.
+        if len(moments) % 5 == 0:
+            remember([] if self._database.in_transaction else before)
+
+    def made_by(self: Journal) -> list[tuple[str, str, str]]:
+        return list(self._database.execute("SELECT key, kind, value FROM answers ORDER BY rowid"))
+
+    def remembering_recall(self: Journal, *arguments: Any) -> list[Answer]:
+        found = recall(self, *arguments)
+        remember(made_by(self))
+        return found
+
+    monkeypatch.setattr(Journal, "_record", remembering_record)
+    monkeypatch.setattr(Journal, "recall_all", remembering_recall)
+    assert records(search(new_pool(), journal=journal)) == records(uninterrupted)
+    monkeypatch.undo()
+    assert len(moments) > 20
+    for left, made in moments:
+        assert records(search(new_pool(), journal=left)) == records(uninterrupted)
+        assert answers(left)[: len(made)] == made
+
+
+def test_without_its_last_record_only_that_is_run_again(journal: Path) -> None:
     pools = []
-    for text in ("".join(lines), ""):
-        (journal / "answers.jsonl").write_text(text)
+    for count in (len(answers(journal)) - 1, 0):
+        shorten(journal, count)
         pools.append(new_pool())
         with pieces_run(pools[-1]) as ran:
-            search(pools[-1], selection=SELECTION[-1:] if not text else SELECTION, journal=journal)
-        if text:
-            last_batch = len(ran)
-    assert 0 < last_batch < len(ran)
-
-
-def test_a_line_that_was_cut_short_is_dropped_wherever_it_ends(journal: Path, uninterrupted: SearchResult) -> None:
-    whole = (journal / "answers.jsonl").read_bytes()
-    last = len(whole) - whole.rindex(b"\n", 0, -1) - 1
-    for missing in (1, last // 2, last - 1):
-        (journal / "answers.jsonl").write_bytes(whole[:-missing])
-        for _ in range(2):
-            assert records(search(new_pool(), journal=journal)) == records(uninterrupted)
-        # What came behind it is whole.
-        assert (journal / "answers.jsonl").read_bytes().count(b"\n") == whole.count(b"\n")
+            search(pools[-1], journal=journal)
+        if count:
+            last = len(ran)
+    assert 0 < last <= 6 < len(ran)
 
 
 def another_cka(journal: Path) -> None:
-    text = (journal / "answers.jsonl").read_text()
-    changed = re.sub(r'("ckas".*? 0\.)\d', r"\g<1>1", text, count=1)
-    assert changed != text
-    (journal / "answers.jsonl").write_text(changed)
+    values = {key: value for key, kind, value in answers(journal) if kind == "ckas"}
+    key, value = next((key, value) for key, value in values.items() if re.search(r", 0\.[2-9]", value))
+    changed = re.sub(r", 0\.[2-9]", ", 0.1", value, count=1)
+    with opened(journal) as database:
+        database.execute("UPDATE answers SET value = ? WHERE key = ?", (changed, key))
 
 
 def other_tensors(journal: Path) -> None:
-    flip_bytes(sorted((journal / "tensors").iterdir()))
+    with opened(journal) as database:
+        contents = list(database.execute("SELECT rowid, content FROM tensors"))
+        assert contents
+        changed = [(x[:-5] + bytes([x[-5] ^ 1]) + x[-4:], row) for row, x in contents]
+        database.executemany("UPDATE tensors SET content = ? WHERE rowid = ?", changed)
 
 
 def other_activations(journal: Path) -> None:
@@ -291,23 +344,50 @@ CHANGES: list[tuple[Callable[[Path], object], str]] = [
 def test_another_searchs_journal_is_refused_with_what_differs(
     journal: Path, change: Callable[[Path], object], words: str
 ) -> None:
-    before = (journal / "answers.jsonl").read_bytes()
+    with opened(journal) as database:
+        before = list(database.iterdump())
     with pytest.raises(JournalError, match=rf"The journal in .*journal is of another search: .*{words}"):
         change(journal)
-    assert (journal / "answers.jsonl").read_bytes() == before
+    with opened(journal) as database:
+        assert list(database.iterdump()) == before
 
 
-def test_a_newer_versions_journal_is_refused(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_stitch.search.journal.SCHEMA_VERSION", 0)
-    with pytest.raises(JournalError, match=r"has schema 1; this version of lightning_stitch reads schema 0\. Upgrade"):
+def test_a_newer_versions_journal_is_refused(journal: Path) -> None:
+    with opened(journal) as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(JournalError, match=r"has schema 2; this version of lightning_stitch reads schema 1\. Upgrade"):
         search(new_pool(), calibration=never(), journal=journal)
 
 
 def test_a_directory_that_cannot_be_written_to_is_found_out_before_an_image_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "journal"):
+    (tmp_path / "filed" / "journal.sqlite").mkdir(parents=True)
+    for path in (tmp_path / "file", tmp_path / "file" / "journal", tmp_path / "filed"):
         with pytest.raises(JournalError, match=r"The journal in .*file.* cannot be written: .*name another directory"):
             search(new_pool(), calibration=never(), selection=never(), journal=path)
+
+
+def no_database(journal: Path) -> None:
+    (journal / "journal.sqlite").write_bytes(b"no database" * 1000)
+
+
+def torn(journal: Path) -> None:
+    file = journal / "journal.sqlite"
+    content = bytearray(file.read_bytes())
+    content[100:4096] = bytes(3996)
+    file.write_bytes(content)
+
+
+def no_json(journal: Path) -> None:
+    with opened(journal) as database:
+        database.execute("UPDATE entries SET value = '{' WHERE name = 'ridge'")
+
+
+@pytest.mark.parametrize("damage", [no_database, torn, no_json])
+def test_a_journal_that_cannot_be_read_is_refused(journal: Path, damage: Callable[[Path], None]) -> None:
+    damage(journal)
+    with pytest.raises(JournalError, match=r"The journal in .* is damaged: .*\. Delete it, or name another directory"):
+        search(new_pool(), calibration=never(), journal=journal)
 
 
 @pytest.fixture
@@ -326,7 +406,7 @@ def test_a_full_disk_is_found_out_before_an_image_is_read(
     tmp_path: Path, room: Callable[[int | None], None], uninterrupted: SearchResult
 ) -> None:
     pool = new_pool()
-    for size in (0, 10, 100, 1000):
+    for size in (0, 10, 1000, 5000):
         room(size)
         with pytest.raises(JournalError, match=r"cannot be written: .*Make room or name another directory"):
             search(pool, calibration=never(), selection=never(), journal=tmp_path)
@@ -338,9 +418,8 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_found(
     tmp_path: Path, room: Callable[[int | None], None], uninterrupted: SearchResult
 ) -> None:
     search(new_pool(), max_candidates=0, journal=tmp_path)
-    size = (tmp_path / "answers.jsonl").stat().st_size
-    for more in (1, 700, 2500):
-        room(size + more)
+    for size in (5_000, 20_000, 40_000):
+        room(size)
         with pytest.raises(JournalError, match="cannot be written"):
             search(new_pool(keep_activations="memory"), journal=tmp_path)
         room(None)
@@ -362,18 +441,45 @@ def test_a_disk_without_room_for_the_activations_is_found_out_before_a_source_ru
 
 
 def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
-    held = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    held = "import sys\nfrom lightning_stitch.io import Journal\nwith Journal(sys.argv[1]):\n  print('held'), input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", held, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-u", "-c", held, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdin is not None
     assert holder.stdout is not None
     with holder:
-        holder.stdout.readline()
+        assert holder.stdout.readline() == b"held\n"
         with pytest.raises(JournalError, match="is in use by another process"):
             search(new_pool(), calibration=never(), journal=tmp_path)
         holder.kill()
     search(new_pool(), max_candidates=0, journal=os.fspath(tmp_path))
+
+
+def test_a_journal_is_let_go_of_when_it_is_left(tmp_path: Path) -> None:
+    with Journal(tmp_path), pytest.raises(JournalError, match="is in use"):
+        Journal(tmp_path)
+    with pytest.raises(ZeroDivisionError), Journal(tmp_path) as journal:
+        journal.recall(["sum"], lambda: Answer(1 / 0))
+    with Journal(tmp_path) as journal:
+        assert journal.recall(["sum"], lambda: Answer(0.1 + 0.2)).value == 0.1 + 0.2
+    with Journal(tmp_path) as journal:
+        assert journal.recall(["sum"], lambda: Answer(0.5)).value == 0.1 + 0.2
+
+
+def test_of_several_questions_only_those_are_computed_that_are_not_remembered(tmp_path: Path) -> None:
+    computed: list[int] = []
+
+    def squares(asked: list[int], places: Sequence[int]) -> list[Answer]:
+        computed.extend(places)
+        return [Answer(place, {"square": torch.tensor([asked[place] ** 2])}) for place in places]
+
+    with Journal(tmp_path) as journal:
+        journal.recall(["of", 1], lambda: Answer(1, {"square": torch.tensor([1])}))
+        for asked in ([0, 1, 2, 2], [2, 1, 0]):
+            found = journal.recall_all([["of", number] for number in asked], partial(squares, asked))
+            assert [int(answer.tensors["square"]) for answer in found] == [number**2 for number in asked]
+    assert computed == [0, 2, 3]
+    assert [answer.value for answer in Answers().recall_all([["of", 5], ["of", 1]], partial(squares, [5, 1]))] == [0, 1]
 
 
 def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:

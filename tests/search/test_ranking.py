@@ -13,14 +13,16 @@ from torch import Tensor
 
 from lightning_stitch.composing.personal import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.io.journal import Answers
 from lightning_stitch.maths.cka import linear_cka
-from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.evaluation import PrefixTree, outcomes
 from lightning_stitch.search.paths import references
 from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate, Kind
+from lightning_stitch.stitching.segments import Segmented
 
 LABELS = torch.tensor([0, 1, 2] * 10)
 
@@ -211,8 +213,12 @@ def space() -> SearchSpace:
     return space_of(sources, digits(10, 16)[0], settings=CalibrationSettings(until="output"))
 
 
+def parts(space: SearchSpace) -> list[Segmented]:
+    return [source.parts for source in space.sources]
+
+
 def tree(space: SearchSpace, candidates: list[Candidate]) -> PrefixTree:
-    return PrefixTree(candidates, [source.parts for source in space.sources])
+    return PrefixTree(candidates, parts(space))
 
 
 def test_a_prefix_tree_gives_what_each_candidate_gives_alone(space: SearchSpace) -> None:
@@ -250,13 +256,24 @@ def test_seconds_are_what_a_candidate_costs_alone(space: SearchSpace) -> None:
     edge = space.edges(start, 0, space.sources[0].activations[0], min_cka=-9, min_product=-9)[0]
     longer = space.complete(space.enter(edge, space.sources[0].activations[0]))
     prefix_tree = tree(space, [space.complete(start), longer])
-    seen: list[int] = []
-    first = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)], on_batch=seen.append)]
-    assert min(first) > 0
-    assert seen == [4]
-    # Time adds up from batch to batch.
-    second = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)])]
-    assert all(after > before for before, after in zip(first, second, strict=True))
+    shorter, behind = (outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)]))
+    assert min(shorter, behind) > 0
+    # Time adds up from batch to batch, not from run to run.
+    many = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)] * 20)]
+    again = [outcome.seconds for outcome in prefix_tree.run([noise(4, 3, 16, 16)])]
+    assert all(once < often for once, often in zip(again, many, strict=True))
+
+
+def test_outcomes_of_batches_are_joined_and_told_of_as_they_come(space: SearchSpace) -> None:
+    images, seen = noise(9, 3, 16, 16), list[int]()
+    candidates = references(space)
+    joined = outcomes(candidates, parts(space), images.split(4), journal=Answers(), on_batch=seen.append)
+    assert seen == [4, 4, 1]
+    for one, expected in zip(joined, tree(space, candidates).run(images.split(4)), strict=True):
+        assert torch.equal(one.features, expected.features)
+        assert one.seconds > 0
+    with pytest.raises(CalibrationError, match="no images to run the candidates on"):
+        outcomes(candidates, parts(space), [], journal=Answers(), on_batch=seen.append)
 
 
 def test_no_images_to_run_on_is_said(space: SearchSpace) -> None:

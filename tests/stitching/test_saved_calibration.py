@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -105,17 +106,20 @@ def test_prefix_tokens_are_saved_too(tmp_path: Path) -> None:
 def test_the_files_are_json_and_safetensors(saved: Path) -> None:
     description = json.loads((saved / "calibration.json").read_text())
     assert description["num_images"] == 12
-    assert description["versions"]["torch"] == str(torch.__version__)
-    assert len(list(saved.iterdir())) == 3
+    assert description["versions"]["torch"] == version("torch")
     pool = Pool.open(saved, pair())
-    for file, source in zip(sorted(saved.glob("source-*.safetensors")), pool.calibrated, strict=True):
-        tensors = load_file(file)
-        assert torch.equal(tensors["features"], source.features)
-        for index, kept in enumerate(source.statistics):
-            assert torch.equal(tensors[f"rows.{index}"], kept.rows)
-            portions = [x for name, x in tensors.items() if name.startswith(f"activation.{index}.")]
+    files = set()
+    for number, source in enumerate(pool.calibrated):
+        *of_cuts, features = sorted(saved.glob(f"source-{number}-*.safetensors"))
+        assert torch.equal(load_file(features)["features"], source.features)
+        for file, kept, activation in zip(of_cuts, source.statistics, source.activations, strict=True):
+            tensors = load_file(file)
+            assert torch.equal(tensors["rows"], kept.rows)
+            portions = [x for name, x in tensors.items() if name.startswith("activation.")]
             assert sum(map(len, portions)) == 12
-            assert torch.equal(tensors[f"activation.{index}.0"], next(iter(source.activations[index])))
+            assert torch.equal(tensors["activation.0"], next(iter(activation)))
+        files |= {features, *of_cuts}
+    assert set(saved.iterdir()) == {saved / "calibration.json", *files}
 
 
 def held() -> dict[int, Tensor]:
@@ -163,19 +167,19 @@ def test_another_pools_calibration_is_refused_with_what_differs(
 
 
 def cut_short(folder: Path) -> None:
-    file = sorted(folder.glob("source-*"))[1]
+    file = sorted(folder.glob("source-1-*"))[1]
     os.truncate(file, file.stat().st_size - 4)
 
 
 def damaged(folder: Path) -> None:
-    file = sorted(folder.glob("source-*"))[1]
+    file = sorted(folder.glob("source-1-*"))[1]
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
 
 
 def missing(folder: Path) -> None:
-    sorted(folder.glob("source-*"))[1].unlink()
+    sorted(folder.glob("source-1-*"))[1].unlink()
 
 
 def unreadable(folder: Path) -> None:
@@ -196,9 +200,9 @@ def incomplete(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (cut_short, r"source-1-.*the saved calibration of source 'b', cannot be used: it is damaged.*save again"),
-        (damaged, r"source-1-.*the saved calibration of source 'b', cannot be used: it is damaged.*save again"),
-        (missing, r"the saved calibration of source 'b', cannot be used: .*No such file"),
+        (cut_short, r"The saved calibration of source 'b' in .* cannot be used: source-1-1.* is damaged.*save again"),
+        (damaged, r"The saved calibration of source 'b' in .* cannot be used: source-1-1.* is damaged.*save again"),
+        (missing, r"The saved calibration of source 'b' in .* cannot be used: .*No such file"),
         (unreadable, r"calibration\.json cannot be read .*Calibrate and save again"),
         (newer, r"has schema 2; this version of lightning_stitch reads schema 1\. Upgrade"),
         (incomplete, r"has no images that can be used"),
@@ -236,7 +240,7 @@ def test_saving_that_is_broken_off_leaves_the_old_calibration_or_the_new(
         return next(name for name, pool in pools.items() if torch.equal(pool.calibrated[0].features, features))
 
     names = []
-    for number in range(10):
+    for number in range(12):
         folder = tmp_path / str(number)
         pools["old"].save(folder)
         # The process dies at one of the changes of the directory.
@@ -249,7 +253,7 @@ def test_saving_that_is_broken_off_leaves_the_old_calibration_or_the_new(
         names.append(found(folder))
         pools["new"].save(folder)
         assert found(folder) == "new"
-        assert len(list(folder.iterdir())) == 3
+        assert len(list(folder.iterdir())) == 1 + sum(len(part.cuts) + 1 for part in pools["new"].parts)
     assert names == sorted(names, reverse=True)
     assert set(names) == {"old", "new"}
 

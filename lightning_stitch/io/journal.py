@@ -1,0 +1,233 @@
+"""A search's journal: the answers that cost something to find, kept on disk so that a stopped search can go on.
+
+A search is deterministic, so what it remembers is not where its strategy stood but what it was answered: the CKAs of
+one cut of one running network, one fitted stitch, the features that a candidate gave of one batch, a measured latency.
+A search that goes on runs its strategy anew and asks the same questions; only where the journal ends is anything
+computed. Any strategy can be gone on with like this. What it ends with is what it would have ended with uninterrupted,
+bit for bit on the same kind of machine with as many threads.
+
+journal.sqlite holds the answers: values as JSON, tensors as safetensors. It is one process's at a time, and each answer
+is written in a transaction, so that none that was recorded is lost when the process is killed at any moment, and none
+is there in part. What was damaged on the disk is found by its checksum and computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lightning_stitch.errors import JournalError
+from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
+
+SCHEMA_VERSION = 1
+_DATABASE, _CALIBRATION = "journal.sqlite", "calibration"
+_TABLES = """
+    PRAGMA locking_mode = EXCLUSIVE;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    BEGIN EXCLUSIVE;
+    CREATE TABLE IF NOT EXISTS entries (name TEXT PRIMARY KEY, value TEXT);
+    CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, kind TEXT, value TEXT, checksum INTEGER);
+    CREATE TABLE IF NOT EXISTS tensors (key TEXT, name TEXT, content BLOB, PRIMARY KEY (key, name));
+    COMMIT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a question of a search.
+
+    Attributes:
+        value: Plain JSON values; floats come back bit for bit, tuples as lists.
+        tensors: Tensors by name, on the CPU when they were read.
+    """
+
+    value: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Answers:
+    """Answers questions by computing; remembers nothing.
+
+    Attributes:
+        calibration: The directory where a search's calibration is remembered; None: nowhere.
+    """
+
+    calibration: Path | None = None
+
+    def recall(self, question: Sequence[Any], compute: Callable[[], Answer]) -> Answer:
+        """The answer to one question, computed where it is not remembered.
+
+        Args:
+            question: Its kind in a word, and plain values.
+            compute: Finds the answer.
+        """
+        return self.recall_all([question], lambda missing: [compute()])[0]
+
+    def recall_all(
+        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
+    ) -> list[Answer]:
+        """The answers to several questions, those that are not remembered computed together.
+
+        Args:
+            questions: As `recall`.
+            compute: Finds the answers to some of the questions, given their places.
+        """
+        return list(compute(range(len(questions))))
+
+    def agree(self, entries: Mapping[str, Any]) -> None:
+        """Remember what the search depends on, or find it unchanged.
+
+        Args:
+            entries: Plain values by name.
+        """
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *error: BaseException | type[BaseException] | TracebackType | None) -> None:
+        """Let others have it."""
+
+
+class Journal(Answers):
+    """Remembers answers in a directory, made where there is none yet; leave it (`with`) to let others have it.
+
+    Args:
+        directory: The directory, of one search alone.
+
+    Raises:
+        JournalError: If it cannot be read or written to, is damaged or in use, or a newer version wrote it. Every
+            method raises it likewise.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.calibration = self.directory / _CALIBRATION
+        with self._errors_in_words():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.directory / _DATABASE, timeout=0)
+            try:
+                self._open()
+            except BaseException:
+                self._database.close()
+                raise
+
+    def __exit__(self, *error: BaseException | type[BaseException] | TracebackType | None) -> None:
+        """Let other processes have it."""
+        self._database.close()
+
+    def recall_all(
+        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
+    ) -> list[Answer]:
+        """The answers to several questions, those that are not remembered computed together and recorded.
+
+        They are safe from the process being killed when this returns.
+
+        Args:
+            questions: As `recall`.
+            compute: Finds the answers to some of the questions, given their places.
+        """
+        keys = [key_of(*question) for question in questions]
+        with self._errors_in_words():
+            known = {key: answer for key in dict.fromkeys(keys) if (answer := self._find(key)) is not None}
+        missing = [place for place, key in enumerate(keys) if key not in known]
+        if missing:
+            computed = compute(missing)
+            with self._errors_in_words(), self._database:
+                for place, answer in zip(missing, computed, strict=True):
+                    self._record(keys[place], questions[place][0], answer)
+                    known[keys[place]] = answer
+        return [known[key] for key in keys]
+
+    def agree(self, entries: Mapping[str, Any]) -> None:
+        """Remember what the search depends on, or find it unchanged.
+
+        Args:
+            entries: Plain values by name.
+
+        Raises:
+            JournalError: If the journal is of another search; what differs is named.
+        """
+        here = plain(entries)
+        with self._errors_in_words():
+            remembered = {name: json.loads(x) for name, x in self._database.execute("SELECT * FROM entries")}
+        there = {name: remembered[name] for name in here if name in remembered}
+        if found := differences(there, {name: here[name] for name in there}):
+            raise JournalError(
+                f"The journal in {self.directory} is of another search: {in_words(found)}. Search with what it was "
+                f"begun with, or name another directory."
+            )
+        new = [(name, json.dumps(value)) for name, value in here.items() if name not in there]
+        with self._errors_in_words(), self._database:
+            self._database.executemany("INSERT INTO entries VALUES (?, ?)", new)
+
+    def _open(self) -> None:
+        """Take the database, with no other process in it from here on, and see that it can be written to."""
+        self._database.executescript(_TABLES)
+        [(schema,)] = self._database.execute("PRAGMA user_version")
+        if schema not in (0, SCHEMA_VERSION):
+            raise JournalError(
+                f"The journal in {self.directory} has schema {schema}; this version of lightning_stitch reads schema "
+                f"{SCHEMA_VERSION}. Upgrade lightning_stitch if it is newer, or name another directory."
+            )
+        if schema == 0:
+            self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _find(self, key: str) -> Answer | None:
+        """What was recorded; None where nothing was, or it is damaged."""
+        row = self._database.execute("SELECT value, checksum FROM answers WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        query = "SELECT content FROM tensors WHERE key = ? ORDER BY name"
+        contents = [content for (content,) in self._database.execute(query, (key,))]
+        value, checksum = row
+        if _checksum(value, contents) != checksum:
+            return None
+        return Answer(json.loads(value), {name: x for content in contents for name, x in load(content).items()})
+
+    def _record(self, key: str, kind: str, answer: Answer) -> None:
+        value = json.dumps(answer.value)
+        # One by one: a database takes no more than 10^9 bytes in a piece, and safetensors no two of one memory.
+        contents = {name: save({name: x.detach().contiguous()}) for name, x in sorted(answer.tensors.items())}
+        row = (key, kind, value, _checksum(value, contents.values()))
+        self._database.execute("DELETE FROM tensors WHERE key = ?", (key,))
+        self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+        rows = [(key, name, content) for name, content in contents.items()]
+        self._database.executemany("INSERT INTO tensors VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError, sqlite3.DataError) as error:
+            if "locked" in str(error):
+                raise JournalError(
+                    f"The journal in {self.directory} is in use by another process. Wait for it, or name another "
+                    f"directory."
+                ) from error
+            raise JournalError(
+                f"The journal in {self.directory} cannot be written: {error}. Make room or name another directory; "
+                f"what it holds already is good."
+            ) from error
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise JournalError(
+                f"The journal in {self.directory} is damaged: {error}. Delete it, or name another directory."
+            ) from error
+
+
+def _checksum(value: str, contents: Iterable[bytes]) -> int:
+    checksum = zlib.crc32(value.encode())
+    for content in contents:
+        checksum = zlib.crc32(content, checksum)
+    return checksum

@@ -1,0 +1,44 @@
+"""What a search depends on, as plain values: where two differ, one's journal is not the other's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_stitch.cost import Budget
+from lightning_stitch.io import versions
+from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.stitching import Segmented, settings_identity, source_identity
+
+
+def search_identity(
+    parts: Sequence[Segmented],
+    settings: CalibrationSettings,
+    strategy: object,
+    budget: Budget,
+    device: torch.device,
+    *,
+    ridge: float,
+    bias: bool,
+) -> dict[str, Any]:
+    """All that decides what a search finds, but for the images.
+
+    A strategy of this package is known by its arguments, a user's own by its name, as it may not say more.
+    """
+    ours = type(strategy).__module__.startswith("lightning_stitch.")
+    name = getattr(strategy, "__qualname__", type(strategy).__qualname__)
+    return {
+        "versions": versions("lightning_stitch", "torch"),
+        "device": device.type,
+        "image_shape": parts[0].image_shape,
+        "settings": settings_identity(settings),
+        "order": [part.name for part in parts],
+        "sources": {part.name: source_identity(part) for part in parts},
+        "strategy": repr(strategy) if ours else name,
+        "budget": dataclasses.asdict(budget),
+        "ridge": ridge,
+        "bias": bias,
+    }
