@@ -6,12 +6,9 @@ import os
 import re
 import resource
 import shutil
-import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from doubles.clock import Clock, timed
+from doubles.journals import answers, opened
 from doubles.pair_searches import BEAM, CALIBRATION, IMAGES, LABELS, SELECTION, never, new_pool, pair, search
 from doubles.pools import pieces_run, records
 from doubles.small_sources import plain
@@ -65,19 +63,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def journal(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "journal"))
-
-
-@contextmanager
-def opened(journal: Path) -> Iterator[sqlite3.Connection]:
-    """The database, to be looked at or spoilt."""
-    with closing(sqlite3.connect(journal / "journal.sqlite")) as database, database:
-        yield database
-
-
-def answers(journal: Path) -> list[tuple[str, str, str]]:
-    """What was recorded, in its order: the question's key, its kind and the value."""
-    with opened(journal) as database:
-        return list(database.execute("SELECT key, kind, value FROM answers ORDER BY rowid"))
 
 
 def shorten(journal: Path, count: int) -> None:
@@ -169,30 +154,6 @@ def test_a_process_that_dies_at_any_record_loses_none_that_was_made(
     for left, made in moments:
         assert records(search(new_pool(), journal=left)) == records(uninterrupted)
         assert answers(left)[: len(made)] == made
-
-
-def test_a_killed_process_leaves_a_journal_that_can_be_gone_on_with(
-    tmp_path: Path, uninterrupted: SearchResult
-) -> None:
-    killed = f"""
-import os, signal, sys
-sys.path[:0] = {sys.path!r}
-from pathlib import Path
-from doubles.pair_searches import new_pool, search
-from lightning_stitch.io.journal import Journal
-record, made = Journal._record, []
-def dying(self, *arguments):
-    record(self, *arguments)
-    made.append(arguments)
-    if len(made) == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-Journal._record = dying
-search(new_pool(), journal=Path({str(tmp_path / "journal")!r}))
-"""
-    gone = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True)
-    assert gone.returncode == -signal.SIGKILL, gone.stderr
-    assert len(answers(tmp_path / "journal")) == 14
-    assert records(search(new_pool(), journal=tmp_path / "journal")) == records(uninterrupted)
 
 
 def test_without_its_last_record_only_that_is_run_again(journal: Path) -> None:
