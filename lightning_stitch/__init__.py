@@ -5,7 +5,7 @@ order, each wing importing only from those before it:
 
 - `errors`, `recipe`, `settings`, `cost`, `progress`: the words that every wing speaks, as frozen values
 - `maths`: similarity (CKA) and regression of rows
-- `io`: downloads, tensor files, activations that wait on disk
+- `io`: downloads, tensor files, activations that wait on disk, the journal of a search
 - `cutting`: from a module to a graph with cuts
 - `sources`: finding, checking and loading pre-trained networks
 - `stitching`: activations, stitches, how they are fitted and folded
@@ -14,7 +14,7 @@ order, each wing importing only from those before it:
 - `data`: images and labels
 - `hub`: saved folders, cards, repositories
 - `networks`: what a recipe describes, as `nn.Module`s
-- `search`: space, strategies, ranking, results, journal
+- `search`: space, strategies, ranking, results
 - `composing`: the pool that conducts a search, and who calls it
 - `report`: comparisons, tables, predictions
 - `training`: Lightning's hooks

@@ -154,8 +154,9 @@ class Pool:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
 
         Files of tensors (safetensors) and calibration.json; nothing is pickled. They hold every cut's sampled rows and
-        its activation of all images; the sources themselves are not saved. A calibration that is there already is
-        replaced when the new one is complete, so that it is usable at any moment.
+        its activation of all images, a file a cut, which is in memory while it is written; the sources themselves are
+        not saved. A calibration that is there already is replaced when the new one is complete, so that it is usable at
+        any moment.
 
         Args:
             directory: Where to; made if it is not there.

@@ -1,4 +1,4 @@
-"""Downloads, tensor files, activations that wait on disk."""
+"""Downloads, tensor files, activations that wait on disk, the journal of a search."""
 
 import lazy_loader
 

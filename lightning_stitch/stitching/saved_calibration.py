@@ -71,9 +71,9 @@ def _save(directory: Path, calibrated: Sequence[Calibrated], settings: Calibrati
         "sources": sources,
     }
     write_json(directory / _DESCRIPTION, description)
-    current = {_DESCRIPTION, *chain.from_iterable(source["files"] for source in sources.values())}
-    for file in directory.glob("*"):
-        if file.name not in current and file.suffix in (".safetensors", UNFINISHED):
+    current = set(chain.from_iterable(source["files"] for source in sources.values()))
+    for file in (*directory.glob("source-*"), *directory.glob(f"{_DESCRIPTION}.*{UNFINISHED}")):
+        if file.name not in current:
             file.unlink()
 
 
@@ -170,12 +170,12 @@ def load_calibration(
     calibrated = []
     for part in parts:
         try:
-            files = [directory / str(name) for name in saved[part.name]["files"]]
+            files = [directory / Path(name).name for name in saved[part.name]["files"]]
             for file in files:
                 if not file.stem.endswith(sha256_of(file)[:16]):
                     raise ValueError(f"{file.name} is damaged or not the file that was written")
             calibrated.append(_calibrated(part, files, settings, device, description["num_held_out"]))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CalibrationError(
                 f"The saved calibration of source {part.name!r} in {directory} cannot be used: {error}. Calibrate and "
                 f"save again."

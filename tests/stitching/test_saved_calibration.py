@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -287,6 +288,34 @@ def test_a_directory_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(CalibrationError, match=r"calibration cannot be written to .*file/pool: .*Not a directory"):
         pool.save(tmp_path / "file" / "pool")
+
+
+def test_a_disk_that_is_full_leaves_the_old_calibration(tmp_path: Path) -> None:
+    calibrated(CALIBRATION).save(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    before, pool = resource.getrlimit(resource.RLIMIT_FSIZE), calibrated(CALIBRATION.flip(0))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+        with pytest.raises(CalibrationError, match=r"calibration cannot be written to .*Name another directory"):
+            pool.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    features = Pool.open(tmp_path, pair()).calibrated[0].features
+    assert torch.equal(features, calibrated(CALIBRATION).calibrated[0].features)
+    pool.save(tmp_path)
+    assert torch.equal(Pool.open(tmp_path, pair()).calibrated[0].features, pool.calibrated[0].features)
+    # What others put there stays, what was left unfinished does not.
+    assert (tmp_path / "model.safetensors").exists()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_saved_calibration_that_is_gone_while_it_is_used_is_an_error(saved: Path) -> None:
+    pool = Pool.open(saved, pair())
+    shutil.rmtree(saved)
+    with pytest.raises(
+        CalibrationError, match=r"source-0-0-.* cannot be read any more: .*Keep it as long as it is used"
+    ):
+        pool.search(None, SELECTION)
 
 
 def test_saved_settings_of_unknown_words_are_refused(saved: Path) -> None:
