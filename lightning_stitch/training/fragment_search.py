@@ -255,7 +255,7 @@ class FragmentSearch(pl.Callback):
         Raises:
             StitchError: If no search has run, or the trainer has another kind of module or data.
             BudgetError: If no candidate keeps the budget; names the cheapest. Likewise if the budget limits latency
-                and the search's did not, so that nothing was measured.
+                or activation bytes and the search's did not, so that nothing was measured.
         """
         if self.result is None or self.pool is None:
             raise StitchError(
