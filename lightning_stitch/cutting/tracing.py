@@ -285,7 +285,7 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
 
 def follow_device(graph: fx.Graph, placeholder: fx.Node) -> None:
     """Let tensors that a graph makes be where its input is: a trace holds the device that it was made on."""
-    fixed = [node for node in graph.nodes if _devices(node)]
+    fixed = [node for node in graph.nodes if names_device(node)]
     if not fixed:
         return
     with graph.inserting_after(placeholder):
@@ -296,8 +296,8 @@ def follow_device(graph: fx.Graph, placeholder: fx.Node) -> None:
         node.kwargs = {**node.kwargs, **named}
 
 
-def _devices(node: fx.Node) -> bool:
-    """Whether a node names a device."""
+def names_device(node: fx.Node) -> bool:
+    """Whether a node has a device among its arguments."""
     return isinstance(node.kwargs.get("device"), torch.device | str) or any(
         isinstance(value, torch.device) for value in node.args
     )

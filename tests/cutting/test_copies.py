@@ -93,12 +93,6 @@ class NamesADevice(Small):
         return x + torch.zeros(x.shape, device=self.shift.device)
 
 
-class Wider(Small):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = 3.0
-
-
 class Renamed(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +110,6 @@ class Retyped(Small):
     [
         (MakesATensor, MakesATensor),
         (NamesADevice, NamesADevice),
-        (Small, Wider),
         (Small, Renamed),
         (Small, Retyped),
     ],
