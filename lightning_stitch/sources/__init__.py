@@ -47,8 +47,8 @@ Example:
     >>> source.name, source.licence, source.preprocessing.input_size
     ('test_resnet.r160_in1k', 'apache-2.0', (3, 160, 160))
     >>> checked = preflight([{"spec": "test_vit.r160_in1k", "pretrained": False}], image_shape=(3, 160, 160))
-    >>> checked.fits, [row.problems for row in checked.rows]
-    (True, [()])
+    >>> checked.fits, [row.problem for row in checked.rows]
+    (True, [None])
 """
 
 import lazy_loader

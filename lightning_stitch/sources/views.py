@@ -56,7 +56,7 @@ def view_size(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -
     return preprocessing.input_size if preprocessing.fixed_size else image_shape
 
 
-def opened(
+def cut_source(
     source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
 ) -> tuple[CutGraph, list[Cut], str | None]:
     """Where a source can be cut for images of a shape: its graph, the cuts, and the cut where networks end in it.
@@ -114,7 +114,7 @@ def _mend(source: Source, settings: CalibrationSettings, size: tuple[int, int, i
     if size == native:
         return ""
     try:
-        opened(source, settings, native)
+        cut_source(source, settings, native)
     except StitchError:
         return ""
     return (
