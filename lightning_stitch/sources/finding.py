@@ -11,7 +11,7 @@ from torch import nn
 from lightning_stitch.errors import SourceError
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.python_modules import find_factory, find_module
-from lightning_stitch.sources.spec import SPECS, SourceSpec, checked_licence, checked_preprocessing
+from lightning_stitch.sources.spec import SPECS, SourceSpec, checked_licence, checked_preprocessing, show_spec
 from lightning_stitch.sources.timm_models import find_in_folder, find_in_registry, find_on_hub
 from lightning_stitch.sources.torchvision_models import find_in_torchvision
 
@@ -45,14 +45,11 @@ def find_source(spec: SourceSpec) -> Blueprint:
             preprocessing=checked_preprocessing(preprocessing) if preprocessing else None,
         )
     except SourceError as error:
-        raise SourceError(f"Source {spec.shown}: {error}") from error
+        raise SourceError(f"Source {show_spec(spec.spec)}: {error}") from error
 
 
 def find_sources(sources: Sequence[AnySource]) -> list[Blueprint]:
     """Find several sources, without their weights; those that were found already are taken as they are.
-
-    Args:
-        sources: As in `load_sources`.
 
     Raises:
         SourceError: If there are none, or some cannot be found; all of those are named.
@@ -71,11 +68,7 @@ def find_sources(sources: Sequence[AnySource]) -> list[Blueprint]:
 
 
 def check_list(sources: object) -> None:
-    """Refuse what is no list of sources.
-
-    Raises:
-        SourceError: If it is one source alone, or empty.
-    """
+    """Refuse, with a SourceError, one source alone and an empty list."""
     if isinstance(sources, str | nn.Module | Mapping) or not sources:
         raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
 

@@ -37,18 +37,13 @@ def _import_factory(path: str) -> Callable[..., nn.Module]:
         raise SourceError(f"expected 'python:package.module:factory'; found 'python:{path}'.")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"{path!r} cannot be imported ({error}). Check the spelling, and that its folder is on PYTHONPATH."
-        ) from error
     except Exception as error:  # the user's module may raise anything
         raise SourceError(
-            f"{path!r} cannot be imported: {module_name} raises {first_lines(error)}. Mend what it does when imported."
+            f"{path!r} cannot be imported: {module_name} raises {first_lines(error)}. Check the spelling, what it does "
+            f"when imported, and that its folder is on PYTHONPATH."
         ) from error
     if not callable(factory):
-        raise SourceError(
-            f"{path!r} is no callable but a {type(factory).__name__}; expected one that returns a module."
-        )
+        raise SourceError(f"{path!r} is no callable but a {type(factory).__name__}; expected a factory of modules.")
     return factory
 
 
