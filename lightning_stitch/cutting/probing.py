@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.cost import Cost, warn_of_uncounted
@@ -81,12 +82,16 @@ class _Prober(fx.Interpreter):
         written = tuple(argument for argument, version in self._versions(n).items() if version != versions[argument])
         held = {self._memory_of(x): self.allocations.bytes_of(x) for x in tensors_in(result)}
         footprint = Footprint(held, self.allocations.take())
-        if isinstance(result, Tensor):
-            self.yields[n] = Yield(
-                tuple(result.shape), result.is_floating_point(), None, macs, uncounted, written, footprint
-            )
-        else:
-            self.yields[n] = Yield(None, False, result, macs, uncounted, written, footprint)
+        is_tensor = isinstance(result, Tensor)
+        self.yields[n] = Yield(
+            shape=tuple(result.shape) if is_tensor else None,
+            is_floating=is_tensor and result.is_floating_point(),
+            value=None if is_tensor else result,
+            macs=macs,
+            uncounted=uncounted,
+            written=written,
+            footprint=footprint,
+        )
         return result
 
     def _memory_of(self, x: Tensor) -> int:
@@ -94,8 +99,8 @@ class _Prober(fx.Interpreter):
 
     def _versions(self, n: fx.Node) -> dict[fx.Node, int]:
         """How often each tensor among a node's arguments, or a view of it, has been written into."""
-        found = {argument: self.env[argument] for argument in n.all_input_nodes}
-        return {node: t._version for node, t in found.items() if isinstance(t, Tensor) and not t.is_inference()}
+        arguments = {argument: self.env[argument] for argument in n.all_input_nodes}
+        return {node: x._version for node, x in arguments.items() if isinstance(x, Tensor) and not x.is_inference()}
 
 
 def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
@@ -170,11 +175,7 @@ def _place_of(node: fx.Node) -> str:
 
 def holds_tensor(value: Any) -> bool:
     """Whether a value of a graph is or contains a tensor."""
-    if isinstance(value, dict):
-        return any(holds_tensor(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
+    return any(isinstance(item, Tensor) for item in tree_leaves(value))
 
 
 def is_linear_in_batch(two: Any, three: Any) -> bool:
@@ -196,9 +197,8 @@ def value_for_batch(two: Any, three: Any, times_batch: Callable[[int], Any]) -> 
 def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count a network's parameters, and its MACs and activation bytes for one image of (channels, height, width).
 
-    The MACs are half of what `torch.utils.flop_counter` counts where attention and recurrent layers run as matrix
-    products. A UserWarning names the operators that have no formula; their work is not in the count. The activation
-    bytes are the most that operators have allocated and something has yet to read, at any time of such a run.
+    A UserWarning names the operators that have no FLOP formula; their work is not in the count. The activation bytes
+    are the most that operators have allocated and something has yet to read, at any time of a run.
 
     Raises:
         CutError: If the network cannot be traced or does not accept that size.
@@ -301,18 +301,18 @@ class UncountedOperators(TorchDispatchMode):
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
         self._counter = counter
-        self._found: dict[str, None] = {}
+        self._noted: dict[str, None] = {}
 
     def take(self) -> tuple[str, ...]:
         """The operators noted since the last call, in order, each once."""
-        found = tuple(self._found)
-        self._found.clear()
-        return found
+        noted = tuple(self._noted)
+        self._noted.clear()
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = getattr(func, "_overloadpacket", func)
         if packet not in self._counter.flop_registry and not _costs_nothing(func):
-            self._found[str(packet)] = None
+            self._noted[str(packet)] = None
         return func(*args, **(kwargs or {}))
 
 

@@ -29,8 +29,6 @@ _FINDERS: dict[str, Callable[[SourceSpec, str], Blueprint]] = {
 def find_source(spec: SourceSpec) -> Blueprint:
     """Find a source; what the user says of it holds before what it says of itself.
 
-    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
-
     Raises:
         SourceError: If the source cannot be found or reached; names the spec.
     """
@@ -73,16 +71,13 @@ def check_list(sources: object) -> None:
         raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
 
 
-def distinct(names: Sequence[str]) -> list[str]:
+def make_distinct(names: Sequence[str]) -> list[str]:
     """Names of sources that can be told apart: one that occurs again gets "#2", "#3", ... behind it."""
-    taken: dict[str, None] = {}
-    for base in names:
-        name, count = base, 1
-        while name in taken:
-            count += 1
-            name = f"{base}#{count}"
-        taken[name] = None
-    return list(taken)
+    taken: list[str] = []
+    for name in names:
+        numbered = (f"{name}#{count}" for count in range(2, len(names) + 1))
+        taken.append(next(candidate for candidate in (name, *numbered) if candidate not in taken))
+    return taken
 
 
 def _find_text(spec: SourceSpec, text: str) -> Blueprint:

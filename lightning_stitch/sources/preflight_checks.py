@@ -24,7 +24,7 @@ from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.io import WeightFile, tensor_shapes
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import AnySource, check_list, distinct, find_source
+from lightning_stitch.sources.finding import AnySource, check_list, find_source, make_distinct
 from lightning_stitch.sources.licences import forbidden_by
 from lightning_stitch.sources.source import outline
 from lightning_stitch.sources.spec import SourceSpec, show_spec
@@ -171,7 +171,7 @@ def preflight(
                 raise
             image_shape, problems = None, [f"The images cannot be used: {error}"]
     rows, blueprints = [], []
-    for finding, name in zip(findings, distinct([finding.name for finding in findings]), strict=True):
+    for finding, name in zip(findings, make_distinct([finding.name for finding in findings]), strict=True):
         finding = replace(finding, name=name)
         if isinstance(finding, SourceCheck):
             rows.append(finding)

@@ -19,7 +19,7 @@ from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity
 from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import AnySource, distinct, find_source, find_sources
+from lightning_stitch.sources.finding import AnySource, find_source, find_sources, make_distinct
 from lightning_stitch.sources.meta_device import build_on_meta
 from lightning_stitch.sources.python_modules import call_factory, declared_config, declared_preprocessing
 from lightning_stitch.sources.spec import SourceSpec, checked_licence, checked_preprocessing, reserved_arguments
@@ -145,7 +145,7 @@ def load_sources(sources: Sequence[AnySource]) -> list[Source]:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
     """
     blueprints = find_sources(sources)
-    names = distinct([blueprint.name for blueprint in blueprints])
+    names = make_distinct([blueprint.name for blueprint in blueprints])
     return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
 
 
