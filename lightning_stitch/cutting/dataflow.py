@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from lightning_stitch.cutting.activation_memory import Footprint, peak_bytes
-from lightning_stitch.cutting.probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
+from lightning_stitch.cutting.probing import is_linear_in_batch, probe, uncounted_work
 from lightning_stitch.cutting.tracing import is_in_place
 from lightning_stitch.errors import CutError
 
@@ -167,15 +167,14 @@ class Dataflow:
         """The nodes whose tensors hold something of the images' values, not of their size alone."""
         of_pixels = {self.input}
         for node in self.nodes:
-            if any(argument in of_pixels for argument in node.all_input_nodes) and _holds_tensor(
-                self.yields_at_2.get(node)
-            ):
+            is_reached = any(argument in of_pixels for argument in node.all_input_nodes)
+            if is_reached and node in self.yields_at_2 and self.yields_at_2[node].holds_tensor:
                 of_pixels.add(node)
         return of_pixels
 
     def _is_size(self, node: fx.Node) -> bool:
         """True for sizes, devices and types that come from a tensor, and integers made of them."""
-        if node is self.input or node not in self.yields_at_2 or _holds_tensor(self.yields_at_2[node]):
+        if node is self.input or node not in self.yields_at_2 or self.yields_at_2[node].holds_tensor:
             return False
         return bool(node.all_input_nodes)
 
@@ -187,7 +186,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {kind} of {len(value)}"
     return "None" if value is None else f"a {kind}"
-
-
-def _holds_tensor(seen: Yield | None) -> bool:
-    return seen is not None and (seen.shape is not None or holds_tensor(seen.value))

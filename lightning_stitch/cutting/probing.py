@@ -45,6 +45,11 @@ class Yield:
     footprint: Footprint
 
     @property
+    def holds_tensor(self) -> bool:
+        """Whether it is or contains a tensor."""
+        return self.shape is not None or any(isinstance(item, Tensor) for item in tree_leaves(self.value))
+
+    @property
     def memory(self) -> int | None:
         """The number of the memory that a tensor lies in."""
         return None if self.shape is None else next(iter(self.footprint.held), None)
@@ -120,14 +125,16 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     # What fails becomes a CutError; torch would print its traceback besides.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
+    # For gradients of parameters a run would keep activations, and copy what it then overwrites.
+    trained = [parameter for parameter in traced.parameters() if parameter.requires_grad]
     try:
+        traced.requires_grad_(False)
         counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         operators, allocations = UncountedOperators(counter), Allocations()
         # Gradient mode stays on: fake views of parameters cannot be made without.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (
             left_as_it_was(traced),
-            _frozen(traced),
             torch.enable_grad(),
             fake,
             plain_attention(),
@@ -141,20 +148,9 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
             prober.run(images)
     finally:
         logger.disabled = was_disabled
-    return prober.yields
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters, for which a run would keep activations and copy what it then overwrites."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    return prober.yields
 
 
 def uncounted_work(yields: Mapping[fx.Node, Yield]) -> tuple[str, ...]:
@@ -171,11 +167,6 @@ def _place_of(node: fx.Node) -> str:
     calls = list(node.meta.get("nn_module_stack", {}).values())
     # The first name of each path is the network's own.
     return (calls[-1][0].partition(".")[2] if calls else "") or node.name
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a value of a graph is or contains a tensor."""
-    return any(isinstance(item, Tensor) for item in tree_leaves(value))
 
 
 def is_linear_in_batch(two: Any, three: Any) -> bool:
