@@ -16,15 +16,11 @@ from lightning_stitch.cutting.tracing import FUNCTIONAL_DROPOUT, names_device
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
+def copy_module(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
     """A deep copy of a module.
 
     What it has computed and kept with its history of gradients (a cache of LeViT's, a weight of the older
     `torch.nn.utils.weight_norm`), which `copy.deepcopy` refuses, is copied without that history.
-
-    Args:
-        module: What to copy.
-        memo: As for `copy.deepcopy`: what several copies have in common is copied once if they get the same memo.
     """
     memo = {} if memo is None else memo
     for part in module.modules():
@@ -40,22 +36,19 @@ def reference_tensor(module: nn.Module) -> Tensor:
 
 
 def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The fragment with some tensors of its own; it shares all layers that have none of them.
+    """A fragment with some tensors of its own, by name; it shares all layers that have none of them.
 
-    Args:
-        fragment: The fragment, which stays as it is.
-        tensors: By name ("blocks.2.bn1.running_mean"); names that the fragment does not have are left out.
+    Names that the fragment does not have are left out.
     """
     called = {str(node.target) for node in fragment.graph.nodes if node.op == "call_module"}
-    owners = {name: _caller(name, called) for name in tensors}
-    changed = {name: owner for name, owner in owners.items() if owner is not None}
+    changed = {name: owner for name in tensors if (owner := _find_caller(name, called)) is not None}
     if not changed:
         return fragment
     graph = fx.Graph()
     graph.output(graph.graph_copy(fragment.graph, {}))
     variant = fx.GraphModule(fragment, graph, class_name="Fragment")
     for owner in dict.fromkeys(changed.values()):
-        variant.add_submodule(owner, copied(fragment.get_submodule(owner)))
+        variant.add_submodule(owner, copy_module(fragment.get_submodule(owner)))
     for name in changed:
         layer, _, last = name.rpartition(".")
         _set_tensor(variant.get_submodule(layer), last, tensors[name])
@@ -63,12 +56,7 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
 
 
 def with_network(traced: fx.GraphModule, outline: nn.Module, network: nn.Module) -> fx.GraphModule | None:
-    """The trace of an outline over the network that it outlines, built alike but with weights.
-
-    Args:
-        traced: The trace; its graph is from now on the result's.
-        outline: What was traced; on the meta device, its weights stand for any.
-        network: The network with its weights.
+    """The trace of an outline over the network that it outlines, built alike but with weights; they share the graph.
 
     Returns:
         None where the trace may hold what the network has otherwise: another structure, a number, a device.
@@ -96,7 +84,7 @@ def _stands_for(x: Tensor, y: Tensor) -> bool:
     return (x.shape, x.dtype) == (y.shape, y.dtype) and (x.is_meta or (x.device == y.device and torch.equal(x, y)))
 
 
-def _caller(name: str, called: set[str]) -> str | None:
+def _find_caller(name: str, called: set[str]) -> str | None:
     """The layer that a fragment calls and that a tensor is part of, perhaps of a layer inside of it."""
     owner = name.rpartition(".")[0]
     while owner and owner not in called:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.copies import copied, with_network
+from lightning_stitch.cutting.copies import copy_module, with_network
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch.cutting.layouts import layout_of
@@ -67,8 +67,7 @@ class CutGraph:
     Attributes:
         module: The traced network.
         input_size: (channels, height, width) of the images.
-        way: "symbolic", torch.fx's own way, good for every input size; or "example", for networks whose Python looks
-            at sizes: traced with an example of this input size.
+        way: "symbolic", good for every input size; or "example", for networks whose Python looks at sizes.
 
     Raises:
         CutError: If the network cannot be traced, does not accept that input size, or has no cut.
@@ -94,7 +93,7 @@ class CutGraph:
         graph._resize(input_size)
         return graph
 
-    def carried_over(self, network: nn.Module) -> CutGraph | None:
+    def carry_over(self, network: nn.Module) -> CutGraph | None:
         """The same cuts of the network of which the traced one is an outline, without tracing that one.
 
         Returns:
@@ -115,7 +114,7 @@ class CutGraph:
         self.input_size = input_size
         self._flow = Dataflow(self.module, input_size)
         self._input, self._output = self._flow.input, self._flow.output
-        self._alone = self._flow.alone()
+        self._alone = self._flow.find_sole_live()
         layouts = {node: layout for node in self._flow.nodes if node in self._alone and (layout := self._layout(node))}
         self._cut_nodes = list(layouts)
         if not self._cut_nodes:
@@ -214,32 +213,32 @@ class CutGraph:
             CutError: If a cut is unknown or `end` does not lie behind `start`.
         """
         first, last = self._ends(start, end)
-        kept, recomputed = self._flow.collect(first, last)
+        needed, recomputed = self._flow.collect(first, last)
         graph = fx.Graph()
         placeholder = graph.placeholder("x")
         # The caller's tensor is not the fragment's to overwrite.
-        writes = self._flow.overwrites(first, kept)
+        writes = self._flow.overwrites(first, needed)
         copies: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
             two, three = self._flow.yields_at_2[node].value, self._flow.yields_at_3[node].value
             copies[node] = value_for_batch(two, three, lambda k: graph.call_function(operator.mul, (batch_size, k)))
         for node in self._flow.nodes:
-            if node in kept:
+            if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-                if self._is_view(node, kept):
+                if self._is_view(node, needed):
                     # What a stitch gives may lie in memory in another order than the network's own tensor.
                     copies[node].target = "reshape"
         graph.output(copies[last])
         follow_device(graph, placeholder)
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
-        return fragment if share else copied(fragment)
+        return fragment if share else copy_module(fragment)
 
     @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
-        return max(math.prod(seen.shape) for seen in self._flow.yields_at_2.values() if seen.shape) // 2
+        return max(math.prod(result.shape) for result in self._flow.yields_at_2.values() if result.shape) // 2
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -271,10 +270,10 @@ class CutGraph:
             raise CutError(f"A fragment goes forward, but cut {end or 'output'!r} does not lie behind {start!r}.")
         return first, last
 
-    def _is_view(self, node: fx.Node, kept: set[fx.Node]) -> bool:
+    def _is_view(self, node: fx.Node, needed: set[fx.Node]) -> bool:
         """Whether a node calls `view` with a shape, and nothing writes into what it gives."""
         plain = node.op == "call_method" and node.target == "view" and not node.kwargs
-        return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, kept)
+        return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, needed)
 
     def _layout(self, node: fx.Node) -> tuple[Format, int, tuple[int, int] | None] | None:
         """Format, number of prefix tokens and grid of a node's tensor; None where the network has no cut."""
@@ -292,12 +291,12 @@ class CutGraph:
     def _split_tokens(self, count: int) -> tuple[int, tuple[int, int]] | None:
         """How many of so many tokens are prefix tokens, and the grid of the others; None where they make no grid."""
         _, height, width = self.input_size
-        told = (0, self._num_prefix_tokens)
-        for prefix in (*told, *range(1, _MOST_PREFIX_TOKENS + 1)):
+        declared = (0, self._num_prefix_tokens)
+        for prefix in (*declared, *range(1, _MOST_PREFIX_TOKENS + 1)):
             area = max(count - prefix, 0)
             rows, columns = round(math.sqrt(area * height / width)), round(math.sqrt(area * width / height))
             # A guess must fit the image, too.
-            fits = prefix in told or (rows and height % rows == 0 and width % columns == 0)
+            fits = prefix in declared or (rows and height % rows == 0 and width % columns == 0)
             if area and rows * columns == area and fits:
                 return prefix, (rows, columns)
         return None

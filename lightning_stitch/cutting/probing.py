@@ -111,10 +111,8 @@ class _Prober(fx.Interpreter):
 def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
     """What every node yields for `batch_size` images, and its MACs and bytes for the whole batch (eval mode).
 
-    Nothing is computed: the run is on fake tensors. One MAC is one multiply-accumulate, half of what
-    `torch.utils.flop_counter` counts; element-wise operations, norms, pooling and resampling count nothing, and the
-    operators that it has no formula for are named beside (see `_operators`). Bytes are those that operators allocate,
-    attention run as matrix products.
+    One MAC is one multiply-accumulate, half of what `torch.utils.flop_counter` counts; element-wise operations, norms,
+    pooling and resampling count nothing. Bytes are those that operators allocate, attention run as matrix products.
 
     Raises:
         CutError: If the graph does not accept images of that size; the message names the operation.
@@ -156,7 +154,7 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
 def uncounted_work(yields: Mapping[fx.Node, Yield]) -> tuple[str, ...]:
     """What the nodes' MACs leave out, as "module: operator", in the nodes' order and each once."""
     return tuple(
-        dict.fromkeys(f"{_place_of(node)}: {name}" for node, seen in yields.items() for name in seen.uncounted)
+        dict.fromkeys(f"{_place_of(node)}: {name}" for node, result in yields.items() for name in result.uncounted)
     )
 
 
@@ -199,24 +197,20 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     warn_of_uncounted(type(network).__name__, uncounted_work(yields))
     return Cost(
         params=sum(parameter.numel() for parameter in network.parameters()),
-        macs=sum(seen.macs for seen in yields.values()),
+        macs=sum(result.macs for result in yields.values()),
         activation_bytes=_peak_bytes(yields),
     )
 
 
 def network_activation_bytes(network: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """The activation bytes of `network_cost`, alone and without a warning of operators that have no formula.
-
-    Raises:
-        CutError: As `network_cost`.
-    """
+    """The activation bytes of `network_cost`, alone and without a warning of operators that have no formula."""
     traced, _, _ = trace_somehow(network, input_size)
     return _peak_bytes(probe(traced, input_size, batch_size=1))
 
 
 def _peak_bytes(yields: Mapping[fx.Node, Yield]) -> int:
     output = next(node for node in yields if node.op == "output")
-    return peak_bytes(list(yields), output, {node: seen.footprint for node, seen in yields.items()})
+    return peak_bytes(list(yields), output, {node: result.footprint for node, result in yields.items()})
 
 
 _FREE_TAGS = frozenset({"pointwise", "reduction", "view_copy", "inplace_view"})

@@ -42,12 +42,11 @@ _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 @dataclass(frozen=True, slots=True)
 class ModuleCall:
-    """One call of a submodule during the trace: the nodes it made, [first, last), and the value it returned."""
+    """One call of a submodule during the trace: the number of its first node, and the value it returned."""
 
     path: str
     module_type: type[nn.Module]
     first: int
-    last: int
     output: fx.Node | None
     is_leaf: bool
 
@@ -69,8 +68,7 @@ _AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 def write_into(x: Any, operation: str, *arguments: Any) -> Any:
     """`x += y`, `x[key] = y` and their kin: an in-place operation of Python's, by its name in `operator`.
 
-    A node of its own in any trace. As a statement in a fragment's code it could not be traced again, as unpickling
-    does, and would change a number under its other names, too.
+    As a statement in a fragment's code it could not be traced again, as unpickling does.
     """
     if isinstance(x, fx.Proxy):
         name = operation if operation == "setitem" else operation.removeprefix("i")
@@ -121,7 +119,6 @@ class _ScopeTracer(fx.Tracer):
                 path=path.removeprefix(_PREFIX).removeprefix("."),
                 module_type=type(m),
                 first=first,
-                last=len(self.graph.nodes),
                 output=output.node if isinstance(output, fx.Proxy) else None,
                 is_leaf=self.is_leaf_module(m, path),
             )
@@ -181,7 +178,7 @@ def trace(
             graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
-            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_stopped_at(error)}\n"
+            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_describe_stop(error)}\n"
             f"Control flow that depends on the values of a tensor stops torch.fx. Register the part that does it as "
             f"a whole with timm.layers.register_notrace_module, or give a part of the network that has none."
         ) from error
@@ -220,10 +217,10 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
     """Put back every module's modes, attributes, caches and buffers at the end.
 
     LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run: proxies of a trace or fake
-    tensors of a dry run would break them for good. A trace runs what forward does with buffers alone, as counting.
+    tensors of a dry run would break them for good.
     """
-    kept = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
-    buffers = [(buffer, buffer.clone()) for buffer in kept]
+    in_memory = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
+    buffers = [(buffer, buffer.clone()) for buffer in in_memory]
     before = [
         (vars(module), dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, _CACHES)})
         for module in network.modules()
@@ -243,7 +240,7 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved)
 
 
-def _stopped_at(error: Exception) -> str:
+def _describe_stop(error: Exception) -> str:
     """The innermost line of the network's own code on the way to an error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
     if not frames:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_stitch.errors import SourceError
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.python_modules import find_factory, find_module
-from lightning_stitch.sources.spec import SPECS, SourceSpec, checked_licence, checked_preprocessing, show_spec
+from lightning_stitch.sources.spec import SPECS, SourceSpec, check_licence, check_preprocessing, show_spec
 from lightning_stitch.sources.timm_models import find_in_folder, find_in_registry, find_on_hub
 from lightning_stitch.sources.torchvision_models import find_in_torchvision
 
@@ -34,13 +34,13 @@ def find_source(spec: SourceSpec) -> Blueprint:
     """
     try:
         spec.check()
-        blueprint = find_module(spec) if isinstance(spec.spec, nn.Module) else _find_text(spec, spec.spec)
+        blueprint = find_module(spec) if isinstance(spec.spec, nn.Module) else _find_by_prefix(spec, spec.spec)
         preprocessing = spec.preprocessing or blueprint.preprocessing
         return dataclasses.replace(
             blueprint,
             name=spec.name or blueprint.name,
-            licence=checked_licence(spec.licence or blueprint.licence),
-            preprocessing=checked_preprocessing(preprocessing) if preprocessing else None,
+            licence=check_licence(spec.licence or blueprint.licence),
+            preprocessing=check_preprocessing(preprocessing) if preprocessing else None,
         )
     except SourceError as error:
         raise SourceError(f"Source {show_spec(spec.spec)}: {error}") from error
@@ -80,7 +80,7 @@ def make_distinct(names: Sequence[str]) -> list[str]:
     return taken
 
 
-def _find_text(spec: SourceSpec, text: str) -> Blueprint:
+def _find_by_prefix(spec: SourceSpec, text: str) -> Blueprint:
     """Dispatch on the prefix."""
     prefix, colon, rest = text.partition(":")
     if not colon:

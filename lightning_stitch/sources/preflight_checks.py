@@ -273,18 +273,18 @@ def _disks(files: Sequence[WeightFile]) -> tuple[Disk, ...]:
     """What is to be downloaded to each file system, each file once."""
     by_device: dict[int, list[WeightFile]] = {}
     for file in {file.hub or file.url: file for file in files if file.file is None}.values():
-        by_device.setdefault(os.stat(_existing(file.folder)).st_dev, []).append(file)
+        by_device.setdefault(os.stat(_existing_part(file.folder)).st_dev, []).append(file)
     return tuple(
         Disk(
             folder=str(group[0].folder),
             download=sum(file.size or 0 for file in group),
-            free=shutil.disk_usage(_existing(group[0].folder)).free,
+            free=shutil.disk_usage(_existing_part(group[0].folder)).free,
         )
         for group in by_device.values()
     )
 
 
-def _existing(folder: Path) -> Path:
+def _existing_part(folder: Path) -> Path:
     """The folder, or what there is of the way to it."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch.cutting import copied
+from lightning_stitch.cutting import copy_module
 from lightning_stitch.errors import SourceError, first_lines
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.sources.blueprint import Blueprint, preprocessing_from
@@ -80,7 +80,7 @@ def find_module(spec: SourceSpec) -> Blueprint:
 
 def _copy(module: nn.Module) -> nn.Module:
     try:
-        return copied(module)
+        return copy_module(module)
     except Exception as error:  # a module may hold anything
         raise SourceError(
             f"{type(module).__name__} cannot be copied: {first_lines(error)}. Remove what cannot be (open files, "

@@ -22,7 +22,7 @@ from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.finding import AnySource, find_source, find_sources, make_distinct
 from lightning_stitch.sources.meta_device import build_on_meta
 from lightning_stitch.sources.python_modules import call_factory, declared_config, declared_preprocessing
-from lightning_stitch.sources.spec import SourceSpec, checked_licence, checked_preprocessing, reserved_arguments
+from lightning_stitch.sources.spec import SourceSpec, check_licence, check_preprocessing, reserved_arguments
 from lightning_stitch.sources.timm_models import create_timm
 from lightning_stitch.sources.torchvision_models import create_torchvision
 
@@ -64,11 +64,7 @@ class Source:
 
     @property
     def graph(self) -> CutGraph:
-        """The network traced and cut at its native input size; made at the first use.
-
-        Raises:
-            CutError: If it cannot be traced, or has no cut.
-        """
+        """The network traced and cut at its native input size, as `graph_at`."""
         return self.graph_at(self.preprocessing.input_size)
 
     def graph_at(self, input_size: tuple[int, int, int]) -> CutGraph:
@@ -169,7 +165,7 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
         return make(None if shapes is None else {name: torch.zeros(shape) for name, shape in shapes.items()})
 
     try:
-        with _seeded(blueprint.spec):
+        with _seed_from(blueprint.spec):
             try:
                 module = build_on_meta(build)
             except SourceError:
@@ -210,7 +206,7 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
     if ref.builder not in _BUILDERS:
         raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(_BUILDERS)}.")
     try:
-        with _seeded(ref.spec):
+        with _seed_from(ref.spec):
             return _in_float32(_BUILDERS[ref.builder](ref.architecture, ref.arguments)).eval()
     except SourceError as error:
         raise RecipeError(problem + str(error)) from error
@@ -219,7 +215,7 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
 def _load(blueprint: Blueprint) -> Source:
     """Build a source that was found and take its identity, and the graphs of its outline where they are its own."""
     try:
-        with _seeded(blueprint.spec):
+        with _seed_from(blueprint.spec):
             module = blueprint.build().eval()
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
@@ -227,7 +223,7 @@ def _load(blueprint: Blueprint) -> Source:
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
     for input_size, outlined in blueprint.graphs.items():
-        graph = outlined.carried_over(module)
+        graph = outlined.carry_over(module)
         if graph is not None:
             source.graphs[input_size] = graph
     return source
@@ -241,10 +237,10 @@ def _ref(blueprint: Blueprint, weight_hash: str, module: nn.Module) -> SourceRef
         builder=blueprint.builder,
         architecture=blueprint.architecture,
         weight_hash=weight_hash,
-        preprocessing=blueprint.preprocessing or checked_preprocessing(declared_preprocessing(module)),
+        preprocessing=blueprint.preprocessing or check_preprocessing(declared_preprocessing(module)),
         arguments=blueprint.arguments,
         revision=blueprint.revision,
-        licence=blueprint.licence or checked_licence(declared_config(module).get("license")),
+        licence=blueprint.licence or check_licence(declared_config(module).get("license")),
     )
 
 
@@ -255,7 +251,7 @@ def _in_float32(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _seeded(spec: str) -> Iterator[None]:
+def _seed_from(spec: str) -> Iterator[None]:
     """Random numbers that depend on the spec alone; torch's global state is restored after."""
     seed = int.from_bytes(hashlib.sha256(spec.encode()).digest()[:8], "big")
     with torch.random.fork_rng(devices=[]):

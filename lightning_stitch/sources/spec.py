@@ -44,11 +44,8 @@ class SourceSpec:
         if "spec" not in source or not source.keys() <= set(allowed):
             raise SourceError(f"A source given as a mapping needs 'spec' and may hold {allowed}; found {list(source)}.")
         options = dict(source)
-        preprocessing = options.get("preprocessing")
-        if isinstance(preprocessing, Mapping):
-            values: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()
-            }
+        if isinstance(preprocessing := options.get("preprocessing"), Mapping):
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()}
             try:
                 options["preprocessing"] = Preprocessing(**values)
             except TypeError as error:
@@ -97,7 +94,7 @@ def reserved_arguments(builder: str, arguments: Mapping[str, Any]) -> list[str]:
     return sorted(RESERVED_ARGUMENTS.get(builder, frozenset()) & arguments.keys())
 
 
-def checked_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
+def check_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
     """The same, once its parts fit each other.
 
     Raises:
@@ -123,7 +120,7 @@ def _are_numbers(values: object, *kinds: type) -> bool:
     )
 
 
-def checked_licence(licence: object) -> str | None:
+def check_licence(licence: object) -> str | None:
     """The same, if it is a word; otherwise a SourceError."""
     if licence is None or isinstance(licence, str):
         return licence

@@ -136,15 +136,15 @@ def check_architecture(name: str) -> None:
     """Refuse, with a SourceError, an architecture that timm's registry does not know; it may have a tag."""
     import timm
 
-    architecture, known = name.partition(".")[0], timm.list_models()
-    if architecture not in known:
+    architecture, names = name.partition(".")[0], timm.list_models()
+    if architecture not in names:
         hint = ""
         if any(sign in name for sign in "/\\"):
             hint = f" A hub repository is written 'hf-hub:{name}', a folder 'local-dir:{name}'."
         elif "@" in name:
             hint = " A revision can only be given to 'hf-hub:ORG/NAME@REVISION'."
         raise SourceError(
-            f"timm {timm.__version__} knows no model {architecture!r}. Nearest: {nearest(architecture, known)}. "
+            f"timm {timm.__version__} knows no model {architecture!r}. Nearest: {nearest(architecture, names)}. "
             f"timm.list_models() lists all.{hint}"
         )
 
