@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from lightning_stitch.composing.pool import Pool
-from lightning_stitch.cutting import copied
+from lightning_stitch.cutting import copy_module
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -80,7 +80,7 @@ def ensemble(
         average=None if mean is None else _average(mean, members, heads or []),
     )
     graphs = {part.name: part.graph for part in pool.parts}
-    copies = [copied(head) for head in heads or [] if isinstance(head, RidgeHead)]
+    copies = [copy_module(head) for head in heads or [] if isinstance(head, RidgeHead)]
     return assemble(recipe, graphs, [node.stitch for node in tree], [node.tensors for node in tree], copies)
 
 

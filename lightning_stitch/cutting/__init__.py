@@ -17,12 +17,10 @@ order:
 `granularity=` is "blocks" (the default), "stages", "all", "reference" (the rule of the StitchNet authors' code) or a
 list of names of cuts.
 
-What it cannot do: control flow on the values of a tensor stops both ways of tracing, and the error names the line. A
-network whose branches run side by side from the image to the output (CrossViT) has no cut. Fragments run the eval
-graph in float32; weights of other precisions are converted. What a source's Python does in train mode alone
-(auxiliary heads) `CutGraph.train_mode_difference` and `lightning-stitch inspect` show, and a search warns of it where
-such fragments are about to be trained with `train_mode=True`. Convolutions, matrix products, attention and recurrent
-layers are counted; operators without a formula are listed in `CutGraph.uncounted`.
+Fragments run the eval graph in float32. What a source's Python does in train mode alone (auxiliary heads)
+`CutGraph.train_mode_difference` tells, and a search warns of it before such fragments are trained with
+`train_mode=True`. Convolutions, matrix products, attention and recurrent layers are counted; operators without a
+formula are listed in `CutGraph.uncounted`.
 
 Example:
     >>> from timm import create_model

@@ -1,4 +1,4 @@
-from .copies import copied, reference_tensor, with_tensors
+from .copies import copy_module, reference_tensor, with_tensors
 from .graph import Cut, CutGraph
 from .probing import FORMULAS, network_activation_bytes, network_cost
 from .tracing import in_eval_mode
@@ -7,7 +7,7 @@ __all__ = [
     "Cut",
     "CutGraph",
     "FORMULAS",
-    "copied",
+    "copy_module",
     "in_eval_mode",
     "network_activation_bytes",
     "network_cost",

@@ -66,26 +66,20 @@ class Footprint(NamedTuple):
 
 
 def peak_bytes(nodes: Sequence[fx.Node], output: fx.Node, footprints: Mapping[fx.Node, Footprint]) -> int:
-    """The most bytes of activations that are alive at once in a fragment.
-
-    Args:
-        nodes: Its input and the nodes that it runs, in their order.
-        output: The node whose result it gives.
-        footprints: What each node needs.
-    """
+    """The most bytes of activations that are alive at once in a fragment: its input, then nodes in their order."""
     place = {node: index for index, node in enumerate(nodes)}
     sizes: dict[int, int] = {}
-    made: dict[int, int] = {}
+    first: dict[int, int] = {}
     needed: dict[int, int] = {}
     for index, node in enumerate(nodes):
         until = max((place[user] for user in node.users if user in place), default=index)
         until = len(nodes) if node is output else max(until, index)
         for memory, size in footprints[node].held.items():
             sizes[memory] = size
-            made.setdefault(memory, index)
+            first.setdefault(memory, index)
             needed[memory] = max(needed.get(memory, 0), until)
     peak = sum(footprints[nodes[0]].held.values())
     for index, node in enumerate(nodes[1:], start=1):
-        alive = sum(size for memory, size in sizes.items() if made[memory] < index <= needed[memory])
+        alive = sum(size for memory, size in sizes.items() if first[memory] < index <= needed[memory])
         peak = max(peak, alive + footprints[node].most)
     return peak

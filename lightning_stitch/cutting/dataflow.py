@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from lightning_stitch.cutting.activation_memory import Footprint, peak_bytes
-from lightning_stitch.cutting.probing import Yield, holds_tensor, is_linear_in_batch, probe, uncounted_work
+from lightning_stitch.cutting.probing import is_linear_in_batch, probe, uncounted_work
 from lightning_stitch.cutting.tracing import is_in_place
 from lightning_stitch.errors import CutError
 
@@ -20,17 +20,10 @@ from lightning_stitch.errors import CutError
 class Dataflow:
     """A traced network at one input size.
 
-    Args:
-        module: The traced network.
-        input_size: (channels, height, width) of the images.
-
     Attributes:
-        nodes: The graph's nodes in order.
-        position: The index of each.
-        input: The images' node.
-        output: The node of the result.
-        yields_at_2: What each node yields for two images.
-        yields_at_3: What each node yields for three images.
+        nodes: The graph's nodes in order; `position` has the index of each.
+        input: The images' node; `output` is that of the result.
+        yields_at_2: What each node yields for two images; `yields_at_3` for three.
         writers: For each node the later ones that write into its memory, their results read or not.
 
     Raises:
@@ -47,8 +40,8 @@ class Dataflow:
         self.yields_at_2 = probe(module, input_size, batch_size=2)
         if self.yields_at_2[output].shape is None:
             raise CutError(
-                f"{type(module).__name__} returns {_describe(self.yields_at_2[output].value)}, not one tensor. Give a "
-                f"part of it that returns one, or wrap it in a module whose forward picks one."
+                f"{type(module).__name__} returns {_describe(self.yields_at_2[output].value)}, not one tensor. Wrap it "
+                f"in a module whose forward picks one."
             )
         self.output = output.all_input_nodes[0]
         self.yields_at_3 = probe(module, input_size, batch_size=3)
@@ -70,25 +63,25 @@ class Dataflow:
             CutError: If more than the first node's tensor reaches the last.
         """
         behind = self.descendants(first)
-        kept: set[fx.Node] = set()
+        needed: set[fx.Node] = set()
         recomputed: list[fx.Node] = []
         until = len(self.nodes) if last is self.output else self.position[last]
         stack = [last, *(w for w in self.writers.get(first, ()) if self.position[w] < until)]
         while stack:
             node = stack.pop()
-            if node is first or node in kept or node in recomputed:
+            if node is first or node in needed or node in recomputed:
                 continue
             if self._is_size(node) and node not in behind:
                 recomputed.append(node)
                 continue
             if node is self.input:
                 raise CutError(f"More than the tensor at {first.name!r} reaches {last.name!r}.")
-            kept.add(node)
+            needed.add(node)
             stack.extend(node.all_input_nodes)
             stack.extend(w for w in self.writers.get(node, ()) if self.position[w] < until)
-        return kept, recomputed
+        return needed, recomputed
 
-    def alone(self) -> set[fx.Node]:
+    def find_sole_live(self) -> set[fx.Node]:
         """The nodes that are at some point the only live ones that hold something of the images."""
         needed, _ = self.collect(self.input, self.output)
         live_until: dict[fx.Node, int] = {}
@@ -128,8 +121,8 @@ class Dataflow:
 
     def activation_bytes(self, first: fx.Node, last: fx.Node) -> int:
         """The most bytes of activations that are alive at once on the way from one node to another, for one image."""
-        kept, _ = self.collect(first, last)
-        nodes = [first, *(node for node in self.nodes if node in kept)]
+        needed, _ = self.collect(first, last)
+        nodes = [first, *(node for node in self.nodes if node in needed)]
         return peak_bytes(nodes, last, {node: self._footprint(node) for node in nodes})
 
     def overwrites(self, first: fx.Node, nodes: Container[fx.Node]) -> bool:
@@ -138,7 +131,7 @@ class Dataflow:
 
     def uncounted(self, nodes: Container[fx.Node]) -> tuple[str, ...]:
         """What `macs` leaves out, as "module: operator"."""
-        return uncounted_work({node: seen for node, seen in self.yields_at_2.items() if node in nodes})
+        return uncounted_work({node: result for node, result in self.yields_at_2.items() if node in nodes})
 
     def _footprint(self, node: fx.Node) -> Footprint:
         """For one image; what is the same for any batch counts in full, as in `macs`."""
@@ -148,7 +141,7 @@ class Dataflow:
         return Footprint(held, 2 * two.most - three.most)
 
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
-        memory = {node: seen.memory for node, seen in self.yields_at_2.items()}
+        memory = {node: result.memory for node, result in self.yields_at_2.items()}
         written = [
             (node, memory[argument])
             for node in self.nodes
@@ -167,15 +160,14 @@ class Dataflow:
         """The nodes whose tensors hold something of the images' values, not of their size alone."""
         of_pixels = {self.input}
         for node in self.nodes:
-            if any(argument in of_pixels for argument in node.all_input_nodes) and _holds_tensor(
-                self.yields_at_2.get(node)
-            ):
+            is_reached = any(argument in of_pixels for argument in node.all_input_nodes)
+            if is_reached and node in self.yields_at_2 and self.yields_at_2[node].holds_tensor:
                 of_pixels.add(node)
         return of_pixels
 
     def _is_size(self, node: fx.Node) -> bool:
         """True for sizes, devices and types that come from a tensor, and integers made of them."""
-        if node is self.input or node not in self.yields_at_2 or _holds_tensor(self.yields_at_2[node]):
+        if node is self.input or node not in self.yields_at_2 or self.yields_at_2[node].holds_tensor:
             return False
         return bool(node.all_input_nodes)
 
@@ -187,7 +179,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {kind} of {len(value)}"
     return "None" if value is None else f"a {kind}"
-
-
-def _holds_tensor(seen: Yield | None) -> bool:
-    return seen is not None and (seen.shape is not None or holds_tensor(seen.value))

@@ -94,20 +94,16 @@ def with_weights_between(
     return [node for node, following in zip(nodes, [*nodes[1:], last], strict=True) if has_weights(node, following)]
 
 
-def reference_inputs(nodes: Sequence[fx.Node], traced: fx.GraphModule, first_layer: fx.Node | None) -> list[fx.Node]:
+def reference_inputs(nodes: Sequence[fx.Node], traced: fx.GraphModule) -> list[fx.Node]:
     """The StitchNet authors' rule: inputs of ungrouped convolutions and linear layers, the first layer excepted.
 
     A cut that several operations read counts only if all of them are such convolutions.
     """
-
-    def layer(user: fx.Node) -> nn.Module | None:
-        if user.op != "call_module" or user is first_layer:
-            return None
-        return traced.get_submodule(str(user.target))
-
+    layers = {node: traced.get_submodule(str(node.target)) for node in traced.graph.nodes if node.op == "call_module"}
+    weighted = [node for node, layer in layers.items() if isinstance(layer, nn.Conv2d | nn.Linear)]
     chosen = []
     for node in nodes:
-        readers = [layer(user) for user in node.users]
+        readers = [None if user in weighted[:1] else layers.get(user) for user in node.users]
         convolutions = [isinstance(reader, nn.Conv2d) and reader.groups == 1 for reader in readers]
         if all(convolutions) or (len(readers) == 1 and isinstance(readers[0], nn.Linear)):
             chosen.append(node)

@@ -1,14 +1,13 @@
 """Cuts and fragments: where a network can be taken apart, and the parts.
 
-A cut is a place where exactly one activation tensor is live, so that all that lies behind it depends on that tensor
-alone. Residual, dense and branching blocks need no special case: inside them several tensors are live. Integers taken
-from shapes do not count as live: a fragment computes them anew from its own input's batch size.
+Integers taken from shapes do not count as live: a fragment computes them anew from its own input's batch size.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -16,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.copies import copied, with_network
+from lightning_stitch.cutting.copies import copy_module, with_network
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch.cutting.layouts import layout_of
@@ -68,8 +67,7 @@ class CutGraph:
     Attributes:
         module: The traced network.
         input_size: (channels, height, width) of the images.
-        way: "symbolic", torch.fx's own way, good for every input size; or "example", for networks whose Python looks
-            at sizes: traced with an example of this input size.
+        way: "symbolic", good for every input size; or "example", for networks whose Python looks at sizes.
 
     Raises:
         CutError: If the network cannot be traced, does not accept that input size, or has no cut.
@@ -95,16 +93,11 @@ class CutGraph:
         graph._resize(input_size)
         return graph
 
-    def carried_over(self, network: nn.Module) -> CutGraph | None:
-        """The same cuts of another network that only has other weights, without tracing that one.
-
-        Args:
-            network: What the graph shall share its parameters with, such as the network of which the traced one was an
-                outline on the meta device.
+    def carry_over(self, network: nn.Module) -> CutGraph | None:
+        """The same cuts of the network of which the traced one is an outline, without tracing that one.
 
         Returns:
-            None where the trace may depend on more than both networks have in common: their modules, plain attributes
-            and shapes differ, or it holds a tensor or a device of the first.
+            None where the trace may depend on more than both have in common (`with_network`).
         """
         module = with_network(self.module, self._network, network)
         if module is None:
@@ -121,8 +114,9 @@ class CutGraph:
         self.input_size = input_size
         self._flow = Dataflow(self.module, input_size)
         self._input, self._output = self._flow.input, self._flow.output
-        self._alone = self._flow.alone()
-        self._cut_nodes = [node for node in self._flow.nodes if node in self._alone and self._is_cut(node)]
+        self._alone = self._flow.find_sole_live()
+        layouts = {node: layout for node in self._flow.nodes if node in self._alone and (layout := self._layout(node))}
+        self._cut_nodes = list(layouts)
         if not self._cut_nodes:
             raise CutError(
                 f"{type(self.module).__name__} has no place where exactly one activation tensor is live: its branches "
@@ -130,7 +124,7 @@ class CutGraph:
             )
         self._names, self._aliases = self._name_cuts()
         self._by_name = {name: node for node, name in self._names.items()}
-        self._cuts = {name: self._describe(node) for name, node in self._by_name.items()}
+        self._cuts = {name: self._describe(node, *layouts[node]) for name, node in self._by_name.items()}
 
     # -- cuts ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +150,7 @@ class CutGraph:
             )
         chosen = self._cut_nodes
         if granularity == "reference":
-            chosen = reference_inputs(chosen, self.module, self._first_layer())
+            chosen = reference_inputs(chosen, self.module)
         elif granularity != "all":
             blocks = block_outputs(self._calls, self._alone)
             chosen = with_weights_between(
@@ -174,11 +168,11 @@ class CutGraph:
         Raises:
             CutError: If there is none; the three nearest names are offered.
         """
-        known = self._aliases.get(name, name)
-        if known not in self._cuts:
+        name_of_cut = self._aliases.get(name, name)
+        if name_of_cut not in self._cuts:
             near = nearest(name, [*self._cuts, *self._aliases])
             raise CutError(f'No cut is named {name!r}. Nearest: {near}. cuts(granularity="all") lists all.')
-        return self._cuts[known]
+        return self._cuts[name_of_cut]
 
     def feature_cut(self) -> Cut | None:
         """The vector that the final classifier reads; None where the output itself is the feature vector.
@@ -192,10 +186,7 @@ class CutGraph:
                 if cut.format == "vector":
                     return cut
                 break
-        if (
-            self._flow.yields_at_2[self._output].shape is not None
-            and len(self._flow.yields_at_2[self._output].shape or ()) == 2
-        ):
+        if len(self._flow.yields_at_2[self._output].shape or ()) == 2:
             return None
         raise CutError(f"{type(self.module).__name__} has no feature vector: its output is not (batch, features).")
 
@@ -222,40 +213,36 @@ class CutGraph:
             CutError: If a cut is unknown or `end` does not lie behind `start`.
         """
         first, last = self._ends(start, end)
-        kept, recomputed = self._flow.collect(first, last)
+        needed, recomputed = self._flow.collect(first, last)
         graph = fx.Graph()
         placeholder = graph.placeholder("x")
         # The caller's tensor is not the fragment's to overwrite.
-        writes = self._flow.overwrites(first, kept)
+        writes = self._flow.overwrites(first, needed)
         copies: dict[fx.Node, Any] = {first: graph.call_method("clone", (placeholder,)) if writes else placeholder}
         batch_size = graph.call_method("size", (placeholder, 0)) if recomputed else None
         for node in recomputed:
             two, three = self._flow.yields_at_2[node].value, self._flow.yields_at_3[node].value
-            copies[node] = value_for_batch(two, three, lambda k: graph.call_function(_times, (batch_size, k)))
+            copies[node] = value_for_batch(two, three, lambda k: graph.call_function(operator.mul, (batch_size, k)))
         for node in self._flow.nodes:
-            if node in kept:
+            if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-                if self._is_view(node, kept):
+                if self._is_view(node, needed):
                     # What a stitch gives may lie in memory in another order than the network's own tensor.
                     copies[node].target = "reshape"
         graph.output(copies[last])
         follow_device(graph, placeholder)
         graph.lint()
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
-        return fragment if share else copied(fragment)
+        return fragment if share else copy_module(fragment)
 
     @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
-        return max(math.prod(seen.shape) for seen in self._flow.yields_at_2.values() if seen.shape) // 2
+        return max(math.prod(result.shape) for result in self._flow.yields_at_2.values() if result.shape) // 2
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """Work that `macs` leaves out, as "blocks.3.attn: torchvision.deform_conv2d"; empty for most networks.
-
-        These are operators that have no FLOP formula and are not free by the convention (see `lightning_stitch.cost`).
-        `torch.utils.flop_counter.register_flop_formula` gives them one, before the network is cut.
-        """
+        """Work without a FLOP formula that `macs` leaves out, as "blocks.3.attn: torchvision.deform_conv2d"."""
         return self._flow.uncounted(self._flow.collect(self._input, self._output)[0])
 
     def macs(self, start: str | None, end: str | None) -> int:
@@ -271,11 +258,7 @@ class CutGraph:
         return self._parameters_of(self._flow.collect(*self._ends(start, end))[0])
 
     def train_mode_difference(self) -> str | None:
-        """The first operation that the network does in train mode alone, in words; None: there is none.
-
-        Fragments run what eval mode does, in train mode too. Dropout, drop path and BatchNorm follow `train()` in them
-        and are no difference. Found by tracing the network once more, in train mode.
-        """
+        """The first operation that the network does in train mode alone, in words; None: there is none."""
         return train_mode_difference(self._network, self.module, self.way, self.input_size)
 
     # -- inner workings ------------------------------------------------------------------------------------------
@@ -287,28 +270,33 @@ class CutGraph:
             raise CutError(f"A fragment goes forward, but cut {end or 'output'!r} does not lie behind {start!r}.")
         return first, last
 
-    def _is_view(self, node: fx.Node, kept: set[fx.Node]) -> bool:
+    def _is_view(self, node: fx.Node, needed: set[fx.Node]) -> bool:
         """Whether a node calls `view` with a shape, and nothing writes into what it gives."""
         plain = node.op == "call_method" and node.target == "view" and not node.kwargs
-        return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, kept)
+        return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, needed)
 
-    def _is_cut(self, node: fx.Node) -> bool:
-        if not self._flow.is_activation(node):
-            return False
+    def _layout(self, node: fx.Node) -> tuple[Format, int, tuple[int, int] | None] | None:
+        """Format, number of prefix tokens and grid of a node's tensor; None where the network has no cut."""
         shape = self._flow.yields_at_2[node].shape
-        assert shape is not None
+        if shape is None or not self._flow.is_activation(node):
+            return None
         format = layout_of(node, shape, self.module)
-        return format is not None and (format != "tokens" or self._split_tokens(shape[1]) is not None)
+        if format == "tokens":
+            split = self._split_tokens(shape[1])
+            return None if split is None else (format, *split)
+        if format is None or format == "vector":
+            return None if format is None else (format, 0, None)
+        return format, 0, (shape[2], shape[3]) if format == "NCHW" else (shape[1], shape[2])
 
     def _split_tokens(self, count: int) -> tuple[int, tuple[int, int]] | None:
         """How many of so many tokens are prefix tokens, and the grid of the others; None where they make no grid."""
         _, height, width = self.input_size
-        told = (0, self._num_prefix_tokens)
-        for prefix in (*told, *range(1, _MOST_PREFIX_TOKENS + 1)):
+        declared = (0, self._num_prefix_tokens)
+        for prefix in (*declared, *range(1, _MOST_PREFIX_TOKENS + 1)):
             area = max(count - prefix, 0)
             rows, columns = round(math.sqrt(area * height / width)), round(math.sqrt(area * width / height))
             # A guess must fit the image, too.
-            fits = prefix in told or (rows and height % rows == 0 and width % columns == 0)
+            fits = prefix in declared or (rows and height % rows == 0 and width % columns == 0)
             if area and rows * columns == area and fits:
                 return prefix, (rows, columns)
         return None
@@ -332,17 +320,8 @@ class CutGraph:
                     aliases.setdefault(alias, name)
         return names, aliases
 
-    def _describe(self, node: fx.Node) -> Cut:
+    def _describe(self, node: fx.Node, format: Format, prefix: int, grid: tuple[int, int] | None) -> Cut:
         shape = (self._flow.yields_at_2[node].shape or ())[1:]
-        format = layout_of(node, (2, *shape), self.module)
-        assert format is not None
-        prefix, grid = 0, None
-        if format == "tokens":
-            split = self._split_tokens(shape[0])
-            assert split is not None
-            prefix, grid = split
-        elif format != "vector":
-            grid = (shape[1], shape[2]) if format == "NCHW" else (shape[0], shape[1])
         stride = None if grid is None else self.input_size[1] / grid[0]
         macs = self._flow.macs(self._flow.collect(self._input, node)[0])
         return Cut(self._names[node], format, shape, grid, stride, prefix, macs)
@@ -363,15 +342,3 @@ class CutGraph:
 
     def _has_weights_between(self, first: fx.Node, last: fx.Node) -> bool:
         return any(parameter.ndim >= 2 for parameter in self._parameters_of(self._flow.collect(first, last)[0]))
-
-    def _first_layer(self) -> fx.Node | None:
-        for node in self._flow.nodes:
-            if node.op == "call_module" and isinstance(
-                self.module.get_submodule(str(node.target)), nn.Conv2d | nn.Linear
-            ):
-                return node
-        return None
-
-
-def _times(batch_size: int, count: int) -> int:
-    return batch_size * count

@@ -24,23 +24,15 @@ _TO_CHANNELS_FIRST = (0, 3, 1, 2)
 
 
 def layout_of(node: fx.Node, shape: tuple[int, ...], traced: fx.GraphModule) -> Format | None:
-    """The format of a node's tensor; None where it is none that a stitch can bridge.
-
-    Args:
-        node: The node that makes the tensor.
-        shape: The tensor's shape with the batch dimension.
-        traced: The graph module that holds the node.
-    """
+    """The format of a node's tensor, of a shape with the batch; None where it is none that a stitch can bridge."""
     if len(shape) == 2:
         return "vector"
     if len(shape) not in (3, 4):
         return None
     # First what reads the tensor, then what made it, then whatever touches tensors of the same layout.
-    for directions in ((True,), (False,), (True, False)):
-        channels_last = _look(node, traced, directions)
-        if channels_last is not None:
-            break
-    else:
+    answers = (_look(node, traced, directions) for directions in ((True,), (False,), (True, False)))
+    channels_last = next((answer for answer in answers if answer is not None), None)
+    if channels_last is None:
         return None
     if len(shape) == 3:
         return "tokens" if channels_last else None
@@ -50,19 +42,16 @@ def layout_of(node: fx.Node, shape: tuple[int, ...], traced: fx.GraphModule) -> 
 def _look(node: fx.Node, traced: fx.GraphModule, directions: tuple[bool, ...]) -> bool | None:
     """Walk along tensors of one layout until an operation tells whether channels are last; None where none does.
 
-    Args:
-        node: The node that makes the tensor.
-        traced: The graph module that holds the node.
-        directions: Where to walk from each tensor: True to its readers, False to its maker.
+    Directions are where to walk from each tensor: True to its readers, False to its maker.
     """
     queue, seen = [node], {node}
     while queue:
         current = queue.pop(0)
         for forward in directions:
             for operation in current.users if forward else (current,):
-                told = _tells(operation, traced, forward=forward)
-                if told is not None:
-                    return told
+                answer = _tells(operation, traced, forward=forward)
+                if answer is not None:
+                    return answer
                 if _moves_dimensions(operation, traced):
                     continue
                 for tensor in (operation,) if forward else operation.all_input_nodes:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.cost import Cost, warn_of_uncounted
@@ -42,6 +43,11 @@ class Yield:
     uncounted: tuple[str, ...]
     written: tuple[fx.Node, ...]
     footprint: Footprint
+
+    @property
+    def holds_tensor(self) -> bool:
+        """Whether it is or contains a tensor."""
+        return self.shape is not None or any(isinstance(item, Tensor) for item in tree_leaves(self.value))
 
     @property
     def memory(self) -> int | None:
@@ -81,12 +87,16 @@ class _Prober(fx.Interpreter):
         written = tuple(argument for argument, version in self._versions(n).items() if version != versions[argument])
         held = {self._memory_of(x): self.allocations.bytes_of(x) for x in tensors_in(result)}
         footprint = Footprint(held, self.allocations.take())
-        if isinstance(result, Tensor):
-            self.yields[n] = Yield(
-                tuple(result.shape), result.is_floating_point(), None, macs, uncounted, written, footprint
-            )
-        else:
-            self.yields[n] = Yield(None, False, result, macs, uncounted, written, footprint)
+        is_tensor = isinstance(result, Tensor)
+        self.yields[n] = Yield(
+            shape=tuple(result.shape) if is_tensor else None,
+            is_floating=is_tensor and result.is_floating_point(),
+            value=None if is_tensor else result,
+            macs=macs,
+            uncounted=uncounted,
+            written=written,
+            footprint=footprint,
+        )
         return result
 
     def _memory_of(self, x: Tensor) -> int:
@@ -94,17 +104,15 @@ class _Prober(fx.Interpreter):
 
     def _versions(self, n: fx.Node) -> dict[fx.Node, int]:
         """How often each tensor among a node's arguments, or a view of it, has been written into."""
-        found = {argument: self.env[argument] for argument in n.all_input_nodes}
-        return {node: t._version for node, t in found.items() if isinstance(t, Tensor) and not t.is_inference()}
+        arguments = {argument: self.env[argument] for argument in n.all_input_nodes}
+        return {node: x._version for node, x in arguments.items() if isinstance(x, Tensor) and not x.is_inference()}
 
 
 def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_size: int) -> dict[fx.Node, Yield]:
     """What every node yields for `batch_size` images, and its MACs and bytes for the whole batch (eval mode).
 
-    Nothing is computed: the run is on fake tensors. One MAC is one multiply-accumulate, half of what
-    `torch.utils.flop_counter` counts; element-wise operations, norms, pooling and resampling count nothing, and the
-    operators that it has no formula for are named beside (see `_operators`). Bytes are those that operators allocate,
-    attention run as matrix products.
+    One MAC is one multiply-accumulate, half of what `torch.utils.flop_counter` counts; element-wise operations, norms,
+    pooling and resampling count nothing. Bytes are those that operators allocate, attention run as matrix products.
 
     Raises:
         CutError: If the graph does not accept images of that size; the message names the operation.
@@ -115,14 +123,16 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     # What fails becomes a CutError; torch would print its traceback besides.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
+    # For gradients of parameters a run would keep activations, and copy what it then overwrites.
+    trained = [parameter for parameter in traced.parameters() if parameter.requires_grad]
     try:
+        traced.requires_grad_(False)
         counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         operators, allocations = UncountedOperators(counter), Allocations()
         # Gradient mode stays on: fake views of parameters cannot be made without.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (
             left_as_it_was(traced),
-            _frozen(traced),
             torch.enable_grad(),
             fake,
             plain_attention(),
@@ -136,26 +146,15 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
             prober.run(images)
     finally:
         logger.disabled = was_disabled
-    return prober.yields
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters, for which a run would keep activations and copy what it then overwrites."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    return prober.yields
 
 
 def uncounted_work(yields: Mapping[fx.Node, Yield]) -> tuple[str, ...]:
     """What the nodes' MACs leave out, as "module: operator", in the nodes' order and each once."""
     return tuple(
-        dict.fromkeys(f"{_place_of(node)}: {name}" for node, seen in yields.items() for name in seen.uncounted)
+        dict.fromkeys(f"{_place_of(node)}: {name}" for node, result in yields.items() for name in result.uncounted)
     )
 
 
@@ -166,15 +165,6 @@ def _place_of(node: fx.Node) -> str:
     calls = list(node.meta.get("nn_module_stack", {}).values())
     # The first name of each path is the network's own.
     return (calls[-1][0].partition(".")[2] if calls else "") or node.name
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a value of a graph is or contains a tensor."""
-    if isinstance(value, dict):
-        return any(holds_tensor(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
 
 
 def is_linear_in_batch(two: Any, three: Any) -> bool:
@@ -196,9 +186,8 @@ def value_for_batch(two: Any, three: Any, times_batch: Callable[[int], Any]) -> 
 def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count a network's parameters, and its MACs and activation bytes for one image of (channels, height, width).
 
-    The MACs are half of what `torch.utils.flop_counter` counts where attention and recurrent layers run as matrix
-    products. A UserWarning names the operators that have no formula; their work is not in the count. The activation
-    bytes are the most that operators have allocated and something has yet to read, at any time of such a run.
+    A UserWarning names the operators that have no FLOP formula; their work is not in the count. The activation bytes
+    are the most that operators have allocated and something has yet to read, at any time of a run.
 
     Raises:
         CutError: If the network cannot be traced or does not accept that size.
@@ -208,24 +197,20 @@ def network_cost(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     warn_of_uncounted(type(network).__name__, uncounted_work(yields))
     return Cost(
         params=sum(parameter.numel() for parameter in network.parameters()),
-        macs=sum(seen.macs for seen in yields.values()),
+        macs=sum(result.macs for result in yields.values()),
         activation_bytes=_peak_bytes(yields),
     )
 
 
 def network_activation_bytes(network: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """The activation bytes of `network_cost`, alone and without a warning of operators that have no formula.
-
-    Raises:
-        CutError: As `network_cost`.
-    """
+    """The activation bytes of `network_cost`, alone and without a warning of operators that have no formula."""
     traced, _, _ = trace_somehow(network, input_size)
     return _peak_bytes(probe(traced, input_size, batch_size=1))
 
 
 def _peak_bytes(yields: Mapping[fx.Node, Yield]) -> int:
     output = next(node for node in yields if node.op == "output")
-    return peak_bytes(list(yields), output, {node: seen.footprint for node, seen in yields.items()})
+    return peak_bytes(list(yields), output, {node: result.footprint for node, result in yields.items()})
 
 
 _FREE_TAGS = frozenset({"pointwise", "reduction", "view_copy", "inplace_view"})
@@ -301,18 +286,18 @@ class UncountedOperators(TorchDispatchMode):
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
         self._counter = counter
-        self._found: dict[str, None] = {}
+        self._noted: dict[str, None] = {}
 
     def take(self) -> tuple[str, ...]:
         """The operators noted since the last call, in order, each once."""
-        found = tuple(self._found)
-        self._found.clear()
-        return found
+        noted = tuple(self._noted)
+        self._noted.clear()
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = getattr(func, "_overloadpacket", func)
         if packet not in self._counter.flop_registry and not _costs_nothing(func):
-            self._found[str(packet)] = None
+            self._noted[str(packet)] = None
         return func(*args, **(kwargs or {}))
 
 

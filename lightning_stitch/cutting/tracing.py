@@ -42,12 +42,11 @@ _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 @dataclass(frozen=True, slots=True)
 class ModuleCall:
-    """One call of a submodule during the trace: the nodes it made, [first, last), and the value it returned."""
+    """One call of a submodule during the trace: the number of its first node, and the value it returned."""
 
     path: str
     module_type: type[nn.Module]
     first: int
-    last: int
     output: fx.Node | None
     is_leaf: bool
 
@@ -69,8 +68,7 @@ _AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 def write_into(x: Any, operation: str, *arguments: Any) -> Any:
     """`x += y`, `x[key] = y` and their kin: an in-place operation of Python's, by its name in `operator`.
 
-    A node of its own in any trace. As a statement in a fragment's code it could not be traced again, as unpickling
-    does, and would change a number under its other names, too.
+    As a statement in a fragment's code it could not be traced again, as unpickling does.
     """
     if isinstance(x, fx.Proxy):
         name = operation if operation == "setitem" else operation.removeprefix("i")
@@ -78,7 +76,7 @@ def write_into(x: Any, operation: str, *arguments: Any) -> Any:
     return getattr(operator, operation)(x, *arguments)
 
 
-class WritableProxy(fx.Proxy):
+class _WritableProxy(fx.Proxy):
     """A proxy that `x += y` and `x[key] = y` write into.
 
     torch.fx's own refuses the second, and makes a new tensor of the first, which other names of the old one miss.
@@ -89,12 +87,10 @@ class WritableProxy(fx.Proxy):
 
 
 for _operation in _AUGMENTED:
-    setattr(
-        WritableProxy, f"__{_operation}__", lambda self, other, operation=_operation: write_into(self, operation, other)
-    )
+    setattr(_WritableProxy, f"__{_operation}__", lambda self, x, operation=_operation: write_into(self, operation, x))
 
 
-class ScopeTracer(fx.Tracer):
+class _ScopeTracer(fx.Tracer):
     """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes."""
 
     def __init__(self, functions: Sequence[Callable[..., Any]] = ()) -> None:
@@ -106,18 +102,15 @@ class ScopeTracer(fx.Tracer):
         self.calls: list[ModuleCall] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy of a node."""
-        return WritableProxy(node, self)
+        return _WritableProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one node."""
         # Stitches and preprocessing of a stitched network look at sizes, so it can be measured and cut like any other.
         whole = isinstance(m, self._whole) or getattr(m, "traced_whole", False) or _is_random(m)
         is_network = module_qualified_name == _PREFIX
         return not is_network and (super().is_leaf_module(m, module_qualified_name) or whole)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """The module's call as a node, in its scope."""
         path = self.path_of_module(m)
         first = len(self.graph.nodes)
         output = super().call_module(m, forward, args, kwargs)
@@ -126,7 +119,6 @@ class ScopeTracer(fx.Tracer):
                 path=path.removeprefix(_PREFIX).removeprefix("."),
                 module_type=type(m),
                 first=first,
-                last=len(self.graph.nodes),
                 output=output.node if isinstance(output, fx.Proxy) else None,
                 is_leaf=self.is_leaf_module(m, path),
             )
@@ -146,11 +138,7 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def check_traceable(network: nn.Module) -> None:
-    """Refuse what no way of tracing can follow.
-
-    Raises:
-        CutError: If the network, or a part of it, is compiled or scripted, or wants more than one batch of images.
-    """
+    """Refuse, with a CutError, what is compiled or scripted, or wants more than one batch of images."""
     for path, module in network.named_modules():
         where = type(network).__name__ + (f", in its part {path!r}," if path else "")
         if isinstance(module, torch.jit.ScriptModule):
@@ -159,8 +147,8 @@ def check_traceable(network: nn.Module) -> None:
             )
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise CutError(
-                f"{where} is compiled, and cannot be cut. Give the module as it was before torch.compile (its "
-                f"`_orig_mod`, where that exists), and compile the stitched network instead."
+                f"{where} is compiled, and cannot be cut. Give the module as it was before torch.compile, and compile "
+                f"the stitched network instead."
             )
     try:
         inspect.signature(network.forward).bind(network)
@@ -172,14 +160,9 @@ def check_traceable(network: nn.Module) -> None:
 
 
 def trace(
-    network: nn.Module, tracer: ScopeTracer | None = None, *, training: bool = False
+    network: nn.Module, tracer: _ScopeTracer | None = None, *, training: bool = False
 ) -> tuple[fx.GraphModule, list[ModuleCall]]:
-    """Trace a network into a graph with one placeholder; the network's modes are restored.
-
-    Args:
-        network: Any module whose forward takes one image batch (further arguments keep their defaults). Not changed.
-        tracer: What traces it.
-        training: In which mode.
+    """Trace a network, of whose forward one image batch is the only argument, in eval mode or in train mode.
 
     Returns:
         The graph module, which shares the network's parameters and names, and the module calls in order of return.
@@ -187,7 +170,7 @@ def trace(
     Raises:
         CutError: If it cannot be traced; the message names the operation that stopped it, and the reason.
     """
-    tracer = tracer or ScopeTracer()
+    tracer = tracer or _ScopeTracer()
     root = _OneInput(network)
     try:
         with left_as_it_was(network):
@@ -195,7 +178,7 @@ def trace(
             graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
-            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_stopped_at(error)}\n"
+            f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_describe_stop(error)}\n"
             f"Control flow that depends on the values of a tensor stops torch.fx. Register the part that does it as "
             f"a whole with timm.layers.register_notrace_module, or give a part of the network that has none."
         ) from error
@@ -234,10 +217,10 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
     """Put back every module's modes, attributes, caches and buffers at the end.
 
     LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run: proxies of a trace or fake
-    tensors of a dry run would break them for good. A trace runs what forward does with buffers alone, as counting.
+    tensors of a dry run would break them for good.
     """
-    kept = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
-    buffers = [(buffer, buffer.clone()) for buffer in kept]
+    in_memory = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
+    buffers = [(buffer, buffer.clone()) for buffer in in_memory]
     before = [
         (vars(module), dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, _CACHES)})
         for module in network.modules()
@@ -257,7 +240,7 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved)
 
 
-def _stopped_at(error: Exception) -> str:
+def _describe_stop(error: Exception) -> str:
     """The innermost line of the network's own code on the way to an error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
     if not frames:
@@ -285,7 +268,7 @@ def _dropout_as_modules(traced: fx.GraphModule) -> dict[fx.Node | None, fx.Node]
 
 def follow_device(graph: fx.Graph, placeholder: fx.Node) -> None:
     """Let tensors that a graph makes be where its input is: a trace holds the device that it was made on."""
-    fixed = [node for node in graph.nodes if _devices(node)]
+    fixed = [node for node in graph.nodes if names_device(node)]
     if not fixed:
         return
     with graph.inserting_after(placeholder):
@@ -296,8 +279,8 @@ def follow_device(graph: fx.Graph, placeholder: fx.Node) -> None:
         node.kwargs = {**node.kwargs, **named}
 
 
-def _devices(node: fx.Node) -> bool:
-    """Whether a node names a device."""
+def names_device(node: fx.Node) -> bool:
+    """Whether a node has a device among its arguments."""
     return isinstance(node.kwargs.get("device"), torch.device | str) or any(
         isinstance(value, torch.device) for value in node.args
     )
@@ -324,10 +307,10 @@ Way = Literal["symbolic", "example"]
 _FACTORIES = (torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros)
 
 
-class _ExampleProxy(WritableProxy):
+class _ExampleProxy(_WritableProxy):
     """A proxy that knows what it stands for."""
 
-    tracer: ExampleTracer
+    tracer: _ExampleTracer
 
     def __len__(self) -> int:
         return len(self.tracer.values[self.node])
@@ -348,12 +331,8 @@ class _ExampleProxy(WritableProxy):
         return value
 
 
-class ExampleTracer(ScopeTracer):
-    """A tracer that answers questions about sizes from an example.
-
-    Args:
-        input_size: (channels, height, width) of the example's images.
-        like: Gives the example's device and dtype.
+class _ExampleTracer(_ScopeTracer):
+    """A tracer that answers questions about sizes from an example, of which it evaluates each node as it makes it.
 
     Attributes:
         values: What each node stands for; tensors are fake.
@@ -362,23 +341,22 @@ class ExampleTracer(ScopeTracer):
     # A method of a buffer with a size among its arguments is noticed only if the buffer is a proxy.
     proxy_buffer_attributes = True
 
-    def __init__(self, input_size: tuple[int, int, int], like: Tensor) -> None:
+    def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
         super().__init__(_FACTORIES)
         # Private: torch.fx patches the functions only where it looks, and autowrap_modules=(torch,) would wrap all of
         # torch's functions and classes.
         self._autowrap_search.append(torch)
         self.values: dict[fx.Node, Any] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         with self._mode:
             self._example = torch.zeros((2, *input_size), device=like.device, dtype=like.dtype)
         self._evaluating = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy of a node."""
         return _ExampleProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node, evaluated on the example as it is made."""
         node = super().create_node(*args, **kwargs)
         self._evaluating = True
         try:
@@ -390,20 +368,16 @@ class ExampleTracer(ScopeTracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """The module's call as a node; itself while a node is evaluated."""
         return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer: itself while a node is evaluated."""
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """The example's answer."""
         value = self.values[obj.node]
         return super().to_bool(obj) if isinstance(value, Tensor) else bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """As many proxies as the example has parts."""
         return (obj[index] for index in range(len(self.values[obj.node])))  # type: ignore[index]
 
     def _evaluate(self, node: fx.Node) -> Any:
@@ -422,12 +396,9 @@ class ExampleTracer(ScopeTracer):
         return args
 
 
-def tracer_for(network: nn.Module, way: Way, input_size: tuple[int, int, int]) -> ScopeTracer:
+def tracer_for(network: nn.Module, way: Way, input_size: tuple[int, int, int]) -> _ScopeTracer:
     """A tracer that goes that way."""
-    if way == "symbolic":
-        return ScopeTracer()
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    return ExampleTracer(input_size, like)
+    return _ScopeTracer() if way == "symbolic" else _ExampleTracer(network, input_size)
 
 
 def trace_somehow(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[fx.GraphModule, list[ModuleCall], Way]:

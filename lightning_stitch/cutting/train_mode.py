@@ -22,12 +22,6 @@ def train_mode_difference(
 
     Dropout, drop path, BatchNorm and other modules that are kept whole follow `train()` in fragments, too, and are no
     difference.
-
-    Args:
-        network: The network. Not changed.
-        evaluated: Its trace in eval mode.
-        way: How that was made.
-        input_size: (channels, height, width) of the images.
     """
     # What only training draws (layer drop, noise) must not move the caller's random numbers.
     state = random.getstate()
@@ -39,11 +33,6 @@ def train_mode_difference(
         return f"in train mode it {str(error).splitlines()[0].partition(' ')[2]}"
     finally:
         random.setstate(state)
-    return _find_first_difference(evaluated, trained)
-
-
-def _find_first_difference(evaluated: fx.GraphModule, trained: fx.GraphModule) -> str | None:
-    """The first operation that differs between two traces of a network, in words; None where none does."""
     for (node, operation), (counterpart, operation_trained) in zip_longest(
         _operations(evaluated), _operations(trained), fillvalue=(None, None)
     ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.io import CONFIG, LARGEST_CONFIG
 from lightning_stitch.recipe import Recipe, SourceRef
-from lightning_stitch.sources import checked_preprocessing
+from lightning_stitch.sources import check_preprocessing
 
 ARCHITECTURE = "lightning_stitch"
 FORMAT = 2
@@ -71,7 +71,7 @@ def read_recipe(own: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.from_dict(own.get("recipe", {}))
         for ref in recipe.sources:
-            checked_preprocessing(ref.preprocessing)
+            check_preprocessing(ref.preprocessing)
         return recipe
     except (RecipeError, SourceError) as error:
         raise RecipeError(f"The recipe in {CONFIG} of {where!r} cannot be used: {error}") from error

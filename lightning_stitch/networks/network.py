@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_stitch.cutting import CutGraph, copied, reference_tensor, with_tensors
+from lightning_stitch.cutting import CutGraph, copy_module, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.heads import RidgeHead
 from lightning_stitch.hub import CardDetails, CardSubject, open_folder, save_folder
@@ -240,7 +240,7 @@ def assemble(
         for ref, stitch, changed in zip(recipe.fragments, stitches, tensors, strict=True):
             fragment = graphs[ref.source].fragment(ref.start, ref.end, share=True)
             memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
-            fragments.append(with_tensors(copied(fragment, memo), changed))
+            fragments.append(with_tensors(copy_module(fragment, memo), changed))
             if ref.parent is None:
                 entries.append(Preprocess(recipe.source(ref.source).preprocessing))
             elif ref.stitch is None:

@@ -16,18 +16,11 @@ from lightning_stitch.recipe import Builder, Preprocessing
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A source that was found but not built; the fields are those of SourceRef.
+    """A source that was found but not built; further fields are those of SourceRef.
 
     Attributes:
-        spec: What the user wrote.
-        name: The short name.
-        builder: Which library builds the architecture.
-        architecture: The builder's own name for it.
         build: Makes the network with its weights; this is where the slow work is.
-        arguments: Keyword arguments that rebuild the architecture without weights; plain JSON.
         preprocessing: None where only the built network can tell.
-        licence: None where unknown.
-        revision: Commit hash of the weights, where there is one.
         weights: The file of weights that `build` will read; None: none, or only it knows.
         outline: Makes the network without reading weights, of tensors of these names and shapes, if any, loaded as
             `build` would load them. None: only `build` can make it.

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_stitch.errors import SourceError
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.python_modules import find_factory, find_module
-from lightning_stitch.sources.spec import SPECS, SourceSpec, checked_licence, checked_preprocessing
+from lightning_stitch.sources.spec import SPECS, SourceSpec, check_licence, check_preprocessing, show_spec
 from lightning_stitch.sources.timm_models import find_in_folder, find_in_registry, find_on_hub
 from lightning_stitch.sources.torchvision_models import find_in_torchvision
 
@@ -29,30 +29,25 @@ _FINDERS: dict[str, Callable[[SourceSpec, str], Blueprint]] = {
 def find_source(spec: SourceSpec) -> Blueprint:
     """Find a source; what the user says of it holds before what it says of itself.
 
-    Costs one or two small requests for a source on the hub, and imports (not calls) the factory of a "python:" source.
-
     Raises:
         SourceError: If the source cannot be found or reached; names the spec.
     """
     try:
         spec.check()
-        blueprint = find_module(spec) if isinstance(spec.spec, nn.Module) else _find_text(spec, spec.spec)
+        blueprint = find_module(spec) if isinstance(spec.spec, nn.Module) else _find_by_prefix(spec, spec.spec)
         preprocessing = spec.preprocessing or blueprint.preprocessing
         return dataclasses.replace(
             blueprint,
             name=spec.name or blueprint.name,
-            licence=checked_licence(spec.licence or blueprint.licence),
-            preprocessing=checked_preprocessing(preprocessing) if preprocessing else None,
+            licence=check_licence(spec.licence or blueprint.licence),
+            preprocessing=check_preprocessing(preprocessing) if preprocessing else None,
         )
     except SourceError as error:
-        raise SourceError(f"Source {spec.shown}: {error}") from error
+        raise SourceError(f"Source {show_spec(spec.spec)}: {error}") from error
 
 
 def find_sources(sources: Sequence[AnySource]) -> list[Blueprint]:
     """Find several sources, without their weights; those that were found already are taken as they are.
-
-    Args:
-        sources: As in `load_sources`.
 
     Raises:
         SourceError: If there are none, or some cannot be found; all of those are named.
@@ -71,28 +66,21 @@ def find_sources(sources: Sequence[AnySource]) -> list[Blueprint]:
 
 
 def check_list(sources: object) -> None:
-    """Refuse what is no list of sources.
-
-    Raises:
-        SourceError: If it is one source alone, or empty.
-    """
+    """Refuse, with a SourceError, one source alone and an empty list."""
     if isinstance(sources, str | nn.Module | Mapping) or not sources:
         raise SourceError(f"Expected a list of sources, each {SPECS}, or a mapping; found {sources!r}.")
 
 
-def distinct(names: Sequence[str]) -> list[str]:
+def make_distinct(names: Sequence[str]) -> list[str]:
     """Names of sources that can be told apart: one that occurs again gets "#2", "#3", ... behind it."""
-    taken: dict[str, None] = {}
-    for base in names:
-        name, count = base, 1
-        while name in taken:
-            count += 1
-            name = f"{base}#{count}"
-        taken[name] = None
-    return list(taken)
+    taken: list[str] = []
+    for name in names:
+        numbered = (f"{name}#{count}" for count in range(2, len(names) + 1))
+        taken.append(next(candidate for candidate in (name, *numbered) if candidate not in taken))
+    return taken
 
 
-def _find_text(spec: SourceSpec, text: str) -> Blueprint:
+def _find_by_prefix(spec: SourceSpec, text: str) -> Blueprint:
     """Dispatch on the prefix."""
     prefix, colon, rest = text.partition(":")
     if not colon:

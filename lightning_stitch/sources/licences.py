@@ -52,7 +52,7 @@ def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
     """The licence of what is made of several sources, if all of them have the same and may be shared.
 
     Args:
-        licences: SPDX identifiers or the hub's words, in any case, by the sources' names; None: not known.
+        licences: SPDX identifiers or the hub's words, in any case, by the sources' names.
 
     Example:
         >>> combine_licences({"a": "MIT", "b": "mit"}).name
@@ -67,14 +67,14 @@ def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
     unknown = tuple(name for name, word in words.items() if name not in forbidding and not _is_known(word))
     licence: str | None = None
     if forbidding:
-        why = f"{_listed(forbidding, words)} may not be shared in changed form."
+        why = f"{_quote(forbidding, words)} may not be shared in changed form."
     elif unknown:
-        why = f"The licence of {_listed(unknown, words)} is not known, so that of the whole cannot be told."
+        why = f"The licence of {_quote(unknown, words)} is not known, so that of the whole cannot be told."
     elif len(set(words.values())) == 1:
         licence = next(iter(words.values()))
         why = f"All sources are under {licence}."
     else:
-        why = f"The sources are under several licences: {_listed(words, words)}."
+        why = f"The sources are under several licences: {_quote(words, words)}."
     return CombinedLicence(licence, unknown, forbidding, why)
 
 
@@ -89,13 +89,7 @@ def forbidden_by(licence: str | None) -> list[str]:
 
 
 def hub_words(licence: str | None) -> tuple[str, str | None]:
-    """A licence as a card's metadata name it, where the hub takes no other words than its own.
-
-    Args:
-        licence: SPDX identifier, the hub's word, or free text; None: it cannot be told.
-
-    Returns:
-        `license` and `license_name`; the second is None where the first says it.
+    """A licence as a card's `license` and `license_name`; the second is None where the first says it.
 
     Example:
         >>> hub_words("MIT"), hub_words("My own, see below")
@@ -116,12 +110,12 @@ def _is_known(word: str | None) -> bool:
 
 
 def _word(licence: str | None) -> str | None:
-    """As the hub writes it."""
+    """A licence as the hub writes it."""
     if licence is None or not licence.strip():
         return None
     word = re.sub(r"[\s_-]+", "-", licence.strip().lower())
     return re.sub(r"-only$|-or-later$|(?<=\d)\+$", "", word)
 
 
-def _listed(names: Iterable[str], words: Mapping[str, str | None]) -> str:
+def _quote(names: Iterable[str], words: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name!r} ({words[name] or 'none given'})" for name in names)

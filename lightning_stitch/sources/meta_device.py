@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +15,13 @@ _READ_WHILE_BUILDING = frozenset({torch.arange, torch.linspace, torch.tensor})
 class _ListsInMemory(TorchFunctionMode):
     """Keeps short lists of numbers on the CPU: networks like torchvision's RegNets read them to know their widths."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func in _READ_WHILE_BUILDING:
-            options.setdefault("device", "cpu")
-        return func(*args, **options)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = {"device": "cpu"} if func in _READ_WHILE_BUILDING else {}
+        return func(*args, **{**options, **(kwargs or {})})
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, without memory for its tensors.
-
-    Args:
-        build: Makes a network; it is called again where it wanted to read numbers.
-
-    Raises:
-        Exception: Whatever `build` raises.
-    """
+    """What `build` makes, without memory for its tensors; it is called again where it wants to read numbers."""
     try:
         with torch.device("meta"):
             return build()

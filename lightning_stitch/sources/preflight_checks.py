@@ -1,8 +1,7 @@
 """Before any weights are fetched: which sources can be used for images of a shape, and what it takes to get them.
 
-Every source is found (names, revisions, files), and its network built from its configuration on the meta device, where
-tensors have shapes and nothing else. The tensors of a weight file are compared with it by the file's first bytes. What
-is asked of the hub are a few small requests for each source.
+Every source is found, and its network built on the meta device, where tensors have shapes and nothing else. The tensors
+of a weight file are compared with it by the file's first bytes.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.io import WeightFile, tensor_shapes
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import AnySource, check_list, distinct, find_source
+from lightning_stitch.sources.finding import AnySource, check_list, find_source, make_distinct
 from lightning_stitch.sources.licences import forbidden_by
-from lightning_stitch.sources.source import Source, outline
-from lightning_stitch.sources.spec import SourceSpec
-from lightning_stitch.sources.views import check_names, opened, view_size
+from lightning_stitch.sources.source import outline
+from lightning_stitch.sources.spec import SourceSpec, show_spec
+from lightning_stitch.sources.views import check_names, cut_source
 
 _SECONDS_TO_ANSWER = 10
 
@@ -50,9 +49,8 @@ class SourceCheck:
         params: Number of parameters.
         macs: Multiply-accumulates for one image of `view_size`.
         output_features: Width of its output.
-        weights: Bytes of its weight file; None where unknown.
-        download: Bytes of it that are not on disk yet; None where unknown.
-        problems: Why it cannot be used; empty where it can.
+        download: Bytes of its weights that are not on disk yet; None where unknown.
+        problem: Why it cannot be used; None where it can.
         notes: What else to know.
     """
 
@@ -67,15 +65,14 @@ class SourceCheck:
     params: int | None = None
     macs: int | None = None
     output_features: int | None = None
-    weights: int | None = None
     download: int | None = None
-    problems: tuple[str, ...] = ()
+    problem: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether it can be used."""
-        return not self.problems
+        return self.problem is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +120,10 @@ class Preflight:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values, without blueprints, with `fits` for the whole and for each source."""
-        plain = asdict(replace(self, blueprints=()))
-        del plain["blueprints"]
         rows = [{**asdict(row), "fits": row.fits} for row in self.rows]
-        return {**plain, "rows": rows, "fits": self.fits}
+        plain = {**asdict(replace(self, blueprints=())), "rows": rows, "fits": self.fits}
+        del plain["blueprints"]
+        return plain
 
 
 def preflight(
@@ -138,8 +135,8 @@ def preflight(
 ) -> Preflight:
     """Check sources without their weights: names, files, shapes, formats, input sizes, licences and disk space.
 
-    No weights are fetched and no factory is called. Without a network, what is cached is checked, and the result says
-    so. A source that `preflight` accepts can still fail to load where a download breaks or weights hold NaN.
+    No weights are fetched and no factory is called. A source that is accepted can still fail to load where a download
+    breaks or weights hold NaN.
 
     Args:
         sources: What `load_sources` takes.
@@ -149,7 +146,7 @@ def preflight(
         regardless: Whether to call that function where some sources were not found, too, for those that were.
 
     Returns:
-        One row for each source, with every reason against it.
+        One row for each source, with the first reason against it.
 
     Raises:
         SourceError: If `sources` is no list, or empty.
@@ -162,154 +159,106 @@ def preflight(
     """
     check_list(sources)
     began = time.monotonic()
-    chosen = settings or CalibrationSettings()
+    settings = settings or CalibrationSettings()
     findings = [_find(source) for source in sources]
-    missing = [bool(finding.problems) for finding in findings]
-    unread: tuple[str, ...] = ()
+    missing = [isinstance(finding, SourceCheck) for finding in findings]
+    problems: list[str] = []
     if callable(image_shape):
         try:
             image_shape = None if all(missing) or (any(missing) and not regardless) else image_shape()
         except StitchError as error:
             if not any(missing):
                 raise
-            image_shape, unread = None, (f"The images cannot be used: {error}",)
-    rows, files, blueprints, silences = [], [], [], Counter[str]()
-    for finding, name in zip(findings, distinct([finding.name for finding in findings]), strict=True):
-        row, blueprint, file = _check(finding, name, chosen, image_shape)
-        if file is not None and file.unreachable and file.file is not None:
-            silences[file.unreachable] += 1
+            image_shape, problems = None, [f"The images cannot be used: {error}"]
+    rows, blueprints = [], []
+    for finding, name in zip(findings, make_distinct([finding.name for finding in findings]), strict=True):
+        finding = replace(finding, name=name)
+        if isinstance(finding, SourceCheck):
+            rows.append(finding)
+            continue
+        row, blueprint = _check(finding, settings, image_shape)
         rows.append(row)
-        files.append(file if row.fits else None)
-        if blueprint is not None and row.fits:
+        if row.fits:
             blueprints.append(blueprint)
-    disks, shortages = _disks(files)
-    problems = (*unread, *shortages, *_joint_problems(rows, chosen, image_shape))
+    files = [blueprint.weights for blueprint in blueprints if blueprint.weights is not None]
+    disks = _disks(files)
+    problems += [_describe_shortage(disk) for disk in disks if disk.download > disk.free]
+    problems += _joint_problems(rows, settings, image_shape)
     notes = tuple(
-        f"{reason}: for {count} of {len(rows)} sources the cache was taken." for reason, count in silences.items()
+        f"{reason}: for {count} of {len(rows)} sources the cache was taken."
+        for reason, count in Counter(file.unreachable for file in files if file.unreachable).items()
     )
     seconds = time.monotonic() - began
-    return Preflight(image_shape, tuple(rows), disks, problems, notes, seconds, tuple(blueprints))
+    return Preflight(image_shape, tuple(rows), disks, tuple(problems), notes, seconds, tuple(blueprints))
 
 
-@dataclass(frozen=True, slots=True)
-class _Finding:
-    """What came of looking for a source; where its weights cannot be had, the source without them if it is known."""
-
-    spec: str
-    name: str
-    blueprint: Blueprint | None = None
-    problems: tuple[str, ...] = ()
-    download: int | None = None
-
-
-def _find(source: AnySource) -> _Finding:
+def _find(source: AnySource) -> Blueprint | SourceCheck:
+    """The source, or why it cannot be found."""
     if isinstance(source, Blueprint):
-        return _Finding(source.spec, source.name, source, download=None if source.weights else 0)
-    label = _label(source)
+        return source
     try:
-        spec = SourceSpec.of(source)
+        return find_source(SourceSpec.of(source))
     except SourceError as error:
-        return _Finding(*label, problems=(str(error),))
-    download = 0 if spec.pretrained is False else None
-    try:
-        blueprint = find_source(spec)
-        return _Finding(blueprint.spec, blueprint.name, blueprint, download=download)
-    except SourceError as error:
-        problems = (str(error).removeprefix(f"Source {spec.shown}: "),)
-    try:
-        blueprint = find_source(replace(spec, pretrained=False))
-        return _Finding(blueprint.spec, blueprint.name, blueprint, problems, download)
-    except SourceError:
-        return _Finding(*label, problems=problems, download=download)
-
-
-def _label(source: str | nn.Module | Mapping[str, Any]) -> tuple[str, str]:
-    """What a source that was not found is called: its spec and its name."""
-    spec = source.get("spec") if isinstance(source, Mapping) else source
-    text = f"live:{type(spec).__qualname__}" if isinstance(spec, nn.Module) else str(spec)
-    return text, str(source.get("name") or text) if isinstance(source, Mapping) else text
+        options = source if isinstance(source, Mapping) else {"spec": source}
+        spec = options.get("spec")
+        text = show_spec(spec) if isinstance(spec, nn.Module) else str(spec)
+        problem = str(error).removeprefix(f"Source {show_spec(spec)}: ")
+        return SourceCheck(str(options.get("name") or text), text, problem=problem)
 
 
 def _check(
-    finding: _Finding,
-    name: str,
-    settings: CalibrationSettings,
-    image_shape: tuple[int, int, int] | None,
-) -> tuple[SourceCheck, Blueprint | None, WeightFile | None]:
-    """A source, looked at more closely where it was found; its blueprint with what was traced, its file."""
-    row = SourceCheck(name, finding.spec, download=finding.download, problems=finding.problems)
-    if finding.blueprint is None:
-        return row, None, None
-    blueprint = replace(finding.blueprint, name=name)
-    file = None if finding.problems else blueprint.weights
-    problems, notes = list(row.problems), []
-    row = replace(row, architecture=blueprint.architecture, revision=blueprint.revision, licence=blueprint.licence)
-    if file is not None and file.size is None and file.url is not None:
-        file = _ask_size(file)
-        if file.unreachable:
-            problems.append(f"{file.url} cannot be reached ({file.unreachable}), and {file.folder} does not hold it.")
-    source = None
+    blueprint: Blueprint, settings: CalibrationSettings, image_shape: tuple[int, int, int] | None
+) -> tuple[SourceCheck, Blueprint]:
+    """A source that was found, and its blueprint with what was traced."""
+    file, notes = blueprint.weights, _licence_notes(blueprint.licence)
+    row = SourceCheck(
+        name=blueprint.name,
+        spec=blueprint.spec,
+        architecture=blueprint.architecture,
+        revision=blueprint.revision,
+        licence=blueprint.licence,
+        download=0 if file is None or file.file is not None else file.size,
+    )
     try:
-        shapes = tensor_shapes(file) if file is not None and not problems else None
-        if shapes is None and not problems and file is not None and file.hub is not None:
+        if file is not None and file.file is None and file.url is not None:
+            file = replace(file, size=_ask_size(file.url, file.folder))
+            blueprint, row = replace(blueprint, weights=file), replace(row, download=file.size)
+        shapes = None if file is None else tensor_shapes(file)
+        if shapes is None and file is not None and file.hub is not None:
             notes.append("its weights' shapes could not be read yet: whether they fit is checked when they are loaded")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the search will say it again
             source = outline(blueprint, shapes)
-        if source is None:
-            notes.append("the factory is not called yet: shapes and sizes are checked when it is")
+            if source is None:
+                notes.append("the factory is not called yet: shapes and sizes are checked when it is")
+            else:
+                row = replace(
+                    row,
+                    input_size=source.preprocessing.input_size,
+                    params=sum(parameter.numel() for parameter in source.module.parameters()),
+                )
+                graph, cuts, end = cut_source(source, settings, image_shape or source.preprocessing.input_size)
+                row = replace(
+                    row,
+                    view_size=graph.input_size,
+                    formats=dict(Counter(str(cut.format) for cut in cuts)),
+                    macs=graph.macs(None, end),
+                    output_features=graph.output_features(),
+                )
+                blueprint = replace(blueprint, graphs=source.graphs)
     except StitchError as error:
-        problems.append(str(error).removeprefix(f"Source {blueprint.spec!r}: "))
-    if source is not None:
-        row, more = _cut(row, source, settings, image_shape or source.preprocessing.input_size)
-        problems += more
-        blueprint = replace(blueprint, graphs=source.graphs)
-    if file is not None:
-        row = replace(row, weights=file.size, download=0 if file.file is not None else file.size)
-    elif blueprint.outline is None or not row.problems:
-        row = replace(row, download=0)
-    notes = [*_licence_notes(row.licence), *notes]
-    return replace(row, problems=tuple(problems), notes=tuple(notes)), blueprint, file
+        row = replace(row, problem=str(error).removeprefix(f"Source {blueprint.spec!r}: "))
+    return replace(row, notes=tuple(notes)), blueprint
 
 
-def _cut(
-    row: SourceCheck, source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
-) -> tuple[SourceCheck, list[str]]:
-    """Where a network without weights can be cut."""
-    row = replace(
-        row,
-        licence=source.licence,
-        input_size=source.preprocessing.input_size,
-        params=sum(parameter.numel() for parameter in source.module.parameters()),
-    )
+def _ask_size(url: str, folder: Path) -> int | None:
+    """The bytes of a file, if its server tells them."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph, cuts, end = opened(source, settings, image_shape)
-    except StitchError as error:
-        return row, [str(error)]
-    formats = dict(Counter(str(cut.format) for cut in cuts))
-    return (
-        replace(
-            row,
-            view_size=view_size(source.preprocessing, image_shape),
-            formats=formats,
-            macs=graph.macs(None, end),
-            output_features=graph.output_features(),
-        ),
-        [],
-    )
-
-
-def _ask_size(file: WeightFile) -> WeightFile:
-    """The same, with the size that its server tells."""
-    request = urllib.request.Request(str(file.url), method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_SECONDS_TO_ANSWER) as response:
             length = response.headers.get("Content-Length")
-            return replace(file, size=None if length is None else int(length))
+            return None if length is None else int(length)
     except (OSError, ValueError) as error:
-        return replace(file, unreachable=first_lines(error))
+        raise SourceError(f"{url} cannot be reached ({first_lines(error)}), and {folder} does not hold it.") from error
 
 
 def _licence_notes(licence: str | None) -> list[str]:
@@ -320,30 +269,27 @@ def _licence_notes(licence: str | None) -> list[str]:
     return [f"its licence ({licence}) forbids {' and '.join(forbidden)}"] if forbidden else []
 
 
-def _disks(files: Sequence[WeightFile | None]) -> tuple[tuple[Disk, ...], list[str]]:
-    """What is to be downloaded to each file system, each file once, and where there is no room for it."""
-    needs = {file.hub or file.url: file for file in files if file is not None and file.file is None}
-    closed = sorted({file.folder for file in needs.values() if not _writable(_existing(file.folder))})
+def _disks(files: Sequence[WeightFile]) -> tuple[Disk, ...]:
+    """What is to be downloaded to each file system, each file once."""
     by_device: dict[int, list[WeightFile]] = {}
-    for file in needs.values():
-        by_device.setdefault(os.stat(_existing(file.folder)).st_dev, []).append(file)
-    disks = tuple(
+    for file in {file.hub or file.url: file for file in files if file.file is None}.values():
+        by_device.setdefault(os.stat(_existing_part(file.folder)).st_dev, []).append(file)
+    return tuple(
         Disk(
-            str(group[0].folder),
-            sum(file.size or 0 for file in group),
-            shutil.disk_usage(_existing(group[0].folder)).free,
+            folder=str(group[0].folder),
+            download=sum(file.size or 0 for file in group),
+            free=shutil.disk_usage(_existing_part(group[0].folder)).free,
         )
         for group in by_device.values()
     )
-    refusals = [
-        f"Weights are to be downloaded to {folder}, but {_existing(folder)} is no folder that can be written. Let "
-        f"HF_HOME (or HF_HUB_CACHE) and TORCH_HOME name folders that can."
-        for folder in closed
-    ]
-    return disks, [*refusals, *(_shortage(disk) for disk in disks if disk.download > disk.free)]
 
 
-def _shortage(disk: Disk) -> str:
+def _existing_part(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _describe_shortage(disk: Disk) -> str:
     unit, name = (1e9, "GB") if disk.download >= 1e9 else (1e6, "MB")
     need, free = disk.download / unit, disk.free / unit
     return (
@@ -351,15 +297,6 @@ def _shortage(disk: Disk) -> str:
         f"{math.ceil(100 * (need - free)) / 100:.2f} {name}, take fewer sources, or let HF_HOME and TORCH_HOME name "
         f"folders with more room."
     )
-
-
-def _writable(path: Path) -> bool:
-    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or what there is of the way to it."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _joint_problems(

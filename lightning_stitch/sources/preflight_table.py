@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import AnySource
-from lightning_stitch.sources.preflight_checks import Preflight, preflight
+from lightning_stitch.sources.preflight_checks import Preflight
 from lightning_stitch.sources.source import Source
-from lightning_stitch.sources.views import opened
+from lightning_stitch.sources.views import cut_source
 from lightning_stitch.tables import print_table, table_text
 
 _LEFT = ("fits", "sees", "cuts", "licence")
 _EXPENDABLE = ("M MACs", "cuts", "M params", "sees")
+_ADVICE = "skip_rejected=True goes on without those that are rejected."
 
 
 def print_preflight(checked: Preflight, *, console: Console | None = None) -> None:
-    """Print one line for each source, and below them what is wrong or worth knowing.
-
-    Args:
-        checked: What `preflight` found.
-        console: Where to; None: standard output.
-    """
-    print_table(
-        _rows(checked),
-        title=_title(checked),
-        notes=_notes(checked),
-        left=_LEFT,
-        expendable=_EXPENDABLE,
-        console=console,
-    )
+    """Print one line for each source, and below them what is wrong or worth knowing."""
+    title, notes = _title(checked), _notes(checked)
+    print_table(_rows(checked), title=title, notes=notes, left=_LEFT, expendable=_EXPENDABLE, console=console)
 
 
 def preflight_text(checked: Preflight) -> str:
@@ -43,22 +30,14 @@ def preflight_text(checked: Preflight) -> str:
 
 
 def require(checked: Preflight, *, skip_rejected: bool = False) -> None:
-    """Refuse to go on with sources that cannot be used.
-
-    Args:
-        checked: What `preflight` found.
-        skip_rejected: Whether the others may go on without those that are rejected.
+    """Refuse, with the table, to go on with sources that cannot be used; those that are rejected may be skipped.
 
     Raises:
-        SourceError: With the table.
+        SourceError: If one is rejected that may not be skipped, or all together cannot be used.
     """
-    rejected = sum(not row.fits for row in checked.rows)
-    if not checked.problems and (skip_rejected or not rejected):
-        return
-    raise SourceError(
-        f"{refusal(checked)} No weights were downloaded.\n{preflight_text(checked)}"
-        + ("\nskip_rejected=True goes on without those that are rejected." if not checked.problems else "")
-    )
+    if checked.problems or not (checked.fits or skip_rejected):
+        advice = "" if checked.problems else f"\n{_ADVICE}"
+        raise SourceError(f"{refusal(checked)} No weights were downloaded.\n{preflight_text(checked)}{advice}")
 
 
 def refusal(checked: Preflight) -> str:
@@ -67,33 +46,6 @@ def refusal(checked: Preflight) -> str:
     if rejected:
         return f"{rejected} of {len(checked.rows)} sources cannot be used."
     return "The sources cannot be used together."
-
-
-def usable_sources(
-    sources: Sequence[AnySource],
-    image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None,
-    settings: CalibrationSettings,
-    *,
-    skip_rejected: bool,
-    show: bool,
-) -> tuple[Blueprint, ...]:
-    """Those of the sources with which a search may begin, found and traced, under the names they were checked under.
-
-    Args:
-        sources: What `load_sources` takes.
-        image_shape: As in `preflight`.
-        settings: As in `preflight`.
-        skip_rejected: Whether sources that are rejected are left out; otherwise they are an error.
-        show: Whether to print the table.
-
-    Raises:
-        SourceError: If one is rejected that may not be left out, or all together cannot be used; with the table.
-    """
-    checked = preflight(sources, image_shape=image_shape, settings=settings, regardless=skip_rejected)
-    require(checked, skip_rejected=skip_rejected)
-    if show:
-        print_preflight(checked)
-    return checked.blueprints
 
 
 def fitting_sources(
@@ -105,26 +57,23 @@ def fitting_sources(
 ) -> list[Source]:
     """Those of loaded sources that take the images, where the images' shape was not known when they were checked.
 
-    Args:
-        sources: The sources.
-        image_shape: (channels, height, width) of the images.
-        settings: How the sources will be cut, and where networks end.
-        skip_rejected: Whether sources that do not take them are left out; otherwise they are an error.
-
     Raises:
         SourceError: If one does not that may not be left out, or none does.
     """
     fitting, problems = [], []
     for source in sources:
         try:
-            opened(source, settings, image_shape)
+            cut_source(source, settings, image_shape)
             fitting.append(source)
         except StitchError as error:
             problems.append(f"{source.name} is rejected: {error}")
     if problems and not (skip_rejected and fitting):
-        listed = "\n".join(problems)
-        advice = "\nskip_rejected=True goes on without those that are rejected." if fitting else ""
-        raise SourceError(f"{len(problems)} of {len(sources)} sources cannot be used.\n{listed}{advice}")
+        lines = [
+            f"{len(problems)} of {len(sources)} sources cannot be used.",
+            *problems,
+            *([_ADVICE] if fitting else []),
+        ]
+        raise SourceError("\n".join(lines))
     return fitting
 
 
@@ -151,13 +100,13 @@ def _rows(checked: Preflight) -> list[dict[str, str]]:
 
 
 def _notes(checked: Preflight) -> list[str]:
-    reasons = [f"{row.name} is rejected: {problem}" for row in checked.rows for problem in row.problems]
+    reasons = [f"{row.name} is rejected: {row.problem}" for row in checked.rows if not row.fits]
     notes = [f"{row.name}: {note}." for row in checked.rows if row.fits for note in row.notes]
-    return [*reasons, *checked.problems, *checked.notes, *notes, *map(_room, checked.disks)]
-
-
-def _room(disk: Any) -> str:
-    return f"{disk.download / 1e6:.1f} MB to download to {disk.folder}; {disk.free / 1e9:.1f} GB are free there."
+    downloads = [
+        f"{disk.download / 1e6:.1f} MB to download to {disk.folder}; {disk.free / 1e9:.1f} GB are free there."
+        for disk in checked.disks
+    ]
+    return [*reasons, *checked.problems, *checked.notes, *notes, *downloads]
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_stitch.cutting import copied
+from lightning_stitch.cutting import copy_module
 from lightning_stitch.errors import SourceError, first_lines
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.sources.blueprint import Blueprint, preprocessing_from
@@ -37,18 +37,13 @@ def _import_factory(path: str) -> Callable[..., nn.Module]:
         raise SourceError(f"expected 'python:package.module:factory'; found 'python:{path}'.")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"{path!r} cannot be imported ({error}). Check the spelling, and that its folder is on PYTHONPATH."
-        ) from error
     except Exception as error:  # the user's module may raise anything
         raise SourceError(
-            f"{path!r} cannot be imported: {module_name} raises {first_lines(error)}. Mend what it does when imported."
+            f"{path!r} cannot be imported: {module_name} raises {first_lines(error)}. Check the spelling, what it does "
+            f"when imported, and that its folder is on PYTHONPATH."
         ) from error
     if not callable(factory):
-        raise SourceError(
-            f"{path!r} is no callable but a {type(factory).__name__}; expected one that returns a module."
-        )
+        raise SourceError(f"{path!r} is no callable but a {type(factory).__name__}; expected a factory of modules.")
     return factory
 
 
@@ -85,7 +80,7 @@ def find_module(spec: SourceSpec) -> Blueprint:
 
 def _copy(module: nn.Module) -> nn.Module:
     try:
-        return copied(module)
+        return copy_module(module)
     except Exception as error:  # a module may hold anything
         raise SourceError(
             f"{type(module).__name__} cannot be copied: {first_lines(error)}. Remove what cannot be (open files, "

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +19,18 @@ from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity
 from lightning_stitch.sources.blueprint import Blueprint
-from lightning_stitch.sources.finding import AnySource, distinct, find_source, find_sources
+from lightning_stitch.sources.finding import AnySource, find_source, find_sources, make_distinct
 from lightning_stitch.sources.meta_device import build_on_meta
 from lightning_stitch.sources.python_modules import call_factory, declared_config, declared_preprocessing
-from lightning_stitch.sources.spec import SourceSpec, checked_licence, checked_preprocessing, reserved_arguments
-from lightning_stitch.sources.timm_models import check_architecture, create_timm
+from lightning_stitch.sources.spec import SourceSpec, check_licence, check_preprocessing, reserved_arguments
+from lightning_stitch.sources.timm_models import create_timm
 from lightning_stitch.sources.torchvision_models import create_torchvision
+
+_BUILDERS: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
+    "timm": create_timm,
+    "torchvision": create_torchvision,
+    "python": call_factory,
+}
 
 
 @dataclass(slots=True)
@@ -59,11 +64,7 @@ class Source:
 
     @property
     def graph(self) -> CutGraph:
-        """The network traced and cut at its native input size; made at the first use.
-
-        Raises:
-            CutError: If it cannot be traced, or has no cut.
-        """
+        """The network traced and cut at its native input size, as `graph_at`."""
         return self.graph_at(self.preprocessing.input_size)
 
     def graph_at(self, input_size: tuple[int, int, int]) -> CutGraph:
@@ -83,13 +84,7 @@ class Source:
         return self.graph.cuts(granularity)
 
     def fragment(self, start: str | None, end: str | None) -> nn.Module:
-        """The part between two cuts, with parameters of its own; None: from the image, to the output.
-
-        One that begins at the image takes what the source itself takes: images already normalised.
-
-        Raises:
-            CutError: If a cut is unknown, or `end` does not lie behind `start`.
-        """
+        """The part between two cuts at the native size, as `CutGraph.fragment`; it takes normalised images."""
         return self.graph.fragment(start, end)
 
 
@@ -146,7 +141,7 @@ def load_sources(sources: Sequence[AnySource]) -> list[Source]:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
     """
     blueprints = find_sources(sources)
-    names = distinct([blueprint.name for blueprint in blueprints])
+    names = make_distinct([blueprint.name for blueprint in blueprints])
     return [_load(dataclasses.replace(blueprint, name=name)) for blueprint, name in zip(blueprints, names, strict=True)]
 
 
@@ -163,21 +158,19 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
     Raises:
         SourceError: If it cannot be built, or the shapes do not fit.
     """
-    if blueprint.outline is None:
+    if (make := blueprint.outline) is None:
         return None
 
-    def built() -> nn.Module:
-        tensors = None if shapes is None else {name: torch.zeros(shape) for name, shape in shapes.items()}
-        assert blueprint.outline is not None
-        return blueprint.outline(tensors)
+    def build() -> nn.Module:
+        return make(None if shapes is None else {name: torch.zeros(shape) for name, shape in shapes.items()})
 
     try:
-        with _seeded(blueprint.spec):
+        with _seed_from(blueprint.spec):
             try:
-                module = build_on_meta(built)
+                module = build_on_meta(build)
             except SourceError:
                 # What is not timm's or torchvision's own may need numbers while it is built.
-                module = built()
+                module = build()
         module = _in_float32(module.eval())
         return Source(ref=_ref(blueprint, "", module), module=module)
     except SourceError as error:
@@ -200,8 +193,8 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
     problem = f"The architecture of source {ref.name!r} cannot be rebuilt: "
     if ref.builder == "live":
         raise RecipeError(
-            f"{problem}it was given as a live module ({ref.architecture}). Load it as 'python:package.module:factory' "
-            f"instead, with a function that returns such a module, and compose again."
+            f"{problem}it was given as a live module ({ref.architecture}). Load it as 'python:package.module:factory', "
+            f"and compose again."
         )
     if ref.builder == "python" and not trust_factory:
         raise RecipeError(
@@ -210,30 +203,19 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
         )
     if reserved := reserved_arguments(ref.builder, ref.arguments):
         raise RecipeError(f"{problem}its arguments {reserved} would make {ref.builder} read files or the network.")
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "timm": partial(_checked_timm, ref.architecture, ref.arguments),
-        "torchvision": partial(create_torchvision, ref.architecture, ref.arguments),
-        "python": partial(call_factory, ref.architecture, ref.arguments),
-    }
-    if ref.builder not in builders:
-        raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(builders)}.")
+    if ref.builder not in _BUILDERS:
+        raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(_BUILDERS)}.")
     try:
-        with _seeded(ref.spec):
-            return _in_float32(builders[ref.builder]()).eval()
+        with _seed_from(ref.spec):
+            return _in_float32(_BUILDERS[ref.builder](ref.architecture, ref.arguments)).eval()
     except SourceError as error:
         raise RecipeError(problem + str(error)) from error
-
-
-def _checked_timm(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Only names of timm's registry: `timm.create_model` itself would follow "hf-hub:" and "local-dir:"."""
-    check_architecture(architecture)
-    return create_timm(architecture, arguments)
 
 
 def _load(blueprint: Blueprint) -> Source:
     """Build a source that was found and take its identity, and the graphs of its outline where they are its own."""
     try:
-        with _seeded(blueprint.spec):
+        with _seed_from(blueprint.spec):
             module = blueprint.build().eval()
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
@@ -241,7 +223,7 @@ def _load(blueprint: Blueprint) -> Source:
     except SourceError as error:
         raise SourceError(f"Source {blueprint.spec!r}: {error}") from error
     for input_size, outlined in blueprint.graphs.items():
-        graph = outlined.carried_over(module)
+        graph = outlined.carry_over(module)
         if graph is not None:
             source.graphs[input_size] = graph
     return source
@@ -249,19 +231,16 @@ def _load(blueprint: Blueprint) -> Source:
 
 def _ref(blueprint: Blueprint, weight_hash: str, module: nn.Module) -> SourceRef:
     """The identity; the built network tells what the blueprint could not."""
-    preprocessing = blueprint.preprocessing
-    if preprocessing is None:
-        preprocessing = checked_preprocessing(declared_preprocessing(module))
     return SourceRef(
         name=blueprint.name,
         spec=blueprint.spec,
         builder=blueprint.builder,
         architecture=blueprint.architecture,
         weight_hash=weight_hash,
-        preprocessing=preprocessing,
+        preprocessing=blueprint.preprocessing or check_preprocessing(declared_preprocessing(module)),
         arguments=blueprint.arguments,
         revision=blueprint.revision,
-        licence=blueprint.licence or checked_licence(declared_config(module).get("license")),
+        licence=blueprint.licence or check_licence(declared_config(module).get("license")),
     )
 
 
@@ -272,7 +251,7 @@ def _in_float32(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _seeded(spec: str) -> Iterator[None]:
+def _seed_from(spec: str) -> Iterator[None]:
     """Random numbers that depend on the spec alone; torch's global state is restored after."""
     seed = int.from_bytes(hashlib.sha256(spec.encode()).digest()[:8], "big")
     with torch.random.fork_rng(devices=[]):
@@ -288,14 +267,13 @@ def _weight_hash(state_dict: Mapping[str, Any]) -> str:
     empty = [name for name, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
     if empty:
         raise SourceError(
-            f"{len(empty)} tensors ({empty[0]}, ...) are on the meta device, or lazy and without a shape yet. Load "
-            f"weights into them, or run a batch of images through the network, first."
+            f"{len(empty)} tensors ({empty[0]}, ...) are on the meta device, or lazy. Load weights into them, or run a "
+            f"batch of images through the network, first."
         )
     broken = [name for name, tensor in tensors.items() if torch.isnan(tensor).any()]
     if broken:
         raise SourceError(
-            f"{len(broken)} of {len(tensors)} weight tensors hold NaN ({', '.join(broken[:3])}): the file is damaged, "
-            f"or its training diverged. Choose other weights."
+            f"{len(broken)} of {len(tensors)} weight tensors hold NaN ({', '.join(broken[:3])}). Choose other weights."
         )
     for name, tensor in tensors.items():
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

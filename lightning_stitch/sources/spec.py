@@ -35,29 +35,17 @@ class SourceSpec:
     arguments: Mapping[str, Any] | None = None
     preprocessing: Preprocessing | None = None
 
-    @property
-    def shown(self) -> str:
-        """The spec in an error; a module's own text would be its whole structure."""
-        return show_spec(self.spec)
-
     @classmethod
     def of(cls, source: str | nn.Module | Mapping[str, Any]) -> SourceSpec:
-        """What stands in a list of sources: a spec, or a mapping of the fields, as a YAML file gives it.
-
-        Raises:
-            SourceError: If the mapping has no "spec" or strange keys, or its preprocessing is no such mapping.
-        """
+        """What stands in a list of sources: a spec, or a mapping of the fields, as a YAML file gives it."""
         if not isinstance(source, Mapping):
             return cls(source)
         allowed = [field.name for field in dataclasses.fields(cls)]
         if "spec" not in source or not source.keys() <= set(allowed):
             raise SourceError(f"A source given as a mapping needs 'spec' and may hold {allowed}; found {list(source)}.")
         options = dict(source)
-        preprocessing = options.get("preprocessing")
-        if isinstance(preprocessing, Mapping):
-            values: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()
-            }
+        if isinstance(preprocessing := options.get("preprocessing"), Mapping):
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()}
             try:
                 options["preprocessing"] = Preprocessing(**values)
             except TypeError as error:
@@ -67,11 +55,7 @@ class SourceSpec:
         return cls(**options)
 
     def check(self) -> None:
-        """Refuse values of the wrong kind, as a YAML file may hold them.
-
-        Raises:
-            SourceError: Naming the first.
-        """
+        """Refuse, with a SourceError, values of the wrong kind, as a YAML file may hold them."""
         if self.name is not None and not isinstance(self.name, str):
             raise SourceError(f"name must be text; found {self.name!r}. In YAML, put it in quotes.")
         if not isinstance(self.pretrained, bool):
@@ -82,17 +66,11 @@ class SourceSpec:
     def plain_arguments(self, builder: Builder, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The builder's keyword arguments as the recipe will hold them: JSON, tuples turned into lists.
 
-        Args:
-            builder: The builder.
-            defaults: What holds where the user says nothing else.
-
         Raises:
-            SourceError: If one is not JSON, or is not the caller's to set.
+            SourceError: If one is not JSON, or is reserved.
         """
         if self.arguments is not None and not isinstance(self.arguments, Mapping):
-            raise SourceError(
-                f"arguments must map the names of the builder's arguments to values; found {self.arguments!r}."
-            )
+            raise SourceError(f"arguments must map the names of arguments to values; found {self.arguments!r}.")
         arguments = {str(key): value for key, value in {**(defaults or {}), **(self.arguments or {})}.items()}
         if reserved := reserved_arguments(builder, arguments):
             raise SourceError(f"arguments may not hold {reserved}: which weights are read is said by the spec alone.")
@@ -100,15 +78,14 @@ class SourceSpec:
             plain: dict[str, Any] = json.loads(json.dumps(arguments))
         except (TypeError, ValueError) as error:
             raise SourceError(
-                f"arguments must be plain JSON (numbers, strings, lists, dicts), because the recipe keeps them to "
-                f"rebuild the architecture; found {arguments} ({error}). Wrap the network in a factory of your own and "
-                f"give 'python:your.module:factory'."
+                f"arguments must be plain JSON, because the recipe keeps them; found {arguments} ({error}). Wrap the "
+                f"network in a factory of your own and give 'python:your.module:factory'."
             ) from error
         return plain
 
 
 def show_spec(spec: object) -> str:
-    """Any object that was given for a spec, in an error."""
+    """A spec in an error; a module's own text would be its whole structure."""
     return type(spec).__name__ if isinstance(spec, nn.Module) else repr(spec)
 
 
@@ -117,26 +94,22 @@ def reserved_arguments(builder: str, arguments: Mapping[str, Any]) -> list[str]:
     return sorted(RESERVED_ARGUMENTS.get(builder, frozenset()) & arguments.keys())
 
 
-def checked_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
+def check_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
     """The same, once its parts fit each other.
 
     Raises:
         SourceError: If a size is not positive, or mean and std have not one positive value for each channel.
     """
     if not isinstance(preprocessing, Preprocessing):
-        raise SourceError(
-            f"preprocessing must be a mapping of input_size, mean, std and more, or a Preprocessing(...); found "
-            f"{preprocessing!r}."
-        )
+        raise SourceError(f"preprocessing must be a mapping or a Preprocessing(...); found {preprocessing!r}.")
     size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
     kinds = isinstance(preprocessing.interpolation, str) and isinstance(preprocessing.fixed_size, bool)
     kinds = kinds and _are_numbers(size, int) and _are_numbers(mean, int, float) and _are_numbers(std, int, float)
     if not kinds or len(size) != 3 or min(size) < 1 or {len(mean), len(std)} != {size[0]} or min(std) <= 0:
         raise SourceError(
-            f"preprocessing needs input_size (channels, height, width) and one mean and one positive std for each "
+            f"preprocessing needs input_size (channels, height, width), one mean and one positive std for each "
             f"channel, a word for interpolation, and fixed_size true or false; found input_size={size}, mean={mean}, "
-            f"std={std}, interpolation={preprocessing.interpolation!r}, fixed_size={preprocessing.fixed_size!r}. Give "
-            f"preprocessing=Preprocessing(...)."
+            f"std={std}, interpolation={preprocessing.interpolation!r}, fixed_size={preprocessing.fixed_size!r}."
         )
     return preprocessing
 
@@ -147,12 +120,8 @@ def _are_numbers(values: object, *kinds: type) -> bool:
     )
 
 
-def checked_licence(licence: object) -> str | None:
-    """The same, if it is a word.
-
-    Raises:
-        SourceError: If it is of another kind.
-    """
+def check_licence(licence: object) -> str | None:
+    """The same, if it is a word; otherwise a SourceError."""
     if licence is None or isinstance(licence, str):
         return licence
     raise SourceError(f"its licence should be one word, such as 'apache-2.0'; found {licence!r}. Give licence='...'.")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_stitch.errors import SourceError, first_lines, nearest
 from lightning_stitch.io import (
@@ -31,11 +31,7 @@ UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def find_in_registry(spec: SourceSpec, name: str) -> Blueprint:
-    """A timm name such as "resnet50.a1_in1k"; its weights come from the hub, pinned to a commit.
-
-    Raises:
-        SourceError: If timm knows no such model or tag, or its weights cannot be reached.
-    """
+    """A timm name such as "resnet50.a1_in1k"; its weights come from the hub, pinned to a commit."""
     import timm
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
@@ -75,11 +71,7 @@ def find_in_registry(spec: SourceSpec, name: str) -> Blueprint:
 
 
 def find_in_folder(spec: SourceSpec, path: str) -> Blueprint:
-    """A folder in timm's layout: config.json and model.safetensors.
-
-    Raises:
-        SourceError: If the folder or one of the files is missing, or only pickled weights are there.
-    """
+    """A folder in timm's layout: config.json and model.safetensors."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise SourceError(f"there is no folder {path!r}. Expected one that holds {CONFIG} and {WEIGHTS}.")
@@ -108,11 +100,7 @@ def find_in_folder(spec: SourceSpec, path: str) -> Blueprint:
 
 
 def find_on_hub(spec: SourceSpec, repository: str) -> Blueprint:
-    """A hub repository in timm's layout, "ORG/NAME" or "ORG/NAME@REVISION", pinned to the commit that was found.
-
-    Raises:
-        SourceError: If the repository, the revision or a file is missing, or the hub cannot be reached.
-    """
+    """A hub repository in timm's layout, "ORG/NAME" or "ORG/NAME@REVISION", pinned to the commit that was found."""
     if (place := split_repository(repository)) is None:
         raise SourceError("expected 'hf-hub:ORG/NAME' or 'hf-hub:ORG/NAME@REVISION'.")
     repo, wanted = place
@@ -145,22 +133,18 @@ def hub_repository(architecture: str) -> str | None:
 
 
 def check_architecture(name: str) -> None:
-    """Raise unless timm's registry knows the architecture, tag or not.
-
-    Raises:
-        SourceError: With the three nearest names.
-    """
+    """Refuse, with a SourceError, an architecture that timm's registry does not know; it may have a tag."""
     import timm
 
-    architecture, known = name.partition(".")[0], timm.list_models()
-    if architecture not in known:
+    architecture, names = name.partition(".")[0], timm.list_models()
+    if architecture not in names:
         hint = ""
         if any(sign in name for sign in "/\\"):
             hint = f" A hub repository is written 'hf-hub:{name}', a folder 'local-dir:{name}'."
         elif "@" in name:
             hint = " A revision can only be given to 'hf-hub:ORG/NAME@REVISION'."
         raise SourceError(
-            f"timm {timm.__version__} knows no model {architecture!r}. Nearest: {nearest(architecture, known)}. "
+            f"timm {timm.__version__} knows no model {architecture!r}. Nearest: {nearest(architecture, names)}. "
             f"timm.list_models() lists all.{hint}"
         )
 
@@ -179,6 +163,7 @@ def create_timm(
     """
     import timm
 
+    check_architecture(architecture)  # `timm.create_model` itself would follow "hf-hub:" and "local-dir:"
     location = weights() if weights else {}
     try:
         return timm.create_model(
@@ -209,8 +194,7 @@ def _blueprint(
     if weights and arguments.get("num_classes", config["num_classes"]) != config["num_classes"]:
         raise SourceError(
             f"the pre-trained weights have {config['num_classes']} classes; arguments ask for "
-            f"{arguments['num_classes']}, which would make the classifier random. Leave num_classes out: a stitched "
-            f"network gets a head of its own."
+            f"{arguments['num_classes']}. Leave num_classes out: a stitched network gets a head of its own."
         )
     size = list(config["input_size"])
     size[0] = arguments.get("in_chans", size[0])
@@ -229,16 +213,9 @@ def _blueprint(
         licence=config.get("license"),
         revision=revision,
         weights=file,
-        outline=partial(_outline, architecture, arguments, config),
-    )
-
-
-def _outline(
-    architecture: str, arguments: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
-) -> nn.Module:
-    """The network with random weights, or with tensors that are loaded as the file's would be."""
-    return create_timm(
-        architecture, arguments, config=config, weights=partial(dict, state_dict=tensors) if tensors else None
+        outline=lambda tensors: create_timm(
+            architecture, arguments, config=config, weights=partial(dict, state_dict=tensors) if tensors else None
+        ),
     )
 
 

@@ -75,9 +75,9 @@ def _check_classifier(architecture: str) -> None:
     """Classifiers alone: detectors give no single tensor, and fetch a backbone's weights unasked."""
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if architecture not in known:
+    names = models.list_models(module=models)
+    if architecture not in names:
         raise SourceError(
-            f"torchvision has no classifier {architecture!r}. Nearest: {nearest(architecture, known)}. "
+            f"torchvision has no classifier {architecture!r}. Nearest: {nearest(architecture, names)}. "
             f"torchvision.models.list_models(module=torchvision.models) lists all."
         )

@@ -16,16 +16,13 @@ from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 
 # torch resamples tensors in these; what else a source was trained with (lanczos, random) comes nearest to bicubic.
-_MODES = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest"}
+_MODES = ("bilinear", "bicubic", "nearest")
 
 
 class Preprocess(nn.Module):
     """Images in [0, 1], (batch, channels, height, width), to what a source was trained on.
 
     Images keep their size unless the source accepts only its own; then they are resized with anti-aliasing.
-
-    Args:
-        preprocessing: The source's preprocessing.
     """
 
     traced_whole = True
@@ -35,7 +32,7 @@ class Preprocess(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.size = preprocessing.input_size[1:] if preprocessing.fixed_size else None
-        self.mode = _MODES.get(preprocessing.interpolation, "bicubic")
+        self.mode = preprocessing.interpolation if preprocessing.interpolation in _MODES else "bicubic"
         # Not in the state dict: the recipe holds them.
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
@@ -43,11 +40,7 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Resize where the size is fixed, then normalise."""
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            antialias = self.mode != "nearest"
-            align = None if self.mode == "nearest" else False
-            images = functional.interpolate(
-                images, size=self.size, mode=self.mode, align_corners=align, antialias=antialias
-            )
+            images = functional.interpolate(images, self.size, mode=self.mode, antialias=self.mode != "nearest")
         return (images - self.mean) / self.std
 
 
@@ -56,10 +49,10 @@ def view_size(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -
     return preprocessing.input_size if preprocessing.fixed_size else image_shape
 
 
-def opened(
+def cut_source(
     source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]
 ) -> tuple[CutGraph, list[Cut], str | None]:
-    """Where a source can be cut for images of a shape: its graph, the cuts, and the cut where networks end in it.
+    """Cut a source for images of a shape: its graph, the cuts, and the name of the cut where networks end in it.
 
     Raises:
         CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
@@ -76,7 +69,7 @@ def opened(
         cuts = graph.cuts(settings.granularity_of(source.name))
     except CutError as error:
         raise CutError(
-            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_mend(source, settings, size)}"
+            f"Source {source.name!r} at {size[0]}x{size[1]}x{size[2]}: {error}{_advise_size(source, settings, size)}"
         ) from error
     if end_cut is not None:
         # What lies between a cut and the features must have weights, or there is nothing to stitch to.
@@ -85,11 +78,7 @@ def opened(
 
 
 def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
-    """Refuse a pool without sources, sources that share a name, and settings for sources that are not there.
-
-    Raises:
-        StitchError: Naming them.
-    """
+    """Refuse, with a StitchError, to have no sources, two of one name, or settings for sources that are not there."""
     if not names:
         raise StitchError("A pool needs at least one source.")
     if len(set(names)) < len(names):
@@ -108,13 +97,13 @@ def without_strangers(settings: CalibrationSettings, names: Sequence[str]) -> Ca
     )
 
 
-def _mend(source: Source, settings: CalibrationSettings, size: tuple[int, int, int]) -> str:
-    """What a source that does not take images of a size may need."""
+def _advise_size(source: Source, settings: CalibrationSettings, size: tuple[int, int, int]) -> str:
+    """What to do about a source that takes images of its native size alone."""
     native = source.preprocessing.input_size
     if size == native:
         return ""
     try:
-        opened(source, settings, native)
+        cut_source(source, settings, native)
     except StitchError:
         return ""
     return (

@@ -13,7 +13,7 @@ from lightning_stitch.cost import Cost
 from lightning_stitch.cutting import Cut, CutGraph
 from lightning_stitch.errors import StitchError
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.sources import Preprocess, Source, opened
+from lightning_stitch.sources import Preprocess, Source, cut_source
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
@@ -94,7 +94,7 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
     Raises:
         CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
     """
-    graph, cuts, end = opened(source, settings, image_shape)
+    graph, cuts, end = cut_source(source, settings, image_shape)
     ends = [None, *(cut.name for cut in cuts), end]
     pairs = list(pairwise(ends))
     pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]

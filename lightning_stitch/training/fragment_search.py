@@ -33,7 +33,9 @@ from lightning_stitch.sources import (
     find_sources,
     fitting_sources,
     load_sources,
-    usable_sources,
+    preflight,
+    print_preflight,
+    require,
     without_strangers,
 )
 from lightning_stitch.stitching import Candidate, Kind, WithoutLabels
@@ -167,7 +169,11 @@ class FragmentSearch(pl.Callback):
         """
         settings, skip = self.settings_until(until), self.skip_rejected
         sources, self._found = self._found or self.sources, None
-        self._usable = usable_sources(sources, image_shape, settings, skip_rejected=skip, show=show)
+        checked = preflight(sources, image_shape=image_shape, settings=settings, regardless=skip)
+        require(checked, skip_rejected=skip)
+        if show:
+            print_preflight(checked)
+        self._usable = checked.blueprints
         return self._usable
 
     def _place(self, trainer: pl.Trainer) -> Place | None:

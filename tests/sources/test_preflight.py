@@ -24,7 +24,7 @@ RANDOM = {"spec": "test_resnet", "pretrained": False}
 
 
 def problems(checked: Preflight) -> list[str]:
-    return [" | ".join(row.problems) for row in checked.rows]
+    return [row.problem or "" for row in checked.rows]
 
 
 def damaged(folder: Path, copy: Path, name: str) -> Path:
@@ -199,9 +199,10 @@ def test_without_a_network_the_cache_is_checked_and_the_table_says_so(
     assert checked.notes == ("HF_HUB_OFFLINE is set: for 1 of 3 sources the cache was taken.",)
     cached, unfetched, unknown = checked.rows
     assert cached.revision == hub.commit("org/mine")
-    assert "`HF_HUB_OFFLINE=0 hf download timm/test_vit.r160_in1k model.safetensors`" in unfetched.problems[0]
-    assert unfetched.macs is not None  # what can be checked is
-    assert "`HF_HUB_OFFLINE=0 hf download org/other config.json model.safetensors --revision v1`" in unknown.problems[0]
+    assert "`HF_HUB_OFFLINE=0 hf download timm/test_vit.r160_in1k model.safetensors`" in str(unfetched.problem)
+    assert "`HF_HUB_OFFLINE=0 hf download org/other config.json model.safetensors --revision v1`" in str(
+        unknown.problem
+    )
 
 
 def test_a_dead_hub_is_told_with_what_the_cache_holds(
@@ -213,7 +214,7 @@ def test_a_dead_hub_is_told_with_what_the_cache_holds(
     checked = preflight(["hf-hub:org/mine", "test_vit"])
     assert [row.fits for row in checked.rows] == [True, False]
     assert checked.notes[0].startswith("the hub cannot be reached (ConnectError: ")
-    assert "`hf download timm/test_vit.r160_in1k model.safetensors`" in checked.rows[1].problems[0]
+    assert "`hf download timm/test_vit.r160_in1k model.safetensors`" in str(checked.rows[1].problem)
 
 
 def test_weights_from_elsewhere_are_asked_for_their_size(
@@ -231,7 +232,7 @@ def test_weights_from_elsewhere_are_asked_for_their_size(
         )
         (row,) = preflight(["torchvision:squeezenet1_1"]).rows
         assert row.download == download
-        assert problem in " ".join(row.problems)
+        assert problem in (row.problem or "")
         assert row.fits == (not problem)
     assert not any(request.startswith("GET") for request in hub.requests)
 
@@ -247,8 +248,8 @@ def test_weights_that_do_not_fit_are_rejected_by_names_and_shapes_alone(
     hub.publish("org/broken", broken)
     (row,) = preflight([where + ("org/broken" if where == "hf-hub:" else str(broken))]).rows
     assert not row.fits
-    assert 'Missing key(s) in state_dict: "fc.weight"' in row.problems[0]
-    assert "size mismatch for fc.bias" in row.problems[0]
+    assert 'Missing key(s) in state_dict: "fc.weight"' in str(row.problem)
+    assert "size mismatch for fc.bias" in str(row.problem)
     assert hub.downloads("model.safetensors") == 0
 
 
