@@ -1,5 +1,4 @@
 from .blueprint import Blueprint
-from .finding import find_sources
 from .licences import CombinedLicence, combine_licences, hub_words
 from .meta_device import build_on_meta
 from .preflight_checks import Preflight, preflight
@@ -20,7 +19,6 @@ __all__ = [
     "check_names",
     "checked_preprocessing",
     "combine_licences",
-    "find_sources",
     "fitting_sources",
     "hub_repository",
     "hub_words",

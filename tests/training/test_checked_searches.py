@@ -109,7 +109,7 @@ def test_a_module_with_a_recipe_needs_no_sources(tmp_path: Path) -> None:
 
 
 class Wrapped(LightningDataModule):
-    """A data module whose wrapper looks sources up before it downloads images."""
+    """A data module that another one wraps."""
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(images(), batch_size=8)
@@ -189,16 +189,6 @@ def test_images_that_cannot_be_used_are_told_beside_sources_that_cannot(tmp_path
         trainer(tmp_path, search(["resnt", RANDOM], skip_rejected=True)).fit(StitchedClassifier(3), missing)
     with pytest.raises(CalibrationError, match="nowhere does not exist"):
         trainer(tmp_path, search([RANDOM])).fit(StitchedClassifier(3), missing)
-
-
-def test_names_of_sources_are_looked_up_before_images_are_downloaded(tmp_path: Path) -> None:
-    class Downloading(LightningDataModule):
-        def prepare_data(self) -> None:
-            raise AssertionError("images were downloaded")
-
-    wrapper = CalibrationDataModule(datamodule=Downloading())
-    with pytest.raises(SourceError, match=r"(?s)1 of 2 sources cannot be had; nothing was loaded.*no model 'resnt'"):
-        trainer(tmp_path, search(["resnt", RANDOM])).fit(StitchedClassifier(3), wrapper)
 
 
 @pytest.mark.parametrize(
