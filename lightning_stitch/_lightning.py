@@ -57,8 +57,7 @@ def isolate_rng() -> AbstractContextManager[None]:
 def check_same_namespace(part: object, what: str) -> None:
     """Refuse a Trainer, LightningModule or LightningDataModule of the other Lightning package.
 
-    Callbacks ask it in their `setup`: a Trainer takes callbacks of either package, but neither modules nor data modules
-    of the other one, which it refuses before anything of this library runs.
+    Callbacks ask it in their `setup`, as a Trainer takes callbacks of either package.
 
     Args:
         part: The object; one that belongs to neither package passes.
@@ -86,32 +85,17 @@ def explain_both_loaded() -> str | None:
 
 
 def warn_where_both_are_loaded() -> None:
-    """Say whose classes this library's are, where both packages are loaded and nothing says which one is meant.
-
-    What Lightning says of a module of the other package does not tell why.
-    """
+    """Say whose classes this library's are, where both packages are loaded and nothing says which one is meant."""
     if (explanation := explain_both_loaded()) is not None and not os.environ.get(_VARIABLE):
         warnings.warn(f"{explanation} Setting the variable ends this warning.", stacklevel=3)
 
 
 @runtime_checkable
 class SourcePreparer(Protocol):
-    """A callback that composes a network out of sources, which are fetched while Lightning prepares the data.
-
-    Attributes:
-        attribute: Where in the module its network goes; None: it is the whole module's.
-    """
-
-    attribute: str | None
+    """A callback that composes a network out of sources, which are fetched while Lightning prepares the data."""
 
     def look_up_sources(self, trainer: pl.Trainer) -> None:
         """Refuse sources that cannot be found, before images are downloaded."""
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
         """Check and fetch the sources; called once for each node."""
-
-
-def source_preparers(trainer: pl.Trainer) -> list[SourcePreparer]:
-    """The callbacks of a Trainer that compose a network out of sources."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, SourcePreparer)]

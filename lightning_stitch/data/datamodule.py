@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision.datasets import ImageFolder
 
-from lightning_stitch._lightning import check_same_namespace, pl, source_preparers
+from lightning_stitch._lightning import SourcePreparer, check_same_namespace, pl
 from lightning_stitch.data.images import CheckedImages, Decoder, Items, open_image, probe
 from lightning_stitch.data.labels import (
     check_disjoint,
@@ -32,7 +32,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     """Supply the calibration, train, selection and test sets; no image is in two of them.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched
-    network normalises inside), all of one size; targets int64, N, classes numbered from 0.
+    network normalises inside), all of one size; targets as `task` says.
 
     | set | what it is for | how it is drawn |
     |---|---|---|
@@ -42,7 +42,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
     Exactly one of `train`, `image_folder` and `datamodule` says where the images come from. The draws depend on `seed`
-    and the datasets alone: they repeat, agree on every rank and leave the global random state untouched.
+    and the datasets alone.
 
     Args:
         train: Labelled pool, items `(image, label)`. An image is a PIL image, a tensor (C x H x W or H x W) or a numpy
@@ -74,13 +74,7 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     Raises:
         CalibrationError: From the constructor where the arguments contradict each other; from `setup` where folder,
-            images or labels cannot be used or are too few; from a dataloader where an image is unreadable, of another
-            size, NaN or out of range, with its index and, where known, its file.
-
-    Example:
-        >>> digits = TensorDataset(torch.rand(100, 1, 8, 8), torch.arange(100) % 10)
-        >>> CalibrationDataModule(digits, calibration_samples=20).summary
-        {'calibration': 20, 'train': 48, 'selection': 16, 'test': 16}
+            images or labels cannot be used or are too few; from a dataloader where an image cannot be used.
     """
 
     def __init__(
@@ -122,9 +116,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         if train is None and (val is not None or test is not None):
             raise CalibrationError(f"val= and test= belong to train=; {passed[0]}= brings its own.")
         if calibration_samples < 4:
-            raise CalibrationError(
-                f"calibration_samples is {calibration_samples}, but stitches need at least 4; 32 is a good start."
-            )
+            raise CalibrationError(f"calibration_samples is {calibration_samples}, but stitches need at least 4.")
         samples = {"train": train_samples, "selection": selection_samples, "test": test_samples}
         for part, size in samples.items():
             if isinstance(size, float) and size > 1 and size.is_integer():
@@ -136,7 +128,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             self.prepare_data_per_node = datamodule.prepare_data_per_node
         self.batch_size = batch_size
         self.task: DataTask = task
-        self._decoder = Decoder.of(num_channels, image_size, mean, std)
+        self._decoder = Decoder(num_channels, image_size, mean, std)
         self._passed = {"train": train, "val": val, "test": test}
         self._image_folder = image_folder
         self._datamodule = datamodule
@@ -149,23 +141,16 @@ class CalibrationDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Let a given datamodule download what it needs, and then a Trainer's searches fetch their sources."""
         trainer: Any = self.trainer  # None where no Trainer runs it
-        preparers = [] if trainer is None else source_preparers(trainer)
+        searches = [] if trainer is None else [c for c in trainer.callbacks if isinstance(c, SourcePreparer)]
         if self._datamodule is not None:
-            for preparer in preparers:
-                preparer.look_up_sources(trainer)
+            for search in searches:
+                search.look_up_sources(trainer)
             self._datamodule.prepare_data()
-        for preparer in preparers:
-            preparer.prepare_sources(trainer)
+        for search in searches:
+            search.prepare_sources(trainer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Check images and labels and draw all four sets, once; later calls do nothing.
-
-        Args:
-            stage: Ignored: the sets are disjoint only if they are drawn together.
-
-        Raises:
-            CalibrationError: See the class.
-        """
+        """Check images and labels and draw all four sets together, whatever the stage; later calls do nothing."""
         if self._parts:
             return
         datasets = self._collect_datasets()
@@ -198,17 +183,12 @@ class CalibrationDataModule(pl.LightningDataModule):
         """The selection set in a fixed order."""
         return self._make_loader("selection")
 
-    def val_dataloader(self) -> DataLoader:
-        """The selection set: a Trainer's validation chooses, too."""
-        return self._make_loader("selection")
-
     def test_dataloader(self) -> DataLoader:
         """The test set in a fixed order."""
         return self._make_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """The test set in a fixed order."""
-        return self._make_loader("test")
+    val_dataloader = selection_dataloader  # a Trainer's validation chooses, too
+    predict_dataloader = test_dataloader
 
     @property
     def num_classes(self) -> int:
@@ -255,7 +235,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         )
 
     def _collect_datasets(self) -> dict[str, Items]:
-        """Collect the datasets: "train" and, where there are such, "val" and "test"."""
+        """The datasets: "train" and, where there are such, "val" and "test"."""
         sets: Mapping[str, Any] = self._passed
         if self._image_folder is not None:
             sets = _open_class_folders(Path(self._image_folder))
@@ -267,15 +247,15 @@ class CalibrationDataModule(pl.LightningDataModule):
         for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise CalibrationError(
-                    f"{name} is a {type(dataset).__name__}, which cannot be split into disjoint sets; that takes a "
-                    f"dataset with __len__ and __getitem__."
+                    f"{name} is a {type(dataset).__name__}, which cannot be split; give a dataset with __len__ and "
+                    f"__getitem__."
                 )
             if len(dataset) == 0:
                 raise CalibrationError(f"{name} ({type(dataset).__name__}) holds no images.")
         return datasets
 
     def _read_labels(self, train: Items) -> Tensor:
-        """Read what the draws go by, an integer for each image of train: its class, or 0 where there are no classes."""
+        """What the draws go by, an integer for each image of train: its class, or 0 where there are no classes."""
         self._class_names, self._num_classes = None, 0
         if self.task == "none":
             return torch.zeros(len(train), dtype=torch.int64)
@@ -286,8 +266,8 @@ class CalibrationDataModule(pl.LightningDataModule):
             self._reader = TargetReader("multiclass", self._num_classes)
             return targets
         check_varied(targets)
-        self._reader = self._reader.knowing(targets)
-        self._num_classes = self._reader.num_classes or 0
+        self._num_classes = targets.shape[1] if targets.ndim == 2 else 1
+        self._reader = TargetReader(self.task, self._num_classes, targets.ndim == 1)
         return torch.zeros(len(train), dtype=torch.int64)
 
     def _split(self, labels: Tensor, drawn: list[str]) -> dict[str, Tensor]:
@@ -304,8 +284,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         if sum(need.values()) > len(labels):
             raise CalibrationError(
                 f"{' + '.join(f'{count} {part}' for part, count in need.items())} images make {sum(need.values())}, "
-                f"but train holds {len(labels)}. Give more images, or lower "
-                f"{', '.join(f'{part}_samples' for part in need)}."
+                f"but train holds {len(labels)}. Give more, or lower {', '.join(f'{part}_samples' for part in need)}."
             )
         for part, count in counts.items():
             taken = mark_stratified(labels[rest], count, leave=1)
@@ -316,9 +295,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         if missing:
             raise CalibrationError(
                 f"The train set has no image of the classes {missing}, of which there are "
-                f"{[int((labels == label).sum()) for label in missing]} images in all. The calibration set took them, "
-                f"or train_samples={self._samples['train']} is too few: give more of them, lower calibration_samples, "
-                f"raise train_samples or set another seed."
+                f"{[int((labels == label).sum()) for label in missing]} images in all. Give more of them, lower "
+                f"calibration_samples, raise train_samples or set another seed."
             )
         return {**indices, "train": rest}
 
@@ -402,10 +380,6 @@ class EpochShuffle(RandomSampler):
 
     A Trainer tells it the epoch; without that every pass is the next epoch. It is a `RandomSampler` because that is how
     Lightning knows that a loader shuffles.
-
-    Args:
-        dataset: What is sampled from.
-        seed: The seed.
     """
 
     def __init__(self, dataset: Sized, seed: int) -> None:

@@ -18,14 +18,11 @@ _NUM_LISTED = 5
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """List the image files that paths name, each file once, in the order in which it was first named.
+    """List the image files that paths name, each file once, as and where it was first named.
 
     Args:
         paths: Files, which are taken whatever their suffix, and folders, of which the files with a suffix of an image
             are taken, those in folders inside too, sorted by name; what begins with a dot is left out.
-
-    Returns:
-        Each file as it was named: a folder's path, and the file's inside it.
 
     Raises:
         CalibrationError: If there is no path, one does not exist, or a folder holds no images.
@@ -43,18 +40,17 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    """Find the images of a folder and of its subfolders."""
     files: list[Path] = []
-    others = 0
+    num_others = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
         files += [Path(parent) / name for name in images]
-        others += len(names) - len(images)
+        num_others += len(names) - len(images)
     if not files:
         raise CalibrationError(
-            f"The folder {folder} holds no images ({', '.join(IMG_EXTENSIONS)}); it holds {others} other files. A file "
-            f"with another suffix can be named itself."
+            f"The folder {folder} holds no images ({', '.join(IMG_EXTENSIONS)}); it holds {num_others} other files. A "
+            f"file with another suffix can be named itself."
         )
     return sorted(files, key=lambda file: file.parts)
 
@@ -62,36 +58,27 @@ def _find_images(folder: Path) -> list[Path]:
 def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path], dict[Path, str]]:
     """Select the files that are images, and say of the rest why they are none.
 
-    Args:
-        files: The files.
-        skip_unreadable: Leave unreadable files out, and to that end decode each of them. Otherwise only their first
-            bytes are read: most of what is no image is found before the long work, at no cost.
+    To skip unreadable files each of them is decoded. Otherwise only their first bytes are read: most of what is no
+    image is found before the long work, at no cost.
 
     Raises:
         CalibrationError: If one is unreadable and is not to be skipped, or none is left.
     """
-    reasons = {file: reason for file in files if (reason := _find_fault(file, decode=skip_unreadable)) is not None}
+    reasons: dict[Path, str] = {}
+    for file in files:
+        try:
+            (open_image(str(file)) if skip_unreadable else Image.open(file)).close()
+        except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
+            reasons[file] = f"{file}: {error}"
     listed = _list_first(list(reasons.values()))
     if reasons and not skip_unreadable:
         raise CalibrationError(
-            f"{len(reasons)} of {len(files)} files cannot be read as images: {listed}. Mend or remove them, or have "
-            f"them skipped (skip_unreadable, --skip_unreadable)."
+            f"{len(reasons)} of {len(files)} files cannot be read as images: {listed}. Mend, remove or skip them "
+            f"(skip_unreadable)."
         )
     if len(reasons) == len(files):
         raise CalibrationError(f"None of {len(files)} files can be read as an image: {listed}.")
     return [file for file in files if file not in reasons], reasons
-
-
-def _find_fault(file: Path, *, decode: bool) -> str | None:
-    try:
-        if decode:
-            open_image(str(file))
-        else:
-            with Image.open(file):
-                pass
-    except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
-        return f"{file}: {error}"
-    return None
 
 
 class ImageFileSet(Dataset):
@@ -102,8 +89,7 @@ class ImageFileSet(Dataset):
 
     Args:
         files: The files.
-        image_shape: (channels, height, width) that the network was calibrated on. Grey files are repeated to three
-            channels; alpha channels are dropped; 16 bits are kept as such.
+        image_shape: (channels, height, width) that the network was calibrated on.
 
     Raises:
         CalibrationError: If no image file can have that many channels; from an item, if its file cannot be used.
@@ -116,7 +102,7 @@ class ImageFileSet(Dataset):
                 f"dataloader of your own: trainer.predict(model, dataloader)."
             )
         self.files = [str(file) for file in files]
-        self._decoder = Decoder.of(image_shape[0], (image_shape[1], image_shape[2]), None, None)
+        self._decoder = Decoder(image_shape[0], image_shape[1:])
 
     def __len__(self) -> int:
         return len(self.files)

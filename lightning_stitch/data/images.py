@@ -39,44 +39,54 @@ class CheckedImages(Dataset):
     name: str
     indices: Tensor
     decoder: Decoder
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...] | None
     targets: TargetReader
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, TargetValue] | Tensor:
+        """Read one image and its target, checked; an error names the image by its index and, where known, its file."""
         index = int(self.indices[position])
-        image, target = read_item(self.dataset, self.name, index, self.decoder, self.image_shape, self.targets)
+        try:
+            item = self.dataset[index]
+            bare = not isinstance(item, tuple | list)
+            if self.targets.task == "none":
+                image, target = self.decoder(item if bare else item[0]), None
+            elif bare or len(item) < 2:
+                raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
+            else:
+                image, target = self.decoder(item[0]), self.targets(item[1])
+            if self.image_shape is not None and image.shape != self.image_shape:
+                raise CalibrationError(
+                    f"it is {tuple(image.shape)}, others are {self.image_shape} (channels, height, width); pass "
+                    f"image_size= to resize all of them"
+                )
+        except (CalibrationError, OSError) as error:
+            base, indices = find_origin(self.dataset)
+            file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
+            raise CalibrationError(f"Image {index} of {self.name}{file}: {error}.") from error
         return image if target is None else (image, target)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
     """Turns an image as a dataset gives it into a float32 tensor, channels x height x width, in [0, 1]."""
 
-    num_channels: int
-    image_size: tuple[int, int] | None
-    mean: Tensor | None
-    std: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         num_channels: int,
-        image_size: int | tuple[int, int] | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> Decoder:
-        """Check the user's options."""
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if mean is None and std is None:
-            return cls(num_channels, size, None, None)
-        if mean is None or std is None or len(mean) != len(std) or min(std) <= 0:
+        image_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()) or min(std or (1.0,)) <= 0:
             raise CalibrationError(
                 f"mean= and std= belong together, one number per channel, std above 0; found mean={mean}, std={std}."
             )
-        return cls(num_channels, size, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
+        self.num_channels = num_channels
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
+        self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, image: Any) -> Tensor:
         """An image as it is read: float32 in [0, 1], channels x height x width."""
@@ -132,42 +142,13 @@ def _to_channels_first(image: Any) -> Tensor:
     return pixels
 
 
-def read_item(
-    dataset: Items,
-    name: str,
-    index: int,
-    decoder: Decoder,
-    image_shape: tuple[int, ...] | None,
-    targets: TargetReader,
-) -> tuple[Tensor, TargetValue]:
-    """Read one image and its target, checked; an error names the image by its index and, where known, its file."""
-    try:
-        item = dataset[index]
-        bare = not isinstance(item, tuple | list)
-        if targets.task == "none":
-            image, target = decoder(item if bare else item[0]), None
-        elif bare or len(item) < 2:
-            raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
-        else:
-            image, target = decoder(item[0]), targets(item[1])
-        if image_shape is not None and image.shape != image_shape:
-            raise CalibrationError(
-                f"it is {tuple(image.shape)}, others are {tuple(image_shape)} (channels, height, width); pass "
-                f"image_size= to resize all of them"
-            )
-    except (CalibrationError, OSError) as error:
-        base, indices = find_origin(dataset)
-        file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
-        raise CalibrationError(f"Image {index} of {name}{file}: {error}.") from error
-    return image, target
-
-
 def probe(datasets: dict[str, Items], decoder: Decoder, targets: TargetReader) -> tuple[int, int, int]:
     """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
     shape: tuple[int, ...] | None = None
     for name, dataset in datasets.items():
         for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
-            shape = tuple(read_item(dataset, name, index, decoder, shape, targets)[0].shape)
+            item = CheckedImages(dataset, name, torch.tensor([index]), decoder, shape, targets)[0]
+            shape = tuple((item if isinstance(item, Tensor) else item[0]).shape)
     return cast("tuple[int, int, int]", shape)
 
 

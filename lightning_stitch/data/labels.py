@@ -10,21 +10,21 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_stitch.data.images import Items, find_origin
-from lightning_stitch.data.target_values import TargetReader, TargetValue, stack_targets
+from lightning_stitch.data.target_values import TargetReader
 from lightning_stitch.errors import CalibrationError
 
 
 def check_disjoint(datasets: dict[str, Items]) -> None:
     """Refuse the same images under two names, as far as it can be seen without decoding them."""
-    for (one, first), (two, second) in combinations(datasets.items(), 2):
-        (base, indices), (second_base, second_indices) = find_origin(first), find_origin(second)
+    for (name, dataset), (second_name, second) in combinations(datasets.items(), 2):
+        (base, indices), (second_base, second_indices) = find_origin(dataset), find_origin(second)
         shared = int(torch.isin(indices, second_indices).sum()) if base is second_base else 0
         if shared:
-            raise CalibrationError(f"{one} and {two} share {shared} images; they must be disjoint.")
+            raise CalibrationError(f"{name} and {second_name} share {shared} images; they must be disjoint.")
 
 
 def read_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
-    """Read every target of a dataset: from its attributes where that is possible, else in one pass over its items."""
+    """Read every target of a dataset, images first: from its attributes if possible, else in a pass over its items."""
     base, indices = find_origin(dataset)
     attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
     if isinstance(base, TensorDataset):
@@ -36,25 +36,26 @@ def read_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
         entries = stored.tolist() if hasattr(stored, "tolist") else stored
         transform = getattr(base, "target_transform", None) or (lambda label: label)
         values = (transform(entries[index]) for index in indices.tolist())
-    targets: list[TargetValue] = []
+    targets: list[Tensor] = []
     for index, value in enumerate(values):
         try:
-            target = reader(value)
-            if isinstance(target, Tensor) and targets and target.shape != targets[0].shape:  # type: ignore[union-attr]
-                shapes = tuple(target.shape), tuple(targets[0].shape)  # type: ignore[union-attr]
+            target = torch.as_tensor(reader(value))
+            if targets and target.shape != targets[0].shape:
+                shapes = tuple(target.shape), tuple(targets[0].shape)
                 raise CalibrationError(f"its target is of shape {shapes[0]}, that of image 0 is {shapes[1]}")
         except CalibrationError as error:
             raise CalibrationError(f"Image {index} of {name}: {error}.") from error
         targets.append(target)
-    return stack_targets(targets)
+    return torch.stack(targets)
 
 
 def find_class_names(dataset: Items) -> list[str] | None:
     """Names of the classes in the order of their labels; None where the dataset does not tell."""
     base, _ = find_origin(dataset)
     names = getattr(base, "classes", None)
-    known = isinstance(names, list | tuple) and getattr(base, "target_transform", None) is None
-    return [str(name) for name in names] if known and names else None
+    if not names or not isinstance(names, list | tuple) or getattr(base, "target_transform", None) is not None:
+        return None
+    return [str(name) for name in names]
 
 
 def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
@@ -67,8 +68,8 @@ def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
         )
     if len(present) < num_classes:
         raise CalibrationError(
-            f"There are {num_classes} classes, but train has labels of only {len(present)}: {present[:10]}. Number the "
-            f"classes from 0 without gaps, and give images of each."
+            f"There are {num_classes} classes, but train has labels of only {len(present)}: {present[:10]}. Give "
+            f"images of each, numbered from 0 without gaps."
         )
     return num_classes
 

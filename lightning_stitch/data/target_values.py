@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,15 +33,9 @@ class TargetReader:
     scalar: bool | None = None
 
     def __call__(self, value: Any) -> TargetValue:
-        """Check a target and bring it into its form.
-
-        Raises:
-            CalibrationError: If it is of another kind, or of another length than the rest; without the image's name.
-        """
+        """Check a target and bring it into its form; a CalibrationError does not name the image yet."""
         if self.task == "multiclass":
             return self._read_class(value)
-        if isinstance(value, str | bytes | dict) or value is None:
-            raise CalibrationError(f"targets for task={self.task!r} are numbers; found {value!r}")
         try:
             values = torch.as_tensor(np.asarray(value.tolist() if hasattr(value, "tolist") else value))
         except (TypeError, ValueError) as error:
@@ -49,10 +43,15 @@ class TargetReader:
         return self._read_labels(values) if self.task == "multilabel" else self._read_numbers(values)
 
     def _read_class(self, value: Any) -> int:
-        label = read_label(value)
+        label = value.tolist() if isinstance(value, Tensor | np.generic | np.ndarray) else value
+        if not isinstance(label, int) or label < 0:
+            raise CalibrationError(
+                f"labels must be integers from 0; found {label!r} ({type(label).__name__}). Turn probabilities or "
+                f"names into class numbers first (target_transform)"
+            )
         if self.num_classes is not None and label >= self.num_classes:
             raise CalibrationError(f"it has label {label}, but the labels of train go from 0 to {self.num_classes - 1}")
-        return label
+        return int(label)
 
     def _read_labels(self, values: Tensor) -> Tensor:
         if values.ndim != 1 or not ((values == 0) | (values == 1)).all():
@@ -77,28 +76,3 @@ class TargetReader:
         if self.num_classes not in (None, max(values.numel(), 1)):
             raise CalibrationError(f"its target has {values.numel()} numbers, others have {self.num_classes}")
         return values
-
-    def knowing(self, targets: Tensor) -> TargetReader:
-        """A reader that also refuses what does not fit the targets of train."""
-        if self.task == "none":
-            return self
-        return TargetReader(self.task, targets.shape[1] if targets.ndim == 2 else 1, targets.ndim == 1)
-
-
-def read_label(value: Any) -> int:
-    """Read a label: an integer from 0."""
-    if isinstance(value, Tensor | np.generic | np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, int) or value < 0:
-        raise CalibrationError(
-            f"labels must be integers from 0; found {value!r} ({type(value).__name__}). Turn probabilities or names "
-            f"into class numbers first (target_transform)"
-        )
-    return int(value)
-
-
-def stack_targets(values: list[TargetValue]) -> Tensor:
-    """Stack targets of one kind: int64 (images,) or (images x labels), float32 (images,) or (images x n)."""
-    if isinstance(values[0], int):
-        return torch.tensor(values)
-    return torch.stack(cast("list[Tensor]", values))

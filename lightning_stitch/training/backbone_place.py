@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -13,21 +12,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import pl
-from lightning_stitch.composing import Pool
+from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import CalibrationDataModule
-from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.errors import RecipeError, StitchError, nearest
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.maths import ridge_least_squares
-from lightning_stitch.networks import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
-from lightning_stitch.progress import Progress
+from lightning_stitch.networks import (
+    HOOK,
+    StitchedBackbone,
+    StitchedNetwork,
+    announce,
+    put,
+    restore_backbones,
+    saved_backbones,
+)
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Ranking
-from lightning_stitch.stitching import Candidate
 from lightning_stitch.training.data_checks import check_targets
 
 
 class BackbonePlace:
-    """One attribute of a module, by dotted name; see `Place`.
+    """One attribute of a module, by dotted name.
 
     Args:
         module: The user's module.
@@ -46,15 +51,13 @@ class BackbonePlace:
         self.attribute = attribute
         self.head_attribute = head_attribute
         self.head_settings = HeadSettings.of("none", num_classes=None)
-        submodules = dict(module.named_modules(remove_duplicate=False))
-        present = submodules.get(attribute) if attribute else None
-        if present is None:
-            names = [name for name in submodules if name]
-            near = difflib.get_close_matches(attribute, names, n=3) or names[:8]
+        names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+        if attribute not in names:
             raise StitchError(
                 f"FragmentSearch(attribute={attribute!r}): {type(module).__name__} has no submodule of that name; "
-                f"it has {near}. Assign a StitchedBackbone to it in __init__."
+                f"the nearest are {nearest(attribute, names) or 'none'}. Assign a StitchedBackbone to it in __init__."
             )
+        present = self.present
         if isinstance(present, StitchedBackbone) and present.announces_width and not hasattr(module, HOOK):
             raise StitchError(
                 f"{type(module).__name__}.{attribute} is a StitchedBackbone() of no known width, and the module has no "
@@ -74,7 +77,7 @@ class BackbonePlace:
 
     @property
     def train_mode(self) -> bool:
-        """Whether the network that is there follows `train()`."""
+        """Whether the network follows `train()` while it is trained."""
         return isinstance(self.present, StitchedBackbone) and self.present.train_mode
 
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
@@ -83,26 +86,18 @@ class BackbonePlace:
         A head that the module builds when it is told of the backbone is not looked at yet.
 
         Raises:
-            StitchError: If the head is no linear layer with a bias that leads to as many numbers as the targets have,
-                there are no targets for it, or the ranking or the comparison cannot use them.
+            StitchError: If the head, the ranking or the comparison cannot use these targets.
         """
-        bare = data.task == "none"
-        if bare and self.head_attribute is not None:
+        if data.task != "none":
+            self.head_settings = HeadSettings.of("ridge", task=data.task, num_classes=data.num_classes)
+        elif self.head_attribute is not None:
             raise StitchError(
-                f"FragmentSearch(head_attribute={self.head_attribute!r}) fits a head on labelled images, but the data "
-                f"module has task='none'. Leave head_attribute out, or give it targets."
+                f"FragmentSearch(head_attribute={self.head_attribute!r}) needs labelled images, but the data module "
+                f"has task='none'."
             )
-        self.head_settings = HeadSettings.of(
-            "none" if bare else "ridge",
-            task="multiclass" if data.task == "none" else data.task,
-            num_classes=None if bare else data.num_classes,
-        )
         if self.head_attribute is not None and not hasattr(self.module, HOOK):
             self._find_head(self.present.num_features if isinstance(self.present, StitchedBackbone) else None)
         check_targets(self.head_settings, data, ranking=ranking, compare=compare)
-
-    def check_stage(self, stage: str) -> None:
-        """A module of the user's own says itself what it can train and evaluate."""
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Build the structure that a checkpoint holds.
@@ -114,27 +109,27 @@ class BackbonePlace:
 
     def install(
         self,
-        candidate: Candidate,
-        pool: Pool,
+        network: StitchedNetwork,
+        features: Tensor,
+        targets: Tensor | None,
         data: CalibrationDataModule,
         batches: Any,
-        *,
-        ridge: float,
-        bar: Progress,
     ) -> None:
-        """Put a candidate's network in, behind it a linear layer to the width that the module expects.
+        """Put a network in, behind it a linear layer to the width that the module expects, and fit the head.
 
         Where a network is there already, the layer maps, by least squares, onto what that one gives.
 
+        Args:
+            network: The network.
+            features: What it gives for the head images, images x width.
+            targets: Of these images.
+            data: The data module.
+            batches: The head images as `data` gives them.
+
         Raises:
-            StitchError: If the attribute holds a network that does not give vectors for such images, or the head does
-                not lead from them to the targets.
+            StitchError: If what the attribute holds gives no vectors for such images, or the head does not fit them.
         """
-        outcomes, targets = pool.outcomes([candidate], batches, progress=bar)
-        features = outcomes[0].features
-        with torch.inference_mode(False):
-            network = pool.assemble(candidate)
-        backbone, projection = self._prepare_backbone(features, batches, data, ridge=ridge)
+        backbone, projection = self._prepare_backbone(features, batches, data)
         with torch.no_grad():
             vectors = features if projection is None else projection(features.clone())
         self._warn_of_loading(backbone)
@@ -150,32 +145,27 @@ class BackbonePlace:
         """Take rank zero's structure; the strategy copies its weights."""
         backbone = self.present
         assert isinstance(backbone, StitchedBackbone)
-        mine = backbone.get_extra_state()
-        state = strategy.broadcast(mine, src=0)
-        if state != mine:
-            backbone.take_structure(state)
+        backbone.take_structure(strategy.broadcast(backbone.get_extra_state(), src=0))
 
     def _find_head(self, num_features: int | None) -> nn.Linear:
         """The linear layer to fit, from that many features (None: not known yet) to the targets."""
-        assert self.head_attribute is not None
         num_classes = self.head_settings.num_classes
-        head = dict(self.module.named_modules(remove_duplicate=False)).get(self.head_attribute)
-        fits = (
+        head = dict(self.module.named_modules(remove_duplicate=False)).get(self.head_attribute or "")
+        if (
             isinstance(head, nn.Linear)
             and head.bias is not None
             and head.out_features == num_classes
             and num_features in (None, head.in_features)
+        ):
+            return head
+        raise StitchError(
+            f"FragmentSearch(head_attribute={self.head_attribute!r}) fits a torch.nn.Linear("
+            f"{num_features or '...'}, {num_classes}) with a bias; {type(self.module).__name__} has {head} there. "
+            f"Leave head_attribute out to train a head of another kind."
         )
-        if not isinstance(head, nn.Linear) or not fits:
-            raise StitchError(
-                f"FragmentSearch(head_attribute={self.head_attribute!r}) fits a torch.nn.Linear("
-                f"{num_features or '...'}, {num_classes}) with a bias; {type(self.module).__name__} has {head} there. "
-                f"Leave head_attribute out to train a head of another kind."
-            )
-        return head
 
     def _prepare_backbone(
-        self, features: Tensor, batches: Iterable[Any], data: CalibrationDataModule, *, ridge: float
+        self, features: Tensor, batches: Iterable[Any], data: CalibrationDataModule
     ) -> tuple[StitchedBackbone, nn.Linear | None]:
         """The backbone to fill, and the layer from the features to its width; None: their width is right."""
         present = self.present
@@ -186,32 +176,31 @@ class BackbonePlace:
                 return present, fit_width(features, present.num_features)
         elif hasattr(self.module, HOOK):
             return StitchedBackbone(), None
-        wanted = self._present_features(batches, data)
-        layer = fit_imitation(features, wanted.to(features.device), ridge=ridge)
-        return (present if isinstance(present, StitchedBackbone) else StitchedBackbone(wanted.shape[1])), layer
+        vectors = self._present_features(batches, data)
+        imitation = ridge_least_squares(features, vectors.to(features.device))
+        assert imitation.bias is not None
+        backbone = present if isinstance(present, StitchedBackbone) else StitchedBackbone(vectors.shape[1])
+        return backbone, _make_linear(imitation.weight, imitation.bias)
 
     @torch.no_grad()
     def _present_features(self, batches: Iterable[Any], data: CalibrationDataModule) -> Tensor:
         """What the backbone that is there gives for the images, normalised as it is used to; images x width."""
-        replaced = self.present
-        statistics = (replaced.mean, replaced.std) if isinstance(replaced, StitchedBackbone) else data.normalisation
+        present, device = self.present, self.module.device
+        statistics = (present.mean, present.std) if isinstance(present, StitchedBackbone) else data.normalisation
         mean, std = (None if x is None else x.view(1, -1, 1, 1).to("cpu") for x in statistics)
-        modes = {part: part.training for part in replaced.modules()}
-        replaced.to(self.module.device).eval()
         rows = []
-        for batch in batches:
-            images = batch if isinstance(batch, Tensor) else batch[0]
-            images = images if mean is None or std is None else (images - mean) / std
-            try:
-                vectors = replaced(images.to(self.module.device))
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise self._refuse_present(f"fails on images of {tuple(images.shape)}: {error}") from error
-            if not isinstance(vectors, Tensor) or vectors.ndim != 2:
-                shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-                raise self._refuse_present(f"gives {shape} for images of {tuple(images.shape)}")
-            rows.append(vectors.float())
-        for part, mode in modes.items():
-            part.training = mode
+        with in_eval_mode(present.to(device)):
+            for batch in batches:
+                images = batch if isinstance(batch, Tensor) else batch[0]
+                images = images if mean is None or std is None else (images - mean) / std
+                try:
+                    vectors = present(images.to(device))
+                except (RuntimeError, ValueError, TypeError) as error:
+                    raise self._refuse_present(f"fails on images of {tuple(images.shape)}: {error}") from error
+                if not isinstance(vectors, Tensor) or vectors.ndim != 2:
+                    shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+                    raise self._refuse_present(f"gives {shape} for images of {tuple(images.shape)}")
+                rows.append(vectors.float())
         return torch.cat(rows)
 
     def _refuse_present(self, problem: str) -> StitchError:
@@ -240,11 +229,7 @@ def restore_when_loaded(module: nn.Module, attribute: str) -> RemovableHandle:
     """Let a module build the stitched network of every state dict that it loads, until the handle is removed.
 
     Lightning loads a checkpoint's tensors between the module's hook and the callbacks'; a class that does not define
-    `on_load_checkpoint` would have no place for them.
-
-    Args:
-        module: The module.
-        attribute: Where the network belongs; a state dict without one is a `RecipeError`.
+    `on_load_checkpoint` would have no place for them. A state dict without a network there is a `RecipeError`.
     """
     return module.register_load_state_dict_pre_hook(partial(_build_from, attribute))
 
@@ -259,18 +244,6 @@ def _build_from(attribute: str, module: nn.Module, state_dict: Mapping[str, Any]
             f"It was saved by a run without FragmentSearch(attribute={attribute!r})."
         )
     restore_backbones(module, {"state_dict": state})
-
-
-@torch.no_grad()
-def fit_imitation(features: Tensor, wanted: Tensor, *, ridge: float) -> nn.Linear:
-    """The linear layer from features (images x width) to those of another network, by least squares.
-
-    Raises:
-        CalibrationError: If they have NaN or infinite values.
-    """
-    affine = ridge_least_squares(features, wanted, ridge=ridge)
-    assert affine.bias is not None
-    return _make_linear(affine.weight, affine.bias)
 
 
 @torch.no_grad()

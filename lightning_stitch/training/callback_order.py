@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_stitch._lightning import SourcePreparer, pl, source_preparers
+from lightning_stitch._lightning import pl
 from lightning_stitch.errors import StitchError
 
+if TYPE_CHECKING:
+    from lightning_stitch.training.fragment_search import FragmentSearch
+
 _LOOK_IN_SETUP = {
-    "WeightAveraging": "copies the module",
-    "StochasticWeightAveraging": "copies the module",
-    "BaseFinetuning": "freezes layers of the module",
-    "ModelPruning": "collects parameters of the module",
+    pl.callbacks.WeightAveraging: "copies the module",
+    pl.callbacks.StochasticWeightAveraging: "copies the module",
+    pl.callbacks.BaseFinetuning: "freezes layers of the module",
+    pl.callbacks.ModelPruning: "collects parameters of the module",
 }
 
 
-def check_order(trainer: pl.Trainer, search: SourcePreparer) -> None:
+def check_order(trainer: pl.Trainer, search: FragmentSearch) -> None:
     """Refuse a list of callbacks in which one that needs the network stands before the search.
 
     Two searches for the same place are refused, too: the first would fill it, the second would do nothing.
@@ -23,26 +26,22 @@ def check_order(trainer: pl.Trainer, search: SourcePreparer) -> None:
     Raises:
         StitchError: If there is one; it has the order that works.
     """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     place = search.attribute
-    rivals = [preparer for preparer in source_preparers(trainer) if preparer.attribute == place]
+    rivals = [callback for callback in callbacks if isinstance(callback, type(search)) and callback.attribute == place]
     if len(rivals) > 1:
         raise StitchError(
             f"{len(rivals)} callbacks of the Trainer ({', '.join(type(rival).__name__ for rival in rivals)}) search "
             f"a network for the same place ({'the whole module' if place is None else f'attribute={place!r}'}). "
             f"Keep one of them, with the sources of all."
         )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    before = callbacks[: callbacks.index(search)]
-    for kind, does in _LOOK_IN_SETUP.items():
-        for callback in before:
-            if isinstance(callback, getattr(pl.callbacks, kind)):
-                names = [type(search).__name__, *(type(early).__name__ for early in before if _needs_network(early))]
-                raise StitchError(
-                    f"{type(callback).__name__} stands before {type(search).__name__} among the Trainer's callbacks, "
-                    f"but it {does} when it is set up, before there is a network in it. The order that works is "
-                    f"callbacks=[{', '.join(names)}]."
-                )
-
-
-def _needs_network(callback: pl.Callback) -> bool:
-    return any(isinstance(callback, getattr(pl.callbacks, kind)) for kind in _LOOK_IN_SETUP)
+    early = [
+        callback for callback in callbacks[: callbacks.index(search)] if isinstance(callback, tuple(_LOOK_IN_SETUP))
+    ]
+    if early:
+        looks = next(words for kind, words in _LOOK_IN_SETUP.items() if isinstance(early[0], kind))
+        names = [type(callback).__name__ for callback in (search, *early)]
+        raise StitchError(
+            f"{names[1]} stands before {names[0]} among the Trainer's callbacks, but it {looks} when it is set up, "
+            f"before there is a network in it. The order that works is callbacks=[{', '.join(names)}]."
+        )

@@ -9,24 +9,17 @@ from lightning_stitch.search import NEED_LABELS, Ranking
 
 
 def check_targets(head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
-    """Refuse data whose targets are none that the head, the ranking or the comparison can use.
-
-    Args:
-        head: The module's head.
-        data: The data, set up here if they are not yet.
-        ranking: How candidates are ranked.
-        compare: Whether candidates are compared on the test images.
+    """Refuse data whose targets are none that the head, the ranking or the comparison on test images can use.
 
     Raises:
         StitchError: Saying what the data have and what was asked for.
     """
-    bare = data.task == "none"
-    if compare and (bare or head.name == "none" or head.task != "multiclass"):
+    if compare and (data.task == "none" or head.name == "none" or head.task != "multiclass"):
         raise StitchError(
             f"compare=True tells accuracies of classes; the data have task={data.task!r}, the module has "
             f"task={head.task!r} and head={head.name!r}. Leave it out: candidates.csv has the scores of all candidates."
         )
-    if bare:
+    if data.task == "none":
         if head.needs_targets:
             raise StitchError(
                 f"head={head.name!r} is fitted on labelled images, but the data module has task='none'. Give it "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
@@ -41,6 +41,7 @@ from lightning_stitch.sources import (
 from lightning_stitch.stitching import Candidate, Kind, WithoutLabels
 from lightning_stitch.training.backbone_place import restore_when_loaded
 from lightning_stitch.training.callback_order import check_order
+from lightning_stitch.training.module import StitchedClassifier
 from lightning_stitch.training.places import Place, place_for_network
 from lightning_stitch.training.search_report import report_search
 
@@ -49,19 +50,13 @@ from lightning_stitch.training.search_report import report_search
 class FragmentSearch(pl.Callback):
     """Composes a network from sources before fitting and installs it, with a closed-form head, in the module.
 
-    It runs in `setup` of the fit stage, where the data are ready and optimizers are not yet built, and only if the
-    module has no recipe. With `Trainer(max_epochs=0)` that is all: no back-propagation. Every rank runs the same seeded
-    search; rank zero's recipe decides. Every candidate with its costs and scores goes into candidates.csv in the log
-    directory; `install_within` takes another of them afterwards.
+    It runs in `setup` of the fit stage, before optimizers are built, and only if the module has no recipe. With
+    `Trainer(max_epochs=0)` that is all: no back-propagation. Every candidate with its costs and scores goes into
+    candidates.csv in the log directory; `install_within` takes another of them afterwards.
 
     The module is a `StitchedClassifier`, or any LightningModule with the `attribute` that its backbone is in; the data
-    module is a `CalibrationDataModule`.
-
-    A run that restores a checkpoint, `fit(ckpt_path=...)`, ends with the checkpoint's network, whatever was in the
-    module before. But Lightning names the checkpoint only after the callbacks are set up: a module that has no recipe
-    is searched for once, for nothing, and callbacks that copy or freeze the module in their own `setup` see the network
-    that was found. Either of two ways spares the search: load the module from the checkpoint first
-    (`load_from_checkpoint`), so that it has a recipe, or set `ckpt_path` of this callback.
+    module is a `CalibrationDataModule`. Ctrl-C while it composes ends the composing, not the run: the best network by
+    then is installed, and fitting goes on. At any other time Ctrl-C ends the run as everywhere in Lightning.
 
     Args:
         sources: What to compose from: source specs (see `load_source`), or mappings with "spec" and its arguments.
@@ -70,18 +65,15 @@ class FragmentSearch(pl.Callback):
             images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
             the best early exit.
-        attribute: Where in a LightningModule of your own the network goes, as "backbone" or "model.encoder". What is
-            there gives vectors (batch, width) for images: a `StitchedBackbone`, or any network, which is replaced by
-            one whose features are mapped, by least squares on the head images, onto what it gave. A module with a
-            method `on_backbone_stitched(self, backbone)` is told instead, and nothing is mapped. None: the module is a
+        attribute: Where in a LightningModule of your own the network goes, as "backbone" or "model.encoder": a
+            `StitchedBackbone`, or any network that gives vectors (batch, width) for images; the new one's features are
+            mapped, by least squares on the head images, onto those. A module with a method
+            `on_backbone_stitched(self, backbone)` is told instead, and nothing is mapped. None: the module is a
             `StitchedClassifier`.
         head_attribute: Where in such a module the linear layer from these vectors to the classes is, to be fitted in
             closed form; None: the module's head is left as it is.
         skip_rejected: Whether to go on without sources that the check before any download rejects (`preflight`). By
             default that is an error, which shows the table.
-
-    Ctrl-C while it composes ends the composing, not the run: the best network by then is installed, the summary says
-    so, and fitting goes on. At any other time, while it ranks too, Ctrl-C ends the run as everywhere in Lightning.
 
     Attributes:
         search_settings: What is proposed, and by what it is chosen.
@@ -154,11 +146,6 @@ class FragmentSearch(pl.Callback):
         self._usable: Sequence[Blueprint] | None = None  # checked, not loaded yet
         self._restoring: RemovableHandle | None = None
 
-    def fetch_sources(self) -> None:
-        """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
-        if self._fetched is None:
-            self._fetched = load_sources(self.sources if self._usable is None else self._usable)
-
     def check_sources(
         self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
     ) -> Sequence[Blueprint]:
@@ -176,39 +163,48 @@ class FragmentSearch(pl.Callback):
         self._usable = checked.blueprints
         return self._usable
 
-    def _place(self, trainer: pl.Trainer) -> Place | None:
-        """Where this run will put a network; None: it will not search, or has its sources."""
-        if self._fetched is not None or trainer.state.fn != "fit":
-            return None
-        check_order(trainer, self)
-        place = place_for_network(trainer.lightning_module, self.attribute, self.head_attribute)
-        return None if place.recipe is not None or self.ckpt_path is not None else place
+    def fetch_sources(self) -> None:
+        """Load the sources, from the hub if need be; those only that passed, where they have been checked."""
+        if self._fetched is None:
+            self._fetched = load_sources(self.sources if self._usable is None else self._usable)
 
     def look_up_sources(self, trainer: pl.Trainer) -> None:
-        """Refuse sources that cannot be found, before images are downloaded; likewise."""
-        if not self.skip_rejected and self._place(trainer) is not None:
+        """Refuse sources that cannot be found, before images are downloaded, if this run will search."""
+        if not self.skip_rejected and self._searches_in(trainer):
             self._found = find_sources(self.sources)
 
     def prepare_sources(self, trainer: pl.Trainer) -> None:
-        """Check and load the sources if this run will search; `prepare_data` calls it, once for each node."""
-        place = self._place(trainer)
-        if place is None:
+        """Check and load the sources if this run will search; the data module's `prepare_data` calls it on each node.
+
+        There waiting has no time limit.
+        """
+        if not self._searches_in(trainer):
             return
-        data = _calibration_data(trainer.datamodule)  # type: ignore[attr-defined]
+        module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+        place = place_for_network(module, self.attribute, self.head_attribute)
 
         def image_shape() -> tuple[int, int, int] | None:
             if data.is_wrapper and trainer.world_size > 1:
                 return None  # its setup may wait for ranks that are not here
-            return self.check_run(trainer, trainer.lightning_module, data)[1].image_shape
+            return self.check_run(trainer, module, data)[1].image_shape
 
-        self._prepare(trainer, place.head_settings.until, image_shape)
+        self._prepare(trainer, place, image_shape)
 
-    def _prepare(self, trainer: pl.Trainer, until: str, image_shape: Callable[[], tuple[int, int, int] | None]) -> None:
+    def _prepare(
+        self, trainer: pl.Trainer, place: Place, image_shape: Callable[[], tuple[int, int, int] | None]
+    ) -> None:
         # The other ranks of a node find its files in the cache, but must leave the same sources out.
         if self._fetched is None and (trainer.local_rank == 0 or self.skip_rejected):
             show = trainer.progress_bar_callback is not None and trainer.is_global_zero
-            self.check_sources(image_shape, until=until, show=show)
+            self.check_sources(image_shape, until=place.head_settings.until, show=show)
         self.fetch_sources()
+
+    def _searches_in(self, trainer: pl.Trainer) -> bool:
+        """Whether a run will search and has no sources yet."""
+        if self._fetched is not None or self.ckpt_path is not None or trainer.state.fn != "fit":
+            return False
+        check_order(trainer, self)
+        return place_for_network(trainer.lightning_module, self.attribute, self.head_attribute).recipe is None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Search, install the network and its head, and compare if asked to."""
@@ -225,18 +221,22 @@ class FragmentSearch(pl.Callback):
             # Now, for callbacks behind this one that copy or freeze the module in their own setup.
             place.restore(trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path, map_location="cpu"))
             return
-        place.check_stage(stage)
-        with _one_rank_first(trainer):
-            self._prepare(trainer, place.head_settings.until, lambda: data.image_shape)
+        if isinstance(pl_module, StitchedClassifier):
+            pl_module.check_stage(stage)
+        # The first rank of each node fetches before the others.
+        if trainer.local_rank != 0:
+            trainer.strategy.barrier("sources")
+        self._prepare(trainer, place, lambda: data.image_shape)
+        if trainer.local_rank == 0:
+            trainer.strategy.barrier("sources")
         assert self._fetched is not None
         settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
-        self._fetched = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
-        bar = trainer.progress_bar_callback
-        quiet = bar is None or not trainer.is_global_zero
-        with isolate_rng(), Bar() if not quiet else Silent() as progress:
-            self._run(trainer, place, data, self._fetched, progress)
+        sources = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
+        show = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with isolate_rng(), Bar() if show else Silent() as progress:
+            result = self._search(trainer, place, data, sources, progress)
         self._fetched = self._usable = None
-        self._report(trainer)
+        report_search(trainer, self, result)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as other modules are."""
@@ -255,9 +255,6 @@ class FragmentSearch(pl.Callback):
             budget: The limits.
             kind: Only candidates of this kind, such as "stitched"; None: of any.
 
-        Returns:
-            The candidate, with its scores on the selection images.
-
         Raises:
             StitchError: If no search has run, or the trainer has another kind of module or data.
             BudgetError: If no candidate keeps the budget; names the cheapest. Likewise if the budget limits latency
@@ -268,17 +265,16 @@ class FragmentSearch(pl.Callback):
                 "No search has run, so there is nothing to choose from: call trainer.fit on a module without a recipe."
             )
         place, data = self.check_run(trainer, trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
-        chosen = self.result.within(budget, kind=kind)
-        if chosen is None:
-            cheapest = min(self.result.ranked, key=lambda r: r.candidate.cost.macs).candidate
-            wanted = "network" if kind is None else f"{kind} network"
+        best = self.result.within(budget, kind=kind)
+        if best is None:
+            cheapest = min(self.result.ranked, key=lambda ranked: ranked.candidate.cost.macs).candidate
             raise BudgetError(
-                f"The search found no {wanted} within the budget ({budget}); the cheapest it found has {cheapest.cost} "
-                f"({cheapest.recipe.path}). Raise the budget, or search under it."
+                f"The search found no {'' if kind is None else f'{kind} '}network within the budget ({budget}); the "
+                f"cheapest it found has {cheapest.cost} ({cheapest.recipe.path}). Raise the budget, or search under it."
             )
         with isolate_rng():
-            self._install(trainer, place, data, chosen.candidate, Silent())
-        return chosen
+            self._install(trainer, place, data, best.candidate, Silent())
+        return best
 
     def check_run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
@@ -291,7 +287,12 @@ class FragmentSearch(pl.Callback):
         check_same_namespace(trainer, "Trainer")
         find_ranking(self.search_settings.ranking, labelled=True)
         place = place_for_network(pl_module, self.attribute, self.head_attribute)
-        data = _calibration_data(data)
+        if not isinstance(data, CalibrationDataModule):
+            raise StitchError(
+                f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found "
+                f"{'none' if data is None else type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps "
+                f"another one."
+            )
         if trainer.strategy.restore_checkpoint_after_setup and place.recipe is None:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} builds optimizers before checkpoints are restored, so the network "
@@ -305,52 +306,54 @@ class FragmentSearch(pl.Callback):
         """How its pool is cut and calibrated, for networks that end `until` (`CalibrationSettings`)."""
         return replace(self.calibration_settings, until=until)
 
-    def _run(
+    def _search(
         self,
         trainer: pl.Trainer,
         place: Place,
         data: CalibrationDataModule,
         sources: list[Source],
         progress: Progress,
-    ) -> None:
-        tiny = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    ) -> SearchResult:
+        head = place.head_settings
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=without_strangers(self.settings_until(place.head_settings.until), [part.name for part in sources]),
+            settings=without_strangers(self.settings_until(head.until), [source.name for source in sources]),
             device=trainer.strategy.root_device,
         )
-        if place.head_settings.until == "output":
+        if head.until == "output":
             # A class map of classes that the sources do not have is refused before they run.
-            place.head_settings.empty(pool.parts[0].graph.output_features())
+            head.empty(pool.parts[0].graph.output_features())
         selection = _batches(trainer, data.selection_dataloader())
-        if self.search_settings.ranking == "auto" and not place.head_settings.needs_targets:
+        if self.search_settings.ranking == "auto" and not head.needs_targets:
             selection = WithoutLabels(selection)
-        settings = replace(self.search_settings, journal=self._journal(trainer))
-        if tiny:
+        settings = self.search_settings
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             settings = replace(settings, journal=None, max_candidates=2, max_healed=2)
-        self.result = pool.search(
+        elif settings.journal is not None and trainer.world_size > 1:
+            settings = replace(settings, journal=Path(settings.journal) / f"rank_{trainer.global_rank}")
+        self.result = result = pool.search(
             _batches(trainer, data.calibration_dataloader()),
             selection,
             settings,
             num_classes=data.num_classes,
             progress=progress,
         )
-        self._install(trainer, place, data, self.result.best.candidate, progress)
+        self._install(trainer, place, data, result.best.candidate, progress)
         if place.train_mode and trainer.max_epochs != 0:
-            warn_of_train_mode(pool, self.result.best.candidate)
-        if self.compare and not tiny:
-            data.setup("test")
+            _warn_of_train_mode(pool, result.best.candidate)
+        if self.compare and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.comparison = compare(
                 pool,
-                self.result,
+                result,
                 data.head_dataloader(),
                 data.test_dataloader(),
-                num_classes=place.head_settings.num_classes,
-                head=place.head_settings,
+                num_classes=head.num_classes,
+                head=head,
                 fractions=self.fractions,
                 progress=progress,
             )
+        return result
 
     def _install(
         self, trainer: pl.Trainer, place: Place, data: CalibrationDataModule, candidate: Candidate, progress: Progress
@@ -359,58 +362,26 @@ class FragmentSearch(pl.Callback):
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.head_dataloader())
-        place.install(candidate, self.pool, data, batches, ridge=self.search_settings.ridge, bar=progress)
+        if self.attribute is None and not place.head_settings.needs_targets:
+            batches = list(islice(batches, 1))  # enough to see how wide the features are
+        outcomes, targets = self.pool.outcomes([candidate], batches, progress=progress)
+        with torch.inference_mode(False):
+            network = self.pool.assemble(candidate)
+        place.install(network, outcomes[0].features, targets, data, batches)
         place.agree(trainer.strategy)
 
-    def _journal(self, trainer: pl.Trainer) -> Path | None:
-        journal = self.search_settings.journal
-        if journal is None:
-            return None
-        ranks = trainer.world_size
-        return Path(journal) / f"rank_{trainer.global_rank}" if ranks > 1 else Path(journal)
 
-    def _report(self, trainer: pl.Trainer) -> None:
-        assert self.result is not None
-        settings = {
-            "sources": [str(source) for source in self.sources],
-            "granularity": self.calibration_settings.granularity,
-            "estimator": self.calibration_settings.estimator,
-            **{name: getattr(self.search_settings, name) for name in ("ranking", "exits", "heal")},
-        }
-        report_search(trainer, self.result, self.comparison, settings)
-
-
-def _calibration_data(data: Any) -> CalibrationDataModule:
-    """The run's data module, which must be of the kind that a search takes."""
-    if isinstance(data, CalibrationDataModule):
-        return data
-    raise StitchError(
-        f"FragmentSearch needs a CalibrationDataModule, trainer.fit(model, datamodule=...); found "
-        f"{'none' if data is None else type(data).__name__}. CalibrationDataModule(datamodule=yours) wraps another one."
-    )
-
-
-@contextmanager
-def _one_rank_first(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the first rank of each node do something before the others."""
-    if trainer.local_rank != 0:
-        trainer.strategy.barrier("one_rank_first")
-    yield
-    if trainer.local_rank == 0:
-        trainer.strategy.barrier("one_rank_first")
-
-
-def warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
+def _warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
     """Warn of sources that do something else in train mode, where a network of their fragments is trained in it."""
-    used = {fragment.source for fragment in candidate.recipe.fragments}
+    names = {fragment.source for fragment in candidate.recipe.fragments}
     for part in pool.parts:
-        difference = part.graph.train_mode_difference() if part.name in used else None
+        difference = part.graph.train_mode_difference() if part.name in names else None
         if difference is not None:
             warnings.warn(
                 f"Source {part.name!r} does something else in train mode than in eval mode: {difference}. Its "
                 f"fragments run eval mode's operations in train mode, too. Let a small module of its own ask for "
-                f"`training` (one whose parts have no parts), or register it as a whole with "
-                f"timm.layers.register_notrace_module: modules that are kept whole follow train() and eval().",
+                f"`training`, or register it with timm.layers.register_notrace_module: modules that are kept whole "
+                f"follow train() and eval().",
                 stacklevel=2,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from lightning_stitch._lightning import pl, source_preparers, warn_where_both_are_loaded
+from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
@@ -19,12 +20,6 @@ from lightning_stitch.networks import StitchedNetwork, empty_head, load_classifi
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training.thawing import TrainingPlan
-
-OptimizerCallable = Callable[[Iterable], Optimizer]
-
-
-def _adamw(parameters: Iterable) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-4)
 
 
 class StitchedClassifier(pl.LightningModule):
@@ -37,9 +32,6 @@ class StitchedClassifier(pl.LightningModule):
     Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that. The network
     stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `train_mode` changes that for
     what is thawed. What is frozen keeps parameters and buffers bit for bit.
-
-    The optimizer gets all parameters, in groups named "head", "stitch_1", ..., "fragment_1", ..., so that learning
-    rates can be seen (`LearningRateMonitor`) and a run resumed at any epoch of a schedule.
 
     Args:
         num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
@@ -56,7 +48,8 @@ class StitchedClassifier(pl.LightningModule):
             (batch,) or (batch, numbers)): it decides the loss, the metrics (`metrics_for`) and what is predicted.
         thaw: What trains: "head" alone; "stitches": also the layers that hold the stitches' numbers, which are layers
             of the fragments where a stitch is folded into them; "neighbours": also the nearest layers before and
-            behind each stitch; "all"; or a schedule by epoch, as {0: "head", 3: "stitches", 6: "all"}.
+            behind each stitch, with the normalisations on the way; "all"; or a schedule by epoch, as
+            {0: "head", 3: "stitches", 6: "all"}.
         train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops.
         lr: Learning rate; None: the optimizer's own. `LearningRateFinder` sets it.
         backbone_lr_factor: Learning rate of the fragments, relative to that of the head and the stitches.
@@ -69,15 +62,14 @@ class StitchedClassifier(pl.LightningModule):
 
     Raises:
         RecipeError: If a recipe is malformed.
-        StitchError: If head, task and num_classes do not fit each other, `thaw` or a factor is none of those,
-            or there are not as many class names as outputs, or two are alike.
+        StitchError: If the other arguments do not fit each other.
     """
 
     def __init__(
         self,
         num_classes: int | None = None,
         recipe: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable | None = None,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
         trust_factory: bool = False,
         head: str | dict[str, Any] = "ridge",
         task: str = "multiclass",
@@ -96,7 +88,7 @@ class StitchedClassifier(pl.LightningModule):
         self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
         self.hparams["head"] = self.head_settings.plain
         self.num_classes = self.head_settings.num_classes
-        self.optimizer = optimizer or _adamw
+        self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-4)
         self.trust_factory = trust_factory
         mapped = self.head_settings.class_names
         self.class_names = class_names if class_names is not None or mapped is None else list(mapped)
@@ -145,10 +137,7 @@ class StitchedClassifier(pl.LightningModule):
         self.hparams["class_names"] = None if names is None else [str(name) for name in names]
 
     def install(self, network: StitchedNetwork, head: nn.Module) -> None:
-        """Take a network and a head (what the network gives -> outputs), and note the recipe as a hyper-parameter.
-
-        An ensemble has heads of its own and takes `nn.Identity()`.
-        """
+        """Take a network and a head, for an ensemble `nn.Identity()`, and note the recipe as a hyper-parameter."""
         self.network = network
         self.head = head
         self.hparams["recipe"] = network.recipe.to_dict()
@@ -179,11 +168,6 @@ class StitchedClassifier(pl.LightningModule):
         model.install(saved.network, saved.head)
         return model.eval()
 
-    def prepare_data(self) -> None:
-        """Let the search fetch its sources, once for each node, where waiting has no time limit."""
-        for preparer in source_preparers(self.trainer):
-            preparer.prepare_sources(self.trainer)
-
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""
         recipe = self.recipe
@@ -198,7 +182,13 @@ class StitchedClassifier(pl.LightningModule):
         plain = hparams.get("recipe")
         if plain is None:
             raise RecipeError("This checkpoint holds no recipe: it was saved before a network was installed.")
-        self._check_same_head(hparams)
+        settings = {"head": self.head_settings.plain, "task": self.head_settings.task}
+        saved_settings = {"head": hparams.get("head", "ridge"), "task": hparams.get("task", "multiclass")}
+        if saved_settings != settings:
+            raise RecipeError(
+                f"The checkpoint's module has {saved_settings}, this one {settings}. Make this one alike, or call "
+                f"StitchedClassifier.load_from_checkpoint, which does."
+            )
         if self.class_names is None:
             self.class_names = hparams.get("class_names")
         if plain != self.hparams["recipe"] or self.network is None:
@@ -211,15 +201,6 @@ class StitchedClassifier(pl.LightningModule):
             self.head.to(self.device)
         self._plan.thaw(self, epoch=checkpoint.get("epoch", 0))
 
-    def _check_same_head(self, saved: dict[str, Any]) -> None:
-        here = {"head": self.head_settings.plain, "task": self.head_settings.task}
-        there = {"head": saved.get("head", "ridge"), "task": saved.get("task", "multiclass")}
-        if there != here:
-            raise RecipeError(
-                f"The checkpoint's module has {there}, this one {here}. Make this one alike, or call "
-                f"StitchedClassifier.load_from_checkpoint, which does."
-            )
-
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -227,17 +208,15 @@ class StitchedClassifier(pl.LightningModule):
         self.check_stage(stage)
 
     def check_stage(self, stage: str) -> None:
-        """Refuse to train or evaluate where there is no head; `FragmentSearch` asks before it searches.
-
-        Raises:
-            StitchError: If head="none", or the data have no targets, and the stage is "validate" or "test", or "fit"
-                with epochs to train.
-        """
+        """Refuse to train or evaluate without a head or targets; `FragmentSearch` asks before it searches."""
         trains = stage == "fit" and self.trainer.max_epochs != 0
         if not trains and stage not in ("validate", "test"):
             return
         if self.head_settings.name == "none":
-            raise StitchError(_NO_HEAD)
+            raise StitchError(
+                "This StitchedClassifier has head='none': it gives features, and there is nothing to train or "
+                "evaluate. Use trainer.predict, or another head; Trainer(max_epochs=0) searches without training."
+            )
         if getattr(self.trainer.datamodule, "task", None) == "none":  # type: ignore[attr-defined]
             raise StitchError(_NO_TARGETS)
 
@@ -245,8 +224,7 @@ class StitchedClassifier(pl.LightningModule):
         """Logits (batch, classes or labels), numbers, or without a head features, for images in [0, 1]."""
         if self.network is None or self.head is None:
             raise StitchError(_NO_NETWORK)
-        outputs: Tensor = self.head(self.network(images))
-        return outputs
+        return self.head(self.network(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The task's loss of a batch (`loss_of`)."""
@@ -273,7 +251,7 @@ class StitchedClassifier(pl.LightningModule):
         """The optimizer over all parameters, in named groups; those of frozen ones wait."""
         if self.network is None:
             raise StitchError(_NO_NETWORK)
-        return self._plan.optimizer(self)
+        return self._plan.make_optimizer(self)
 
     def on_fit_start(self) -> None:
         """Spread a learning rate that a finder has just set over the groups by their factors."""
@@ -299,8 +277,6 @@ class StitchedClassifier(pl.LightningModule):
 
     def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and targets of a batch, which must have targets."""
-        if self.head_settings.name == "none":
-            raise StitchError(_NO_HEAD)
         if isinstance(batch, Tensor) or len(batch) < 2:
             raise StitchError(_NO_TARGETS)
         return batch[0], batch[1]
@@ -309,10 +285,6 @@ class StitchedClassifier(pl.LightningModule):
 _NO_NETWORK = (
     "This StitchedClassifier has no network yet. Put a FragmentSearch among the Trainer's callbacks and call fit, load "
     "a checkpoint, or give a recipe."
-)
-_NO_HEAD = (
-    "This StitchedClassifier has head='none': it gives features, and there is nothing to train or evaluate. Use "
-    "trainer.predict, or choose another head; Trainer(max_epochs=0) searches without training."
 )
 _NO_TARGETS = (
     "There is nothing to train on or to evaluate: the images have no targets. Trainer(max_epochs=0) searches without "

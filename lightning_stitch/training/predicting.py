@@ -20,9 +20,9 @@ from lightning_stitch.report import check_output, prediction_rows, write_predict
 class ImageFiles(pl.LightningDataModule):
     """Images to predict, from files and folders of them.
 
-    Size and channels come from the recipe of the module that predicts, resized as `CalibrationDataModule` does it; mean
-    and standard deviation are the network's own business. Batches are `(images, indices)`: images float32,
-    N x C x H x W, in [0, 1]; indices int64, N, the images' places in `files`.
+    Size and channels come from the recipe of the module that predicts, resized as `CalibrationDataModule` does it.
+    Batches are `(images, indices)`: images float32, N x C x H x W, in [0, 1]; indices int64, N, the images' places in
+    `files`.
 
     Args:
         paths: Files, which are taken whatever their suffix, and folders, of which the images are taken, those in
@@ -37,13 +37,13 @@ class ImageFiles(pl.LightningDataModule):
         skipped: What was left out, with the reason; after `setup`.
 
     Raises:
-        CalibrationError: From `setup` where a path does not exist, a folder holds no images or a file is none; from
-            `predict_dataloader` where the images do not suit the module.
+        CalibrationError: From `setup` where a path names no images; from `predict_dataloader` where the images do not
+            suit the module.
     """
 
     def __init__(
         self,
-        paths: str | list[str],
+        paths: str | Path | Sequence[str | Path],
         batch_size: int = 32,
         num_workers: int = 0,
         skip_unreadable: bool = False,
@@ -70,22 +70,19 @@ class ImageFiles(pl.LightningDataModule):
             raise CalibrationError(
                 f"{len(self.files)} images cannot be shared by {ranks} processes; use fewer devices."
             )
-        return DataLoader(
-            ImageFileSet(self.files, _find_image_shape(self.trainer.lightning_module)),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
-            generator=torch.Generator().manual_seed(0),
-        )
+        images = ImageFileSet(self.files, _find_image_shape(self.trainer.lightning_module))
+        # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
+        generator = torch.Generator().manual_seed(0)
+        return DataLoader(images, batch_size=self.batch_size, num_workers=self.num_workers, generator=generator)
 
 
 class PredictionWriter(pl.callbacks.BasePredictionWriter):
     """Writes what `trainer.predict` predicts into one file, a row for each image, in the order of the dataset.
 
-    Under several processes (DDP and the like) the rows are gathered and rank zero writes them, in the same order. The
-    file gets its name when it is complete: a run that fails leaves none. Names of columns and how they are read come
-    from the module's `class_names` and `task`. The dataset's `files` name the rows; without, their numbers do. A
-    fast_dev_run writes nothing.
+    It takes any module whose `predict_step` gives a row of numbers for each image; the module's `class_names` and
+    `task` say what the columns are. The dataset's `files` name the rows; without, their numbers do. Under several
+    processes rank zero writes the rows of all, in the same order. A run that fails leaves no file, and a fast_dev_run
+    writes nothing.
 
     Args:
         output: A .csv or .jsonl file, see `write_predictions`; None: nothing is written, `rows` has it.
@@ -99,7 +96,7 @@ class PredictionWriter(pl.callbacks.BasePredictionWriter):
             module gives anything but one row of numbers for each image.
     """
 
-    def __init__(self, output: str | None = None, overwrite: bool = False) -> None:
+    def __init__(self, output: str | Path | None = None, overwrite: bool = False) -> None:
         super().__init__("epoch")
         self.output = output
         self.overwrite = overwrite
@@ -125,7 +122,12 @@ class PredictionWriter(pl.callbacks.BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gather the rows of all ranks and write them."""
-        outputs = _join_batches(predictions)
+        for batch in predictions:
+            if not isinstance(batch, Tensor):
+                raise StitchError(
+                    f"predict_step should give a tensor, a row for each image; found a {type(batch).__name__}."
+                )
+        outputs = torch.cat([batch.cpu() for batch in predictions])
         indices = [index for batch in batch_indices[0] for index in batch]
         if len(indices) != len(outputs):
             raise StitchError(
@@ -163,17 +165,17 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Predict image files with a trained module, and write the predictions if asked to.
 
-    Images are brought to the size and channels of the module's recipe; the same file gets the same prediction as in
-    the data module that the network was composed with, if that resized it (`image_size`).
+    A file gets the same prediction as in the data module that the network was composed with, if that resized it
+    (`image_size`).
 
     Args:
         module: A `StitchedClassifier` with a network, or a LightningModule with a `recipe` whose `predict_step` takes
             `(images, indices)`. It comes back on the CPU.
         paths: Files and folders, as for `ImageFiles`; or an `ImageFiles`, which says afterwards what it skipped, and
             takes the place of `batch_size`, `num_workers` and `skip_unreadable`.
-        output: A .csv or .jsonl file; None: none is written.
+        output: As for `PredictionWriter`, like `overwrite`.
         overwrite: Replace a file that is there.
-        batch_size: Images in a batch.
+        batch_size: As for `ImageFiles`, like `num_workers` and `skip_unreadable`.
         num_workers: Worker processes that read images.
         skip_unreadable: Leave out files that cannot be decoded.
         device: An accelerator of Lightning's ("auto", "cpu", "cuda", "mps", ...), or one device of it ("cuda:1").
@@ -190,13 +192,23 @@ def predict_files(
     _find_image_shape(module)
     if output is not None:
         check_output(output, overwrite=overwrite)
-    if not isinstance(paths, ImageFiles):
-        listed = [paths] if isinstance(paths, str | Path) else paths
-        paths = ImageFiles([str(path) for path in listed], batch_size, num_workers, skip_unreadable)
-    paths.setup()
-    writer = PredictionWriter(None if output is None else str(output), overwrite)
-    trainer = _make_trainer(device, callbacks=[writer], enable_progress_bar=progress)
-    trainer.predict(module, datamodule=paths, return_predictions=False)
+    files = paths if isinstance(paths, ImageFiles) else ImageFiles(paths, batch_size, num_workers, skip_unreadable)
+    files.setup()
+    writer = PredictionWriter(output, overwrite)
+    accelerator, _, index = device.partition(":")
+    try:
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=[int(index)] if index else 1,
+            callbacks=[writer],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+        )
+    except (import_module(f"{NAMESPACE}.utilities.exceptions").MisconfigurationException, ValueError) as error:
+        raise StitchError(f"The device {device!r} cannot be used: {error}") from error
+    trainer.predict(module, datamodule=files, return_predictions=False)
     return writer.rows
 
 
@@ -208,35 +220,5 @@ def _find_image_shape(module: Any) -> tuple[int, int, int]:
             f"{type(module).__name__} has no recipe, so the size of its images is not known: give a "
             f"StitchedClassifier with a network, from fit or load_from_checkpoint."
         )
-    if recipe.input_size is None:
-        raise StitchError("The recipe does not say which image size it was calibrated on (input_size).")
-    shape: tuple[int, int, int] = tuple(recipe.input_size)
+    shape: tuple[int, int, int] = recipe.input_size
     return shape
-
-
-def _join_batches(predictions: Sequence[Any]) -> Tensor:
-    """Join the predictions of batches into one tensor, on the CPU."""
-    for batch in predictions:
-        if not isinstance(batch, Tensor):
-            raise StitchError(
-                f"predict_step should give a tensor, a row for each image; found a {type(batch).__name__}."
-            )
-    return torch.cat([batch.cpu() for batch in predictions]) if predictions else torch.empty(0, 0)
-
-
-def _make_trainer(device: str, **options: Any) -> pl.Trainer:
-    """Make a Trainer for one device that writes nothing of its own."""
-    refusals = (import_module(f"{NAMESPACE}.utilities.exceptions").MisconfigurationException, ValueError)
-    accelerator, _, number = device.partition(":")
-    try:
-        devices: Any = [int(number)] if number else 1
-        return pl.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            **options,
-        )
-    except refusals as error:
-        raise StitchError(f"The device {device!r} cannot be used: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from lightning_stitch._lightning import check_same_namespace, pl
@@ -34,18 +33,27 @@ class PublishAfterFit(pl.Callback):
     but no metrics, what the last validation logged.
 
     Args:
-        repo_id: "ORG/NAME" on the hub.
-        private: As for `publish`.
-        revision: As for `publish`.
+        repo_id: "ORG/NAME" on the hub; the other arguments, too, are those of `publish`.
+        private: Whether a new repository is private.
+        revision: The branch to publish on.
         details: What the card says; None: nothing but the search's table.
-        existing_card: As for `publish`.
+        existing_card: What is done where there is a card already.
 
     Attributes:
         publication: Where it is; None before, and on other ranks.
 
     Raises:
-        StitchError: If `repo_id` or `existing_card` cannot be used. In `setup`, `on_fit_start` and at the end of fit as
-            `publish`; also if the strategy shards weights.
+        StitchError: As `publish`, from the constructor, `setup`, `on_fit_start` or at the end of fit; also if the
+            strategy shards weights.
+
+    Example:
+        In a configuration::
+
+            callbacks:
+              - class_path: lightning_stitch.PublishAfterFit
+                init_args:
+                  repo_id: me/solar
+                  details: {class_path: lightning_stitch.CardDetails, init_args: {dataset: me/solar-cells}}
     """
 
     def __init__(
@@ -59,10 +67,8 @@ class PublishAfterFit(pl.Callback):
         check_repo_id(repo_id)
         check_existing_card(existing_card)
         self.repo_id = repo_id
-        self.private = private
-        self.revision = revision
-        self.details = details
-        self.existing_card: ExistingCard = existing_card
+        self.details = details or CardDetails()
+        self._destination: Any = {"private": private, "revision": revision, "existing_card": existing_card}
         self.publication: Publication | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -76,12 +82,21 @@ class PublishAfterFit(pl.Callback):
                 f"module of your own can be published when fit is over: lightning_stitch.publish(network, "
                 f"{self.repo_id!r})."
             )
-        if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
+        if trainer.strategy.restore_checkpoint_after_setup:
             raise StitchError(
                 f"{type(trainer.strategy).__name__} spreads the weights over ranks. Save a checkpoint and publish it: "
                 f"lightning-stitch publish CHECKPOINT {self.repo_id}."
             )
-        _check_on_rank_zero(trainer, self._check_destination)
+        problem: StitchError | None = None
+        if trainer.is_global_zero:
+            try:
+                HubRepository(self.repo_id, **self._destination).check()
+            except StitchError as error:
+                problem = error
+        # All ranks fail where rank zero does, so that none waits for it.
+        words = trainer.strategy.broadcast(None if problem is None else str(problem))
+        if words is not None:
+            raise problem or StitchError(words)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what may not be published, now that it is known what it is made of."""
@@ -90,26 +105,15 @@ class PublishAfterFit(pl.Callback):
         with warnings.catch_warnings():
             if not trainer.is_global_zero:
                 warnings.simplefilter("ignore")  # rank zero says it
-            check_publishable(pl_module, self.repo_id, self.details or CardDetails())
+            check_publishable(pl_module, self.repo_id, self.details)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish, on rank zero."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.publication = publish(
-            pl_module,
-            self.repo_id,
-            private=self.private,
-            revision=self.revision,
-            details=_complete_details(self.details or CardDetails(), trainer),
-            existing_card=self.existing_card,
-        )
+        details = _complete_details(self.details, trainer)
+        self.publication = publish(pl_module, self.repo_id, details=details, **self._destination)
         print(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
-
-    def _check_destination(self) -> None:
-        HubRepository(
-            self.repo_id, revision=self.revision, private=self.private, existing_card=self.existing_card
-        ).check()
 
 
 def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
@@ -126,24 +130,9 @@ def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
     if details.dataset is None or details.metrics or not logged:
         return details
     loaders: Any = trainer.val_dataloaders
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    images = sum(len(loader.dataset) for loader in loaders) if all(map(_is_counted, loaders)) else None
-    return dataclasses.replace(details, metrics=logged, split="validation", num_images=images)
-
-
-def _is_counted(loader: Any) -> bool:
-    """Whether a loader says how many images it has."""
-    return hasattr(getattr(loader, "dataset", None), "__len__")
-
-
-def _check_on_rank_zero(trainer: pl.Trainer, check: Callable[[], None]) -> None:
-    """Run a check on rank zero; all ranks fail where it fails, so that none waits for the others."""
-    problem: StitchError | None = None
-    if trainer.is_global_zero:
-        try:
-            check()
-        except StitchError as error:
-            problem = error
-    words = trainer.strategy.broadcast(None if problem is None else str(problem))
-    if words is not None:
-        raise problem or StitchError(words)
+    datasets: list[Any] = [
+        getattr(loader, "dataset", None) for loader in (loaders if isinstance(loaders, list) else [loaders])
+    ]
+    sizes = [len(dataset) for dataset in datasets if hasattr(dataset, "__len__")]
+    num_images = sum(sizes) if len(sizes) == len(datasets) else None
+    return dataclasses.replace(details, metrics=logged, split="validation", num_images=num_images)

@@ -23,10 +23,6 @@ def metrics_for(task: Task, num_classes: int) -> MetricCollection:
     Classes: accuracy and (one-versus-rest) AUROC. Labels: means over the labels of AUROC, average precision, and F1 at
     a probability of one half. Numbers: mean squared and mean absolute error in their own units and R2; for a single
     number Pearson's correlation, too.
-
-    Args:
-        task: The task.
-        num_classes: How many classes, labels or numbers.
     """
     if task == "multiclass":
         return MetricCollection(
@@ -47,10 +43,7 @@ def metrics_for(task: Task, num_classes: int) -> MetricCollection:
 def loss_of(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of classes, the mean binary one of labels, or the mean squared error of numbers; a scalar.
 
-    Args:
-        task: The task.
-        outputs: Logits or numbers (batch, classes).
-        targets: Class indices (batch,), 0 and 1 (batch, labels), or numbers (batch,) or (batch, numbers).
+    Targets are class indices (batch,), 0 and 1 (batch, labels), or numbers (batch,) or (batch, numbers).
     """
     if task == "multiclass":
         return F.cross_entropy(outputs, targets)

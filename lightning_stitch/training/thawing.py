@@ -1,12 +1,12 @@
 """What of a stitched network trains: which layers, from which epoch on, at which learning rate.
 
-Frozen means that neither parameters nor buffers move. Nothing here needs a Trainer.
+Frozen means that neither parameters nor buffers move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from lightning_stitch.errors import StitchError
 from lightning_stitch.networks import StitchedNetwork
 
+if TYPE_CHECKING:
+    from lightning_stitch.training.module import StitchedClassifier
+
 STAGES = ("head", "stitches", "neighbours", "all")
 """What can be thawed, each with all that stands before it."""
 
@@ -23,14 +26,10 @@ _SUMS = frozenset({"add", "iadd", "cat", "concat", "concatenate", "stack"})
 
 
 def parse_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
-    """Read what is thawed from which epoch on.
+    """The stage that begins at each epoch, in the order of the epochs.
 
     Args:
-        thaw: One of `STAGES`, for all epochs, or {epoch: stage}, the epochs counted from 0; epochs may be strings, as
-            JSON has them.
-
-    Returns:
-        The stage that begins at each epoch, in the order of the epochs.
+        thaw: One of `STAGES`, for all epochs, or {epoch: stage}; epochs may be strings, as JSON has them.
 
     Raises:
         StitchError: If a stage is unknown, an epoch is no whole number, or nothing is said of epoch 0.
@@ -49,50 +48,19 @@ def parse_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
 
 
 def stitch_layers(network: StitchedNetwork, index: int) -> list[nn.Module]:
-    """The layers that hold the numbers of the stitch into a fragment: its own, or those that it was folded into.
-
-    Args:
-        network: The network.
-        index: The fragment's.
-    """
+    """The layers that hold the numbers of the stitch into a fragment: its own, or those that it was folded into."""
     ref = network.recipe.fragments[index]
     if ref.stitch is None or ref.parent is None:
         return []
     if ref.stitch.placement == "explicit":
         return [network.entries[index]]
-    fragment = network.fragments[ref.parent if ref.stitch.placement == "producer" else index]
-    assert isinstance(fragment, fx.GraphModule)
+    fragment: Any = network.fragments[ref.parent if ref.stitch.placement == "producer" else index]
     if ref.stitch.placement == "consumer":
         return [layer for node in _find_entry(fragment).users if (layer := _layer_at(fragment, node)) is not None]
     node = _find_exit(fragment)
     while (layer := _layer_at(fragment, node)) is not None and not _is_weighted(layer.parameters()):
         node = node.all_input_nodes[0]
     return [] if layer is None else [layer]
-
-
-def neighbour_layers(network: StitchedNetwork, index: int) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The layers next to the stitch into a fragment: the last ones before it, and the first behind it.
-
-    On each branch that is the nearest layer that mixes channels or positions (convolution, linear, attention; it has a
-    parameter with more than one axis longer than 1), with the normalisations and scales on the way to it. Skips of
-    residual blocks are not followed.
-
-    Args:
-        network: The network.
-        index: The fragment's.
-
-    Returns:
-        The layers, and parameters of the fragments that belong to no layer (a position embedding).
-    """
-    ref = network.recipe.fragments[index]
-    if ref.stitch is None or ref.parent is None:
-        return [], []
-    before, behind = network.fragments[ref.parent], network.fragments[index]
-    assert isinstance(before, fx.GraphModule)
-    assert isinstance(behind, fx.GraphModule)
-    last_layers, last_loose = _find_nearest(before, backwards=True)
-    first_layers, first_loose = _find_nearest(behind, backwards=False)
-    return [*last_layers, *first_layers], [*last_loose, *first_loose]
 
 
 def parameter_groups(
@@ -114,19 +82,17 @@ def parameter_groups(
     for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
         if not 0 <= factor < torch.inf:
             raise StitchError(f"{name} is {factor}; give a finite number of at least 0, such as 0.1.")
-    heads = [*head.parameters(), *network.heads.parameters()]
-    members: dict[str, tuple[list[nn.Parameter], float]] = {"head": (heads, 1.0)}
+    members: list[tuple[str, list[nn.Module], float]] = [("head", [head, network.heads], 1.0)]
     for index in range(len(network.fragments)):
-        layers = stitch_layers(network, index)
-        members[f"stitch_{index + 1}"] = ([p for layer in layers for p in layer.parameters()], 1.0)
-    behind = network.recipe.num_behind
+        members.append((f"stitch_{index + 1}", stitch_layers(network, index), 1.0))
     for index, fragment in enumerate(network.fragments):
-        factor = backbone_lr_factor * fragment_lr_decay ** behind[index]
-        members[f"fragment_{index + 1}"] = (list(fragment.parameters()), factor)
+        factor = backbone_lr_factor * fragment_lr_decay ** network.recipe.num_behind[index]
+        members.append((f"fragment_{index + 1}", [fragment], factor))
     grouped: set[nn.Parameter] = set()
     groups = []
-    for name, (parameters, factor) in members.items():
-        remaining = [p for p in dict.fromkeys(parameters) if p not in grouped]
+    for name, modules, factor in members:
+        parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
+        remaining = [parameter for parameter in parameters if parameter not in grouped]
         grouped.update(remaining)
         if remaining:
             groups.append({"params": remaining, "name": name, "lr_factor": factor})
@@ -134,14 +100,17 @@ def parameter_groups(
 
 
 def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: bool = False) -> bool:
-    """Let the stage's parameters have gradients and no others; put frozen layers in eval mode.
+    """Let the stage's parameters, with the head's, have gradients and no others; put frozen layers in eval mode.
+
+    "neighbours" are, on each branch before and behind a stitch, the nearest layer that mixes channels or positions
+    (convolution, linear, attention; it has a parameter with more than one axis longer than 1), with the normalisations
+    and scales on the way to it. Skips of residual blocks are not followed.
 
     Args:
         network: The network; changed in place, as is the head.
-        head: The head, always thawed.
+        head: The head.
         stage: One of `STAGES`.
-        train_mode: Whether thawed layers are put in train mode, where BatchNorm statistics move and dropout drops;
-            otherwise they stay in the mode they are in.
+        train_mode: Whether thawed layers are put in train mode; otherwise they stay in the mode they are in.
 
     Returns:
         Whether any parameter has been frozen or thawed.
@@ -163,31 +132,25 @@ def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: b
     return changed
 
 
-class KeptBuffers:
-    """The buffers of layers in eval mode, so that they can be put back after something else has changed them.
+def copy_eval_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of layers in eval mode, by their names.
 
     Stochastic weight averaging clears the statistics of every BatchNorm to estimate them anew, which layers in eval
-    mode never do.
-
-    Args:
-        network: The network.
+    mode never do, so that they are put back in the next epoch.
     """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._kept = {name: buffer.clone() for name, buffer in _iterate_eval_buffers(network)}
-
-    def put_back(self, network: nn.Module) -> None:
-        """Undo changes to the buffers that were kept, in place."""
-        buffers = dict(network.named_buffers())
-        for name, kept in self._kept.items():
-            if not torch.equal(buffers[name], kept):
-                buffers[name].copy_(kept)
+    return {
+        name: buffer.clone()
+        for path, module in network.named_modules()
+        if not module.training
+        for name, buffer in module.named_buffers(path, recurse=False)
+    }
 
 
-def _iterate_eval_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in network.named_modules():
-        if not module.training:
-            yield from module.named_buffers(path, recurse=False)
+def put_back(network: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Undo changes to the buffers of which there are copies, in place."""
+    for name, buffer in network.named_buffers():
+        if name in copies:
+            buffer.copy_(copies[name])
 
 
 def _select_thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
@@ -195,25 +158,27 @@ def _select_thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module
         return [network], []
     modules: list[nn.Module] = [network.heads]
     parameters: list[nn.Parameter] = []
-    for index in range(len(network.fragments)):
-        if stage in ("stitches", "neighbours"):
-            modules += stitch_layers(network, index)
-        if stage == "neighbours":
-            layers, loose = neighbour_layers(network, index)
-            modules += layers
-            parameters += loose
+    if stage == "head":
+        return modules, parameters
+    for index, ref in enumerate(network.recipe.fragments):
+        modules += stitch_layers(network, index)
+        if stage == "neighbours" and ref.stitch is not None and ref.parent is not None:
+            for fragment, backwards in ((network.fragments[ref.parent], True), (network.fragments[index], False)):
+                layers, loose = _find_nearest(fragment, backwards=backwards)
+                modules += layers
+                parameters += loose
     return modules, parameters
 
 
-def _find_nearest(fragment: fx.GraphModule, *, backwards: bool) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The nearest layers to a fragment's end or beginning."""
+def _find_nearest(fragment: Any, *, backwards: bool) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The nearest layers to a fragment's end or beginning, and parameters that belong to no layer (positions)."""
     entry = _find_entry(fragment)
     activations = _find_activations(fragment)
     queue = [_find_exit(fragment)] if backwards else list(entry.users)
     modules: list[nn.Module] = []
     parameters: list[nn.Parameter] = []
     seen: set[fx.Node] = {entry}
-    is_found = False
+    reached = False  # a layer that mixes
     while queue:
         node = queue.pop(0)
         branches = [source for source in node.all_input_nodes if source in activations]
@@ -225,19 +190,15 @@ def _find_nearest(fragment: fx.GraphModule, *, backwards: bool) -> tuple[list[nn
         modules += [] if layer is None else [layer]
         parameters += loose
         if (layer is not None and _is_weighted(layer.parameters())) or (_is_weighted(loose) and not _adds(node)):
-            is_found = True
+            reached = True
         elif backwards:
             # What has other readers than a block's sum comes in by the skip.
             queue += [branch for branch in branches if not is_sum or len(branch.users) == 1]
         else:
             queue += node.users
-    if not is_found:
-        nodes: Sequence[fx.Node] = list(fragment.graph.nodes)
-        for node in reversed(nodes) if backwards else nodes:
-            layer = _layer_at(fragment, node)
-            if layer is not None and _is_weighted(layer.parameters()):
-                modules.append(layer)
-                break
+    if not reached:
+        layers = (_layer_at(fragment, node) for node in list(fragment.graph.nodes)[:: -1 if backwards else 1])
+        modules += next(([layer] for layer in layers if layer is not None and _is_weighted(layer.parameters())), [])
     return list(dict.fromkeys(modules)), parameters
 
 
@@ -283,37 +244,12 @@ def _adds(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.name.rstrip("_0123456789") in _SUMS
 
 
-class Trained(Protocol):
-    """What a plan needs of a LightningModule."""
-
-    network: Any
-    head: Any
-    lr: float | None
-    optimizer: Any
-
-    @property
-    def trainer(self) -> Any:
-        """Its Trainer."""
-
-    @property
-    def current_epoch(self) -> int:
-        """The Trainer's epoch."""
-
-    def parameters(self) -> Any:
-        """Its parameters."""
-
-
 class TrainingPlan:
     """What trains when, and how fast.
 
     Lightning's `BaseFinetuning` adds groups of parameters to the optimizer as it thaws them, and leaves buffers alone.
     Here all groups are there from the start, so that a checkpoint of any epoch fits, and frozen buffers are kept.
-
-    Args:
-        thaw: As `StitchedClassifier` has it.
-        train_mode: Likewise.
-        backbone_lr_factor: Likewise.
-        fragment_lr_decay: Likewise.
+    The arguments are those of `StitchedClassifier`.
 
     Raises:
         StitchError: If `thaw` names no such layers.
@@ -331,20 +267,20 @@ class TrainingPlan:
         self.train_mode = train_mode
         self.backbone_lr_factor = backbone_lr_factor
         self.fragment_lr_decay = fragment_lr_decay
-        self._kept: KeptBuffers | None = None
+        self._frozen_buffers: dict[str, Tensor] = {}
         self._lr: float | None = None
 
-    def thaw(self, module: Trained, *, epoch: int) -> bool:
-        """Freeze and thaw as an epoch asks for.
-
-        Returns:
-            Whether that changed anything.
-        """
+    def thaw(self, module: StitchedClassifier, *, epoch: int) -> bool:
+        """Freeze and thaw as an epoch asks for; says whether that changed anything."""
+        assert module.network is not None
+        assert module.head is not None
         stage = next(stage for first, stage in reversed(self.schedule.items()) if first <= epoch)
         return thaw(module.network, module.head, stage, train_mode=self.train_mode)
 
-    def optimizer(self, module: Trained) -> Optimizer:
+    def make_optimizer(self, module: StitchedClassifier) -> Optimizer:
         """The module's optimizer, every group's learning rate multiplied by its factor."""
+        assert module.network is not None
+        assert module.head is not None
         groups = parameter_groups(
             module.network,
             module.head,
@@ -354,12 +290,12 @@ class TrainingPlan:
         if module.lr is not None:
             groups = [{**group, "lr": module.lr} for group in groups]
         self._lr = module.lr
-        optimizer: Optimizer = module.optimizer(groups)
+        optimizer = module.optimizer(groups)
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_factor"]
         return optimizer
 
-    def spread_learning_rate(self, module: Trained) -> None:
+    def spread_learning_rate(self, module: StitchedClassifier) -> None:
         """Give each group its share of `module.lr`, where a finder has set that since the optimizer was made."""
         if module.lr is None or module.lr == self._lr:
             return
@@ -368,20 +304,21 @@ class TrainingPlan:
             for group in optimizer.param_groups:
                 group["lr"] = module.lr * group.get("lr_factor", 1.0)
 
-    def start(self, module: Trained) -> None:
+    def start(self, module: StitchedClassifier) -> None:
         """Begin a run in its first epoch; a run that goes on within an epoch never sees that one begin."""
-        self._kept = None
+        self._frozen_buffers = {}
         self.start_epoch(module)
 
-    def start_epoch(self, module: Trained) -> None:
+    def start_epoch(self, module: StitchedClassifier) -> None:
         """Put back the buffers that were to stay, freeze and thaw, and note the buffers that are to stay from now on.
 
         Raises:
             StitchError: If nothing is left to train.
         """
-        if self._kept is not None:
-            self._kept.put_back(module.network)
-        strategy = module.trainer.strategy
+        network = module.network
+        assert network is not None
+        put_back(network, self._frozen_buffers)
+        strategy: Any = module.trainer.strategy
         if self.thaw(module, epoch=module.current_epoch) and isinstance(strategy.model, DistributedDataParallel):
             # DDP exchanges only the gradients of the parameters that needed them when it was made.
             strategy.model = module
@@ -391,4 +328,4 @@ class TrainingPlan:
                 f"Nothing is left to train: thaw is {self.schedule}, and this head has no parameters. Thaw more, or "
                 f"set max_epochs=0."
             )
-        self._kept = KeptBuffers(module.network)
+        self._frozen_buffers = copy_eval_buffers(network)

@@ -8,7 +8,14 @@ from doubles.pools import composed
 from torch import nn
 
 from lightning_stitch import StitchedNetwork, StitchError
-from lightning_stitch.training.thawing import STAGES, KeptBuffers, parameter_groups, parse_schedule, thaw
+from lightning_stitch.training.thawing import (
+    STAGES,
+    copy_eval_buffers,
+    parameter_groups,
+    parse_schedule,
+    put_back,
+    thaw,
+)
 
 CNN, NET = "test_resnet", "test_efficientnet"
 # By where the stitch's numbers are: the fragments, what holds it, and what is next to it.
@@ -180,13 +187,13 @@ def test_a_factor_that_is_none_is_refused(options: dict[str, float]) -> None:
 
 def test_buffers_of_layers_in_eval_mode_come_back_and_those_in_train_mode_stay_moved() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))
-    kept = KeptBuffers(network)
+    copies = copy_eval_buffers(network)
     for norm in network:
         assert isinstance(norm, nn.BatchNorm1d)
         norm.running_mean = torch.full((2,), 7.0)
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += 5
-    kept.put_back(network)
+    put_back(network, copies)
     eval_norm, train_norm = network
     assert eval_norm.running_mean.tolist() == [0, 0]
     assert eval_norm.num_batches_tracked == 0
