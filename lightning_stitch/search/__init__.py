@@ -3,7 +3,7 @@
 In reading order:
 
 - `space.py`: which fragment may follow which, how well they match, what that costs
-- `scoring.py`: a running network against all receivers of a step at once; of many, a shortlist by few rows first
+- `scoring.py`: a running network against all receivers of a step at once
 - `costs.py`: what any composition costs, and the least that one can cost, before anything is run
 - `strategies.py`: `Beam`, networks of every size class from one search, and `DepthFirst`, the StitchNet paper's
   search

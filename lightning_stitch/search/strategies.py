@@ -10,13 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io import Carried
-from lightning_stitch.search.space import Edge, SearchSpace, State
+from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
 from lightning_stitch.stitching import Candidate
 
 
@@ -77,15 +76,13 @@ class DepthFirst:
     def _extend(
         self, space: SearchSpace, state: State, activation: Carried, depth: int, generator: random.Random
     ) -> Iterator[Candidate]:
-        edges = space.edges(
-            state,
-            state.entry,
-            activation,
+        filters = Filters(
             single_pieces=True,
             only_ends=depth == self.max_fragments - 1,
             min_cka=self.edge_threshold,
             min_product=self.threshold,
         )
+        edges = space.edges(state, state.entry, activation, filters)
         best = sorted(edges, key=lambda edge: (-edge.cka, edge.source, edge.receiver))[: self.span]
         if self.sample and best:
             best = [generator.choice(best)]
@@ -144,19 +141,12 @@ class Beam:
         """Give networks level by level: all with one stitch, then with two, and so on."""
         cheapest = space.cheapest_source.macs
         states = space.starts()
+        filters = Filters(max_upsampling=self.max_upsampling, min_product=self.threshold)
         for level in range(1, self.max_fragments):
             kept, deep = _Kept(self.width), _Kept(self.deep)
             for state in states:
                 for cut, activation in space.walk(state):
-                    found = space.edges(
-                        state,
-                        cut,
-                        activation,
-                        max_upsampling=self.max_upsampling,
-                        min_product=self.threshold,
-                        size_class=partial(self._size_class, cheapest=cheapest),
-                    )
-                    for edge in found:
+                    for edge in space.edges(state, cut, activation, filters):
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:

@@ -51,6 +51,11 @@ class Segmented:
         return self.source.name
 
     @property
+    def ends(self) -> list[str | None]:
+        """Name of the cut before each piece, and behind the last; None: the image, and the output."""
+        return [None, *(cut.name for cut in self.cuts), self.end]
+
+    @property
     def images_at_once(self) -> int:
         """How many images run fastest together on a CPU.
 

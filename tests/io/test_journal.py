@@ -31,7 +31,7 @@ from lightning_stitch.errors import CalibrationError, JournalError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
-from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.space import Filters, SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
 from lightning_stitch.stitching import calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
@@ -43,7 +43,7 @@ def backwards(space: SearchSpace) -> Iterator[Candidate]:
     """A user's own strategy: from the last cut of each source, the worst stitches first."""
     for state in space.starts():
         for cut, x in reversed(list(space.walk(state))):
-            for edge in sorted(space.edges(state, cut, x, min_product=-9), key=lambda edge: edge.cka)[:3]:
+            for edge in sorted(space.edges(state, cut, x, Filters(min_product=-9)), key=lambda edge: edge.cka)[:3]:
                 entered = space.enter(edge, x)
                 yield space.complete(entered)
                 for later, y in space.walk(entered):
@@ -490,7 +490,9 @@ def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
         def walked(space: SearchSpace, order: list[int], seen: dict[int, Tensor]) -> Iterator[Candidate]:
             state = space.starts()[0]
             cut, x = next(iter(space.walk(state)))
-            edge = next(e for e in space.edges(state, cut, x, min_product=-9) if (e.source, e.receiver) == (1, 0))
+            edge = next(
+                e for e in space.edges(state, cut, x, Filters(min_product=-9)) if (e.source, e.receiver) == (1, 0)
+            )
             reached = dict(space.walk(space.enter(edge, x)))
             seen |= {at: reached[at + 1].whole() for at in order if at + 1 in reached}
             return iter(())
