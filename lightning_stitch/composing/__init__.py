@@ -15,9 +15,9 @@ refused.
 **Personal networks.** The sources run once over the images; early exits and fronts of stitched networks come out of
 that pass, and only the tails behind stitches run besides (`effort`). The same images fit stitches, choose, and fit
 the head, so each image is judged through a stitch that has not seen it (cross-fitting) and by a head that leaves it
-out, and nothing takes the best source's place unless it is ahead of it by two standard errors. With `classes` instead
-of labels the network keeps the sources' own outputs. Requests share the pool and leave nothing behind. Without a
-budget they rarely beat the best source with a head of its own (tests/benchmarks/README.md).
+out, and nothing takes the best source's place unless it is ahead of it by two standard errors. Requests share the
+pool and leave nothing behind. Without a budget they rarely beat the best source with a head of its own
+(tests/benchmarks/README.md).
 
 **Ensembles.** Fragments and stitches that members begin with alike run and are held once, up to the first piece that
 differs; each member has its own closed-form head. The output is log-probabilities, of the arithmetic or the geometric

@@ -1,4 +1,4 @@
-from .activations import Calibrated, Grid, calibrate_all, centred_or_none, positions, rows_on_grids, rows_to_fit
+from .activations import Calibrated, Grid, calibrate, centred_or_none, positions, rows_on_grids, rows_to_fit
 from .calibration import Calibration, saved_settings, settings_identity, source_identity
 from .candidates import Candidate, Kind, Step
 from .fitting import fit_stitch, fitted_stitch
@@ -19,7 +19,7 @@ __all__ = [
     "Step",
     "Stitch",
     "WithoutLabels",
-    "calibrate_all",
+    "calibrate",
     "centred_or_none",
     "check_same_outputs",
     "choose_placement",

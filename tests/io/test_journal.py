@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,13 +26,12 @@ from torch import Tensor
 
 from lightning_stitch import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import CalibrationError, JournalError
+from lightning_stitch.errors import JournalError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
 from lightning_stitch.search.space import Filters, SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
-from lightning_stitch.stitching import calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
 
 ALL = DepthFirst(span=2, threshold=-9, edge_threshold=-9, max_fragments=4)
@@ -423,20 +421,6 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_found(
             search(new_pool(keep_activations="memory"), journal=tmp_path)
         room(None)
     assert records(search(new_pool(), journal=tmp_path)) == records(uninterrupted)
-
-
-def test_a_disk_without_room_for_the_activations_is_found_out_before_a_source_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_345))
-    pool = new_pool()
-    needed = 12 * sum(4 * torch.Size(cut.shape).numel() for part in pool.parts for cut in part.cuts)
-    with (
-        pieces_run(pool) as ran,
-        pytest.raises(CalibrationError, match=rf"of 12 images need {needed:,} bytes, and 12,345 are free"),
-    ):
-        search(pool, journal=tmp_path)
-    assert ran == []
 
 
 def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:

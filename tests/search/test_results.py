@@ -32,23 +32,21 @@ def random_result(seed: int) -> SearchResult:
     found = []
     for _ in range(60):
         size = draw.randrange(9)
-        params, macs, activation_bytes = (size + draw.randrange(4) for _ in range(3))
+        params, macs = (size + draw.randrange(4) for _ in range(2))
         scores = {"accuracy": (size + draw.randrange(5)) // 2 / 6, "certainty": draw.randrange(3) / 2}
         candidate = Candidate(recipe, "source", (), Cost(params, macs))
-        found.append(Ranked(candidate, scores, features=1, seconds=0.0, activation_bytes=activation_bytes))
+        found.append(Ranked(candidate, scores, features=1, seconds=0.0))
     found.sort(key=lambda r: tuple(-value for value in r.scores.values()))
     return choose(found, Budget(), rejected={}, seconds={}, num_selection_labels=0)
 
 
-@pytest.mark.parametrize("measure", ["macs", "params", "activation_bytes"])
+@pytest.mark.parametrize("measure", ["macs", "params"])
 @pytest.mark.parametrize("seed", range(8))
-def test_the_pareto_set_is_what_nothing_else_beats(
-    seed: int, measure: Literal["macs", "params", "activation_bytes"]
-) -> None:
+def test_the_pareto_set_is_what_nothing_else_beats(seed: int, measure: Literal["macs", "params"]) -> None:
     result = random_result(seed)
 
     def cost_of(r: Ranked) -> float:
-        return float(getattr(r if measure == "activation_bytes" else r.candidate.cost, measure))
+        return float(getattr(r.candidate.cost, measure))
 
     def beats(one: Ranked, other: Ranked) -> bool:
         costs = [cost_of(r) for r in (one, other)]
@@ -170,16 +168,11 @@ def test_activation_bytes_are_there_where_a_search_measured_them(pool: Pool, fre
     words = r"measured no activation bytes; search with a budget that limits max_activation_bytes"
     with pytest.raises(BudgetError, match=words):
         free.within(Budget(max_activation_bytes=1e9))
-    with pytest.raises(BudgetError, match=words):
-        free.pareto("activation_bytes")
     limited = Budget(max_activation_bytes=1e9, max_macs=free.best_source.candidate.cost.macs - 1)
     result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=limited)
     figures = [r.activation_bytes for r in result.ranked]
     assert None in figures  # of the source that is over the limit on MACs
     least = min(figure for figure in figures if figure is not None)
-    front = result.pareto("activation_bytes")
-    assert front[0].activation_bytes == least
-    assert all(r.activation_bytes is not None for r in front)
     assert result.within(Budget(max_activation_bytes=least - 1)) is None
 
 
