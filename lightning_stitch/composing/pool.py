@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import network_activation_bytes
-from lightning_stitch.errors import CalibrationError
+from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answer, Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -58,7 +58,6 @@ from lightning_stitch.stitching import (
     Calibration,
     Candidate,
     Kind,
-    check_same_outputs,
     put_down,
     read_again,
     saved_settings,
@@ -95,7 +94,12 @@ class Pool:
         with timed(self.seconds, "cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
-        check_same_outputs(self.parts, self.settings)
+        widths = {part.name: part.graph.output_features() for part in self.parts if self.settings.until == "output"}
+        if len(set(widths.values())) > 1:
+            raise StitchError(
+                f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
+                f"Leave the odd ones out, or end at the features and fit a head."
+            )
         for part in self.parts:
             part.to(self.device)
         self.calibration: Calibration | None = None
@@ -360,8 +364,7 @@ class Pool:
         with timed(self.seconds, "calibrate"):
             read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
             journal.agree({"calibration images": read.hash})
-            present = self.calibration
-            if present is not None and present.is_stored and present.images_hash == read.hash:
+            if self.calibration and self.calibration.is_stored and self.calibration.images_hash == read.hash:
                 return
             self.calibration = Calibration.of(
                 self.parts,
@@ -386,10 +389,17 @@ class Pool:
 
     def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
         """The same, assembled and measured in what the budget limits and only an assembled network shows."""
-        meters: dict[str, Callable[[Candidate], float]] = {
-            "activation_bytes": self._activation_bytes,
-            "latency_ms": partial(self._latency, journal),
-        }
+
+        def activation_bytes(candidate: Candidate) -> float:
+            return network_activation_bytes(self.assemble(candidate), self.image_shape)
+
+        def latency(candidate: Candidate) -> float:
+            def measure() -> Answer:
+                return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
+
+            return float(journal.recall(["latency", candidate.key], measure).value)
+
+        meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
         if not meters:
             return ranked
@@ -402,12 +412,3 @@ class Pool:
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
         return self.calibration
-
-    def _activation_bytes(self, candidate: Candidate) -> float:
-        return network_activation_bytes(self.assemble(candidate), self.image_shape)
-
-    def _latency(self, journal: Answers, candidate: Candidate) -> float:
-        def measure() -> Answer:
-            return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
-
-        return float(journal.recall(["latency", candidate.key], measure).value)

@@ -75,11 +75,6 @@ class SearchSpace:
         self._scorer = Scorer(self.sources, costs.receivers, settings)
 
     @property
-    def num_images(self) -> int:
-        """Number of calibration images."""
-        return len(self.sources[0].features)
-
-    @property
     def cheapest_source(self) -> Cost:
         """Cost of the source with the fewest MACs."""
         return min((source.parts.cost for source in self.sources), key=lambda cost: cost.macs)
@@ -151,23 +146,15 @@ class SearchSpace:
     def enter(self, edge: Edge, activation: Carried) -> State:
         """Fit the stitch of an edge on the calibration rows."""
         self.time_limit.check()
-        sender = self.sources[edge.state.source].parts.cuts[edge.cut]
-        receiver = self.sources[edge.source].statistics[edge.receiver]
+        receiver = self.sources[edge.source]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = dataclasses.replace(placed.spec, cka=edge.cka)
 
         @torch.inference_mode()
         def fit() -> Answer:
-            stitch = fit_stitch(
-                spec,
-                activation,
-                sender,
-                receiver,
-                self.settings,
-                num_images=self.num_images,
-                num_held_out=self.sources[edge.source].num_held_out,
-                ridge=self.ridge,
-            )
+            sender = self.sources[edge.state.source].parts.cuts[edge.cut]
+            entry = edge.receiver + 1
+            stitch = fit_stitch(spec, activation, sender, receiver, self.settings, entry=entry, ridge=self.ridge)
             assert stitch is not None  # or it would have no edges
             return Answer(
                 {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}, stitch.state_dict()
@@ -178,7 +165,7 @@ class SearchSpace:
         with torch.inference_mode():
             stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
             stitch.load_state_dict(dict(answer.tensors))
-            stitch.to(receiver.rows.device)
+            stitch.to(receiver.features.device)
         return State(
             steps=edge.state.steps_to(edge.cut + 1),
             source=edge.source,
@@ -294,8 +281,7 @@ class SearchSpace:
         """The cheapest exact placement of a stitch, and what it adds."""
         # A layer that took the stitch before in at its entry does not take another at its end.
         taken = state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
-        find = self.costs.stitch_after_fold if taken else self.costs.stitch
-        return find(state.source, cut, s, r)
+        return self.costs.stitch(state.source, cut, s, r, before_taken=taken)
 
 
 @dataclass(frozen=True, slots=True)

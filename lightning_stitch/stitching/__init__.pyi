@@ -4,7 +4,7 @@ from .candidates import Candidate, Kind, Step
 from .fitting import fit_stitch, fitted_stitch
 from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
 from .images import Batch, WithoutLabels, images_of, put_down, read_again
-from .segments import Segmented, check_same_outputs, chunks, segment
+from .segments import Segmented, chunks, segment
 from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_spec
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "WithoutLabels",
     "calibrate",
     "centred_or_none",
-    "check_same_outputs",
     "choose_placement",
     "chunks",
     "fit_stitch",

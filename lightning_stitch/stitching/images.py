@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,13 +38,7 @@ def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
 def read_again(
     batches: Iterable[Batch], image_shape: tuple[int, int, int], device: torch.device, labels: list[Tensor]
 ) -> Iterator[Tensor]:
-    """The images of batches in float32, one batch after the other; labels beside them go into a list.
-
-    Args:
-        batches: Batches of images, or of images and labels.
-        image_shape: Their (channels, height, width).
-        device: Where to.
-        labels: What gets the labels of each batch.
+    """The images of batches in float32 on a device, batch by batch; the labels beside them are put into a list.
 
     Raises:
         CalibrationError: If an image cannot be used.
@@ -61,7 +56,7 @@ class CalibrationImages:
     """Calibration images, put down.
 
     Attributes:
-        images: They in float32, those that are held out last.
+        images: The images in float32, those that are held out last.
         count: Their number.
         num_held_out: How many of them are held out (`lightning_stitch.stitching.images`).
         hash: Of them as they came, whatever batches they came in, and of which are held out.
@@ -102,9 +97,9 @@ def put_down(
         for images in map(images_of, batches):
             check_images(images, image_shape)
             begun = sum(counts)
-            own = [] if held_out is None else held_out[begun : begun + len(images)]
-            chosen = torch.tensor(own + [False] * (len(images) - len(own)), device=images.device)
-            for portions, part in ((fitted, images[~chosen]), (judging, images[chosen])):
+            judges = [] if held_out is None else held_out[begun : begun + len(images)]
+            is_judge = torch.tensor(judges + [False] * (len(images) - len(judges)), device=images.device)
+            for portions, part in ((fitted, images[~is_judge]), (judging, images[is_judge])):
                 if len(part):
                     portions.append(spool.put(part.to(device, torch.float32)))
             counts.append(len(images))
@@ -125,11 +120,7 @@ def put_down(
 
 @dataclass(frozen=True, slots=True)
 class WithoutLabels:
-    """Batches of images alone, of batches that may have labels.
-
-    Attributes:
-        batches: The batches.
-    """
+    """The images alone of batches that may have labels."""
 
     batches: Iterable[Batch]
 
@@ -153,25 +144,20 @@ def held_out_groups(groups: Sequence[Hashable]) -> list[bool]:
     Whole groups, those met last first, as long as they hold no more than a quarter of the images; the smallest group
     where each holds more.
 
-    Args:
-        groups: The label of each image's group: the photograph, patient or module that it shows.
-
     Raises:
         CalibrationError: If all images are of one group.
     """
-    members: dict[Hashable, int] = {}
-    for group in groups:
-        members[group] = members.get(group, 0) + 1
+    members = Counter(groups)
     if len(members) < 2:
         raise CalibrationError(
             f"Holding out whole groups needs images of at least 2 groups; found {list(members) or 'no images'}. Leave "
             f"groups= out, and the last quarter of the images is held out."
         )
-    chosen: set[Hashable] = set()
-    taken = 0
+    judging: set[Hashable] = set()
+    count = 0
     for group in reversed(members):
-        if taken + members[group] <= num_held_out(len(groups)):
-            chosen.add(group)
-            taken += members[group]
-    chosen = chosen or {min(reversed(members), key=members.__getitem__)}
-    return [group in chosen for group in groups]
+        if count + members[group] <= num_held_out(len(groups)):
+            judging.add(group)
+            count += members[group]
+    judging = judging or {min(reversed(members), key=members.__getitem__)}
+    return [group in judging for group in groups]
