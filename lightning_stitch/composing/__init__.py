@@ -9,9 +9,8 @@ In reading order:
 - `ensembling.py`: `ensemble`: several candidates of a search joined into one network
 
 **Personal networks.** The sources run once over the images; early exits and fronts of stitched networks come out of
-that pass, and only the tails behind stitches run besides (`effort`). The same images fit stitches, choose, and fit
-the head, so each image is judged through a stitch that has not seen it (cross-fitting) and by a head that leaves it
-out, and nothing takes the best source's place unless it is ahead of it by two standard errors.
+that pass, and only the tails behind stitches run besides (`effort`). The same images fit, choose and judge, but none is
+judged by what has seen it.
 
 **Ensembles.** Fragments and stitches that members begin with alike run and are held once, up to the first piece that
 differs; each member has its own closed-form head. The output is log-probabilities, of the arithmetic or the geometric

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Hashable, Iterable, Sequence
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -291,8 +290,8 @@ class Pool:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
         images = read_again(batches, self.image_shape, self.device, labels)
-        found = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
-        return found, torch.cat(labels) if labels else None
+        results = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
+        return results, torch.cat(labels) if labels else None
 
     def stitch(
         self,
@@ -351,10 +350,12 @@ class Pool:
         if budget.max_latency_ms is None:
             return
         with timed(self.seconds, "measure"):
-            measure = partial(piece_latencies, self.parts, self.device)
-            answer = journal.recall(["latencies of the pieces"], lambda: Answer(self._latencies or measure()))
-            self._latencies = answer.value
-            costs.time(answer.value)
+            times = journal.recall(
+                ["latencies of the pieces"],
+                lambda: Answer(self._latencies or piece_latencies(self.parts, self.device)),
+            )
+            self._latencies = times.value
+            costs.time(times.value)
             costs.check(budget)
 
     def _calibrate(
@@ -367,12 +368,7 @@ class Pool:
             if self.calibration and self.calibration.is_stored and self.calibration.images_hash == read.hash:
                 return
             self.calibration = Calibration.of(
-                self.parts,
-                read,
-                self.settings,
-                device=self.device,
-                progress=progress,
-                directory=journal.calibration,
+                self.parts, read, self.settings, device=self.device, progress=progress, directory=journal.calibration
             )
 
     def _compose(

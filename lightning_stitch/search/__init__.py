@@ -14,7 +14,7 @@ In reading order:
 - `stopping.py`: when a search stops composing before its strategy is through
 - `identity.py`: what a search depends on: where two differ, one's journal is not the other's
 
-Parameters and MACs of a composition are sums over its pieces and stitches, so that a way that cannot be completed within
+Parameters and MACs of a composition are sums over its pieces and stitches: a way that cannot be completed within
 the budget is not walked. Activation bytes and latencies are measured of assembled networks, and only what keeps the
 limits is returned. A journal (`lightning_stitch.io.journal`) remembers the answers that a search got (CKAs, fitted
 stitches, features, latencies), not where its strategy stood, so that it serves a strategy of your own, too, if that is

@@ -95,7 +95,9 @@ class CompositionCosts:
         self._ms_per_mac = min(
             sum(times) / max(part.cost.macs, 1) for part, times in zip(self.parts, latencies, strict=True)
         )
-        self._placed = {key: placed._replace(cost=self._timed(placed.cost)) for key, placed in self._placed.items()}
+        self._placed = {
+            key: placed._replace(cost=self._add_latency(placed.cost)) for key, placed in self._placed.items()
+        }
 
     def run(self, source: int, first: int, last: int) -> Cost:
         """Cost of a source's pieces from one index up to, not including, another."""
@@ -118,7 +120,9 @@ class CompositionCosts:
             spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
             placement = choose_placement(before, after, spec, before_taken=before_taken)
             spec = dataclasses.replace(spec, placement=placement)
-            self._placed[key] = PlacedStitch(spec, self._timed(Cost(*stitch_cost(spec, before, after, placement))))
+            self._placed[key] = PlacedStitch(
+                spec, self._add_latency(Cost(*stitch_cost(spec, before, after, placement)))
+            )
         return self._placed[key]
 
     def self_stitched(self, source: int) -> Cost:
@@ -182,7 +186,7 @@ class CompositionCosts:
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
-    def _timed(self, cost: Cost) -> Cost:
+    def _add_latency(self, cost: Cost) -> Cost:
         """A stitch's cost with its latency by estimate."""
         return dataclasses.replace(cost, latency_ms=max(cost.macs, 0) * self._ms_per_mac)
 

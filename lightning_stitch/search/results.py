@@ -78,8 +78,10 @@ class Ranked:
     @property
     def in_figures(self) -> str:
         """The value of its first score, and what it is judged by if that is another."""
-        name, other = next(iter(self.scores)), self.judged_by
-        return f"{self.score:.4f}" + ("" if other == name else f" ({other} {self.scores[other]:.4f})")
+        figure = f"{self.score:.4f}"
+        if self.judged_by != next(iter(self.scores)):
+            figure += f" ({self.judged_by} {self.scores[self.judged_by]:.4f})"
+        return figure
 
     def __str__(self) -> str:
         figures = {measure: getattr(self, measure) for measure in _MEASURED}
@@ -206,14 +208,14 @@ def rank(
         rejected: Counts by reason.
     """
     pairs = list(zip(candidates, outcomes, strict=True))
-    own = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
+    of_sources = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
     usable = [(c, outcome) for c, outcome in pairs if c.kind == "source" or _is_usable(outcome.features)]
     if len(usable) < len(pairs):
         rejected["features not finite or constant on the selection images"] = len(pairs) - len(usable)
     selection = SelectionData(
         features=[outcome.features for _, outcome in usable],
         targets=labels,
-        own_features=[own[c.recipe.fragments[-1].source] for c, _ in usable],
+        own_features=[of_sources[c.recipe.fragments[-1].source] for c, _ in usable],
         num_classes=num_classes if num_classes is not None or labels is None else count_of(labels),
     )
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)

@@ -60,14 +60,8 @@ class Calibration:
     ) -> Calibration:
         """Run each source once over the images, or take up what a directory has of that.
 
-        Args:
-            parts: The sources.
-            images: The calibration images.
-            settings: What to keep, and where.
-            device: Where activations are to be taken up.
-            progress: Where to show progress.
-            directory: Where the calibration is looked for, and saved if it is not there or cannot be used. None:
-                nowhere.
+        Where a directory is named and has no such calibration that can be used, it is saved there. Activations are
+        taken up on the device.
 
         Raises:
             CalibrationError: If there are too few images, an activation is not finite, or the directory cannot be
@@ -93,10 +87,7 @@ class Calibration:
         return cls.open(directory, parts, settings, device)
 
     def save(self, directory: Path) -> None:
-        """Write it; a calibration that is there already is replaced when all of this one is written.
-
-        Args:
-            directory: Where to; made if it is not there.
+        """Write it to a directory; one that is there already is replaced when all of this one is written.
 
         Raises:
             CalibrationError: If the directory cannot be written to.
@@ -133,17 +124,13 @@ class Calibration:
     ) -> Calibration:
         """Take up a saved one: rows and features in memory, activations a portion at a time from the files.
 
-        Args:
-            directory: Where it was saved.
-            parts: The same sources, cut alike, in any order.
-            settings: The same settings.
-            device: Where activations are to be taken up.
+        The sources, in any order, are cut alike, and the settings the same; activations are taken up on the device.
 
         Raises:
             CalibrationError: If the calibration is another one's (what differs is named), cannot be read, or a file is
                 cut short or damaged.
         """
-        description = read_description(directory)
+        description = _read_description(directory)
         saved = description["sources"]
         differing = differences(
             {
@@ -199,7 +186,7 @@ def _write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
     return name
 
 
-def read_description(directory: Path) -> dict[str, Any]:
+def _read_description(directory: Path) -> dict[str, Any]:
     """What a saved calibration was made from.
 
     Raises:
@@ -230,9 +217,9 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
     """The image shape and settings of a saved calibration.
 
     Raises:
-        CalibrationError: As `read_description`.
+        CalibrationError: As `Calibration.open`.
     """
-    description = read_description(directory)
+    description = _read_description(directory)
     try:
         channels, height, width = description["image_shape"]
         return (channels, height, width), CalibrationSettings(**description["settings"])
@@ -242,10 +229,10 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
 
 def _tensors(source: Calibrated) -> Iterator[dict[str, Tensor]]:
     """What goes into each file of a source, of one cut after the other, and at last its features."""
-    for kept, activation in zip(source.statistics, source.activations, strict=True):
-        prefix = {} if kept.prefix_rows is None else {"prefix": kept.prefix_rows}
+    for statistics, activation in zip(source.statistics, source.activations, strict=True):
+        prefix = {} if statistics.prefix_rows is None else {"prefix": statistics.prefix_rows}
         portions = {f"activation.{number}": portion for number, portion in enumerate(activation)}
-        yield {"rows": kept.rows, **prefix, **portions}
+        yield {"rows": statistics.rows, **prefix, **portions}
     yield {"features": source.features}
 
 

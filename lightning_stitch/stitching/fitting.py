@@ -72,14 +72,14 @@ def fit_rows(
 ) -> tuple[AffineMap, float | None]:
     """The least-squares map fitted on all rows, and its R2 on held-out images when fitted on the others.
 
-    Of several strengths the one that explains most of the held-out images is taken.
+    Of several strengths the one that explains most of the held-out images is taken; the first where nothing can be held
+    out.
 
     Args:
         x: The sender's rows x channels, image by image, as the running network sends them.
         y: The receiver's, likewise.
         num_images: Number of images.
-        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several to choose from,
-            of which the first is taken where nothing can be held out.
+        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several.
         bias: Whether the map has a bias.
         num_held_out: How many of the images, the last ones, are held out; None: a quarter.
         refit: Whether the map is fitted on the held-out images, too, in the end.

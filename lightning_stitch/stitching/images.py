@@ -57,13 +57,11 @@ class CalibrationImages:
 
     Attributes:
         images: The images in float32, those that are held out last.
-        count: Their number.
         num_held_out: How many of them are held out (`lightning_stitch.stitching.images`).
         hash: Of them as they came, whatever batches they came in, and of which are held out.
     """
 
     images: Carried
-    count: int
     num_held_out: int
     hash: str
 
@@ -75,14 +73,10 @@ def put_down(
     device: torch.device,
     groups: Sequence[Hashable] | None = None,
 ) -> CalibrationImages:
-    """Read calibration images once.
+    """Read calibration images once, and put them down in a spool, to be taken up again on a device.
 
-    Args:
-        batches: Batches of them; labels beside them are not looked at.
-        image_shape: Their (channels, height, width).
-        spool: Where to put them down.
-        device: Where to take them up again.
-        groups: The label of each image's group, which is held out as a whole or not at all; None: each is by itself.
+    Labels beside them are not looked at. `groups` has the label of each image's group, which is held out as a whole or
+    not at all; without, each image is by itself.
 
     Raises:
         CalibrationError: If they are fewer than 4, or one cannot be used, there are not as many labels as images, or
@@ -109,13 +103,13 @@ def put_down(
     if count < 4:
         raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
     if held_out is None:
-        return CalibrationImages(Carried(fitted), count, num_held_out(count), images_hash)
+        return CalibrationImages(Carried(fitted), num_held_out(count), images_hash)
     if len(held_out) != count:
         raise CalibrationError(
             f"groups= needs one label for each calibration image; found {len(held_out)} for {count}."
         )
     images_hash = f"{images_hash}, held out {key_of(held_out)}"
-    return CalibrationImages(Carried([*fitted, *judging]), count, sum(held_out), images_hash)
+    return CalibrationImages(Carried([*fitted, *judging]), sum(held_out), images_hash)
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,11 +257,6 @@ def test_outcomes_of_batches_are_joined_and_told_of_as_they_come(space: SearchSp
         outcomes(candidates, parts(space), [], journal=Answers(), on_batch=seen.append)
 
 
-def test_no_images_to_run_on_is_said(space: SearchSpace) -> None:
-    with pytest.raises(CalibrationError, match="no images to run the candidates on"):
-        tree(space, references(space)).run([])
-
-
 def test_careful_r2_takes_off_two_standard_errors_of_the_lead_over_the_best_source() -> None:
     kinds: tuple[Kind, ...] = ("source", "source", "stitched", "early exit", "stitched")
     candidates = [candidate(source, kind=kind) for source, kind in zip("abaab", kinds, strict=True)]

@@ -32,10 +32,10 @@ def random_result(seed: int) -> SearchResult:
     found = []
     for _ in range(60):
         size = draw.randrange(9)
-        params, macs = (size + draw.randrange(4) for _ in range(2))
+        params, macs, activation_bytes = (size + draw.randrange(4) for _ in range(3))
         scores = {"accuracy": (size + draw.randrange(5)) // 2 / 6, "certainty": draw.randrange(3) / 2}
         candidate = Candidate(recipe, "source", (), Cost(params, macs))
-        found.append(Ranked(candidate, scores, features=1, seconds=0.0))
+        found.append(Ranked(candidate, scores, features=1, seconds=0.0, activation_bytes=activation_bytes))
     found.sort(key=lambda r: tuple(-value for value in r.scores.values()))
     return choose(found, Budget(), rejected={}, seconds={}, num_selection_labels=0)
 
