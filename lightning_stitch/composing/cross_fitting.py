@@ -48,7 +48,7 @@ def cross_fitted_features(
     """
     front, tail = candidate.steps
     receiver = sources[tail.source]
-    stitches = _stitches_by_fold(candidate, sources, settings, fold_of=fold_of, ridge=ridge)
+    stitches = _fit_by_fold(candidate, sources, settings, fold_of=fold_of, ridge=ridge)
     features, first = [], 0
     for x in sources[front.source].activations[front.last - 1]:
         folds = fold_of[first : first + len(x)].to(x.device)
@@ -63,22 +63,16 @@ def cross_fitted_features(
     return torch.cat(features)
 
 
-def _stitches_by_fold(
+def _fit_by_fold(
     candidate: Candidate, sources: Sequence[Calibrated], settings: CalibrationSettings, *, fold_of: Tensor, ridge: float
 ) -> list[Stitch]:
     front, tail = candidate.steps
     assert tail.spec is not None
     sender, receiver = sources[front.source], sources[tail.source].statistics[tail.first - 1]
-    prefix_tokens = tail.spec.in_prefix_tokens if tail.spec.carries_prefix else 0
-    x = rows_to_fit(
-        sender.activations[front.last - 1],
-        sender=sender.parts.cuts[front.last - 1],
-        grid=receiver.cut.grid,
-        prefix_tokens=prefix_tokens,
-        settings=settings,
-    )
-    assert x is not None  # or there would be no candidate
-    y = receiver.all_rows if prefix_tokens else receiver.rows
+    activation, cut = sender.activations[front.last - 1], sender.parts.cuts[front.last - 1]
+    rows = rows_to_fit(tail.spec, activation, cut, receiver, settings)
+    assert rows is not None  # or there would be no candidate
+    x, y = rows
     fold_of = fold_of.to(x.device)
     by_row = fold_of.repeat_interleave(len(x) // len(fold_of))
     stitches = []

@@ -99,7 +99,6 @@ class SearchResult:
         best: The best that keeps the budget, an unmodified source where no other beat it. Where the budget has a least
             score: the one with the fewest MACs.
         best_source: The best unmodified source, budget or no.
-        best_self_stitched: The best source stitched to itself; None: none gave features to rank by.
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
         seconds: Wall time of each stage.
@@ -111,7 +110,6 @@ class SearchResult:
     ranked: tuple[Ranked, ...]
     best: Ranked
     best_source: Ranked
-    best_self_stitched: Ranked | None
     best_stitched: Ranked | None
     rejected: dict[str, int]
     seconds: dict[str, float]
@@ -283,17 +281,12 @@ def choose(
         else:
             reasons[objection] += 1
 
-    def first(kind: str, among: Sequence[Ranked]) -> Ranked | None:
-        return next((r for r in among if r.candidate.kind == kind), None)
-
-    best_source = first("source", returned)
-    assert best_source is not None
+    best_source = next(r for r in ranked if r.candidate.kind == "source")
     return SearchResult(
         ranked=tuple(returned),
         best=_best(fitting, budget),
         best_source=best_source,
-        best_self_stitched=first("self-stitched", returned),
-        best_stitched=first("stitched", fitting),
+        best_stitched=next((r for r in fitting if r.candidate.kind == "stitched"), None),
         rejected=dict(reasons),
         seconds=dict(seconds),
         num_selection_labels=num_selection_labels,

@@ -185,7 +185,7 @@ class SearchSpace:
 
     def exit(self, state: State, cut: int) -> Candidate:
         """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
-        average = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
+        average = GlobalAverage(self.sources[state.source].parts.cuts[cut])
         return self._candidate(state, cut + 1, "early exit", average)
 
     # -- inner workings ----------------------------------------------------------------------------------------------

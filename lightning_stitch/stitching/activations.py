@@ -18,6 +18,7 @@ from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Carried, Portion, Spool
 from lightning_stitch.maths import CentredRows, centre_rows
+from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import images as held_out
 from lightning_stitch.stitching.segments import Segmented, chunks
@@ -46,11 +47,6 @@ class CutStatistics:
     def prefix(self) -> Tensor | None:
         """Mean of each prefix token (tokens x channels)."""
         return None if self.prefix_rows is None else self.prefix_rows.mean(0)
-
-    @property
-    def all_rows(self) -> Tensor:
-        """The rows and the prefix tokens in one, image by image."""
-        return self.rows if self.prefix_rows is None else _join_rows(self.rows, self.prefix_rows)
 
 
 @dataclass(slots=True)
@@ -140,20 +136,24 @@ def rows_on_grids(
 
 
 def rows_to_fit(
-    activation: Iterable[Tensor], *, sender: Cut, grid: Grid, prefix_tokens: int, settings: CalibrationSettings
-) -> Tensor | None:
-    """The rows of a cut's activation that a stitch is fitted on, on a receiver's grid; None where it is not finite.
+    spec: StitchSpec, activation: Iterable[Tensor], sender: Cut, receiver: CutStatistics, settings: CalibrationSettings
+) -> tuple[Tensor, Tensor] | None:
+    """The rows of a sender's activation and of the receiver that a stitch is fitted on; None where any is not finite.
 
-    As many prefix tokens as go through the stitch, too, are rows of their image each.
+    Prefix tokens that go through the stitch, too, are rows of their image each.
     """
-    portions = list(activation) if prefix_tokens else activation
-    rows = rows_on_grids(portions, sender, [grid], settings)
-    if rows is None or not prefix_tokens:
-        return None if rows is None else rows[grid]
-    return _join_rows(rows[grid], torch.cat([portion[:, :prefix_tokens] for portion in portions]))
+    portions = list(activation) if spec.carries_prefix else activation
+    rows = rows_on_grids(portions, sender, [receiver.cut.grid], settings)
+    if rows is None:
+        return None
+    x = rows[receiver.cut.grid]
+    if not spec.carries_prefix or receiver.prefix_rows is None:
+        return x, receiver.rows
+    prefix = torch.cat([portion[:, : spec.in_prefix_tokens] for portion in portions])
+    return _append_prefix(x, prefix), _append_prefix(receiver.rows, receiver.prefix_rows)
 
 
-def _join_rows(rows: Tensor, prefix: Tensor) -> Tensor:
+def _append_prefix(rows: Tensor, prefix: Tensor) -> Tensor:
     """Rows and prefix tokens (images x tokens x channels) in one, image by image."""
     by_image = rows.view(len(prefix), -1, rows.shape[1])
     return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)

@@ -42,14 +42,11 @@ def fit_stitch(
         refit: Whether the held-out images are fitted, too, in the end.
     """
     statistics = receiver.statistics[entry - 1]
-    prefix_tokens = spec.in_prefix_tokens if spec.carries_prefix else 0
-    grid = statistics.cut.grid
-    rows = rows_to_fit(activation, sender=sender, grid=grid, prefix_tokens=prefix_tokens, settings=settings)
+    rows = rows_to_fit(spec, activation, sender, statistics, settings)
     if rows is None:
         return None
     affine, explained = fit_rows(
-        rows,
-        statistics.all_rows if prefix_tokens else statistics.rows,
+        *rows,
         num_images=len(receiver.features),
         num_held_out=receiver.num_held_out,
         ridge=ridge,
