@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_stitch.maths import ridge_least_squares
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, fitted_stitch, rows_to_fit
+from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, rows_to_fit, stitch_from_fit
 
 
 def deal_into_folds(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:
@@ -80,5 +80,5 @@ def _fit_by_fold(
         seen = by_row != fold
         affine = ridge_least_squares(x[seen], y[seen], ridge=ridge, bias=tail.spec.bias, diagnose=False)
         prefix = None if receiver.prefix_rows is None else receiver.prefix_rows[fold_of != fold].mean(0)
-        stitches.append(fitted_stitch(tail.spec, affine, prefix=prefix))
+        stitches.append(stitch_from_fit(tail.spec, affine, prefix=prefix))
     return stitches

@@ -29,7 +29,7 @@ from lightning_stitch.search import (
     choose,
     costs_of_pairs,
     early_exits,
-    left_out,
+    predict_left_out,
     rank,
     softened_labels,
     unmodified,
@@ -219,7 +219,7 @@ def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> 
     scores = by_loo_soft_r2(candidates, selection)
     soft = softened_labels(candidates, selection)
     total = (soft - soft.mean(0)).square().sum()
-    errors = [(left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
+    errors = [(predict_left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
     sources = [number for number, candidate in enumerate(candidates) if candidate.kind == "source"]
     best = max(sources, key=lambda number: scores[number]["loo_soft_r2"])
     careful = []

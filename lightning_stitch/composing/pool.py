@@ -39,12 +39,12 @@ from lightning_stitch.search import (
     early_exits,
     find_ranking,
     follow,
-    labelled,
-    measured,
+    measure_candidates,
     network_latency,
     outcomes,
     piece_latencies,
     rank,
+    require_labels,
     search_identity,
     self_stitched,
     unmodified,
@@ -57,10 +57,10 @@ from lightning_stitch.stitching import (
     Calibration,
     Candidate,
     Kind,
-    put_down,
-    read_again,
+    read_images,
     saved_settings,
     segment,
+    store_images,
 )
 
 
@@ -235,7 +235,7 @@ class Pool:
         find_ranking(settings.ranking, labelled=True)
         num_selected = num_images(selection)
         if settings.ranking in NEED_LABELS:
-            selection = labelled(selection)
+            selection = require_labels(selection)
         if calibration is None:
             self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
@@ -289,7 +289,7 @@ class Pool:
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
-        images = read_again(batches, self.image_shape, self.device, labels)
+        images = read_images(batches, self.image_shape, self.device, labels)
         results = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return results, torch.cat(labels) if labels else None
 
@@ -363,7 +363,7 @@ class Pool:
     ) -> None:
         """Read the images and run each source over them, unless the pool or the journal has what that gives."""
         with timed(self.seconds, "calibrate"):
-            read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
+            read = store_images(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
             journal.agree({"calibration images": read.hash})
             if self.calibration and self.calibration.is_stored and self.calibration.images_hash == read.hash:
                 return
@@ -400,7 +400,7 @@ class Pool:
         if not meters:
             return ranked
         with timed(self.seconds, "measure"):
-            return measured(ranked, budget, meters, progress)
+            return measure_candidates(ranked, budget, meters, progress)
 
     def _whole_calibration(self) -> Calibration:
         if self.calibration is None or not self.calibration.is_whole:

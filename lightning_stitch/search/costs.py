@@ -2,7 +2,7 @@
 
 Parameters, multiply-accumulates and latency of a composition are sums over its pieces and stitches. Its activation
 bytes are not: what is alive at once depends on the folds at both ends of every fragment, so that a composition is
-assembled first and then measured (`lightning_stitch.search.results.measured`).
+assembled first and then measured (`lightning_stitch.search.results.measure_candidates`).
 """
 
 from __future__ import annotations

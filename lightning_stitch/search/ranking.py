@@ -53,7 +53,7 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     scores = by_loo_r2(candidates, selection)
     soft = softened_labels(candidates, selection)
     return [
-        {"loo_soft_r2": r2(left_out(features, soft), soft), **score}
+        {"loo_soft_r2": r2(predict_left_out(features, soft), soft), **score}
         for features, score in zip(selection.features, scores, strict=True)
     ]
 
@@ -65,7 +65,7 @@ def softened_labels(candidates: Sequence[Candidate], selection: SelectionData) -
     predictions = []
     for name, features in _source_features(candidates, selection).items():
         with _naming([name]):
-            predictions.append(left_out(features, labels))
+            predictions.append(predict_left_out(features, labels))
     return (labels + torch.stack(predictions).mean(0)) / 2
 
 
@@ -100,7 +100,7 @@ def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> l
     scores = []
     for candidate, features, of_source in zip(candidates, selection.features, selection.own_features, strict=True):
         with _naming(sources):
-            explained = r2(left_out(features, reference), reference)
+            explained = r2(predict_left_out(features, reference), reference)
         with _naming([_last_source(candidate)]):
             scores.append({"consensus": explained, "agreement": float(linear_cka(features, of_source))})
     of_sources = (score["consensus"] for score, c in zip(scores, candidates, strict=True) if c.kind == "source")
@@ -160,7 +160,7 @@ def _reference(sources: Mapping[str, Tensor]) -> Tensor:
     return (directions * squares.clamp_min(0).sqrt())[:, -_REFERENCE_DIRECTIONS:]
 
 
-def left_out(features: Tensor, target: Tensor) -> Tensor:
+def predict_left_out(features: Tensor, target: Tensor) -> Tensor:
     """Each image's target as ridge regression on the others predicts it, at the strength of least squared error."""
     fit = loo_ridge(features, target, strengths=DEFAULT_STRENGTHS)
     return fit.predictions[int((fit.predictions - target).square().sum((1, 2)).argmin())]
@@ -182,7 +182,7 @@ def _last_source(candidate: Candidate) -> str:
     return candidate.recipe.fragments[-1].source
 
 
-def labelled(batches: Iterable[Batch]) -> Iterable[Batch]:
+def require_labels(batches: Iterable[Batch]) -> Iterable[Batch]:
     """The same batches, once the first is seen to have labels.
 
     Raises:

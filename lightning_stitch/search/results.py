@@ -59,7 +59,7 @@ class Ranked:
         """The first score, which decides the place."""
         return next(iter(self.scores.values()))
 
-    def measured(self, measure: str, value: float) -> Ranked:
+    def with_measurement(self, measure: str, value: float) -> Ranked:
         """The same with its "activation_bytes" or "latency_ms", which go into the recipe's scores, too."""
         recipe = self.candidate.recipe
         recipe = dataclasses.replace(recipe, scores={**recipe.scores, measure: value})
@@ -227,7 +227,7 @@ def rank(
     return sorted(ranked, key=lambda r: tuple(-value for value in r.scores.values()))
 
 
-def measured(
+def measure_candidates(
     ranked: Sequence[Ranked], budget: Budget, meters: Mapping[str, Callable[[Candidate], float]], progress: Progress
 ) -> list[Ranked]:
     """The same, those measured that keep all other limits of a budget, each until it is over one.
@@ -235,16 +235,16 @@ def measured(
     `meters` are what measures a candidate, by measure ("activation_bytes", "latency_ms"), in this order.
     """
     progress.start("measuring", len(ranked))
-    measured_ones = []
+    measured = []
     for r in ranked:
         if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
             for measure, meter in meters.items():
-                r = r.measured(measure, meter(r.candidate))
+                r = r.with_measurement(measure, meter(r.candidate))
                 if not _is_within(r, budget, measure):
                     break
-        measured_ones.append(r)
+        measured.append(r)
         progress.advance(1)
-    return measured_ones
+    return measured
 
 
 def choose(

@@ -54,7 +54,7 @@ def fit_stitch(
         refit=refit,
     )
     spec = dataclasses.replace(spec, r2=explained, rank=affine.rank, condition=affine.condition)
-    return fitted_stitch(spec, affine, prefix=statistics.prefix)
+    return stitch_from_fit(spec, affine, prefix=statistics.prefix)
 
 
 def fit_rows(
@@ -99,7 +99,7 @@ def fit_rows(
     return ridge_least_squares(x, y, ridge=best, bias=bias), explained.get(best)
 
 
-def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
+def stitch_from_fit(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
     """An explicit stitch with the numbers of a fit; a placement in the spec is set aside until the fold."""
     stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
     with torch.no_grad():

@@ -35,7 +35,7 @@ def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
         raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")
 
 
-def read_again(
+def read_images(
     batches: Iterable[Batch], image_shape: tuple[int, int, int], device: torch.device, labels: list[Tensor]
 ) -> Iterator[Tensor]:
     """The images of batches in float32 on a device, batch by batch; the labels beside them are put into a list.
@@ -66,7 +66,7 @@ class CalibrationImages:
     hash: str
 
 
-def put_down(
+def store_images(
     batches: Iterable[Batch],
     image_shape: tuple[int, int, int],
     spool: Spool,

@@ -14,7 +14,7 @@ from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.search.results import Ranked, SearchResult, choose, measured
+from lightning_stitch.search.results import Ranked, SearchResult, choose, measure_candidates
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -80,7 +80,7 @@ def test_only_what_keeps_the_other_limits_is_measured_and_what_is_over_one_no_fu
     unmeasured = [dataclasses.replace(r, activation_bytes=None) for r in random_result(0).ranked]
     budget = Budget(max_macs=8, max_activation_bytes=6, max_latency_ms=3, min_score=0.5)
     meters = {"activation_bytes": lambda c: c.cost.params, "latency_ms": latency_ms}
-    ranked = measured(unmeasured, budget, meters, Silent())
+    ranked = measure_candidates(unmeasured, budget, meters, Silent())
     for r in ranked:
         cost = r.candidate.cost
         counted = cost.macs <= 8 and r.score >= 0.5
