@@ -8,16 +8,9 @@ In reading order:
 - `cross_fitting.py`: what a network gives for the images that its stitch is fitted on, as though it had not seen them
 - `ensembling.py`: `ensemble`: several candidates of a search joined into one network
 
-**A pool** can be saved and opened, and then no source runs for the next search, with another strategy, budget or
-ranking: `pool.save(directory)`, `Pool.open(directory, sources)`, `pool.search(None, selection)`. Other weights are
-refused.
-
 **Personal networks.** The sources run once over the images; early exits and fronts of stitched networks come out of
-that pass, and only the tails behind stitches run besides (`effort`). The same images fit stitches, choose, and fit
-the head, so each image is judged through a stitch that has not seen it (cross-fitting) and by a head that leaves it
-out, and nothing takes the best source's place unless it is ahead of it by two standard errors. With `classes` instead
-of labels the network keeps the sources' own outputs. Requests share the pool and leave nothing behind. Without a
-budget they rarely beat the best source with a head of its own (tests/benchmarks/README.md).
+that pass, and only the tails behind stitches run besides (`effort`). The same images fit, choose and judge, but none is
+judged by what has seen it.
 
 **Ensembles.** Fragments and stitches that members begin with alike run and are held once, up to the first piece that
 differs; each member has its own closed-form head. The output is log-probabilities, of the arithmetic or the geometric

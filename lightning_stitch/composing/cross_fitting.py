@@ -18,16 +18,13 @@ from torch import Tensor
 
 from lightning_stitch.maths import ridge_least_squares
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, fitted_stitch, rows_to_fit
+from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, rows_to_fit, stitch_from_fit
 
 
-def dealt(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:
-    """The fold of each image, from 0; images of one class go to the first fold, the second and so on, in turn.
+def deal_into_folds(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:
+    """The fold of each image, from 0: the images of one class (all, without labels) go to each fold in turn.
 
-    Args:
-        num_images: Number of images.
-        labels: Their classes; None: all are of one. Where no class has two images, likewise.
-        folds: Number of folds, if some class has as many images; else fewer.
+    Where no class has two images, the images are dealt as though they were of one.
     """
     if labels is None or int(labels.bincount().max()) < 2:
         return torch.arange(num_images) % folds
@@ -46,25 +43,18 @@ def cross_fitted_features(
 ) -> Tensor:
     """The features (images x features, float32) of a network of two fragments, each image's by a stitch without it.
 
-    The receiver runs once over the images; the front does not run, its activation being at hand.
-
-    Args:
-        candidate: A network of two fragments.
-        sources: The sources with what the images gave.
-        settings: How rows are sampled.
-        fold_of: The fold of each image (`dealt`).
-        ridge: Relative strength of the stitches' fit, above 0.
+    The receiver runs once over the images; the front does not run, its activation being at hand. `fold_of` gives the
+    fold of each image (`deal_into_folds`), `ridge` the relative strength of the stitches' fit, above 0.
     """
     front, tail = candidate.steps
     receiver = sources[tail.source]
-    stitches = _stitches_by_fold(candidate, sources, settings, fold_of=fold_of, ridge=ridge)
+    stitches = _fit_by_fold(candidate, sources, settings, fold_of=fold_of, ridge=ridge)
     features, first = [], 0
     for x in sources[front.source].activations[front.last - 1]:
-        own = fold_of[first : first + len(x)].to(x.device)
+        folds = fold_of[first : first + len(x)].to(x.device)
+        entered = torch.cat([stitch(x[folds == fold]) for fold, stitch in enumerate(stitches) if (folds == fold).any()])
         # Back in the order of the images after each fold's went through its own stitch.
-        order = own.argsort(stable=True)
-        parts = [stitch(x[own == fold]) for fold, stitch in enumerate(stitches) if (own == fold).any()]
-        entered = torch.cat(parts)[order.argsort()]
+        entered = entered[folds.argsort(stable=True).argsort()]
         for chunk in chunks(entered, receiver.parts.images_at_once):
             for piece in receiver.parts.pieces[tail.first : tail.last]:
                 chunk = piece(chunk)
@@ -73,29 +63,22 @@ def cross_fitted_features(
     return torch.cat(features)
 
 
-def _stitches_by_fold(
+def _fit_by_fold(
     candidate: Candidate, sources: Sequence[Calibrated], settings: CalibrationSettings, *, fold_of: Tensor, ridge: float
 ) -> list[Stitch]:
     front, tail = candidate.steps
     assert tail.spec is not None
     sender, receiver = sources[front.source], sources[tail.source].statistics[tail.first - 1]
-    prefix_tokens = tail.spec.in_prefix_tokens if tail.spec.carries_prefix else 0
-    x = rows_to_fit(
-        sender.activations[front.last - 1],
-        sender=sender.parts.cuts[front.last - 1],
-        grid=receiver.cut.grid,
-        prefix_tokens=prefix_tokens,
-        settings=settings,
-    )
-    assert x is not None  # or there would be no candidate
-    y = receiver.all_rows if prefix_tokens else receiver.rows
+    activation, cut = sender.activations[front.last - 1], sender.parts.cuts[front.last - 1]
+    rows = rows_to_fit(tail.spec, activation, cut, receiver, settings)
+    assert rows is not None  # or there would be no candidate
+    x, y = rows
     fold_of = fold_of.to(x.device)
     by_row = fold_of.repeat_interleave(len(x) // len(fold_of))
     stitches = []
     for fold in range(int(fold_of.max()) + 1):
         seen = by_row != fold
         affine = ridge_least_squares(x[seen], y[seen], ridge=ridge, bias=tail.spec.bias, diagnose=False)
-        given = receiver.prefix_rows
-        prefix = None if given is None else given[fold_of != fold].mean(0)
-        stitches.append(fitted_stitch(tail.spec, affine, prefix=prefix))
+        prefix = None if receiver.prefix_rows is None else receiver.prefix_rows[fold_of != fold].mean(0)
+        stitches.append(stitch_from_fit(tail.spec, affine, prefix=prefix))
     return stitches

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from lightning_stitch.composing.pool import Pool
-from lightning_stitch.cutting import copy_module
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Silent
-from lightning_stitch.recipe import Average, FragmentRef, Mean, Recipe, SourceRef
+from lightning_stitch.recipe import Average, FragmentRef, Mean, Recipe
 from lightning_stitch.search import Ranked, SearchResult
-from lightning_stitch.stitching import Batch, Candidate, Segmented, Step, Stitch
+from lightning_stitch.stitching import Batch, Candidate, Segmented, Stitch
 
 
 def ensemble(
@@ -55,33 +54,39 @@ def ensemble(
     """
     if mean not in (None, *get_args(Mean)):
         raise StitchError(f"mean must be one of {get_args(Mean)}, or None for a joint head; found {mean!r}.")
-    chosen = candidates.ranked[:top] if isinstance(candidates, SearchResult) else candidates
-    members = [c.candidate if isinstance(c, Ranked) else c for c in chosen]
+    candidates = candidates.ranked[:top] if isinstance(candidates, SearchResult) else candidates
+    members = [c.candidate if isinstance(c, Ranked) else c for c in candidates]
     if not members:
         raise StitchError("An ensemble needs at least one candidate; found none.")
-    if mean is None and not (heads is None and train is None):
+    average = None
+    if mean is not None:
+        heads = _fit_heads(pool, members, train, num_classes) if heads is None else heads
+        _check_heads(heads, len(members))
+        width = len(heads[0].weight) if isinstance(heads[0], RidgeHead) else members[0].recipe.num_features
+        groups = tuple((number,) for number in range(len(members)))
+        average = Average(groups, width, mean, with_heads=isinstance(heads[0], RidgeHead))
+    elif heads is not None or train is not None:
         raise StitchError(
             "mean=None gives features for one joint head of your own; it takes neither heads= nor train=."
         )
-    if mean is not None:
-        heads = _fitted_heads(pool, members, train, num_classes) if heads is None else heads
-        _check_heads(heads, len(members))
-    tree = _tree(members, pool.parts)
-    places = [next(number for number, node in enumerate(tree) if index in node.ends) for index in range(len(members))]
+    fragments, ends = _merge_fronts(members, pool.parts)
+    refs = {part.name: part.source.ref for part in pool.parts}
     recipe = Recipe(
-        sources=tuple(_sources(tree, pool.parts)),
-        fragments=tuple(node.ref(pool.parts) for node in tree),
+        sources=tuple(refs[name] for name in dict.fromkeys(fragment.ref.source for fragment in fragments)),
+        fragments=tuple(fragment.ref for fragment in fragments),
         taps=tuple(
-            dataclasses.replace(tap, fragment=place)
-            for member, place in zip(members, places, strict=True)
-            for tap in member.recipe.taps
+            dataclasses.replace(member.recipe.taps[0], fragment=end) for member, end in zip(members, ends, strict=True)
         ),
         input_size=pool.image_shape,
-        average=None if mean is None else _average(mean, members, heads or []),
+        average=average,
     )
-    graphs = {part.name: part.graph for part in pool.parts}
-    copies = [copy_module(head) for head in heads or [] if isinstance(head, RidgeHead)]
-    return assemble(recipe, graphs, [node.stitch for node in tree], [node.tensors for node in tree], copies)
+    return assemble(
+        recipe,
+        {part.name: part.graph for part in pool.parts},
+        [fragment.stitch for fragment in fragments],
+        [fragment.tensors for fragment in fragments],
+        [copied(head) for head in heads or [] if isinstance(head, RidgeHead)],
+    )
 
 
 def _check_heads(heads: Sequence[nn.Module], num_members: int) -> None:
@@ -95,16 +100,7 @@ def _check_heads(heads: Sequence[nn.Module], num_members: int) -> None:
         raise StitchError(f"The heads of an ensemble have as many classes; found {sorted(map(str, widths))}.")
 
 
-def _average(mean: Mean, members: Sequence[Candidate], heads: Sequence[nn.Module]) -> Average:
-    """Which taps each member reads, one after the other."""
-    numbers = iter(range(sum(len(member.recipe.taps) for member in members)))
-    groups = tuple(tuple(next(numbers) for _ in member.recipe.taps) for member in members)
-    first = heads[0]
-    width = len(first.weight) if isinstance(first, RidgeHead) else members[0].recipe.num_features
-    return Average(groups, width, mean, with_heads=isinstance(first, RidgeHead))
-
-
-def _fitted_heads(
+def _fit_heads(
     pool: Pool, members: Sequence[Candidate], train: Iterable[Batch] | None, num_classes: int | None
 ) -> list[nn.Module]:
     if train is None:
@@ -118,69 +114,46 @@ def _fitted_heads(
     return [fit_ridge_head(outcome.features, labels, num_classes=count)[0] for outcome in outcomes]
 
 
-@dataclass(slots=True)
-class _Node:
-    """Pieces [first, last) of one source that run for the same members."""
-
-    parent: int | None
-    source: int
-    first: int
-    last: int
+class _Fragment(NamedTuple):
+    ref: FragmentRef
     stitch: Stitch | None
-    step: Step
-    ends: list[int] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.step.tensors
-
-    def ref(self, parts: Sequence[Segmented]) -> FragmentRef:
-        part = parts[self.source]
-        names = [None, *(cut.name for cut in part.cuts), part.end]
-        stitch = None if self.stitch is None else self.step.spec
-        return FragmentRef(part.name, names[self.first], names[self.last], self.parent, stitch)
+    tensors: Mapping[str, Tensor]
 
 
-def _tree(members: Sequence[Candidate], parts: Sequence[Segmented]) -> list[_Node]:
-    """The members' pieces, those that are the same merged, and runs of pieces without a fork joined to one node."""
-    pieces: list[_Node] = []
-    known: dict[tuple[Any, ...], int] = {}
-    for index, member in enumerate(members):
-        parent: int | None = None
-        for step, after in zip(member.steps, (*member.steps[1:], None), strict=True):
-            for piece in range(step.first, step.last):
-                stitch = step.stitch if piece == step.first else None
-                folded = after is not None and piece + 1 == step.last and _is_folded_before(after)
-                key = (parent, step.source, piece, step.key, after.key if after is not None and folded else None)
-                if key not in known:
-                    known[key] = len(pieces)
-                    pieces.append(_Node(parent, step.source, piece, piece + 1, stitch, step))
-                parent = known[key]
-        assert parent is not None
-        pieces[parent].ends.append(index)
-    return _joined(pieces)
+def _merge_fronts(members: Sequence[Candidate], parts: Sequence[Segmented]) -> tuple[list[_Fragment], list[int]]:
+    """The members' fragments, parents first, shared up to the first piece that differs; and where each member ends."""
+    paths = [_piece_keys(member) for member in members]
+    users = Counter(path[:length] for path in paths for length in range(len(path) + 1))
+    fragments: list[_Fragment] = []
+    places: dict[tuple[Any, ...], int] = {}
+    ends = []
+    for member, path in zip(members, paths, strict=True):
+        pieces = [(step, piece) for step in member.steps for piece in range(step.first, step.last)]
+        place = None
+        for length, (step, piece) in enumerate(pieces):
+            front = path[: length + 1]
+            names = parts[step.source].ends
+            if front in places:
+                place = places[front]
+            elif place is None or piece == step.first or users[front] < users[path[:length]]:
+                stitch, spec = (step.stitch, step.spec) if piece == step.first else (None, None)
+                ref = FragmentRef(parts[step.source].name, names[piece], names[piece + 1], place, spec)
+                place = len(fragments)
+                fragments.append(_Fragment(ref, stitch, step.tensors))
+            else:
+                longer = dataclasses.replace(fragments[place].ref, end=names[piece + 1])
+                fragments[place] = fragments[place]._replace(ref=longer)
+            places[front] = place
+        assert place is not None
+        ends.append(place)
+    return fragments, ends
 
 
-def _is_folded_before(step: Step) -> bool:
-    return step.spec is not None and step.spec.placement == "producer"
-
-
-def _joined(pieces: Sequence[_Node]) -> list[_Node]:
-    children = [sum(other.parent == number for other in pieces) for number in range(len(pieces))]
-    tree: list[_Node] = []
-    place: dict[int, int] = {}
-    for number, piece in enumerate(pieces):
-        before = piece.parent
-        if before is not None and piece.stitch is None and children[before] == 1 and not pieces[before].ends:
-            place[number] = place[before]
-            tree[place[number]].last = piece.last
-            tree[place[number]].ends = piece.ends
-            continue
-        place[number] = len(tree)
-        piece.parent = None if before is None else place[before]
-        tree.append(piece)
-    return tree
-
-
-def _sources(tree: Sequence[_Node], parts: Sequence[Segmented]) -> list[SourceRef]:
-    return [parts[index].source.ref for index in dict.fromkeys(node.source for node in tree)]
+def _piece_keys(member: Candidate) -> tuple[Any, ...]:
+    """What each of a member's pieces computes: which it is, with which numbers, and which stitch is folded into it."""
+    keys: list[Any] = []
+    for step, after in zip(member.steps, (*member.steps[1:], None), strict=True):
+        keys += [(step.source, piece, step.key, None) for piece in range(step.first, step.last)]
+        if after is not None and after.spec is not None and after.spec.placement == "producer":
+            keys[-1] = (*keys[-1][:3], after.key)
+    return tuple(keys)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.composing.cross_fitting import cross_fitted_features, dealt
+from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal_into_folds
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import reference_tensor
@@ -21,13 +18,10 @@ from lightning_stitch.data import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.healing import run_on
-from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.progress import timed
-from lightning_stitch.recipe import Recipe, Tap
 from lightning_stitch.search import (
     Beam,
     Outcome,
-    Ranking,
     SearchResult,
     SearchSpace,
     SelectionData,
@@ -35,33 +29,16 @@ from lightning_stitch.search import (
     choose,
     costs_of_pairs,
     early_exits,
-    left_out,
+    predict_left_out,
     rank,
     softened_labels,
     unmodified,
 )
-from lightning_stitch.stitching import Calibrated, Candidate, calibrate_all, chunks
+from lightning_stitch.stitching import Calibrated, Candidate, calibrate
 
 _FOLDS = 4  # three quarters of the images fit each fold's stitch
 _BEAM = Beam(width=2, max_fragments=2)
-
-
-class OutputSubset(nn.Module):
-    """Some of a classifier's outputs.
-
-    Args:
-        indices: Which, in the order wanted.
-    """
-
-    indices: Tensor
-
-    def __init__(self, indices: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("indices", torch.tensor(list(indices)))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Those columns of the logits (batch, outputs)."""
-        return logits[:, self.indices]
+_STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +47,9 @@ class Composition:
 
     Attributes:
         network: Images (batch, channels, height, width) in [0, 1] to logits (batch, classes), whose softmax is the
-            probability of each class; to features (batch, features) where there were neither labels nor classes. In
-            eval mode; its parameters are its own. `network[0]` is the `StitchedNetwork`, `network[1]` the head.
-        classes: What each output stands for: the labels, or indices of the sources' outputs; empty for features.
+            probability of each class; to features (batch, features) where there were no labels. In eval mode; its
+            parameters are its own. `network[0]` is the `StitchedNetwork`, `network[1]` the head.
+        classes: The label that each output stands for; empty for features.
         result: The candidates with their scores, the best source, and whether it was worth it (`summary()`). Its
             `seconds` are those of each stage: "sources" (their pass over the images), "search", "rank", "assemble".
     """
@@ -87,16 +64,15 @@ def compose(
     images: Tensor | Sequence[Any],
     labels: Sequence[Any] | Tensor | None = None,
     *,
-    classes: Sequence[int] | None = None,
     budget: Budget | None = None,
     effort: float = 0.5,
     ridge: float = 1e-3,
 ) -> Composition:
     """Compose a network for a few images: each source runs over them once, and what follows costs less than that.
 
-    Candidates are the sources as they are, the sources ended early at each of their cuts (not with `classes`), and
-    networks of two fragments, whose fronts have run already. The pool stays as it is: requests share nothing else, and
-    the same request gives the same network. The same images fit the stitches, choose, and fit the head, so:
+    Candidates are the sources as they are, the sources ended early at each of their cuts, and networks of two
+    fragments, whose fronts have run already. The pool stays as it is: requests share nothing else, and the same request
+    gives the same network. The same images fit the stitches, choose, and fit the head, so:
 
     - a stitched candidate is judged by features that stitches gave which had not seen the image
       (`lightning_stitch.composing.cross_fitting`); sources and early exits are fitted on none of them;
@@ -107,16 +83,14 @@ def compose(
     The scores are a little optimistic all the same: only images of the same person that were not given here tell how
     good the network is.
 
-    With labels the head is a ridge regression on the final network's features of the images. With `classes` it is the
-    last source's own classifier restricted to them, and the candidates are ordered by how likely they find what all
-    sources together say of the images among these classes. With neither, `ranking.by_consensus` orders them.
+    With labels the head is a ridge regression on the final network's features of the images. Without, the candidates
+    are ordered by `ranking.by_consensus`, and the network gives features.
 
     Args:
         pool: From `Pool.prepare`; any other pool serves, too, and takes longer.
         images: At least 4: a tensor (images, channels, height, width), or a sequence of tensors, PIL images or arrays;
             float in [0, 1] or uint8. They are resized to the pool's image size.
         labels: The class of each image: integers or names. At least two occur.
-        classes: Indices of the sources' outputs, where there are no labels; at least two.
         budget: Limits that the network keeps (the head is not counted); None: none.
         effort: Most multiply-accumulates that stitched candidates run, as a share of those of all sources.
         ridge: Relative strength of the stitches' fit.
@@ -125,7 +99,7 @@ def compose(
         CalibrationError: If images or labels cannot be used.
         BudgetError: If no network keeps the budget, or it limits latency or activation bytes, which are not measured
             here.
-        StitchError: If labels and classes are given both, or the sources do not have these outputs.
+        StitchError: If `ridge` or `effort` is out of range.
 
     Example:
         >>> pool = Pool.prepare(sources)  # doctest: +SKIP
@@ -139,30 +113,34 @@ def compose(
         )
     if not ridge > 0 or not effort >= 0:
         raise StitchError(f"ridge must be above 0 and effort at least 0; found ridge={ridge}, effort={effort}.")
-    targets, names = _classes_of(pool, len(images), labels, classes)
-    exits = classes is None and pool.settings.until == "features"
-    costs = pool.prepared.get(exits) or costs_of_pairs(pool.parts, early_exits=exits)
+    targets, classes = _number_classes(len(images), labels)
+    exits = pool.settings.until == "features"
+    costs = pool.pair_costs or costs_of_pairs(pool.parts, early_exits=exits)
     costs.check(budget)
-    batch = _decoded(images, pool.image_shape).to(pool.device)
+    batch = _decode(images, pool.image_shape).to(pool.device)
     seconds: dict[str, float] = {}
     with timed(seconds, "sources"):
-        sources = calibrate_all(pool.parts, [batch], pool.settings)
+        sources = [calibrate(part, [batch], pool.settings) for part in pool.parts]
     with timed(seconds, "search"):
         space = SearchSpace(sources, pool.settings, costs=costs, budget=budget, ridge=ridge)
         candidates = unmodified(space) + (early_exits(space) if exits else [])
-        given = [_at_hand(candidate, sources) for candidate in candidates]
-        fold_of = dealt(len(batch), targets, folds=_FOLDS)
+        features = [_features_at_hand(candidate, sources) for candidate in candidates]
+        fold_of = deal_into_folds(len(batch), targets, folds=_FOLDS)
         for candidate in _affordable(list(_BEAM(space)), space, effort):
             candidates.append(candidate)
-            given.append(cross_fitted_features(candidate, sources, pool.settings, fold_of=fold_of, ridge=ridge))
+            features.append(cross_fitted_features(candidate, sources, pool.settings, fold_of=fold_of, ridge=ridge))
     with timed(seconds, "rank"):
-        ranking: str | Ranking = "consensus" if targets is None else by_careful_r2
-        if classes is not None:
-            ranking = partial(_by_class_consensus, said=partial(_said, pool, classes))
-        result = _chosen(candidates, given, targets, ranking, budget, space.rejected, seconds)
-    with timed(seconds, "assemble"):
-        network = _network(pool, result.best.candidate, sources, targets, classes)
-    return Composition(network, names, dataclasses.replace(result, seconds=dict(seconds)))
+        # A copy outside of inference mode is an ordinary tensor. What a candidate alone would take is not measured.
+        outcomes = [Outcome(x.cpu().clone(), math.nan) for x in features]
+        ranking = "consensus" if targets is None else by_careful_r2
+        ranked = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=space.rejected)
+    num_labels = 0 if targets is None else len(targets)
+    result = choose(ranked, budget, rejected=space.rejected, seconds=seconds, num_selection_labels=num_labels)
+    with timed(result.seconds, "assemble"):
+        body = pool.assemble(result.best.candidate)
+        head = nn.Identity() if targets is None else _fit_head(result.best.candidate, sources, targets)
+        network = nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
+    return Composition(network, classes, result)
 
 
 def _affordable(stitched: Sequence[Candidate], space: SearchSpace, effort: float) -> Iterator[Candidate]:
@@ -181,36 +159,21 @@ def _affordable(stitched: Sequence[Candidate], space: SearchSpace, effort: float
         yield candidate
 
 
-def _decoded(images: Tensor | Sequence[Any], image_shape: tuple[int, int, int]) -> Tensor:
+def _decode(images: Tensor | Sequence[Any], image_shape: tuple[int, int, int]) -> Tensor:
     decode = Decoder(image_shape[0], image_shape[1:], None, None)
-    found = []
+    decoded = []
     for index, image in enumerate(images):
         try:
-            found.append(decode(image))
+            decoded.append(decode(image))
         except CalibrationError as error:
             raise CalibrationError(f"Image {index}: {error}.") from error
-    return torch.stack(found)
+    return torch.stack(decoded)
 
 
-def _classes_of(
-    pool: Pool, num_images: int, labels: Sequence[Any] | Tensor | None, classes: Sequence[int] | None
-) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The images' class numbers from 0, and what each class is called; all that can be wrong with either."""
+def _number_classes(num_images: int, labels: Sequence[Any] | Tensor | None) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """The images' class numbers from 0, and the label of each class; all that can be wrong with them."""
     if num_images < 4:
         raise CalibrationError(f"A personal network needs at least 4 images; found {num_images}.")
-    if labels is not None and classes is not None:
-        raise StitchError("labels= say already which classes there are; leave classes= out.")
-    if classes is not None:
-        widths = {part.name: part.graph.output_features() for part in pool.parts}
-        if len(set(widths.values())) > 1:
-            raise StitchError(f"classes= needs sources with the same outputs; found widths {widths}.")
-        (width,) = set(widths.values())
-        if len(set(classes)) < max(2, len(classes)) or not all(0 <= index < width for index in classes):
-            raise StitchError(
-                f"classes= are two or more different indices of the sources' outputs, from 0 to {width - 1}; found "
-                f"{list(classes)}."
-            )
-        return None, tuple(classes)
     if labels is None:
         return None, ()
     values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
@@ -219,15 +182,14 @@ def _classes_of(
     kinds = {type(value).__name__ for value in values}
     if len(kinds) > 1 or not kinds <= {"int", "str"}:
         raise CalibrationError(f"labels= are all integers or all names; found {sorted(kinds)}.")
-    names = tuple(sorted(set(values)))
-    if len(names) < 2:
-        raise CalibrationError(f"A classifier needs images of at least two classes; all labels are {names[0]!r}.")
-    numbers = {name: number for number, name in enumerate(names)}
-    return torch.tensor([numbers[value] for value in values]), names
+    classes = tuple(sorted(set(values)))
+    if len(classes) < 2:
+        raise CalibrationError(f"A classifier needs images of at least two classes; all labels are {classes[0]!r}.")
+    return torch.tensor([classes.index(value) for value in values]), classes
 
 
 @torch.inference_mode()
-def _at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> Tensor:
+def _features_at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> Tensor:
     """The features of a source as it is, or ended early: the sources' pass gave them."""
     step = candidate.steps[0]
     if candidate.pool is None:
@@ -235,85 +197,15 @@ def _at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> Tensor:
     return torch.cat([candidate.pool(x).float() for x in sources[step.source].activations[step.last - 1]])
 
 
-def _chosen(
-    candidates: Sequence[Candidate],
-    given: Sequence[Tensor],
-    targets: Tensor | None,
-    ranking: str | Ranking,
-    budget: Budget,
-    rejected: Counter[str],
-    seconds: Mapping[str, float],
-) -> SearchResult:
-    # A copy outside of inference mode is an ordinary tensor. What a candidate alone would take is not measured.
-    outcomes = [Outcome(features.cpu().clone(), math.nan) for features in given]
-    ranked = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=rejected)
-    num_labels = 0 if targets is None else len(targets)
-    return choose(ranked, budget, rejected=rejected, seconds=seconds, num_selection_labels=num_labels)
-
-
-def _by_class_consensus(
-    candidates: Sequence[Candidate], selection: SelectionData, *, said: Callable[[str, Tensor], Tensor]
-) -> list[dict[str, float]]:
-    """The mean log-likelihood of what all sources together say of the images; none is better than the best source."""
-    found = [said(_last(c), x) for c, x in zip(candidates, selection.features, strict=True)]
-    sources = [x for c, x in zip(candidates, found, strict=True) if c.kind == "source"]
-    together = torch.stack([x.exp() for x in sources]).mean(0)
-    scores = [float((together * x).sum(1).mean()) for x in found]
-    best = max(score for c, score in zip(candidates, scores, strict=True) if c.kind == "source")
-    return [{"class_consensus": min(score, best)} for score in scores]
-
-
-@torch.inference_mode()
-def _said(pool: Pool, classes: Sequence[int], source: str, features: Tensor) -> Tensor:
-    """Log-probabilities (images x classes) of the classes, by a source's own classifier, float64."""
-    part = next(part for part in pool.parts if part.name == source)
-    if part.end is not None:
-        classifier = part.graph.fragment(part.end, None, share=True).eval()
-        features = torch.cat([classifier(x) for x in chunks(features.to(pool.device), 64)])
-    return features[:, list(classes)].double().log_softmax(1).cpu()
-
-
-def _network(
-    pool: Pool,
-    candidate: Candidate,
-    sources: Sequence[Calibrated],
-    targets: Tensor | None,
-    classes: Sequence[int] | None,
-) -> nn.Sequential:
-    if classes is not None:
-        body = pool.assemble(dataclasses.replace(candidate, recipe=_to_the_output(candidate.recipe, pool)))
-        return _joined(body, OutputSubset(classes))
-    body = pool.assemble(candidate)
-    if targets is None:
-        return _joined(body, nn.Identity())
+def _fit_head(candidate: Candidate, sources: Sequence[Calibrated], targets: Tensor) -> nn.Module:
+    """A ridge head on the final network's features of the images."""
     if len(candidate.steps) == 1:
-        features = _at_hand(candidate, sources)
+        features = _features_at_hand(candidate, sources)
     else:
         front = candidate.steps[0]
-        given = run_on(candidate, sources, list(sources[front.source].activations[front.last - 1]))
-        features = torch.cat([x.float() for x in given])
-    head, _ = fit_ridge_head(features.clone(), targets, num_classes=int(targets.max()) + 1)
-    return _joined(body, head)
-
-
-def _joined(body: StitchedNetwork, head: nn.Module) -> nn.Sequential:
-    return nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
-
-
-def _to_the_output(recipe: Recipe, pool: Pool) -> Recipe:
-    """A chain's recipe, its last fragment run on through its source's classifier."""
-    last = dataclasses.replace(recipe.fragments[-1], end=None)
-    width = next(part for part in pool.parts if part.name == last.source).graph.output_features()
-    return dataclasses.replace(
-        recipe, fragments=(*recipe.fragments[:-1], last), taps=(Tap(len(recipe.fragments) - 1, width),)
-    )
-
-
-def _last(candidate: Candidate) -> str:
-    return candidate.recipe.fragments[-1].source
-
-
-_STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due
+        portions = list(sources[front.source].activations[front.last - 1])
+        features = torch.cat([x.float() for x in run_on(candidate, sources, portions)])
+    return fit_ridge_head(features.clone(), targets, num_classes=int(targets.max()) + 1)[0]
 
 
 def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -327,7 +219,7 @@ def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> 
     scores = by_loo_soft_r2(candidates, selection)
     soft = softened_labels(candidates, selection)
     total = (soft - soft.mean(0)).square().sum()
-    errors = [(left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
+    errors = [(predict_left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
     sources = [number for number, candidate in enumerate(candidates) if candidate.kind == "source"]
     best = max(sources, key=lambda number: scores[number]["loo_soft_r2"])
     careful = []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import network_activation_bytes
-from lightning_stitch.errors import CalibrationError
+from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answer, Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -40,12 +39,12 @@ from lightning_stitch.search import (
     early_exits,
     find_ranking,
     follow,
-    labelled,
-    measured,
+    measure_candidates,
     network_latency,
     outcomes,
     piece_latencies,
     rank,
+    require_labels,
     search_identity,
     self_stitched,
     unmodified,
@@ -58,11 +57,10 @@ from lightning_stitch.stitching import (
     Calibration,
     Candidate,
     Kind,
-    check_same_outputs,
-    put_down,
-    read_again,
+    read_images,
     saved_settings,
     segment,
+    store_images,
 )
 
 
@@ -95,12 +93,17 @@ class Pool:
         with timed(self.seconds, "cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
-        check_same_outputs(self.parts, self.settings)
+        widths = {part.name: part.graph.output_features() for part in self.parts if self.settings.until == "output"}
+        if len(set(widths.values())) > 1:
+            raise StitchError(
+                f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
+                f"Leave the odd ones out, or end at the features and fit a head."
+            )
         for part in self.parts:
             part.to(self.device)
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
-        self.prepared: dict[bool, CompositionCosts] = {}  # with early exits and without
+        self.pair_costs: CompositionCosts | None = None  # of networks of two fragments, for `compose`
 
     @classmethod
     def prepare(
@@ -124,7 +127,7 @@ class Pool:
         """
         native = next((source.preprocessing.input_size for source in sources), (0, 0, 0))
         pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
-        pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
+        pool.pair_costs = costs_of_pairs(pool.parts, early_exits=pool.settings.until == "features")
         return pool
 
     def calibrate(
@@ -232,7 +235,7 @@ class Pool:
         find_ranking(settings.ranking, labelled=True)
         num_selected = num_images(selection)
         if settings.ranking in NEED_LABELS:
-            selection = labelled(selection)
+            selection = require_labels(selection)
         if calibration is None:
             self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
@@ -286,9 +289,9 @@ class Pool:
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
-        images = read_again(batches, self.image_shape, self.device, labels)
-        found = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
-        return found, torch.cat(labels) if labels else None
+        images = read_images(batches, self.image_shape, self.device, labels)
+        results = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
+        return results, torch.cat(labels) if labels else None
 
     def stitch(
         self,
@@ -347,10 +350,12 @@ class Pool:
         if budget.max_latency_ms is None:
             return
         with timed(self.seconds, "measure"):
-            measure = partial(piece_latencies, self.parts, self.device)
-            answer = journal.recall(["latencies of the pieces"], lambda: Answer(self._latencies or measure()))
-            self._latencies = answer.value
-            costs.time(answer.value)
+            times = journal.recall(
+                ["latencies of the pieces"],
+                lambda: Answer(self._latencies or piece_latencies(self.parts, self.device)),
+            )
+            self._latencies = times.value
+            costs.time(times.value)
             costs.check(budget)
 
     def _calibrate(
@@ -358,18 +363,12 @@ class Pool:
     ) -> None:
         """Read the images and run each source over them, unless the pool or the journal has what that gives."""
         with timed(self.seconds, "calibrate"):
-            read = put_down(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
+            read = store_images(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
             journal.agree({"calibration images": read.hash})
-            present = self.calibration
-            if present is not None and present.is_stored and present.images_hash == read.hash:
+            if self.calibration and self.calibration.is_stored and self.calibration.images_hash == read.hash:
                 return
             self.calibration = Calibration.of(
-                self.parts,
-                read,
-                self.settings,
-                device=self.device,
-                progress=progress,
-                directory=journal.calibration,
+                self.parts, read, self.settings, device=self.device, progress=progress, directory=journal.calibration
             )
 
     def _compose(
@@ -386,15 +385,22 @@ class Pool:
 
     def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
         """The same, assembled and measured in what the budget limits and only an assembled network shows."""
-        meters: dict[str, Callable[[Candidate], float]] = {
-            "activation_bytes": self._activation_bytes,
-            "latency_ms": partial(self._latency, journal),
-        }
+
+        def activation_bytes(candidate: Candidate) -> float:
+            return network_activation_bytes(self.assemble(candidate), self.image_shape)
+
+        def latency(candidate: Candidate) -> float:
+            def measure() -> Answer:
+                return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
+
+            return float(journal.recall(["latency", candidate.key], measure).value)
+
+        meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
         if not meters:
             return ranked
         with timed(self.seconds, "measure"):
-            return measured(ranked, budget, meters, progress)
+            return measure_candidates(ranked, budget, meters, progress)
 
     def _whole_calibration(self) -> Calibration:
         if self.calibration is None or not self.calibration.is_whole:
@@ -402,12 +408,3 @@ class Pool:
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
         return self.calibration
-
-    def _activation_bytes(self, candidate: Candidate) -> float:
-        return network_activation_bytes(self.assemble(candidate), self.image_shape)
-
-    def _latency(self, journal: Answers, candidate: Candidate) -> float:
-        def measure() -> Answer:
-            return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
-
-        return float(journal.recall(["latency", candidate.key], measure).value)

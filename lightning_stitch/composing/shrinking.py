@@ -100,10 +100,12 @@ def shrink(
     beam = Beam(max_fragments=2, width=6, deep=6)
     settings = SearchSettings(strategy=beam, budget=budget, ranking=by_fidelity, exits=False, heal=True)
     result = pool.search(calibration, selection, settings, groups=groups, progress=progress, **options)
-    chosen = result.best
-    return Shrunk(pool.assemble(chosen.candidate), chosen.scores["fidelity"], chosen, result)
+    best = result.best
+    return Shrunk(pool.assemble(best.candidate), best.scores["fidelity"], best, result)
 
 
 def by_fidelity(candidates: Sequence[Candidate], selection: SelectionData) -> list[Mapping[str, float]]:
     """R2 of what a network gives against what its last source gives, nothing fitted in between."""
-    return [{"fidelity": r2(x, own)} for x, own in zip(selection.features, selection.own_features, strict=True)]
+    return [
+        {"fidelity": r2(x, of_source)} for x, of_source in zip(selection.features, selection.own_features, strict=True)
+    ]

@@ -226,15 +226,13 @@ def _stitched_anew(
 ) -> Step:
     """The step behind a stitch that is fitted on what the healed network sends."""
     assert step.spec is not None
-    sender, receiver = sources[before.source], sources[step.source]
     stitch = fit_stitch(
         step.spec,
         portions,
-        sender.parts.cuts[before.last - 1],
-        receiver.statistics[step.first - 1],
+        sources[before.source].parts.cuts[before.last - 1],
+        sources[step.source],
         settings,
-        num_images=len(receiver.features),
-        num_held_out=receiver.num_held_out,
+        entry=step.first,
         ridge=[ridge * factor for factor in RIDGES],
         refit=False,
     )

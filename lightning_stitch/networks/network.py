@@ -260,7 +260,7 @@ def _tap_module(tap: Tap, recipe: Recipe, graphs: Mapping[str, CutGraph]) -> nn.
     channels = graph.output_features() if ref.end is None else graph.find(ref.end).channels
     if channels != tap.channels:
         raise RecipeError(f"The recipe reads {tap.channels} channels at the end of {ref}; its source has {channels}.")
-    return GlobalAverage.of(graph.find(str(ref.end))) if tap.statistics else nn.Identity()
+    return GlobalAverage(graph.find(str(ref.end))) if tap.statistics else nn.Identity()
 
 
 def _empty_heads(recipe: Recipe) -> list[nn.Module]:

@@ -9,11 +9,11 @@ from .ranking import (
     SelectionData,
     by_loo_soft_r2,
     find_ranking,
-    labelled,
-    left_out,
+    predict_left_out,
+    require_labels,
     softened_labels,
 )
-from .results import Ranked, SearchResult, choose, measured, rank
+from .results import Ranked, SearchResult, choose, measure_candidates, rank
 from .space import SearchSpace
 from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
@@ -38,13 +38,13 @@ __all__ = [
     "early_exits",
     "find_ranking",
     "follow",
-    "labelled",
-    "left_out",
-    "measured",
+    "measure_candidates",
     "network_latency",
     "outcomes",
     "piece_latencies",
+    "predict_left_out",
     "rank",
+    "require_labels",
     "search_identity",
     "self_stitched",
     "softened_labels",

@@ -2,7 +2,7 @@
 
 Parameters, multiply-accumulates and latency of a composition are sums over its pieces and stitches. Its activation
 bytes are not: what is alive at once depends on the folds at both ends of every fragment, so that a composition is
-assembled first and then measured (`lightning_stitch.search.results.measured`).
+assembled first and then measured (`lightning_stitch.search.results.measure_candidates`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost, in_words
 from lightning_stitch.errors import BudgetError
@@ -95,16 +95,12 @@ class CompositionCosts:
         self._ms_per_mac = min(
             sum(times) / max(part.cost.macs, 1) for part, times in zip(self.parts, latencies, strict=True)
         )
-        self._placed = {key: placed._replace(cost=self._timed(placed.cost)) for key, placed in self._placed.items()}
+        self._placed = {
+            key: placed._replace(cost=self._add_latency(placed.cost)) for key, placed in self._placed.items()
+        }
 
     def run(self, source: int, first: int, last: int) -> Cost:
-        """Cost of a source's pieces from one index up to, not including, another.
-
-        Args:
-            source: Index of the source.
-            first: Index of the first piece.
-            last: Index behind the last piece.
-        """
+        """Cost of a source's pieces from one index up to, not including, another."""
         key = (source, first, last)
         if key not in self._costs:
             cost = self.parts[source].cost_between(first, last)
@@ -113,24 +109,28 @@ class CompositionCosts:
             self._costs[key] = cost
         return self._costs[key]
 
-    def stitch(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
-        """The stitch between two cuts where it is cheapest, and what it adds to its fragments."""
-        return self._place(sender, cut, source, receiver, before_taken=False)
+    def stitch(self, sender: int, cut: int, source: int, receiver: int, *, before_taken: bool = False) -> PlacedStitch:
+        """The stitch between two cuts where it is cheapest, and what it adds to its fragments.
 
-    def stitch_after_fold(self, sender: int, cut: int, source: int, receiver: int) -> PlacedStitch:
-        """The same where the sender's last layer has taken the stitch before in at its entry, and takes no other."""
-        placed = self.stitch(sender, cut, source, receiver)
-        if placed.spec.placement != "producer":
-            return placed
-        return self._place(sender, cut, source, receiver, before_taken=True)
+        With `before_taken` the sender's last layer has taken the stitch before in at its entry, and takes no other.
+        """
+        key = (sender, cut, source, receiver, before_taken)
+        if key not in self._placed:
+            before, after = self.parts[sender].pieces[cut], self.parts[source].pieces[receiver + 1]
+            spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
+            placement = choose_placement(before, after, spec, before_taken=before_taken)
+            spec = dataclasses.replace(spec, placement=placement)
+            self._placed[key] = PlacedStitch(
+                spec, self._add_latency(Cost(*stitch_cost(spec, before, after, placement)))
+            )
+        return self._placed[key]
 
     def self_stitched(self, source: int) -> Cost:
         """Cost of a source stitched to itself at each of its cuts; a fold can make it less than the source's."""
         part = self.parts[source]
         total, taken = self.run(source, 0, len(part.pieces)), False
         for cut in range(len(part.cuts)):
-            find = self.stitch_after_fold if taken else self.stitch
-            placed = find(source, cut, source, cut)
+            placed = self.stitch(source, cut, source, cut, before_taken=taken)
             total, taken = total + placed.cost, placed.spec.placement == "consumer"
         return total
 
@@ -186,22 +186,9 @@ class CompositionCosts:
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
-    def _place(self, sender: int, cut: int, source: int, receiver: int, *, before_taken: bool) -> PlacedStitch:
-        key = (sender, cut, source, receiver, before_taken)
-        if key not in self._placed:
-            before, after = self._neighbours(sender, cut, source, receiver)
-            spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
-            placement = choose_placement(before, after, spec, before_taken=before_taken)
-            spec = dataclasses.replace(spec, placement=placement)
-            self._placed[key] = PlacedStitch(spec, self._timed(Cost(*stitch_cost(spec, before, after, placement))))
-        return self._placed[key]
-
-    def _timed(self, cost: Cost) -> Cost:
+    def _add_latency(self, cost: Cost) -> Cost:
         """A stitch's cost with its latency by estimate."""
         return dataclasses.replace(cost, latency_ms=max(cost.macs, 0) * self._ms_per_mac)
-
-    def _neighbours(self, sender: int, cut: int, source: int, receiver: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return self.parts[sender].pieces[cut], self.parts[source].pieces[receiver + 1]
 
     def _path(self, measure: str, flat: int) -> str:
         """The cheapest way on from a receiver in words."""
@@ -218,40 +205,28 @@ class CompositionCosts:
         return f"{text} to {self.parts[s].cuts[self.receivers[cut][1]].name}, then {onward}"
 
     def _table(self, measure: str) -> _Table:
-        if measure not in self._tables:
-            jumps, (to_end, runs) = self._jump_costs(measure), self._run_costs(measure)
-            self._tables[measure] = _Table(jumps, runs, self._completions(jumps, runs, to_end))
-        return self._tables[measure]
-
-    def _jump_costs(self, measure: str) -> Tensor:
-        """Cost of the stitch from each cut to each receiver; infinite where there is none."""
-        jumps = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
+        if measure in self._tables:
+            return self._tables[measure]
+        count = len(self.receivers)
+        to_end = torch.zeros(count, dtype=torch.float64)
+        jumps, runs = (torch.full((count, count), torch.inf, dtype=torch.float64) for _ in range(2))
         for i, (s, c) in enumerate(self.receivers):
-            for j, (t, r) in enumerate(self.receivers):
-                if is_bridgeable(self.parts[s].cuts[c], self.parts[t].cuts[r]):
-                    jumps[i, j] = getattr(self.stitch(s, c, t, r).cost, measure)
-        return jumps
-
-    def _run_costs(self, measure: str) -> tuple[Tensor, Tensor]:
-        """Cost from each receiver to its source's end, and to each later cut of its source."""
-        to_end = torch.zeros(len(self.receivers), dtype=torch.float64)
-        runs = torch.full((len(self.receivers),) * 2, torch.inf, dtype=torch.float64)
-        for i, (s, r) in enumerate(self.receivers):
             part = self.parts[s]
-            to_end[i] = getattr(self.run(s, r + 1, len(part.pieces)), measure)
-            for cut in range(r + 1, len(part.cuts)):
-                runs[i, self.index[s, cut]] = getattr(self.run(s, r + 1, cut + 1), measure)
-        return to_end, runs
-
-    def _completions(self, jumps: Tensor, runs: Tensor, to_end: Tensor) -> list[Tensor]:
-        """The least that any way on from each receiver costs, with up to 0, 1, ... more stitches (Bellman)."""
-        found = [to_end]
-        for _ in range(self._max_fragments - 2 if self.receivers else 0):
-            onward = (runs + (jumps + found[-1]).amin(1)).amin(1)
-            found.append(torch.minimum(found[-1], onward))
-            if torch.equal(found[-1], found[-2]):
+            to_end[i] = getattr(self.run(s, c + 1, len(part.pieces)), measure)
+            for later in range(c + 1, len(part.cuts)):
+                runs[i, self.index[s, later]] = getattr(self.run(s, c + 1, later + 1), measure)
+            for j, (t, r) in enumerate(self.receivers):
+                if is_bridgeable(part.cuts[c], self.parts[t].cuts[r]):
+                    jumps[i, j] = getattr(self.stitch(s, c, t, r).cost, measure)
+        ahead = [to_end]
+        # One more stitch each time (Bellman).
+        for _ in range(self._max_fragments - 2 if count else 0):
+            onward = (runs + (jumps + ahead[-1]).amin(1)).amin(1)
+            ahead.append(torch.minimum(ahead[-1], onward))
+            if torch.equal(ahead[-1], ahead[-2]):
                 break
-        return found
+        self._tables[measure] = _Table(jumps, runs, ahead)
+        return self._tables[measure]
 
 
 def costs_of_pairs(parts: Sequence[Segmented], *, early_exits: bool) -> CompositionCosts:

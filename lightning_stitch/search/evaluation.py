@@ -22,10 +22,9 @@ from lightning_stitch.stitching import Candidate, Segmented, chunks
 
 @dataclass(slots=True)
 class _Node:
-    """One piece or stitch, its own time, the candidates that end here and the nodes behind."""
+    """One piece or stitch, the candidates that end here and the nodes behind."""
 
-    run: Callable[[Tensor], Tensor] | None
-    seconds: float = 0.0
+    run: Callable[[Tensor], Tensor]
     ends: list[int] = field(default_factory=list)
     children: dict[tuple[object, ...], _Node] = field(default_factory=dict)
 
@@ -44,15 +43,9 @@ class Outcome:
 
 
 class PrefixTree:
-    """Candidates as a prefix tree.
-
-    Args:
-        candidates: The candidates.
-        parts: The sources that their steps refer to.
-    """
+    """Candidates as a prefix tree, over the sources that their steps refer to."""
 
     def __init__(self, candidates: Sequence[Candidate], parts: Sequence[Segmented]) -> None:
-        self.parts = parts
         self.num_candidates = len(candidates)
         self._images_at_once = min(part.images_at_once for part in parts)
         self._roots: dict[int, _Node] = {}
@@ -73,44 +66,27 @@ class PrefixTree:
             node.ends.append(index)
 
     def run(self, images: Iterable[Tensor]) -> list[Outcome]:
-        """Run all candidates over the images.
+        """One outcome for each candidate, for batches of images (batch, channels, height, width) in [0, 1]."""
+        features: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
+        seconds = [0.0] * self.num_candidates
 
-        Args:
-            images: Batches (batch, channels, height, width) in [0, 1].
+        def descend(node: _Node, x: Tensor, spent: float) -> None:
+            begun = time.perf_counter()
+            x = node.run(x)
+            spent += time.perf_counter() - begun
+            for index in node.ends:
+                features[index].append(x.float().cpu())
+                seconds[index] += spent
+            for child in node.children.values():
+                descend(child, x, spent)
 
-        Returns:
-            One outcome for each candidate, in their order.
-        """
-        found: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
-        for batch in images:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            for batch in images:
                 for chunk in chunks(batch, self._images_at_once):
                     for root in self._roots.values():
-                        self._descend(root, chunk, found)
-        if self.num_candidates and not found[0]:
-            raise CalibrationError("There are no images to run the candidates on.")
-        seconds = [0.0] * self.num_candidates
-        for root in self._roots.values():
-            self._add_seconds(root, 0.0, seconds)
+                        descend(root, chunk, 0.0)
         # Joined outside of inference mode, these are ordinary tensors again, on which a head can be fitted and trained.
-        return [Outcome(torch.cat(batches), own) for batches, own in zip(found, seconds, strict=True)]
-
-    def _descend(self, node: _Node, x: Tensor, found: list[list[Tensor]]) -> None:
-        begun = time.perf_counter()
-        assert node.run is not None
-        x = node.run(x)
-        node.seconds += time.perf_counter() - begun
-        for index in node.ends:
-            found[index].append(x.float().cpu())
-        for child in node.children.values():
-            self._descend(child, x, found)
-
-    def _add_seconds(self, node: _Node, before: float, seconds: list[float]) -> None:
-        total, node.seconds = before + node.seconds, 0.0
-        for index in node.ends:
-            seconds[index] = total
-        for child in node.children.values():
-            self._add_seconds(child, total, seconds)
+        return [Outcome(torch.cat(portions), spent) for portions, spent in zip(features, seconds, strict=True)]
 
 
 def outcomes(
@@ -123,12 +99,7 @@ def outcomes(
 ) -> list[Outcome]:
     """As `PrefixTree.run`, but what the journal has of a batch is taken from there, and what it has not recorded.
 
-    Args:
-        candidates: The candidates.
-        parts: The sources that their steps refer to.
-        images: Batches (batch, channels, height, width) in [0, 1].
-        journal: What remembers them.
-        on_batch: Called with the number of images after each batch.
+    `on_batch` is called with the number of images after each batch.
 
     Raises:
         JournalError: If the journal was begun with other images, or in other batches.
@@ -141,7 +112,8 @@ def outcomes(
         return PrefixTree([candidates[place] for place in places], parts)
 
     def run(batch: Tensor, places: Sequence[int]) -> list[Answer]:
-        return [Answer(one.seconds, {"features": one.features}) for one in tree_of(tuple(places)).run([batch])]
+        tree = tree_of(tuple(places))
+        return [Answer(outcome.seconds, {"features": outcome.features}) for outcome in tree.run([batch])]
 
     answers: list[list[Answer]] = []
     for number, batch in enumerate(images):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +22,34 @@ WARM_UP, RUNS = 3, 9
 
 
 def network_latency(network: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> float:
-    """Milliseconds that a network takes for one image, as `lightning_stitch.search.latency` says.
-
-    Args:
-        network: The network, in eval mode, on the device.
-        image_shape: (channels, height, width); the image is noise.
-        device: Where it runs.
-    """
+    """Milliseconds that a network, in eval mode on the device, takes for one image (channels, height, width)."""
     image = _image(image_shape, device)
-    return _milliseconds(lambda: network(image), device)
+    return _milliseconds(network, image, device)
 
 
 @torch.inference_mode()
 def piece_latencies(parts: Sequence[Segmented], device: torch.device) -> list[list[float]]:
-    """Milliseconds of each piece of each source; the first one's includes the preprocessing.
-
-    Args:
-        parts: The sources taken apart, on the device.
-        device: Where they run.
-    """
-    return [_latencies(part, device) for part in parts]
-
-
-def _latencies(part: Segmented, device: torch.device) -> list[float]:
-    image = _image(part.image_shape, device)
-    whole = nn.Sequential(part.preprocess, part.graph.fragment(None, part.end, share=True)).eval().to(device)
-    pieces = [nn.Sequential(part.preprocess, part.pieces[0]), *part.pieces[1:]]
-    times, x = [], image
-    for piece in pieces:
-        times.append(_milliseconds(_call(piece, x), device))
-        x = piece(x)
-    scale = _milliseconds(_call(whole, image), device) / max(sum(times), 1e-9)
-    return [milliseconds * scale for milliseconds in times]
-
-
-def _call(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: module(x)
+    """Milliseconds of each piece of each source on the device; the first one's includes the preprocessing."""
+    latencies = []
+    for part in parts:
+        whole = nn.Sequential(part.preprocess, part.graph.fragment(None, part.end, share=True)).eval().to(device)
+        x = _image(part.image_shape, device)
+        total, times = _milliseconds(whole, x, device), []
+        for piece in (nn.Sequential(part.preprocess, part.pieces[0]), *part.pieces[1:]):
+            times.append(_milliseconds(piece, x, device))
+            x = piece(x)
+        scale = total / max(sum(times), 1e-9)
+        latencies.append([milliseconds * scale for milliseconds in times])
+    return latencies
 
 
 @torch.inference_mode()
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+def _milliseconds(module: nn.Module, x: Tensor, device: torch.device) -> float:
     times = []
     for _ in range(WARM_UP + RUNS):
         _wait_for(device)
         begun = time.perf_counter()
-        run()
+        module(x)
         _wait_for(device)
         times.append(1000 * (time.perf_counter() - begun))
     return statistics.median(times[WARM_UP:])

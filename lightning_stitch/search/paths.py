@@ -33,7 +33,7 @@ def early_exits(space: SearchSpace) -> list[Candidate]:
 
     Those that do not keep the budget are left out and counted.
     """
-    found = []
+    exits = []
     for state in space.starts():
         source = space.sources[state.source]
         for cut, statistics in enumerate(source.statistics):
@@ -43,8 +43,8 @@ def early_exits(space: SearchSpace) -> list[Candidate]:
             elif not space.budget.allows(candidate.cost):
                 space.rejected["over the budget"] += 1
             else:
-                found.append(candidate)
-    return found
+                exits.append(candidate)
+    return exits
 
 
 def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
@@ -60,7 +60,7 @@ def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
             fragment that goes backwards, or a stitch from a vector to a grid.
         CalibrationError: If an activation at a stitch does not vary.
     """
-    steps = [_step(space, fragment) for fragment in fragments]
+    steps = [_resolve(space, fragment) for fragment in fragments]
     if not fragments or fragments[0].start is not None or steps[-1][2] is not None:
         raise StitchError("The first fragment of a network begins at the image, and the last runs to its end (None).")
     state = space.starts()[steps[0][0]]
@@ -83,21 +83,21 @@ def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
     return space.complete(state)
 
 
-def _step(space: SearchSpace, fragment: FragmentRef) -> tuple[int, int | None, int | None]:
+def _resolve(space: SearchSpace, fragment: FragmentRef) -> tuple[int, int | None, int | None]:
     """Indices of a fragment's source and of its two cuts; None: at the image, at the end."""
     names = [source.name for source in space.sources]
     if fragment.source not in names:
         raise StitchError(f"No source is named {fragment.source!r}. Nearest: {nearest(fragment.source, names)}.")
     index = names.index(fragment.source)
     parts = space.sources[index].parts
-    start = None if fragment.start is None else _cut(parts, fragment.start)
-    end = None if fragment.end in (None, parts.end) else _cut(parts, str(fragment.end))
+    start = None if fragment.start is None else _find_cut(parts, fragment.start)
+    end = None if fragment.end in (None, parts.end) else _find_cut(parts, str(fragment.end))
     if start is not None and end is not None and end <= start:
         raise StitchError(f"A fragment goes forward, but {fragment.end!r} does not lie behind {fragment.start!r}.")
     return index, start, end
 
 
-def _cut(parts: Segmented, name: str) -> int:
+def _find_cut(parts: Segmented, name: str) -> int:
     offered = [cut.name for cut in parts.cuts]
     wanted = parts.graph.find(name).name
     if wanted not in offered:

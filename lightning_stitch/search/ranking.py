@@ -53,7 +53,7 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     scores = by_loo_r2(candidates, selection)
     soft = softened_labels(candidates, selection)
     return [
-        {"loo_soft_r2": r2(left_out(features, soft), soft), **score}
+        {"loo_soft_r2": r2(predict_left_out(features, soft), soft), **score}
         for features, score in zip(selection.features, scores, strict=True)
     ]
 
@@ -62,12 +62,11 @@ def softened_labels(candidates: Sequence[Candidate], selection: SelectionData) -
     """The softened label of each image (images x classes), float64."""
     assert selection.targets is not None  # or there would be no scores
     labels = comparable_columns(selection.targets, num_classes=selection.num_classes)
-    own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
-    said = []
-    for name, features in own.items():
+    predictions = []
+    for name, features in _source_features(candidates, selection).items():
         with _naming([name]):
-            said.append(left_out(features, labels))
-    return (labels + torch.stack(said).mean(0)) / 2
+            predictions.append(predict_left_out(features, labels))
+    return (labels + torch.stack(predictions).mean(0)) / 2
 
 
 def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -96,12 +95,17 @@ def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> l
     that a candidate is better than every source, so none scores higher than the best of them. "agreement" is the
     debiased CKA of a candidate's features with its last source's own, of which a source has 1.
     """
-    own = {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
-    reference = _reference(own)
-    found = [_explained(features, reference, own) for features in selection.features]
-    best = max((score for score, c in zip(found, candidates, strict=True) if c.kind == "source"), default=math.inf)
-    scores = zip(found, _ckas(candidates, selection), strict=True)
-    return [{"consensus": min(score, best), "agreement": cka} for score, cka in scores]
+    sources = _source_features(candidates, selection)
+    reference = _reference(sources)
+    scores = []
+    for candidate, features, of_source in zip(candidates, selection.features, selection.own_features, strict=True):
+        with _naming(sources):
+            explained = r2(predict_left_out(features, reference), reference)
+        with _naming([_last_source(candidate)]):
+            scores.append({"consensus": explained, "agreement": float(linear_cka(features, of_source))})
+    of_sources = (score["consensus"] for score, c in zip(scores, candidates, strict=True) if c.kind == "source")
+    best = max(of_sources, default=math.inf)
+    return [{**score, "consensus": min(score["consensus"], best)} for score in scores]
 
 
 def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -134,22 +138,18 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     return RANKINGS[name]
 
 
-def _ckas(candidates: Sequence[Candidate], selection: SelectionData) -> list[float]:
-    """Each candidate's CKA with its last source's own features."""
-    found = []
-    for candidate, features, own in zip(candidates, selection.features, selection.own_features, strict=True):
-        with _naming([_last_source(candidate)]):
-            found.append(float(linear_cka(features, own)))
-    return found
+def _source_features(candidates: Sequence[Candidate], selection: SelectionData) -> dict[str, Tensor]:
+    """Features of the sources in which candidates end, by name."""
+    return {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
 
 
-def _reference(own: Mapping[str, Tensor]) -> Tensor:
+def _reference(sources: Mapping[str, Tensor]) -> Tensor:
     """Features of sources side by side, each of them centred and of the same total variance; leading directions only.
 
     A rotation of the columns changes no sum of squares, so that few columns hold (nearly) all that thousands do.
     """
     centred = []
-    for name, features in own.items():
+    for name, features in sources.items():
         with _naming([name]):
             x = centre_rows(features, estimator="biased").rows.double()
         centred.append(x / torch.linalg.vector_norm(x))
@@ -160,13 +160,7 @@ def _reference(own: Mapping[str, Tensor]) -> Tensor:
     return (directions * squares.clamp_min(0).sqrt())[:, -_REFERENCE_DIRECTIONS:]
 
 
-def _explained(features: Tensor, reference: Tensor, names: Iterable[str]) -> float:
-    """R2 of predicting a reference from features, each image left out in turn."""
-    with _naming(names):
-        return r2(left_out(features, reference), reference)
-
-
-def left_out(features: Tensor, target: Tensor) -> Tensor:
+def predict_left_out(features: Tensor, target: Tensor) -> Tensor:
     """Each image's target as ridge regression on the others predicts it, at the strength of least squared error."""
     fit = loo_ridge(features, target, strengths=DEFAULT_STRENGTHS)
     return fit.predictions[int((fit.predictions - target).square().sum((1, 2)).argmin())]
@@ -188,7 +182,7 @@ def _last_source(candidate: Candidate) -> str:
     return candidate.recipe.fragments[-1].source
 
 
-def labelled(batches: Iterable[Batch]) -> Iterable[Batch]:
+def require_labels(batches: Iterable[Batch]) -> Iterable[Batch]:
     """The same batches, once the first is seen to have labels.
 
     Raises:

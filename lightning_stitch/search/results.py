@@ -59,7 +59,7 @@ class Ranked:
         """The first score, which decides the place."""
         return next(iter(self.scores.values()))
 
-    def measured(self, measure: str, value: float) -> Ranked:
+    def with_measurement(self, measure: str, value: float) -> Ranked:
         """The same with its "activation_bytes" or "latency_ms", which go into the recipe's scores, too."""
         recipe = self.candidate.recipe
         recipe = dataclasses.replace(recipe, scores={**recipe.scores, measure: value})
@@ -78,8 +78,10 @@ class Ranked:
     @property
     def in_figures(self) -> str:
         """The value of its first score, and what it is judged by if that is another."""
-        name, other = next(iter(self.scores)), self.judged_by
-        return f"{self.score:.4f}" + ("" if other == name else f" ({other} {self.scores[other]:.4f})")
+        figure = f"{self.score:.4f}"
+        if self.judged_by != next(iter(self.scores)):
+            figure += f" ({self.judged_by} {self.scores[self.judged_by]:.4f})"
+        return figure
 
     def __str__(self) -> str:
         figures = {measure: getattr(self, measure) for measure in _MEASURED}
@@ -97,7 +99,6 @@ class SearchResult:
         best: The best that keeps the budget, an unmodified source where no other beat it. Where the budget has a least
             score: the one with the fewest MACs.
         best_source: The best unmodified source, budget or no.
-        best_self_stitched: The best source stitched to itself; None: none gave features to rank by.
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
         seconds: Wall time of each stage.
@@ -109,7 +110,6 @@ class SearchResult:
     ranked: tuple[Ranked, ...]
     best: Ranked
     best_source: Ranked
-    best_self_stitched: Ranked | None
     best_stitched: Ranked | None
     rejected: dict[str, int]
     seconds: dict[str, float]
@@ -131,29 +131,20 @@ class SearchResult:
                 measured.
         """
         for measure in budget.limits.keys() & _MEASURED.keys():
-            self._check_measured(measure)
-        fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _keeps(r, budget)]
+            if all(getattr(r, measure) is None for r in self.ranked):
+                what = {"activation_bytes": "activation bytes", "latency_ms": "latencies"}[measure]
+                raise BudgetError(f"This search measured no {what}; search with a budget that limits max_{measure}.")
+        fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _objection(r, budget) is None]
         return _best(fitting, budget) if fitting else None
 
-    def pareto(self, measure: Literal["macs", "params", "activation_bytes"] = "macs") -> list[Ranked]:
+    def pareto(self, measure: Literal["macs", "params"] = "macs") -> list[Ranked]:
         """The candidates of which none is both cheaper and better, the cheapest first.
 
         Better is a higher first score; of equal cost and score the one that ranks first is kept.
-
-        Args:
-            measure: The cost; in activation bytes those are left out that were not measured.
-
-        Raises:
-            BudgetError: If the measure is activation bytes and the search did not limit them, so that none were
-                measured.
         """
-        if measure == "activation_bytes":
-            self._check_measured(measure)
-            costs = [(r.activation_bytes, place, r) for place, r in enumerate(self.ranked)]
-        else:
-            costs = [(getattr(r.candidate.cost, measure), place, r) for place, r in enumerate(self.ranked)]
+        costs = [(getattr(r.candidate.cost, measure), place, r) for place, r in enumerate(self.ranked)]
         front: list[Ranked] = []
-        for _, _, r in sorted(entry for entry in costs if entry[0] is not None):
+        for _, _, r in sorted(costs):
             if not front or r.score > front[-1].score:
                 front.append(r)
         return front
@@ -167,25 +158,20 @@ class SearchResult:
         """Whether the search was worth it, by the selection images alone, and what stopped it if something did."""
         return self._verdict() + ("" if self.stopped is None else f" {_IN_WORDS[self.stopped]}")
 
-    def _check_measured(self, measure: str) -> None:
-        if all(getattr(r, measure) is None for r in self.ranked):
-            what = {"activation_bytes": "activation bytes", "latency_ms": "latencies"}[measure]
-            raise BudgetError(f"This search measured no {what}; search with a budget that limits max_{measure}.")
-
     def _verdict(self) -> str:
-        source = self.best_source.candidate.recipe.fragments[0].source
-        own = f"{source}, {self.best_source.candidate.cost}"
-        name, found, reference = next(iter(self.best.scores)), self.best.in_figures, self.best_source.in_figures
+        source, cost = self.best_source.candidate.recipe.fragments[0].source, self.best_source.candidate.cost
+        name = next(iter(self.best.scores))
+        best, reference = self.best.in_figures, self.best_source.in_figures
         if self.min_score is not None:
-            found = found if name == self.best.judged_by else f"{name} {found}"
+            best = best if name == self.best.judged_by else f"{name} {best}"
             return (
                 f"The candidate with the fewest MACs whose {self.best.judged_by} is at least {self.min_score:g} "
-                f"({self.best}) has {found} on the selection images, the best source ({own}) {reference}."
+                f"({self.best}) has {best} on the selection images, the best source ({source}, {cost}) {reference}."
             )
         if self.beat_best_source:
             return (
-                f"The best candidate ({self.best}) has {name} {found} on the selection images, the best source ({own}) "
-                f"{reference}."
+                f"The best candidate ({self.best}) has {name} {best} on the selection images, the best source "
+                f"({source}, {cost}) {reference}."
             )
         if self.best is self.best_source:
             return (
@@ -194,8 +180,7 @@ class SearchResult:
             )
         return (
             f"No candidate within the budget beat the best source on the selection images: {source} "
-            f"({self.best_source.candidate.cost}) has {name} {reference} but is over the budget; the best within "
-            f"it ({self.best}) has {found}."
+            f"({cost}) has {name} {reference} but is over the budget; the best within it ({self.best}) has {best}."
         )
 
 
@@ -208,58 +193,58 @@ def rank(
     num_classes: int | None,
     rejected: Counter[str],
 ) -> list[Ranked]:
-    """Candidates by what they gave on the selection images, best first.
+    """Candidates, every source as it is among them, by what they gave on the selection images, best first.
+
+    Those whose features tell no images apart are left out and counted in `rejected`.
 
     Args:
-        candidates: The candidates, every source as it is among them.
+        candidates: The candidates.
         outcomes: What each gave.
         labels: The targets of the selection images (`SelectionData`); None: there are none.
         ranking: Name of a ranking, or a function.
         num_classes: Number of classes; None: as many as the labels say.
-        rejected: Where those are counted whose features tell no images apart; they are left out.
+        rejected: Counts by reason.
     """
     pairs = list(zip(candidates, outcomes, strict=True))
-    own = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
+    of_sources = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
     usable = [(c, outcome) for c, outcome in pairs if c.kind == "source" or _is_usable(outcome.features)]
     if len(usable) < len(pairs):
         rejected["features not finite or constant on the selection images"] = len(pairs) - len(usable)
     selection = SelectionData(
         features=[outcome.features for _, outcome in usable],
         targets=labels,
-        own_features=[own[c.recipe.fragments[-1].source] for c, _ in usable],
+        own_features=[of_sources[c.recipe.fragments[-1].source] for c, _ in usable],
         num_classes=num_classes if num_classes is not None or labels is None else count_of(labels),
     )
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
-    ranked = [
-        _ranked(candidate, {name: float(value) for name, value in score.items()}, outcome)
-        for (candidate, outcome), score in zip(usable, scores, strict=True)
-    ]
+    ranked = []
+    for (candidate, outcome), score in zip(usable, scores, strict=True):
+        figures = {name: float(value) for name, value in score.items()}
+        recipe = dataclasses.replace(candidate.recipe, scores={**figures, **candidate.recipe.scores})
+        candidate = dataclasses.replace(candidate, recipe=recipe)
+        ranked.append(Ranked(candidate, figures, outcome.features.shape[1], outcome.seconds))
     # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
     return sorted(ranked, key=lambda r: tuple(-value for value in r.scores.values()))
 
 
-def measured(
+def measure_candidates(
     ranked: Sequence[Ranked], budget: Budget, meters: Mapping[str, Callable[[Candidate], float]], progress: Progress
 ) -> list[Ranked]:
     """The same, those measured that keep all other limits of a budget, each until it is over one.
 
-    Args:
-        ranked: All candidates.
-        budget: The limits.
-        meters: What measures a candidate, by measure ("activation_bytes", "latency_ms"), in this order.
-        progress: Where to show progress.
+    `meters` are what measures a candidate, by measure ("activation_bytes", "latency_ms"), in this order.
     """
     progress.start("measuring", len(ranked))
-    found = []
+    measured = []
     for r in ranked:
         if budget.allows(r.candidate.cost) and r.reaches(budget.min_score):
             for measure, meter in meters.items():
-                r = r.measured(measure, meter(r.candidate))
+                r = r.with_measurement(measure, meter(r.candidate))
                 if not _is_within(r, budget, measure):
                     break
-        found.append(r)
+        measured.append(r)
         progress.advance(1)
-    return found
+    return measured
 
 
 def choose(
@@ -284,53 +269,24 @@ def choose(
     Raises:
         BudgetError: If none keeps the budget; names the one that comes nearest, and its cost.
     """
-    allowed = [r for r in ranked if budget.allows(r.candidate.cost)]
-    reaching = [r for r in allowed if r.reaches(budget.min_score)]
-    early = "" if stopped is None else f" {_IN_WORDS[stopped]}"
-    if not allowed:
-        cheapest = min(ranked, key=lambda r: r.candidate.cost.macs)
-        raise BudgetError(
-            f"The search found no network within the budget ({budget}); the cheapest it found has "
-            f"{cheapest.candidate.cost}. Raise the budget, or widen the search.{early}"
-        )
-    if not reaching:
-        name = allowed[0].judged_by
-        value = max(r.scores[name] for r in allowed)
-        raise BudgetError(
-            f"The search found no network within the budget ({budget}): the highest {name} is {value:.4f} "
-            f"({next(r for r in allowed if r.scores[name] == value)}). Lower min_score, raise the other limits, or "
-            f"widen the search.{early}"
-        )
-    fitting = reaching
-    for measure, (lowest, _) in _MEASURED.items():
-        within = [r for r in fitting if _is_within(r, budget, measure)]
-        if not within:
-            nearest = min(fitting, key=lambda r: getattr(r, measure))
-            raise BudgetError(
-                f"The search found no network within the budget ({budget}): of {len(fitting)} that were measured, the "
-                f"{lowest} is over it ({nearest}). Raise max_{measure}, or widen the search.{early}"
-            )
-        fitting = within
-    reasons = Counter(rejected)
-    references = ("source", "self-stitched")
-    returned = [r for r in ranked if r.candidate.kind in references or _keeps(r, budget)]
+    fitting = [r for r in ranked if _objection(r, budget) is None]
+    if not fitting:
+        early = "" if stopped is None else f" {_IN_WORDS[stopped]}"
+        raise BudgetError(f"The search found no network within the budget ({budget}){_nearest(ranked, budget)}{early}")
+    reasons, returned = Counter(rejected), []
     for r in ranked:
-        if r.candidate.kind in references or _keeps(r, budget):
-            continue
-        over = [reason for measure, (_, reason) in _MEASURED.items() if not _is_within(r, budget, measure)]
-        reasons[over[0] if r.reaches(budget.min_score) else "below the least score"] += 1
+        objection = None if r.candidate.kind in ("source", "self-stitched") else _objection(r, budget)
+        if objection is None:
+            returned.append(r)
+        else:
+            reasons[objection] += 1
 
-    def first(kind: str, among: Sequence[Ranked]) -> Ranked | None:
-        return next((r for r in among if r.candidate.kind == kind), None)
-
-    best_source = first("source", returned)
-    assert best_source is not None
+    best_source = next(r for r in ranked if r.candidate.kind == "source")
     return SearchResult(
         ranked=tuple(returned),
         best=_best(fitting, budget),
         best_source=best_source,
-        best_self_stitched=first("self-stitched", returned),
-        best_stitched=first("stitched", fitting),
+        best_stitched=next((r for r in fitting if r.candidate.kind == "stitched"), None),
         rejected=dict(reasons),
         seconds=dict(seconds),
         num_selection_labels=num_selection_labels,
@@ -343,20 +299,45 @@ def _best(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
     return fitting[0] if budget.min_score is None else min(fitting, key=lambda r: r.candidate.cost.macs)
 
 
-def _keeps(r: Ranked, budget: Budget) -> bool:
-    within = all(_is_within(r, budget, measure) for measure in _MEASURED)
-    return within and budget.allows(r.candidate.cost) and r.reaches(budget.min_score)
+def _objection(r: Ranked, budget: Budget) -> str | None:
+    """Why a candidate does not keep a budget; None: it does."""
+    if not budget.allows(r.candidate.cost):
+        return "over the budget"
+    if not r.reaches(budget.min_score):
+        return "below the least score"
+    return next((reason for measure, (_, reason) in _MEASURED.items() if not _is_within(r, budget, measure)), None)
+
+
+def _nearest(ranked: Sequence[Ranked], budget: Budget) -> str:
+    """What comes nearest to a budget that no candidate keeps, and what to do."""
+    allowed = [r for r in ranked if budget.allows(r.candidate.cost)]
+    if not allowed:
+        cost = min((r.candidate.cost for r in ranked), key=lambda cost: cost.macs)
+        return f"; the cheapest it found has {cost}. Raise the budget, or widen the search."
+    fitting = [r for r in allowed if r.reaches(budget.min_score)]
+    if not fitting:
+        name = allowed[0].judged_by
+        best = max(allowed, key=lambda r: r.scores[name])
+        return (
+            f": the highest {name} is {best.scores[name]:.4f} ({best}). Lower min_score, raise the other limits, or "
+            f"widen the search."
+        )
+    for measure in _MEASURED:
+        within = [r for r in fitting if _is_within(r, budget, measure)]
+        if not within:
+            break
+        fitting = within
+    lowest = min(fitting, key=lambda r: getattr(r, measure))
+    return (
+        f": of {len(fitting)} that were measured, the {_MEASURED[measure][0]} is over it ({lowest}). Raise "
+        f"max_{measure}, or widen the search."
+    )
 
 
 def _is_within(r: Ranked, budget: Budget, measure: str) -> bool:
     """Whether there is no limit on what is measured, or it was measured and keeps it."""
     limit, value = budget.limits.get(measure), getattr(r, measure)
     return limit is None or (value is not None and value <= limit)
-
-
-def _ranked(candidate: Candidate, scores: dict[str, float], outcome: Outcome) -> Ranked:
-    recipe = dataclasses.replace(candidate.recipe, scores={**scores, **candidate.recipe.scores})
-    return Ranked(dataclasses.replace(candidate, recipe=recipe), scores, outcome.features.shape[1], outcome.seconds)
 
 
 def _is_usable(features: Tensor) -> bool:

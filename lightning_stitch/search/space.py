@@ -1,7 +1,7 @@
 """The search space: which fragment may follow which, how well they match, what that costs.
 
-A state is a running network: the fragments so far, and its activation on the calibration images. Strategies
-(search.py) decide which states to follow; the space scores, fits, enters and completes them.
+A state is a running network: the fragments so far, and its activation on the calibration images. Strategies decide
+which states to follow; the space scores, fits, enters and completes them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -48,8 +48,6 @@ class SearchSpace:
         costs: What compositions of these sources cost.
         budget: Limits that every candidate keeps.
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels.
-        shortlist: Most receivers of one grid and size class that are scored exactly at one step. Where there are more,
-            those nearest by CKA on few rows are (`lightning_stitch.search.scoring`).
         journal: What remembers CKAs and fitted stitches, and is asked for them first.
         time_limit: When it is over, `walk`, `edges`, `edge` and `enter` raise TimeIsOver.
     """
@@ -62,7 +60,6 @@ class SearchSpace:
         costs: CompositionCosts,
         budget: Budget | None = None,
         ridge: float = 1e-3,
-        shortlist: int = 128,
         journal: Answers | None = None,
         time_limit: TimeLimit = NO_LIMIT,
     ) -> None:
@@ -75,12 +72,7 @@ class SearchSpace:
         self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
-        self._scorer = Scorer(self.sources, costs.receivers, settings, shortlist=shortlist)
-
-    @property
-    def num_images(self) -> int:
-        """Number of calibration images."""
-        return len(self.sources[0].features)
+        self._scorer = Scorer(self.sources, costs.receivers, settings)
 
     @property
     def cheapest_source(self) -> Cost:
@@ -114,51 +106,32 @@ class SearchSpace:
             x = Carried(Deferred(x, partial(piece, index)))
             yield index, x
 
-    def edges(
-        self,
-        state: State,
-        cut: int,
-        activation: Carried,
-        *,
-        single_pieces: bool = False,
-        only_ends: bool = False,
-        max_upsampling: float = math.inf,
-        min_cka: float = 0.0,
-        min_product: float = 0.0,
-        size_class: Callable[[int], int] | None = None,
-    ) -> list[Edge]:
+    def edges(self, state: State, cut: int, activation: Carried, filters: Filters | None = None) -> list[Edge]:
         """All admissible stitches from a state that has run to a cut; what is not admissible is counted by reason.
 
         Args:
             state: The running network.
             cut: Index of the cut.
             activation: What is live at that cut, for all calibration images.
-            single_pieces: Fragments are single pieces: only the receiving piece itself must be unused. Otherwise the
-                receiver runs on, so all behind it must be.
-            only_ends: Admit only pieces that end a network.
-            max_upsampling: Most by which a stitch may multiply the number of positions.
-            min_cka: Least CKA of a stitch.
-            min_product: Least product of CKAs.
-            size_class: Gives the class of a network's MACs; each has a shortlist of its own. None: all are in one.
+            filters: What is admissible; None: `Filters()`.
         """
+        filters = filters or Filters()
         used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
         admissible: dict[Grid, list[int]] = {}
         for flat, (s, r) in enumerate(self._receivers):
-            reason = self._objection(state, cut, s, r, used, single_pieces, only_ends, max_upsampling)
+            reason = self._objection(state, cut, s, r, used, filters)
             if reason is None:
                 admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
             elif reason:
                 self.rejected[reason] += 1
         edges = []
-        for flat, cka in self._similarities(state, cut, activation, admissible, size_class):
-            s, r = self._receivers[flat]
-            product = state.product * cka
-            if cka < min_cka:
+        for edge in self._score(state, cut, activation, admissible):
+            if edge.cka < filters.min_cka:
                 self.rejected["CKA below the edge threshold"] += 1
-            elif product < min_product:
+            elif edge.product < filters.min_product:
                 self.rejected["product of CKAs below the threshold"] += 1
             else:
-                edges.append(self._edge(state, cut, s, r, cka))
+                edges.append(edge)
         return edges
 
     def edge(self, state: State, cut: int, activation: Carried, source: int, receiver: int) -> Edge | None:
@@ -167,29 +140,21 @@ class SearchSpace:
         if self.sources[source].statistics[receiver].centred is None:
             self.rejected["activation of the receiver does not vary"] += 1
             return None
-        found = self._similarities(state, cut, activation, {grid: [self.costs.index[source, receiver]]})
-        return next((self._edge(state, cut, source, receiver, cka) for _, cka in found), None)
+        edges = self._score(state, cut, activation, {grid: [self.costs.index[source, receiver]]})
+        return edges[0] if edges else None
 
     def enter(self, edge: Edge, activation: Carried) -> State:
         """Fit the stitch of an edge on the calibration rows."""
         self.time_limit.check()
-        sender = self.sources[edge.state.source].parts.cuts[edge.cut]
-        receiver = self.sources[edge.source].statistics[edge.receiver]
+        receiver = self.sources[edge.source]
         placed = self._stitch(edge.state, edge.cut, edge.source, edge.receiver)
         spec = dataclasses.replace(placed.spec, cka=edge.cka)
 
         @torch.inference_mode()
         def fit() -> Answer:
-            stitch = fit_stitch(
-                spec,
-                activation,
-                sender,
-                receiver,
-                self.settings,
-                num_images=self.num_images,
-                num_held_out=self.sources[edge.source].num_held_out,
-                ridge=self.ridge,
-            )
+            sender = self.sources[edge.state.source].parts.cuts[edge.cut]
+            entry = edge.receiver + 1
+            stitch = fit_stitch(spec, activation, sender, receiver, self.settings, entry=entry, ridge=self.ridge)
             assert stitch is not None  # or it would have no edges
             return Answer(
                 {name: getattr(stitch.spec, name) for name in ("r2", "rank", "condition")}, stitch.state_dict()
@@ -200,10 +165,9 @@ class SearchSpace:
         with torch.inference_mode():
             stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
             stitch.load_state_dict(dict(answer.tensors))
-            stitch.to(receiver.rows.device)
-        step = Step(edge.state.source, edge.state.entry, edge.cut + 1, edge.state.stitch, edge.state.spec)
+            stitch.to(receiver.features.device)
         return State(
-            steps=(*edge.state.steps, step),
+            steps=edge.state.steps_to(edge.cut + 1),
             source=edge.source,
             entry=edge.receiver + 1,
             stitch=stitch,
@@ -217,57 +181,57 @@ class SearchSpace:
 
     def complete(self, state: State, *, kind: Kind = "stitched") -> Candidate:
         """The network that runs a state's source to its end."""
-        last = len(self.sources[state.source].parts.pieces)
-        steps = (*state.steps, Step(state.source, state.entry, last, state.stitch, state.spec))
-        cost = state.cost + self.costs.run(state.source, state.entry, last)
-        return Candidate(self._recipe(steps, state.product, cost), kind, steps, cost)
+        return self._candidate(state, len(self.sources[state.source].parts.pieces), kind)
 
     def exit(self, state: State, cut: int) -> Candidate:
         """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
-        step = Step(state.source, state.entry, cut + 1, state.stitch, state.spec)
-        cost = state.cost + self.costs.run(state.source, state.entry, cut + 1)
-        recipe = self._recipe((*state.steps, step), state.product, cost, averaged=True)
-        pool = GlobalAverage.of(self.sources[state.source].parts.cuts[cut])
-        return Candidate(recipe, "early exit", (*state.steps, step), cost, pool)
+        average = GlobalAverage(self.sources[state.source].parts.cuts[cut])
+        return self._candidate(state, cut + 1, "early exit", average)
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
+    def _candidate(self, state: State, last: int, kind: Kind, average: GlobalAverage | None = None) -> Candidate:
+        steps = state.steps_to(last)
+        cost = state.cost + self.costs.run(state.source, state.entry, last)
+        sources = [self.sources[step.source].parts for step in steps]
+        recipe = Recipe.chain(
+            tuple({part.name: part.source.ref for part in sources}.values()),
+            [
+                FragmentRef(part.name, part.ends[step.first], part.ends[step.last])
+                for part, step in zip(sources, steps, strict=True)
+            ],
+            [step.spec for step in steps[1:]],
+            num_features=sources[-1].width_at(last),
+            input_size=sources[0].image_shape,
+            averaged=average is not None,
+            scores={"cka_product": state.product, "params": cost.params, "macs": cost.macs},
+        )
+        return Candidate(recipe, kind, steps, cost, average)
+
     def _objection(
-        self,
-        state: State,
-        cut: int,
-        s: int,
-        r: int,
-        used: frozenset[tuple[int, int]],
-        single_pieces: bool,
-        only_ends: bool,
-        max_upsampling: float,
+        self, state: State, cut: int, s: int, r: int, used: frozenset[tuple[int, int]], filters: Filters
     ) -> str | None:
         """Why a receiver is out of the question; None if it is not, "" if it is no candidate in the first place."""
         parts = self.sources[s].parts
         sender, receiver = self.sources[state.source].parts.cuts[cut], parts.cuts[r]
         if not is_bridgeable(sender, receiver):
             return ""
-        if only_ends and r + 1 != len(parts.pieces) - 1:
+        if filters.only_ends and r + 1 != len(parts.pieces) - 1:
             return "not an end fragment at the last depth"
         if self.sources[s].statistics[r].centred is None:
             return "activation of the receiver does not vary"
-        if not single_pieces and (s, r) == (state.source, cut):
+        if not filters.single_pieces and (s, r) == (state.source, cut):
             return ""
-        if any(source == s and (piece == r + 1 if single_pieces else piece > r) for source, piece in used):
+        if any(source == s and (piece == r + 1 if filters.single_pieces else piece > r) for source, piece in used):
             return "fragment used already"
-        if sender.grid and receiver.grid and math.prod(receiver.grid) > max_upsampling * math.prod(sender.grid):
+        most = filters.max_upsampling * math.prod(sender.grid or ())
+        if sender.grid and receiver.grid and math.prod(receiver.grid) > most:
             return "receiver's grid too fine for the sender's"
         # Without limits there is no need to know what every way on costs.
         if self.budget.limits:
             least = self._cost_to(state, cut, s, r) + self._ahead[self.costs.index[s, r]]
             return None if self.budget.allows(least) else "over the budget"
         return None
-
-    def _edge(self, state: State, cut: int, s: int, r: int, cka: float) -> Edge:
-        cost = self._cost_to(state, cut, s, r)
-        total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
-        return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
     @torch.inference_mode()
     def _run(self, parts: Segmented, piece: int, x: Carried, stitch: Stitch | None) -> Iterator[Tensor]:
@@ -282,53 +246,27 @@ class SearchSpace:
         ends = [self._receivers[number] for number in receivers]
         return [kind, path, (state.source, state.entry, cut), ends]
 
-    def _similarities(
-        self,
-        state: State,
-        cut: int,
-        activation: Carried,
-        admissible: dict[Grid, list[int]],
-        size_class: Callable[[int], int] | None = None,
-    ) -> list[tuple[int, float]]:
-        """The receivers that can be scored and their CKAs."""
+    def _score(self, state: State, cut: int, activation: Carried, admissible: dict[Grid, list[int]]) -> list[Edge]:
+        """The stitches to those receivers that can be scored."""
         self.time_limit.check()
         if not admissible:
             return []
 
         def score() -> Answer:
             rejected: Counter[str] = Counter()
-            return Answer([self._scored(state, cut, activation, admissible, size_class, rejected), rejected])
+            sender = self.sources[state.source].parts.cuts[cut]
+            return Answer([self._scorer.scores(activation, sender, admissible, rejected=rejected), rejected])
 
         question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
         scored, rejected = self.journal.recall(question, score).value
         self.rejected.update(rejected)
-        return [(flat, cka) for flat, cka in scored]
-
-    def _scored(
-        self,
-        state: State,
-        cut: int,
-        activation: Carried,
-        admissible: dict[Grid, list[int]],
-        size_class: Callable[[int], int] | None,
-        rejected: Counter[str],
-    ) -> list[tuple[int, float]]:
-        sender = self.sources[state.source]
-        spent = state.cost.macs + self.costs.run(state.source, state.entry, cut + 1).macs
-
-        def class_of(flat: int) -> int:
-            assert size_class is not None
+        edges = []
+        for flat, cka in scored:
             s, r = self._receivers[flat]
-            return size_class(spent + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces)).macs)
-
-        return self._scorer.scores(
-            activation,
-            sender.parts.cuts[cut],
-            admissible,
-            name=f"the running network at cut {sender.parts.cuts[cut].name!r} of source {sender.name!r}",
-            size_class=None if size_class is None else class_of,
-            rejected=rejected,
-        )
+            cost = self._cost_to(state, cut, s, r)
+            total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
+            edges.append(Edge(state, cut, s, r, cka, state.product * cka, cost, total))
+        return edges
 
     @cached_property
     def _ahead(self) -> list[Cost]:
@@ -343,26 +281,27 @@ class SearchSpace:
         """The cheapest exact placement of a stitch, and what it adds."""
         # A layer that took the stitch before in at its entry does not take another at its end.
         taken = state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
-        find = self.costs.stitch_after_fold if taken else self.costs.stitch
-        return find(state.source, cut, s, r)
+        return self.costs.stitch(state.source, cut, s, r, before_taken=taken)
 
-    def _recipe(self, steps: tuple[Step, ...], product: float, cost: Cost, *, averaged: bool = False) -> Recipe:
-        refs, fragments = {}, []
-        for step in steps:
-            parts = self.sources[step.source].parts
-            refs[parts.name] = parts.source.ref
-            names = [None, *(cut.name for cut in parts.cuts), parts.end]
-            fragments.append(FragmentRef(parts.name, names[step.first], names[step.last]))
-        last = steps[-1]
-        return Recipe.chain(
-            tuple(refs.values()),
-            fragments,
-            [step.spec for step in steps[1:]],
-            num_features=self.sources[last.source].parts.width_at(last.last),
-            input_size=self.sources[steps[0].source].parts.image_shape,
-            averaged=averaged,
-            scores={"cka_product": product, "params": cost.params, "macs": cost.macs},
-        )
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What a strategy admits.
+
+    Attributes:
+        single_pieces: Fragments are single pieces: only the receiving piece itself must be unused. Otherwise the
+            receiver runs on, so all behind it must be.
+        only_ends: Admit only pieces that end a network.
+        max_upsampling: Most by which a stitch may multiply the number of positions.
+        min_cka: Least CKA of a stitch.
+        min_product: Least product of CKAs.
+    """
+
+    single_pieces: bool = False
+    only_ends: bool = False
+    max_upsampling: float = math.inf
+    min_cka: float = 0.0
+    min_product: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +332,10 @@ class State:
     def used(self) -> frozenset[tuple[int, int]]:
         """The (source, piece) pairs of the complete steps."""
         return frozenset((step.source, piece) for step in self.steps for piece in range(step.first, step.last))
+
+    def steps_to(self, last: int) -> tuple[Step, ...]:
+        """All steps, once its source has run up to a piece."""
+        return (*self.steps, Step(self.source, self.entry, last, self.stitch, self.spec))
 
 
 @dataclass(frozen=True, slots=True)

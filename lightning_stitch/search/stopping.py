@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 from lightning_stitch.errors import StitchError
 
 Stopped = Literal["time limit", "interrupted"]
-_Given = TypeVar("_Given")
+_Proposal = TypeVar("_Proposal")
 
 
 class TimeIsOver(Exception):
@@ -17,10 +17,7 @@ class TimeIsOver(Exception):
 
 
 class TimeLimit:
-    """Seconds from now on.
-
-    Args:
-        seconds: How many; None: no limit.
+    """Some seconds from now on; None: no limit.
 
     Raises:
         StitchError: If they are not positive.
@@ -40,16 +37,11 @@ class TimeLimit:
 NO_LIMIT = TimeLimit(None)
 
 
-def until_stopped(given: Iterator[_Given], into: list[_Given]) -> Stopped | None:
-    """Take what comes until there is no more, the time is over or Ctrl-C is pressed; says which of the last two.
-
-    Args:
-        given: What to take from.
-        into: Where to put it.
-    """
+def until_stopped(proposals: Iterator[_Proposal], taken: list[_Proposal]) -> Stopped | None:
+    """Take proposals until there are no more (None), the time is over or Ctrl-C is pressed, and say which."""
     try:
-        for one in given:
-            into.append(one)
+        for proposal in proposals:
+            taken.append(proposal)
     except TimeIsOver:
         return "time limit"
     except KeyboardInterrupt:

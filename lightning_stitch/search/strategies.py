@@ -10,13 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.io import Carried
-from lightning_stitch.search.space import Edge, SearchSpace, State
+from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
 from lightning_stitch.stitching import Candidate
 
 
@@ -54,8 +53,7 @@ class DepthFirst:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_positive(span=self.span, max_networks=self.max_networks)
-        _check_fragments(self.max_fragments)
+        _check(self.max_fragments, span=self.span, max_networks=self.max_networks)
 
     def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
         """Give networks in depth-first order."""
@@ -63,29 +61,27 @@ class DepthFirst:
         starts = space.starts()
         if self.sample:
             starts = [generator.choice(starts)]
-        found = 0
+        count = 0
         for state in starts:
             if not space.sources[state.source].activations:
                 continue
             first = space.sources[state.source].activations[0]
             for candidate in self._extend(space, state, first, 1, generator):
                 yield candidate
-                found += 1
-                if found == self.max_networks:
+                count += 1
+                if count == self.max_networks:
                     return
 
     def _extend(
         self, space: SearchSpace, state: State, activation: Carried, depth: int, generator: random.Random
     ) -> Iterator[Candidate]:
-        edges = space.edges(
-            state,
-            state.entry,
-            activation,
+        filters = Filters(
             single_pieces=True,
             only_ends=depth == self.max_fragments - 1,
             min_cka=self.edge_threshold,
             min_product=self.threshold,
         )
+        edges = space.edges(state, state.entry, activation, filters)
         best = sorted(edges, key=lambda edge: (-edge.cka, edge.source, edge.receiver))[: self.span]
         if self.sample and best:
             best = [generator.choice(best)]
@@ -133,43 +129,35 @@ class Beam:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_positive(width=self.width)
+        _check(self.max_fragments, width=self.width)
         if self.deep < 0:
             raise StitchError(f"deep must be at least 0; found {self.deep}.")
         if not self.max_upsampling >= 1:
             raise StitchError(f"max_upsampling must be at least 1; found {self.max_upsampling}.")
-        _check_fragments(self.max_fragments)
 
     def __call__(self, space: SearchSpace) -> Iterator[Candidate]:
         """Give networks level by level: all with one stitch, then with two, and so on."""
         cheapest = space.cheapest_source.macs
         states = space.starts()
+        filters = Filters(max_upsampling=self.max_upsampling, min_product=self.threshold)
         for level in range(1, self.max_fragments):
-            kept, deep = _Kept(self.width), _Kept(self.deep)
+            shallow, deep = _ClassBests(self.width), _ClassBests(self.deep)
             for state in states:
                 for cut, activation in space.walk(state):
-                    found = space.edges(
-                        state,
-                        cut,
-                        activation,
-                        max_upsampling=self.max_upsampling,
-                        min_product=self.threshold,
-                        size_class=partial(self._size_class, cheapest=cheapest),
-                    )
-                    for edge in found:
+                    for edge in space.edges(state, cut, activation, filters):
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:
                             size = self._size_class(edge.total.macs, cheapest) if fits else -1
-                            kept.offer(size, edge, activation)
+                            shallow.offer(size, edge, activation)
                             if self.deep and fits and edge.total.macs - edge.cost.macs >= edge.total.macs / 2:
                                 deep.offer(size, edge, activation)
                         else:
                             space.rejected["over the budget"] += 1
             states = []
-            best = kept.best()
-            chosen = [edge for edge, _ in best]
-            for edge, activation in [*best, *(entry for entry in deep.best() if entry[0] not in chosen)]:
+            best = shallow.best()
+            edges = [edge for edge, _ in best]
+            for edge, activation in [*best, *(entry for entry in deep.best() if entry[0] not in edges)]:
                 state = space.enter(edge, activation)
                 states.append(state)
                 if space.budget.allows(edge.total):
@@ -179,7 +167,7 @@ class Beam:
         return sum(macs <= fraction * cheapest for fraction in self.fractions)
 
 
-class _Kept:
+class _ClassBests:
     """The best edges of each class, and the activations that they leave from, no others.
 
     Within a class no two edges share (sender's source, receiver) or (sender's cut, receiver's source): neighbouring
@@ -191,16 +179,15 @@ class _Kept:
         self._classes: dict[int, list[tuple[Edge, Carried]]] = {}
 
     def offer(self, size_class: int, edge: Edge, activation: Carried) -> None:
-        kept = self._classes.setdefault(size_class, [])
-        merged = sorted([*kept, (edge, activation)], key=lambda entry: _order(entry[0]))
-        chosen: list[tuple[Edge, Carried]] = []
-        for entry in merged:
-            if not any(_alike(entry[0], other) for other, _ in chosen) and len(chosen) < self.width:
-                chosen.append(entry)
-        self._classes[size_class] = chosen
+        candidates = [*self._classes.get(size_class, []), (edge, activation)]
+        best: list[tuple[Edge, Carried]] = []
+        for entry in sorted(candidates, key=lambda entry: _order(entry[0])):
+            if not any(_alike(entry[0], better) for better, _ in best) and len(best) < self.width:
+                best.append(entry)
+        self._classes[size_class] = best
 
     def best(self) -> Sequence[tuple[Edge, Carried]]:
-        entries = [entry for kept in self._classes.values() for entry in kept]
+        entries = [entry for best in self._classes.values() for entry in best]
         return sorted(entries, key=lambda entry: _order(entry[0]))
 
 
@@ -214,12 +201,9 @@ def _alike(a: Edge, b: Edge) -> bool:
     return same_receiver or same_sender
 
 
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
+def _check(max_fragments: int, **positive: int | None) -> None:
+    for name, value in positive.items():
         if value is not None and value < 1:
             raise StitchError(f"{name} must be at least 1; found {value}.")
-
-
-def _check_fragments(max_fragments: int) -> None:
     if max_fragments < 2:
         raise StitchError(f"max_fragments must be at least 2, or nothing can be stitched; found {max_fragments}.")

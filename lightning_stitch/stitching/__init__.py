@@ -9,16 +9,13 @@ order:
 - `stitches.py`: the stitch itself: bridge the format, resample to the receiver's grid, apply an affine map
 - `fitting.py`: fit it on what a running network sends and what the receiver was given in its own source
 - `folding.py`: fold its map into the layer before or behind it, where that is exact, and what it costs where
-- `candidates.py`: what a search handles: running networks, and the candidates that they end as
+- `candidates.py`: what a search proposes: complete networks, step by step
 - `calibration.py`: all that as one value, in memory or saved in a directory
 
 **What is scored is what runs.** The running network's activation is resampled to the receiver's grid as the final
 network will do it, and CKA and the stitch come from the same sampled rows. It is carried forward, never computed from
-the image again; between steps it waits in an unnamed temporary file, so that memory is rows x channels at any image
-size (`keep_activations="memory"` keeps it at hand).
-
-**Fits** are centred ridge least squares with a bias, in float64; `bias=False, ridge=0` is the StitchNet paper's. A
-biased map is not folded into a convolution padded with zeros: the border would be wrong.
+the image again; between steps it waits in an unnamed temporary file, or in memory. Fits are in float64. A biased map
+is not folded into a convolution padded with zeros: the border would be wrong.
 
 **Formats.** Any cut can be stitched to any other, but a vector to a map. Maps become tokens and tokens maps on the
 receiver's grid, both become vectors by their mean. Class and register tokens go through where both sides have as

@@ -1,10 +1,10 @@
-from .activations import Calibrated, Grid, calibrate_all, centred_or_none, positions, rows_on_grids, rows_to_fit
+from .activations import Calibrated, Grid, calibrate, centred_or_none, positions, rows_on_grids, rows_to_fit
 from .calibration import Calibration, saved_settings, settings_identity, source_identity
 from .candidates import Candidate, Kind, Step
-from .fitting import fit_stitch, fitted_stitch
+from .fitting import fit_stitch, stitch_from_fit
 from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
-from .images import Batch, WithoutLabels, images_of, put_down, read_again
-from .segments import Segmented, check_same_outputs, chunks, segment
+from .images import Batch, WithoutLabels, images_of, read_images, store_images
+from .segments import Segmented, chunks, segment
 from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_spec
 
 __all__ = [
@@ -19,20 +19,17 @@ __all__ = [
     "Step",
     "Stitch",
     "WithoutLabels",
-    "calibrate_all",
+    "calibrate",
     "centred_or_none",
-    "check_same_outputs",
     "choose_placement",
     "chunks",
     "fit_stitch",
-    "fitted_stitch",
     "fold_into_consumer",
     "fold_into_producer",
     "images_of",
     "is_bridgeable",
     "positions",
-    "put_down",
-    "read_again",
+    "read_images",
     "rows_on_grids",
     "rows_to_fit",
     "saved_settings",
@@ -40,5 +37,7 @@ __all__ = [
     "settings_identity",
     "source_identity",
     "stitch_cost",
+    "stitch_from_fit",
     "stitch_spec",
+    "store_images",
 ]

@@ -7,7 +7,7 @@ the image size), and, while the search lasts, the activation itself on disk, to 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Carried, Portion, Spool
 from lightning_stitch.maths import CentredRows, centre_rows
-from lightning_stitch.progress import Progress
+from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import images as held_out
 from lightning_stitch.stitching.segments import Segmented, chunks
@@ -35,20 +35,18 @@ class CutStatistics:
         cut: The cut.
         rows: Sampled rows x channels, float32, in the order of the images; uncentred.
         centred: The same made ready for CKA; None where the activation does not vary.
-        prefix: Mean of each prefix token (tokens x channels); None where there are none.
-        prefix_rows: The prefix tokens of every image (images x tokens x channels), float32; likewise.
+        prefix_rows: The prefix tokens of every image (images x tokens x channels), float32; None where there are none.
     """
 
     cut: Cut
     rows: Tensor
     centred: CentredRows | None
-    prefix: Tensor | None
     prefix_rows: Tensor | None = None
 
     @property
-    def all_rows(self) -> Tensor:
-        """The rows and the prefix tokens in one, image by image."""
-        return self.rows if self.prefix_rows is None else _joined(self.rows, self.prefix_rows)
+    def prefix(self) -> Tensor | None:
+        """Mean of each prefix token (tokens x channels)."""
+        return None if self.prefix_rows is None else self.prefix_rows.mean(0)
 
 
 @dataclass(slots=True)
@@ -101,90 +99,77 @@ def positions(grid: tuple[int, int], images: range, rows_per_image: int, seed: i
 
 
 def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings, *, first_image: int = 0) -> Tensor:
-    """Rows x channels of an activation on a receiver's grid.
+    """Rows x channels of an activation on a receiver's grid; on None, that of a vector, a map is averaged.
 
     Args:
         x: (images, channels, height, width), or (images, channels) for a vector.
-        grid: The receiver's grid; None: a vector, to which a map is averaged.
+        grid: The receiver's grid.
         settings: Rows for each image and seed.
         first_image: Which of the calibration images the first of these is.
     """
     if grid is None:
         return x.mean((2, 3)) if x.ndim == 4 else x
-    chosen = positions(grid, range(first_image, first_image + len(x)), settings.rows_per_image, settings.seed)
-    if chosen is not None and grid[0] * grid[1] > x.shape[-2] * x.shape[-1]:
-        x = _grown_at(x, grid, chosen.to(x.device))
+    sampled = positions(grid, range(first_image, first_image + len(x)), settings.rows_per_image, settings.seed)
+    if sampled is not None and grid[0] * grid[1] > x.shape[-2] * x.shape[-1]:
+        x = _upsample_at(x, grid, sampled.to(x.device))
     else:
         x = resample(x, grid).flatten(2)
-        if chosen is not None:
-            x = x.gather(2, chosen.to(x.device)[:, None].expand(-1, x.shape[1], -1))
+        if sampled is not None:
+            x = x.gather(2, sampled.to(x.device)[:, None].expand(-1, x.shape[1], -1))
     return x.transpose(1, 2).reshape(-1, x.shape[1])
 
 
 def rows_on_grids(
     activation: Iterable[Tensor], cut: Cut, grids: Iterable[Grid], settings: CalibrationSettings
 ) -> dict[Grid, Tensor] | None:
-    """Rows x channels of an activation on several receivers' grids, read once; None where it is not finite.
-
-    Args:
-        activation: The sender's tensors, portion by portion.
-        cut: The sender's cut.
-        grids: The receivers' grids.
-        settings: Rows for each image and seed.
-    """
-    found: dict[Grid, list[Tensor]] = {grid: [] for grid in grids}
+    """Rows x channels of a cut's activation on several receivers' grids, read once; None where it is not finite."""
+    rows: dict[Grid, list[Tensor]] = {grid: [] for grid in grids}
     first = 0
     for portion in activation:
         x = to_map(portion, cut)
         if not is_finite(x):
             return None
-        for grid, rows in found.items():
-            rows.append(sampled_rows(x, grid, settings, first_image=first))
+        for grid, portions in rows.items():
+            portions.append(sampled_rows(x, grid, settings, first_image=first))
         first += len(x)
-    return {grid: torch.cat(rows) for grid, rows in found.items()}
+    return {grid: torch.cat(portions) for grid, portions in rows.items()}
 
 
 def rows_to_fit(
-    activation: Iterable[Tensor], *, sender: Cut, grid: Grid, prefix_tokens: int, settings: CalibrationSettings
-) -> Tensor | None:
-    """The rows of an activation that a stitch is fitted on; None where it is not finite.
+    spec: StitchSpec, activation: Iterable[Tensor], sender: Cut, receiver: CutStatistics, settings: CalibrationSettings
+) -> tuple[Tensor, Tensor] | None:
+    """The rows of a sender's activation and of the receiver that a stitch is fitted on; None where any is not finite.
 
-    Args:
-        activation: The sender's tensors, portion by portion.
-        sender: The sender's cut.
-        grid: The receiver's grid.
-        prefix_tokens: How many prefix tokens go through the stitch, too, each a row of its image.
-        settings: Rows for each image and seed.
+    Prefix tokens that go through the stitch, too, are rows of their image each.
     """
-    portions = list(activation) if prefix_tokens else activation
-    found = rows_on_grids(portions, sender, [grid], settings)
-    if found is None:
+    portions = list(activation) if spec.carries_prefix else activation
+    rows = rows_on_grids(portions, sender, [receiver.cut.grid], settings)
+    if rows is None:
         return None
-    if not prefix_tokens:
-        return found[grid]
-    return _joined(found[grid], torch.cat([portion[:, :prefix_tokens] for portion in portions]))
+    x = rows[receiver.cut.grid]
+    if not spec.carries_prefix or receiver.prefix_rows is None:
+        return x, receiver.rows
+    prefix = torch.cat([portion[:, : spec.in_prefix_tokens] for portion in portions])
+    return _append_prefix(x, prefix), _append_prefix(receiver.rows, receiver.prefix_rows)
 
 
-def _joined(rows: Tensor, prefix: Tensor) -> Tensor:
+def _append_prefix(rows: Tensor, prefix: Tensor) -> Tensor:
     """Rows and prefix tokens (images x tokens x channels) in one, image by image."""
     by_image = rows.view(len(prefix), -1, rows.shape[1])
     return torch.cat([by_image, prefix.to(rows.dtype)], dim=1).flatten(0, 1)
 
 
-def _grown_at(x: Tensor, grid: tuple[int, int], chosen: Tensor) -> Tensor:
+def _upsample_at(x: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:
     """What `resample` gives at some positions of a larger grid (images x positions), without the rest of it.
 
     Resampling is linear and separable, so that each value is a weighted sum over the small grid.
     """
-    down, across = (_resampling_weights(n, m, x) for n, m in zip(x.shape[-2:], grid, strict=True))
-    weights = down[chosen // grid[1], :, None] * across[chosen % grid[1], None, :]
+    down, across = (
+        resample(torch.eye(n, device=x.device, dtype=x.dtype)[None, None], (m, n))[0, 0]
+        for n, m in zip(x.shape[-2:], grid, strict=True)
+    )
+    weights = down[places // grid[1], :, None] * across[places % grid[1], None, :]
     return x.flatten(2) @ weights.flatten(2).transpose(1, 2)
-
-
-def _resampling_weights(size: int, wanted: int, like: Tensor) -> Tensor:
-    """The matrix (wanted x size) that resamples one dimension."""
-    identity = torch.eye(size, device=like.device, dtype=like.dtype)
-    return resample(identity[None, None], (wanted, size))[0, 0]
 
 
 def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -> CentredRows | None:
@@ -194,14 +179,11 @@ def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -
         CalibrationError: If there are too few rows for the estimator, or some are not finite.
     """
     needed = 4 if settings.estimator == "debiased" else 2
-    if len(rows) >= needed and is_finite(rows) and not _varies(rows):
-        return None
+    if len(rows) >= needed and is_finite(rows):
+        low, high = rows.aminmax(dim=0)
+        if not (high - low > 1e-6 * torch.maximum(high, -low).clamp(min=1e-30)).any():
+            return None
     return centre_rows(rows, estimator=settings.estimator, name=name)
-
-
-def _varies(rows: Tensor) -> bool:
-    low, high = rows.aminmax(dim=0)
-    return bool((high - low > 1e-6 * torch.maximum(high, -low).clamp(min=1e-30)).any())
 
 
 def is_finite(x: Tensor) -> bool:
@@ -211,7 +193,7 @@ def is_finite(x: Tensor) -> bool:
 
 @torch.inference_mode()
 def calibrate(
-    parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings, *, num_held_out: int | None = None
+    parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings, num_held_out: int | None = None
 ) -> Calibrated:
     """Run a source once over the calibration images.
 
@@ -235,26 +217,14 @@ def calibrate(
             features.append(parts.pieces[-1](x).float())
     if not features:
         raise CalibrationError("There are no calibration images.")
-    found = [keeper.statistics(f"cut {keeper.cut.name!r} of source {parts.name!r}") for keeper in keepers]
     joined = torch.cat(features)
-    num_held_out = held_out.num_held_out(len(joined)) if num_held_out is None else num_held_out
-    return Calibrated(parts, found, [Carried(keeper.portions) for keeper in keepers], joined, num_held_out)
-
-
-def calibrate_all(
-    parts: Sequence[Segmented],
-    images: Iterable[Tensor],
-    settings: CalibrationSettings,
-    num_held_out: int | None = None,
-    progress: Progress | None = None,
-) -> list[Calibrated]:
-    """Run each source once over the calibration images, which are iterated once for each; as `calibrate`."""
-    found = []
-    for part in parts:
-        found.append(calibrate(part, images, settings, num_held_out=num_held_out))
-        if progress is not None:
-            progress.advance(1)
-    return found
+    return Calibrated(
+        parts,
+        [keeper.statistics(f"cut {keeper.cut.name!r} of source {parts.name!r}") for keeper in keepers],
+        [Carried(keeper.portions) for keeper in keepers],
+        joined,
+        held_out.num_held_out(len(joined)) if num_held_out is None else num_held_out,
+    )
 
 
 class _Keeper:
@@ -277,8 +247,6 @@ class _Keeper:
         self._num_images += len(x)
 
     def statistics(self, name: str) -> CutStatistics:
-        """Raises CalibrationError if there are too few rows for the estimator, or some are not finite."""
         rows = torch.cat(self._rows)
         prefix = torch.cat(self._prefixes) if self._prefixes else None
-        mean = None if prefix is None else prefix.mean(0)
-        return CutStatistics(self.cut, rows, centred_or_none(rows, self._settings, name=name), mean, prefix)
+        return CutStatistics(self.cut, rows, centred_or_none(rows, self._settings, name=name), prefix)

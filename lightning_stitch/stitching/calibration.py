@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +23,9 @@ from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import UNFINISHED, Carried, differences, in_words, plain, sha256_of, versions, write_json
-from lightning_stitch.progress import Progress
+from lightning_stitch.progress import Progress, counted
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching.activations import Calibrated, CutStatistics, calibrate_all, centred_or_none
+from lightning_stitch.stitching.activations import Calibrated, CutStatistics, calibrate, centred_or_none
 from lightning_stitch.stitching.images import CalibrationImages
 from lightning_stitch.stitching.segments import Segmented
 
@@ -62,23 +60,19 @@ class Calibration:
     ) -> Calibration:
         """Run each source once over the images, or take up what a directory has of that.
 
-        Args:
-            parts: The sources.
-            images: The calibration images.
-            settings: What to keep, and where.
-            device: Where activations are to be taken up.
-            progress: Where to show progress.
-            directory: Where the calibration is looked for, and saved if it is not there or cannot be used. None:
-                nowhere.
+        Where a directory is named and has no such calibration that can be used, it is saved there. Activations are
+        taken up on the device.
 
         Raises:
-            CalibrationError: If there are too few images, or an activation is not finite; likewise if the directory
-                cannot be written to, or its disk has no room for the activations, before any source runs.
+            CalibrationError: If there are too few images, an activation is not finite, or the directory cannot be
+                written to.
         """
 
         def run() -> Calibration:
             progress.start("calibrating", len(parts))
-            sources = calibrate_all(parts, images.images, settings, images.num_held_out, progress)
+            sources = [
+                calibrate(part, images.images, settings, images.num_held_out) for part in counted(parts, progress)
+            ]
             return cls(tuple(sources), settings, images.hash)
 
         if directory is None:
@@ -89,23 +83,40 @@ class Calibration:
                 return saved
         except CalibrationError:
             pass  # not there yet, or what was written when the power failed
-        _check_room(directory, images.count * sum(4 * math.prod(cut.shape) for part in parts for cut in part.cuts))
         run().save(directory)
         return cls.open(directory, parts, settings, device)
 
     def save(self, directory: Path) -> None:
-        """Write it; a calibration that is there already is replaced when all of this one is written.
-
-        Args:
-            directory: Where to; made if it is not there.
+        """Write it to a directory; one that is there already is replaced when all of this one is written.
 
         Raises:
             CalibrationError: If the directory cannot be written to.
         """
+        sources: dict[str, dict[str, Any]] = {}
         try:
-            _save(directory, self)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
+            directory.mkdir(parents=True, exist_ok=True)
+            for index, source in enumerate(self.sources):
+                names = [_write(directory, f"source-{index}-{place}", x) for place, x in enumerate(_tensors(source))]
+                sources[source.name] = {"identity": source_identity(source.parts), "files": names}
+            description = {
+                "schema": SCHEMA_VERSION,
+                "versions": versions("lightning_stitch", "torch"),
+                "image_shape": self.sources[0].parts.image_shape,
+                "num_images": len(self.sources[0].features),
+                "images": self.images_hash,
+                "num_held_out": self.sources[0].num_held_out,
+                "settings": settings_identity(self.settings),
+                "sources": sources,
+            }
+            write_json(directory / _DESCRIPTION, description)
+            current = set(chain.from_iterable(source["files"] for source in sources.values()))
+            for file in (*directory.glob("source-*"), *directory.glob(f"{_DESCRIPTION}.*{UNFINISHED}")):
+                if file.name not in current:
+                    file.unlink()
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(
+                f"The calibration cannot be written to {directory}: {error}. Name another directory."
+            ) from error
 
     @classmethod
     def open(
@@ -113,18 +124,42 @@ class Calibration:
     ) -> Calibration:
         """Take up a saved one: rows and features in memory, activations a portion at a time from the files.
 
-        Args:
-            directory: Where it was saved.
-            parts: The same sources, cut alike, in any order.
-            settings: The same settings.
-            device: Where activations are to be taken up.
+        The sources, in any order, are cut alike, and the settings the same; activations are taken up on the device.
 
         Raises:
             CalibrationError: If the calibration is another one's (what differs is named), cannot be read, or a file is
                 cut short or damaged.
         """
-        sources, images_hash = _load(directory, parts, settings, device)
-        return cls(tuple(sources), settings, images_hash)
+        description = _read_description(directory)
+        saved = description["sources"]
+        differing = differences(
+            {
+                "image_shape": description["image_shape"],
+                "settings": description["settings"],
+                "sources": {name: source.get("identity") for name, source in saved.items()},
+            },
+            {
+                "image_shape": list(parts[0].image_shape),
+                "settings": settings_identity(settings),
+                "sources": {part.name: source_identity(part) for part in parts},
+            },
+        )
+        if differing:
+            raise CalibrationError(
+                f"The calibration in {directory} is another one's: {in_words(differing)}. Use the sources and settings "
+                f"that it was made with, or calibrate anew."
+            )
+        sources = []
+        for part in parts:
+            try:
+                files = [directory / Path(name).name for name in saved[part.name]["files"]]
+                sources.append(_open_source(part, files, settings, device, description["num_held_out"]))
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                raise CalibrationError(
+                    f"The saved calibration of source {part.name!r} in {directory} cannot be used: {error}. Calibrate "
+                    f"and save again."
+                ) from error
+        return cls(tuple(sources), settings, description["images"])
 
     @property
     def is_whole(self) -> bool:
@@ -142,43 +177,16 @@ class Calibration:
             source.release()
 
 
-def _save(directory: Path, calibration: Calibration) -> None:
-    calibrated = calibration.sources
-    directory.mkdir(parents=True, exist_ok=True)
-    sources: dict[str, dict[str, Any]] = {}
-    for index, source in enumerate(calibrated):
-        names = [_write(directory, f"source-{index}-{place}", x) for place, x in enumerate(_tensors(source))]
-        sources[source.name] = {"identity": source_identity(source.parts), "files": names}
-    description = {
-        "schema": SCHEMA_VERSION,
-        "versions": versions("lightning_stitch", "torch"),
-        "image_shape": calibrated[0].parts.image_shape,
-        "num_images": len(calibrated[0].features),
-        "images": calibration.images_hash,
-        "num_held_out": calibrated[0].num_held_out,
-        "settings": settings_identity(calibration.settings),
-        "sources": sources,
-    }
-    write_json(directory / _DESCRIPTION, description)
-    current = set(chain.from_iterable(source["files"] for source in sources.values()))
-    for file in (*directory.glob("source-*"), *directory.glob(f"{_DESCRIPTION}.*{UNFINISHED}")):
-        if file.name not in current:
-            file.unlink()
-
-
 def _write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
     """Write a file of tensors, and give its name, which says what is in it: one that is there already stays good."""
     unnamed = directory / f"{name}{UNFINISHED}"
-    try:
-        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, unnamed)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    save_file({name: x.contiguous().clone() for name, x in tensors.items()}, unnamed)
     name = f"{name}-{sha256_of(unnamed)[:16]}.safetensors"
     unnamed.replace(directory / name)
     return name
 
 
-def read_description(directory: Path) -> dict[str, Any]:
+def _read_description(directory: Path) -> dict[str, Any]:
     """What a saved calibration was made from.
 
     Raises:
@@ -209,9 +217,9 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
     """The image shape and settings of a saved calibration.
 
     Raises:
-        CalibrationError: As `read_description`.
+        CalibrationError: As `Calibration.open`.
     """
-    description = read_description(directory)
+    description = _read_description(directory)
     try:
         channels, height, width = description["image_shape"]
         return (channels, height, width), CalibrationSettings(**description["settings"])
@@ -219,88 +227,37 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
         raise CalibrationError(f"{directory / _DESCRIPTION} cannot be used ({error}).") from error
 
 
-def _load(
-    directory: Path, parts: Sequence[Segmented], settings: CalibrationSettings, device: torch.device
-) -> tuple[list[Calibrated], str]:
-    """The calibrated sources in the order of `parts`, and the hash of the calibration images."""
-    description = read_description(directory)
-    saved = description["sources"]
-    found = differences(
-        {
-            "image_shape": description["image_shape"],
-            "settings": description["settings"],
-            "sources": {name: source.get("identity") for name, source in saved.items()},
-        },
-        {
-            "image_shape": list(parts[0].image_shape),
-            "settings": settings_identity(settings),
-            "sources": {part.name: source_identity(part) for part in parts},
-        },
-    )
-    if found:
-        raise CalibrationError(
-            f"The calibration in {directory} is another one's: {in_words(found)}. Use the sources and settings that it "
-            f"was made with, or calibrate anew."
-        )
-    calibrated = []
-    for part in parts:
-        try:
-            files = [directory / Path(name).name for name in saved[part.name]["files"]]
-            for file in files:
-                if not file.stem.endswith(sha256_of(file)[:16]):
-                    raise ValueError(f"{file.name} is damaged or not the file that was written")
-            calibrated.append(_calibrated(part, files, settings, device, description["num_held_out"]))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CalibrationError(
-                f"The saved calibration of source {part.name!r} in {directory} cannot be used: {error}. Calibrate and "
-                f"save again."
-            ) from error
-    return calibrated, str(description["images"])
-
-
-def _check_room(directory: Path, needed: int) -> None:
-    """Refuse a directory that cannot be written to, or whose disk has no room for so many bytes of activations."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    if free < needed:
-        raise _unwritable(directory, f"the activations need {needed:,} bytes, and {free:,} are free")
-
-
-def _unwritable(directory: Path, error: object) -> CalibrationError:
-    return CalibrationError(f"The calibration cannot be written to {directory}: {error}. Name another directory.")
-
-
 def _tensors(source: Calibrated) -> Iterator[dict[str, Tensor]]:
     """What goes into each file of a source, of one cut after the other, and at last its features."""
-    for kept, activation in zip(source.statistics, source.activations, strict=True):
-        prefix = {} if kept.prefix_rows is None else {"prefix": kept.prefix_rows}
+    for statistics, activation in zip(source.statistics, source.activations, strict=True):
+        prefix = {} if statistics.prefix_rows is None else {"prefix": statistics.prefix_rows}
         portions = {f"activation.{number}": portion for number, portion in enumerate(activation)}
-        yield {"rows": kept.rows, **prefix, **portions}
+        yield {"rows": statistics.rows, **prefix, **portions}
     yield {"features": source.features}
 
 
-def _calibrated(
+def _open_source(
     part: Segmented, files: Sequence[Path], settings: CalibrationSettings, device: torch.device, num_held_out: int
 ) -> Calibrated:
+    for file in files:
+        if not file.stem.endswith(sha256_of(file)[:16]):
+            raise ValueError(f"{file.name} is damaged or not the file that was written")
     *of_cuts, of_features = files
     statistics, activations = [], []
     for cut, file in zip(part.cuts, of_cuts, strict=True):
         with safe_open(file, framework="pt") as tensors:
             names = set(tensors.keys())
-        rows = _taken_up(file, "rows", device)
-        prefix = _taken_up(file, "prefix", device) if "prefix" in names else None
+        rows = _read_tensor(file, "rows", device)
+        prefix = _read_tensor(file, "prefix", device) if "prefix" in names else None
         centred = centred_or_none(rows, settings, name=f"cut {cut.name!r} of source {part.name!r}")
-        statistics.append(CutStatistics(cut, rows, centred, None if prefix is None else prefix.mean(0), prefix))
+        statistics.append(CutStatistics(cut, rows, centred, prefix))
         portions = [f"activation.{number}" for number in range(len(names - {"rows", "prefix"}))]
-        activations.append(Carried([partial(_taken_up, file, portion, device) for portion in portions]))
-    features = _taken_up(of_features, "features", device)
+        activations.append(Carried([partial(_read_tensor, file, portion, device) for portion in portions]))
+    features = _read_tensor(of_features, "features", device)
     return Calibrated(part, statistics, activations, features, num_held_out, stored=True)
 
 
-def _taken_up(file: Path, name: str, device: torch.device) -> Tensor:
+def _read_tensor(file: Path, name: str, device: torch.device) -> Tensor:
     """A tensor of a file, in memory of its own, aligned as any other: where it lies decides how it is summed up."""
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -1,4 +1,4 @@
-"""What a search handles: running networks, the stitches that may continue them, and the candidates they end as."""
+"""What a search proposes: complete networks, step by step."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lightning_stitch.maths import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import images as held_out
-from lightning_stitch.stitching.activations import CutStatistics, rows_to_fit
+from lightning_stitch.stitching.activations import Calibrated, rows_to_fit
 from lightning_stitch.stitching.stitches import Stitch
 
 
@@ -22,11 +22,10 @@ def fit_stitch(
     spec: StitchSpec,
     activation: Iterable[Tensor],
     sender: Cut,
-    receiver: CutStatistics,
+    receiver: Calibrated,
     settings: CalibrationSettings,
     *,
-    num_images: int,
-    num_held_out: int,
+    entry: int,
     ridge: float | Sequence[float],
     refit: bool = True,
 ) -> Stitch | None:
@@ -36,30 +35,26 @@ def fit_stitch(
         spec: The stitch's structure.
         activation: What the running network sends of all calibration images, portion by portion.
         sender: The cut that it leaves.
-        receiver: What the receiver was given in its own source.
+        receiver: The receiving source.
         settings: How rows are sampled; the receiver's.
-        num_images: Number of calibration images.
-        num_held_out: How many of them, the last ones, judge the fit.
+        entry: The receiver's first piece that runs.
         ridge: Strength of the fit, or several to choose from (`fit_rows`).
         refit: Whether the held-out images are fitted, too, in the end.
     """
-    prefix_tokens = spec.in_prefix_tokens if spec.carries_prefix else 0
-    rows = rows_to_fit(
-        activation, sender=sender, grid=receiver.cut.grid, prefix_tokens=prefix_tokens, settings=settings
-    )
+    statistics = receiver.statistics[entry - 1]
+    rows = rows_to_fit(spec, activation, sender, statistics, settings)
     if rows is None:
         return None
     affine, explained = fit_rows(
-        rows,
-        receiver.all_rows if prefix_tokens else receiver.rows,
-        num_images=num_images,
-        num_held_out=num_held_out,
+        *rows,
+        num_images=len(receiver.features),
+        num_held_out=receiver.num_held_out,
         ridge=ridge,
         bias=spec.bias,
         refit=refit,
     )
     spec = dataclasses.replace(spec, r2=explained, rank=affine.rank, condition=affine.condition)
-    return fitted_stitch(spec, affine, prefix=receiver.prefix)
+    return stitch_from_fit(spec, affine, prefix=statistics.prefix)
 
 
 def fit_rows(
@@ -74,14 +69,14 @@ def fit_rows(
 ) -> tuple[AffineMap, float | None]:
     """The least-squares map fitted on all rows, and its R2 on held-out images when fitted on the others.
 
-    Of several strengths the one that explains most of the held-out images is taken.
+    Of several strengths the one that explains most of the held-out images is taken; the first where nothing can be held
+    out.
 
     Args:
         x: The sender's rows x channels, image by image, as the running network sends them.
         y: The receiver's, likewise.
         num_images: Number of images.
-        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several to choose from,
-            of which the first is taken where nothing can be held out.
+        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several.
         bias: Whether the map has a bias.
         num_held_out: How many of the images, the last ones, are held out; None: a quarter.
         refit: Whether the map is fitted on the held-out images, too, in the end.
@@ -104,7 +99,7 @@ def fit_rows(
     return ridge_least_squares(x, y, ridge=best, bias=bias), explained.get(best)
 
 
-def fitted_stitch(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
+def stitch_from_fit(spec: StitchSpec, affine: AffineMap, *, prefix: Tensor | None = None) -> Stitch:
     """An explicit stitch with the numbers of a fit; a placement in the spec is set aside until the fold."""
     stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
     with torch.no_grad():

@@ -63,7 +63,7 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
         raise CutError(
             "This stitch cannot be folded into the fragment behind it: not all its readers are dense layers."
         )
-    for layer in (_own(fragment, layer) for layer in layers):
+    for layer in (_replace_by_copy(fragment, layer) for layer in layers):
         old = layer.weight.detach().double()
         if isinstance(layer, nn.Conv2d):
             new = torch.einsum("oikl,ic->ockl", old, weight)
@@ -86,10 +86,10 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
         CutError: If that is not exact here.
     """
     weight, bias = _numbers(stitch)
-    found = producer_layers(fragment)
-    if found is None:
+    layers = producer_layers(fragment)
+    if layers is None:
         raise CutError("This stitch cannot be folded into the fragment before it: it does not end in a dense layer.")
-    layer, norm = _own(fragment, found[0]), found[1]
+    layer, norm = _replace_by_copy(fragment, layers[0]), layers[1]
     old = layer.weight.detach().double()
     shift = torch.zeros(old.shape[0], dtype=old.dtype, device=old.device)
     if layer.bias is not None:
@@ -113,19 +113,16 @@ def choose_placement(
 ) -> Placement:
     """Where a stitch costs the fewest multiply-accumulates among the places where it is exact.
 
-    Args:
-        before: The sender's last piece.
-        after: The receiver's first piece.
-        spec: The stitch.
-        before_taken: True where the sender's last layer already holds the stitch before, which it can do only once.
+    It lies between the sender's last piece and the receiver's first. With `before_taken` the sender's last layer
+    already holds the stitch before, which it can do only once.
     """
-    options: list[tuple[int, Placement]] = [(stitch_cost(spec, before, after, "explicit")[1], "explicit")]
+    places: list[Placement] = ["explicit"]
     if producer_layers(before) is not None and not before_taken:
-        options.append((stitch_cost(spec, before, after, "producer")[1], "producer"))
+        places.append("producer")
     takes_all = spec.out_prefix_tokens == 0 or spec.carries_prefix
     if takes_all and consumer_layers(after, bias=spec.bias) is not None:
-        options.append((stitch_cost(spec, before, after, "consumer")[1], "consumer"))
-    return min(options)[1]
+        places.append("consumer")
+    return min(places, key=lambda place: (stitch_cost(spec, before, after, place)[1], place))
 
 
 def stitch_cost(
@@ -142,9 +139,9 @@ def stitch_cost(
         steps += spec.in_prefix_tokens if spec.carries_prefix else 0
         return inputs * outputs + (outputs if spec.bias else 0), inputs * outputs * steps
     if placement == "producer":
-        found = producer_layers(before)
-        assert found is not None
-        layer, norm = found
+        producer = producer_layers(before)
+        assert producer is not None
+        layer, norm = producer
         per_channel = layer.weight[0].numel()
         steps = 1 if spec.in_size is None else spec.in_size[0] * spec.in_size[1] + spec.in_prefix_tokens
         parameters = (outputs - inputs) * per_channel + outputs
@@ -190,11 +187,12 @@ def _numbers(stitch: Stitch) -> tuple[Tensor, Tensor | None]:
     return stitch.weight.detach().double(), None if stitch.bias is None else stitch.bias.detach().double()
 
 
-def _own(fragment: fx.GraphModule, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """Put a copy in a layer's place."""
-    own = copy.deepcopy(layer)
-    fragment.add_submodule(next(str(n.target) for n in fragment.graph.nodes if _module(fragment, n) is layer), own)
-    return own
+def _replace_by_copy(fragment: fx.GraphModule, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Put a copy in a layer's place, and give the copy."""
+    layer_copy = copy.deepcopy(layer)
+    name = next(str(node.target) for node in fragment.graph.nodes if _module(fragment, node) is layer)
+    fragment.add_submodule(name, layer_copy)
+    return layer_copy
 
 
 def _set(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -222,7 +220,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_called_once(fragment: fx.GraphModule, node: fx.Node) -> bool:
-    return sum(other.op == "call_module" and other.target == node.target for other in fragment.graph.nodes) == 1
+    return sum(call.op == "call_module" and call.target == node.target for call in fragment.graph.nodes) == 1
 
 
 def _is_used_once(fragment: fx.GraphModule, node: fx.Node) -> bool:

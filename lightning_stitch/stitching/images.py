@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,16 +35,10 @@ def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
         raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")
 
 
-def read_again(
+def read_images(
     batches: Iterable[Batch], image_shape: tuple[int, int, int], device: torch.device, labels: list[Tensor]
 ) -> Iterator[Tensor]:
-    """The images of batches in float32, one batch after the other; labels beside them go into a list.
-
-    Args:
-        batches: Batches of images, or of images and labels.
-        image_shape: Their (channels, height, width).
-        device: Where to.
-        labels: What gets the labels of each batch.
+    """The images of batches in float32 on a device, batch by batch; the labels beside them are put into a list.
 
     Raises:
         CalibrationError: If an image cannot be used.
@@ -61,33 +56,27 @@ class CalibrationImages:
     """Calibration images, put down.
 
     Attributes:
-        images: They in float32, those that are held out last.
-        count: Their number.
+        images: The images in float32, those that are held out last.
         num_held_out: How many of them are held out (`lightning_stitch.stitching.images`).
         hash: Of them as they came, whatever batches they came in, and of which are held out.
     """
 
     images: Carried
-    count: int
     num_held_out: int
     hash: str
 
 
-def put_down(
+def store_images(
     batches: Iterable[Batch],
     image_shape: tuple[int, int, int],
     spool: Spool,
     device: torch.device,
     groups: Sequence[Hashable] | None = None,
 ) -> CalibrationImages:
-    """Read calibration images once.
+    """Read calibration images once, and put them down in a spool, to be taken up again on a device.
 
-    Args:
-        batches: Batches of them; labels beside them are not looked at.
-        image_shape: Their (channels, height, width).
-        spool: Where to put them down.
-        device: Where to take them up again.
-        groups: The label of each image's group, which is held out as a whole or not at all; None: each is by itself.
+    Labels beside them are not looked at. `groups` has the label of each image's group, which is held out as a whole or
+    not at all; without, each image is by itself.
 
     Raises:
         CalibrationError: If they are fewer than 4, or one cannot be used, there are not as many labels as images, or
@@ -102,9 +91,9 @@ def put_down(
         for images in map(images_of, batches):
             check_images(images, image_shape)
             begun = sum(counts)
-            own = [] if held_out is None else held_out[begun : begun + len(images)]
-            chosen = torch.tensor(own + [False] * (len(images) - len(own)), device=images.device)
-            for portions, part in ((fitted, images[~chosen]), (judging, images[chosen])):
+            judges = [] if held_out is None else held_out[begun : begun + len(images)]
+            is_judge = torch.tensor(judges + [False] * (len(images) - len(judges)), device=images.device)
+            for portions, part in ((fitted, images[~is_judge]), (judging, images[is_judge])):
                 if len(part):
                     portions.append(spool.put(part.to(device, torch.float32)))
             counts.append(len(images))
@@ -114,22 +103,18 @@ def put_down(
     if count < 4:
         raise CalibrationError(f"Calibration needs at least 4 images; found {count}.")
     if held_out is None:
-        return CalibrationImages(Carried(fitted), count, num_held_out(count), images_hash)
+        return CalibrationImages(Carried(fitted), num_held_out(count), images_hash)
     if len(held_out) != count:
         raise CalibrationError(
             f"groups= needs one label for each calibration image; found {len(held_out)} for {count}."
         )
     images_hash = f"{images_hash}, held out {key_of(held_out)}"
-    return CalibrationImages(Carried([*fitted, *judging]), count, sum(held_out), images_hash)
+    return CalibrationImages(Carried([*fitted, *judging]), sum(held_out), images_hash)
 
 
 @dataclass(frozen=True, slots=True)
 class WithoutLabels:
-    """Batches of images alone, of batches that may have labels.
-
-    Attributes:
-        batches: The batches.
-    """
+    """The images alone of batches that may have labels."""
 
     batches: Iterable[Batch]
 
@@ -153,25 +138,20 @@ def held_out_groups(groups: Sequence[Hashable]) -> list[bool]:
     Whole groups, those met last first, as long as they hold no more than a quarter of the images; the smallest group
     where each holds more.
 
-    Args:
-        groups: The label of each image's group: the photograph, patient or module that it shows.
-
     Raises:
         CalibrationError: If all images are of one group.
     """
-    members: dict[Hashable, int] = {}
-    for group in groups:
-        members[group] = members.get(group, 0) + 1
+    members = Counter(groups)
     if len(members) < 2:
         raise CalibrationError(
             f"Holding out whole groups needs images of at least 2 groups; found {list(members) or 'no images'}. Leave "
             f"groups= out, and the last quarter of the images is held out."
         )
-    chosen: set[Hashable] = set()
-    taken = 0
+    judging: set[Hashable] = set()
+    count = 0
     for group in reversed(members):
-        if taken + members[group] <= num_held_out(len(groups)):
-            chosen.add(group)
-            taken += members[group]
-    chosen = chosen or {min(reversed(members), key=members.__getitem__)}
-    return [group in chosen for group in groups]
+        if count + members[group] <= num_held_out(len(groups)):
+            judging.add(group)
+            count += members[group]
+    judging = judging or {min(reversed(members), key=members.__getitem__)}
+    return [group in judging for group in groups]

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from lightning_stitch.cost import Cost
 from lightning_stitch.cutting import Cut, CutGraph
-from lightning_stitch.errors import StitchError
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Preprocess, Source, cut_source
 
@@ -51,6 +50,11 @@ class Segmented:
         return self.source.name
 
     @property
+    def ends(self) -> list[str | None]:
+        """Name of the cut before each piece, and behind the last; None: the image, and the output."""
+        return [None, *(cut.name for cut in self.cuts), self.end]
+
+    @property
     def images_at_once(self) -> int:
         """How many images run fastest together on a CPU.
 
@@ -72,10 +76,7 @@ class Segmented:
 
     def cost_between(self, first: int, last: int) -> Cost:
         """Cost of the pieces from one index up to, not including, another."""
-        total = Cost(0, 0)
-        for cost in self.costs[first:last]:
-            total = total + cost
-        return total
+        return sum(self.costs[first:last], Cost(0, 0))
 
     @property
     def cost(self) -> Cost:
@@ -95,8 +96,7 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
         CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
     """
     graph, cuts, end = cut_source(source, settings, image_shape)
-    ends = [None, *(cut.name for cut in cuts), end]
-    pairs = list(pairwise(ends))
+    pairs = list(pairwise([None, *(cut.name for cut in cuts), end]))
     pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]
     return Segmented(
         source=source,
@@ -108,17 +108,3 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
         preprocess=Preprocess(source.preprocessing),
         image_shape=image_shape,
     )
-
-
-def check_same_outputs(parts: Sequence[Segmented], settings: CalibrationSettings) -> None:
-    """Refuse sources whose outputs differ in width, where networks end at outputs.
-
-    Raises:
-        StitchError: Naming the widths.
-    """
-    widths = {part.name: part.graph.output_features() for part in parts if settings.until == "output"}
-    if len(set(widths.values())) > 1:
-        raise StitchError(
-            f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
-            f"Leave the odd ones out, or end at the features and fit a head."
-        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_stitch.cutting import Cut
-from lightning_stitch.recipe import Format, Placement, StitchSpec
+from lightning_stitch.recipe import Placement, StitchSpec
 
 
 def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -49,23 +49,14 @@ class GlobalAverage(nn.Module):
     """A cut's activation averaged over its positions (batch, channels): what a network that ends early gives.
 
     Prefix tokens are left out; a vector stays as it is.
-
-    Args:
-        format: Format of the cut.
-        num_prefix_tokens: Its prefix tokens.
     """
 
     traced_whole = True
 
-    def __init__(self, format: Format, num_prefix_tokens: int) -> None:
+    def __init__(self, cut: Cut) -> None:
         super().__init__()
-        self.format = format
-        self.num_prefix_tokens = num_prefix_tokens
-
-    @classmethod
-    def of(cls, cut: Cut) -> GlobalAverage:
-        """The average for one cut."""
-        return cls(cut.format, cut.num_prefix_tokens)
+        self.format = cut.format
+        self.num_prefix_tokens = cut.num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean of each channel."""

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from lightning_stitch import Beam, CalibrationSettings, DepthFirst, Pool, load_sources
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.paths import self_stitched, unmodified
-from lightning_stitch.search.space import SearchSpace, State
+from lightning_stitch.search.space import Filters, SearchSpace, State
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.segments import chunks
 
@@ -160,7 +160,7 @@ def along(pool: Pool, images: Tensor, path: Sequence[tuple[int, int]]) -> Figure
         state = space.starts()[path[0][0]]
         for source, piece in path[1:]:
             cut, activation = next(iter(space.walk(state)))
-            edges = timed(space.edges, steps)(state, cut, activation, single_pieces=True)
+            edges = timed(space.edges, steps)(state, cut, activation, Filters(single_pieces=True))
             num_candidates.append(len(edges))
             chosen = next(edge for edge in edges if (edge.source, edge.receiver + 1) == (source, piece))
             state = space.enter(chosen, activation)
@@ -178,7 +178,7 @@ def starts(pool: Pool, images: Tensor, runs: int) -> list[list[float]]:
     for _ in range(runs):
         steps: list[float] = []
         for state in space.starts():
-            timed(space.edges, steps)(state, 0, space.sources[state.source].activations[0], single_pieces=True)
+            timed(space.edges, steps)(state, 0, space.sources[state.source].activations[0], Filters(single_pieces=True))
         found.append(steps)
     return found
 

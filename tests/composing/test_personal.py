@@ -27,7 +27,7 @@ from lightning_stitch import (
     compose,
     network_cost,
 )
-from lightning_stitch.composing.cross_fitting import cross_fitted_features, dealt
+from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal_into_folds
 from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
 
 IMAGES, LABELS = digits(40, 32, classes=3)
@@ -95,35 +95,6 @@ def test_without_labels_features_come_out(pool: Pool) -> None:
     with torch.no_grad():
         assert found.network(YOURS).shape == (len(YOURS), found.result.best.features)
     assert next(iter(found.result.best.scores)) == "consensus"
-
-
-@pytest.mark.parametrize("until", ["features", "output"])
-def test_with_classes_a_sources_own_outputs_are_restricted_to_them(until: str) -> None:
-    sources = [donor("test_resnet"), donor("test_efficientnet")]
-    pool = Pool.prepare(sources, (3, 32, 32), settings=CalibrationSettings(granularity="stages", until=until))
-    found = compose(pool, MINE, classes=[281, 7, 30])
-    assert found.classes == (281, 7, 30)
-    assert "early exit" not in {r.candidate.kind for r in found.result.ranked}
-    best = found.result.best.candidate
-    assert best.kind == "source"
-    part = next(part for part in pool.parts if part.name == best.recipe.fragments[0].source)
-    with torch.no_grad():
-        expected = part.source.module(part.preprocess(YOURS))[:, [281, 7, 30]]
-        torch.testing.assert_close(found.network(YOURS), expected)
-
-
-def test_a_stitched_network_for_classes_ends_in_its_last_sources_classifier() -> None:
-    sources = [donor("test_resnet"), donor("test_efficientnet")]
-    pool = Pool.prepare(sources, (3, 32, 32))
-    limit = min(part.cost.macs for part in pool.parts) - 1
-    found = compose(pool, MINE, classes=[1, 2], budget=Budget(max_macs=limit))
-    assert found.result.best.candidate.kind == "stitched"
-    assert found.network[0].recipe.fragments[-1].end is None
-    last = next(part for part in pool.parts if part.name == found.network[0].recipe.fragments[-1].source)
-    body = pool.assemble(found.result.best.candidate)
-    with torch.no_grad():
-        expected = last.graph.fragment(last.end, None)(body(YOURS))[:, [1, 2]]
-        torch.testing.assert_close(found.network(YOURS), expected)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5])
@@ -254,11 +225,11 @@ def test_the_folds_tell_nothing_of_the_labels_whatever_the_order_of_these(pool: 
 
 def test_each_class_is_spread_evenly_over_the_folds() -> None:
     labels = torch.tensor([0, 1] * 8 + [1] * 4)
-    fold_of = dealt(20, labels, folds=4)
+    fold_of = deal_into_folds(20, labels, folds=4)
     counts = torch.zeros(4, 2, dtype=torch.long).index_put((fold_of, labels), torch.tensor(1), accumulate=True)
     assert counts.tolist() == [[2, 3]] * 4
-    assert dealt(6, torch.tensor([3, 1, 0, 2, 5, 4]), folds=4).tolist() == [0, 1, 2, 3, 0, 1]
-    assert dealt(6, None, folds=4).tolist() == [0, 1, 2, 3, 0, 1]
+    assert deal_into_folds(6, torch.tensor([3, 1, 0, 2, 5, 4]), folds=4).tolist() == [0, 1, 2, 3, 0, 1]
+    assert deal_into_folds(6, None, folds=4).tolist() == [0, 1, 2, 3, 0, 1]
 
 
 # -- what it costs -------------------------------------------------------------------------------------------------
@@ -341,40 +312,23 @@ def test_no_tensor_outlives_a_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "classes", "words"),
+    ("images", "labels", "words"),
     [
-        (MINE[:3], None, None, "at least 4 images; found 3"),
-        (MINE, [0, 1], None, "one label; found 24 images and 2 labels"),
-        (MINE, [0] * 24, None, "at least two classes; all labels are 0"),
-        (MINE, [0.5] * 24, None, r"all integers or all names; found \['float'\]"),
-        (MINE, ["a", 1] * 12, None, r"all integers or all names; found \['int', 'str'\]"),
-        (MINE * 300, MY_LABELS, None, r"Image 0: values must lie in \[0, 1\]"),
-        ([*MINE[:4], "me.png"], None, None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),
+        (MINE[:3], None, "at least 4 images; found 3"),
+        (MINE, [0, 1], "one label; found 24 images and 2 labels"),
+        (MINE, [0] * 24, "at least two classes; all labels are 0"),
+        (MINE, [0.5] * 24, r"all integers or all names; found \['float'\]"),
+        (MINE, ["a", 1] * 12, r"all integers or all names; found \['int', 'str'\]"),
+        (MINE * 300, MY_LABELS, r"Image 0: values must lie in \[0, 1\]"),
+        ([*MINE[:4], "me.png"], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),
     ],
 )
 def test_images_and_labels_that_cannot_be_used_are_refused(
-    pool: Pool, images: Any, labels: Sequence[Any] | None, classes: Sequence[int] | None, words: str
+    pool: Pool, images: Any, labels: Sequence[Any] | None, words: str
 ) -> None:
     with pieces_run(pool) as ran, pytest.raises(CalibrationError, match=words):
-        compose(pool, images, labels, classes=classes)
+        compose(pool, images, labels)
     assert ran == []
-
-
-@pytest.mark.parametrize("classes", [[1], [1, 1], [1, 1000], [-1, 2]])
-def test_classes_that_the_sources_do_not_have_are_refused(classes: list[int]) -> None:
-    pool = Pool.prepare([donor("test_resnet")], (3, 32, 32))
-    with pytest.raises(StitchError, match=r"different indices of the sources' outputs, from 0 to 999; found \["):
-        compose(pool, MINE, classes=classes)
-
-
-def test_classes_of_sources_with_different_outputs_are_refused(pool: Pool) -> None:
-    with pytest.raises(StitchError, match=r"same outputs; found widths .*'plain': 4"):
-        compose(pool, MINE, classes=[0, 1])
-
-
-def test_labels_and_classes_together_are_refused(pool: Pool) -> None:
-    with pytest.raises(StitchError, match="labels= say already which classes there are"):
-        compose(pool, MINE, MY_LABELS, classes=[0, 1])
 
 
 @pytest.mark.parametrize(("options", "words"), [({"ridge": 0.0}, "ridge=0.0"), ({"effort": -1.0}, "effort=-1.0")])

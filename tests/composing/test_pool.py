@@ -70,7 +70,7 @@ def test_the_result_is_in_the_order_of_its_scores(pool: Pool, result: SearchResu
     assert scores == sorted(scores, reverse=True)
     for kind, best in (
         ("source", result.best_source),
-        ("self-stitched", result.best_self_stitched),
+        ("self-stitched", result.within(Budget(), kind="self-stitched")),
         ("stitched", result.best_stitched),
     ):
         assert best is result.ranked[kinds.index(kind)]

@@ -15,6 +15,7 @@ from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.search.space import Filters
 from lightning_stitch.sources.views import Preprocess
 
 MAP = 4 * 4 * 8 * 8  # bytes of 4 channels of 8 x 8
@@ -134,7 +135,7 @@ def test_a_receiver_may_view_what_a_stitch_gives_in_another_order_of_memory(send
     parts = [source.parts for source in space.sources]
     state, images, entered = space.starts()[0], noise(3, 3, 64, 64, seed=1), 0
     for cut, x in space.walk(state):
-        for edge in space.edges(state, cut, x, min_cka=-9, min_product=-9):
+        for edge in space.edges(state, cut, x, Filters(min_cka=-9, min_product=-9)):
             if edge.source == 1:
                 candidate = space.complete(space.enter(edge, x))
                 (outcome,) = PrefixTree([candidate], parts).run([images])

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,13 +24,12 @@ from torch import Tensor
 
 from lightning_stitch import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import CalibrationError, JournalError
+from lightning_stitch.errors import JournalError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.io.journal import Answer, Answers, Journal
 from lightning_stitch.search.results import SearchResult
-from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.space import Filters, SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst, Strategy
-from lightning_stitch.stitching import calibration as calibration_files
 from lightning_stitch.stitching.candidates import Candidate
 
 ALL = DepthFirst(span=2, threshold=-9, edge_threshold=-9, max_fragments=4)
@@ -41,7 +39,7 @@ def backwards(space: SearchSpace) -> Iterator[Candidate]:
     """A user's own strategy: from the last cut of each source, the worst stitches first."""
     for state in space.starts():
         for cut, x in reversed(list(space.walk(state))):
-            for edge in sorted(space.edges(state, cut, x, min_product=-9), key=lambda edge: edge.cka)[:3]:
+            for edge in sorted(space.edges(state, cut, x, Filters(min_product=-9)), key=lambda edge: edge.cka)[:3]:
                 entered = space.enter(edge, x)
                 yield space.complete(entered)
                 for later, y in space.walk(entered):
@@ -386,20 +384,6 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_found(
     assert records(search(new_pool(), journal=tmp_path)) == records(uninterrupted)
 
 
-def test_a_disk_without_room_for_the_activations_is_found_out_before_a_source_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_345))
-    pool = new_pool()
-    needed = 12 * sum(4 * torch.Size(cut.shape).numel() for part in pool.parts for cut in part.cuts)
-    with (
-        pieces_run(pool) as ran,
-        pytest.raises(CalibrationError, match=rf"of 12 images need {needed:,} bytes, and 12,345 are free"),
-    ):
-        search(pool, journal=tmp_path)
-    assert ran == []
-
-
 def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
     held = "import sys\nfrom lightning_stitch.io import Journal\nwith Journal(sys.argv[1]):\n  print('held'), input()"
     holder = subprocess.Popen(
@@ -451,7 +435,9 @@ def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
         def walked(space: SearchSpace, order: list[int], seen: dict[int, Tensor]) -> Iterator[Candidate]:
             state = space.starts()[0]
             cut, x = next(iter(space.walk(state)))
-            edge = next(e for e in space.edges(state, cut, x, min_product=-9) if (e.source, e.receiver) == (1, 0))
+            edge = next(
+                e for e in space.edges(state, cut, x, Filters(min_product=-9)) if (e.source, e.receiver) == (1, 0)
+            )
             reached = dict(space.walk(space.enter(edge, x)))
             seen |= {at: reached[at + 1].whole() for at in order if at + 1 in reached}
             return iter(())

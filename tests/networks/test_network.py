@@ -17,7 +17,7 @@ from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.space import SearchSpace
+from lightning_stitch.search.space import Filters, SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate
@@ -159,7 +159,7 @@ def test_describe_says_what_the_network_is_made_of() -> None:
     state = space.starts()[0]
     for cut, receiver in ((0, (1, 1)), (2, (0, 2))):
         x = dict(space.walk(state))[cut]
-        edges = space.edges(state, cut, x, min_cka=-9, min_product=-9)
+        edges = space.edges(state, cut, x, Filters(min_cka=-9, min_product=-9))
         state = space.enter(next(e for e in edges if (e.source, e.receiver) == receiver), x)
     candidate = space.complete(state)
     one, two = candidate.recipe.stitches

@@ -104,8 +104,8 @@ def real_cost(parts: Sequence[Segmented], costs: CompositionCosts, fragments: Pa
         refs.append(FragmentRef(parts[s].name, names[first], names[last]))
         if index:
             sender, _, cut = fragments[index - 1]
-            find = costs.stitch_after_fold if taken and cut - fragments[index - 1][1] == 1 else costs.stitch
-            specs.append(find(sender, cut - 1, s, first - 1)[0])
+            before_taken = taken and cut - fragments[index - 1][1] == 1
+            specs.append(costs.stitch(sender, cut - 1, s, first - 1, before_taken=before_taken).spec)
             taken = specs[-1].placement == "consumer"
     last_source, _, last_piece = fragments[-1]
     recipe = Recipe.chain(
@@ -126,8 +126,8 @@ def counted_cost(costs: CompositionCosts, fragments: Path, specs: list[StitchSpe
         total = total + costs.run(s, first, last)
         if index < len(specs):
             taken = index > 0 and specs[index - 1].placement == "consumer" and last - first == 1
-            find = costs.stitch_after_fold if taken else costs.stitch
-            total = total + find(s, last - 1, fragments[index + 1][0], fragments[index + 1][1] - 1).cost
+            receiver, entry, _ = fragments[index + 1]
+            total = total + costs.stitch(s, last - 1, receiver, entry - 1, before_taken=taken).cost
     return total
 
 

@@ -16,7 +16,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import PrefixTree
-from lightning_stitch.search.space import Edge, SearchSpace, State
+from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
 from lightning_stitch.stitching.candidates import Candidate
@@ -50,7 +50,9 @@ def run(space: SearchSpace, candidates: list[Candidate], images: Tensor) -> list
 def entered(space: SearchSpace, source: int, cut: int, receiver: tuple[int, int]) -> tuple[Edge, Carried, State]:
     state = space.starts()[source]
     x = activation(space, state, cut)
-    edge = next(e for e in space.edges(state, cut, x, min_cka=-9, min_product=-9) if (e.source, e.receiver) == receiver)
+    edge = next(
+        e for e in space.edges(state, cut, x, Filters(min_cka=-9, min_product=-9)) if (e.source, e.receiver) == receiver
+    )
     return edge, x, space.enter(edge, x)
 
 
@@ -66,7 +68,7 @@ def test_edges_are_scored_on_the_receivers_grid(estimator: str) -> None:
     scored = 0
     for state in (*space.starts(), second):
         for cut, x in space.walk(state):
-            for edge in space.edges(state, cut, x, min_cka=-9, min_product=-9):
+            for edge in space.edges(state, cut, x, Filters(min_cka=-9, min_product=-9)):
                 y = space.sources[edge.source].activations[edge.receiver].whole()
                 grid = tuple(y.shape[2:]) if y.ndim == 4 else None
                 expected = linear_cka(rows_on(x.whole(), grid), rows_on(y, grid), estimator=estimator)  # type: ignore[arg-type]
@@ -80,7 +82,9 @@ def test_scores_use_the_sampled_rows_of_both_sides() -> None:
     settings = CalibrationSettings(rows_per_image=5)
     space = space_of(pair(), IMAGES, settings=settings)
     state = space.starts()[0]
-    edges = {(e.source, e.receiver): e.cka for e in space.edges(state, 1, activation(space, state, 1), min_cka=-9)}
+    edges = {
+        (e.source, e.receiver): e.cka for e in space.edges(state, 1, activation(space, state, 1), Filters(min_cka=-9))
+    }
     receiver = space.sources[1].statistics[0]
     assert receiver.cut.grid == space.sources[0].parts.cuts[1].grid
     expected = linear_cka(space.sources[0].statistics[1].rows, receiver.rows)
@@ -91,13 +95,13 @@ def test_every_bridgeable_receiver_is_an_edge_or_counted() -> None:
     space = space_of(pair(), IMAGES, settings=ALL_ROWS)
     state = space.starts()[0]
     # From the vector "2": the vectors "2" of both sources, of which its own is no stitch but the way on.
-    edges = space.edges(state, 2, activation(space, state, 2), min_cka=-9, min_product=-9)
+    edges = space.edges(state, 2, activation(space, state, 2), Filters(min_cka=-9, min_product=-9))
     assert receivers(edges) == [(1, 2)]
     assert not space.rejected
-    edges = space.edges(state, 1, activation(space, state, 1), min_cka=-9, min_product=-9)
+    edges = space.edges(state, 1, activation(space, state, 1), Filters(min_cka=-9, min_product=-9))
     assert receivers(edges) == [(0, 2), (1, 0), (1, 1), (1, 2)]
     assert space.rejected == {"fragment used already": 1}
-    edges = space.edges(state, 1, activation(space, state, 1), single_pieces=True, min_cka=-9, min_product=-9)
+    edges = space.edges(state, 1, activation(space, state, 1), Filters(single_pieces=True, min_cka=-9, min_product=-9))
     assert receivers(edges) == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert space.rejected == {"fragment used already": 2}
 
@@ -106,26 +110,26 @@ def test_what_is_turned_down_is_counted_by_reason() -> None:
     space = space_of(pair(), IMAGES, settings=ALL_ROWS)
     state = space.starts()[0]
     x = activation(space, state, 0)
-    free = space.edges(state, 0, x, min_cka=-9, min_product=-9)
+    free = space.edges(state, 0, x, Filters(min_cka=-9, min_product=-9))
     assert len(free) == 5
     ckas = sorted(edge.cka for edge in free)
 
     space.rejected.clear()
-    assert len(space.edges(state, 0, x, min_cka=ckas[2], min_product=-9)) == 3
+    assert len(space.edges(state, 0, x, Filters(min_cka=ckas[2], min_product=-9))) == 3
     assert space.rejected == {"CKA below the edge threshold": 2}
 
     space.rejected.clear()
-    assert len(space.edges(state, 0, x, min_cka=-9, min_product=ckas[3])) == 2
+    assert len(space.edges(state, 0, x, Filters(min_cka=-9, min_product=ckas[3]))) == 2
     assert space.rejected == {"product of CKAs below the threshold": 3}
 
     space.rejected.clear()
-    edges = space.edges(state, 0, x, only_ends=True, min_cka=-9, min_product=-9)
+    edges = space.edges(state, 0, x, Filters(only_ends=True, min_cka=-9, min_product=-9))
     assert receivers(edges) == [(0, 2), (1, 2)]
     assert space.rejected == {"not an end fragment at the last depth": 4}
 
     cost = sorted(edge.total.macs for edge in free)
     tight = space_of(pair(), IMAGES, settings=ALL_ROWS, budget=Budget(max_macs=cost[1]), max_fragments=2)
-    assert len(tight.edges(state, 0, x, min_cka=-9, min_product=-9)) == 2
+    assert len(tight.edges(state, 0, x, Filters(min_cka=-9, min_product=-9))) == 2
     assert tight.rejected == {"over the budget": 3}
 
 
@@ -148,8 +152,8 @@ def test_an_activation_that_carries_nothing_leads_nowhere(broken: object, reason
     space = space_of(pair(), IMAGES)
     state = space.starts()[0]
     x = activation(space, state, 0)
-    expected = len(space.edges(state, 0, x, min_cka=-9, min_product=-9))
-    assert space.edges(state, 0, Carried([lambda: broken(x.whole())]), min_cka=-9, min_product=-9) == []  # type: ignore[operator]
+    expected = len(space.edges(state, 0, x, Filters(min_cka=-9, min_product=-9)))
+    assert space.edges(state, 0, Carried([lambda: broken(x.whole())]), Filters(min_cka=-9, min_product=-9)) == []  # type: ignore[operator]
     assert space.rejected == {reason: expected}
 
 
@@ -179,7 +183,7 @@ def test_a_receiver_that_does_not_vary_is_no_candidate() -> None:
     space = space_of([cornered(), plain("a", (5, 6, 8), seed=0)], IMAGES, settings=CORNERED)
     assert [kept.centred is None for kept in space.sources[0].statistics] == [False, True, False]
     state = space.starts()[1]
-    edges = space.edges(state, 0, activation(space, state, 0), min_cka=-9, min_product=-9)
+    edges = space.edges(state, 0, activation(space, state, 0), Filters(min_cka=-9, min_product=-9))
     assert receivers(edges) == [(0, 0), (0, 2), (1, 1)]
     assert space.rejected == {"activation of the receiver does not vary": 1}
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_stitch.cutting.graph import Cut
 from lightning_stitch.maths.regression import AffineMap, r2, ridge_least_squares
 from lightning_stitch.recipe import Format, StitchSpec
-from lightning_stitch.stitching.fitting import fit_rows, fitted_stitch
+from lightning_stitch.stitching.fitting import fit_rows, stitch_from_fit
 from lightning_stitch.stitching.stitches import Stitch, is_bridgeable, resample, stitch_spec, to_map
 
 FORMATS: list[Format] = ["NCHW", "NHWC", "tokens", "vector"]
@@ -107,7 +107,7 @@ def test_a_stitch_bridges_resamples_and_maps(
     sender = cut(sender_format, 5, sides[0], prefix=2 if sender_format == "tokens" else 0)
     receiver = cut(receiver_format, 7, sides[1], prefix=1 if receiver_format == "tokens" else 0)
     numbers, prefix, x = affine(5, 7, bias=bias), noise(1, 7, seed=5), noise(3, *sender.shape, seed=4)
-    stitch = fitted_stitch(stitch_spec(sender, receiver, bias=bias), numbers, prefix=prefix)
+    stitch = stitch_from_fit(stitch_spec(sender, receiver, bias=bias), numbers, prefix=prefix)
     result = stitch(x)
     assert result.shape == (3, *receiver.shape)
     assert torch.allclose(as_map(result, receiver).double(), expected(x, sender, receiver, numbers), atol=1e-5)
@@ -118,7 +118,7 @@ def test_a_stitch_bridges_resamples_and_maps(
 @pytest.mark.parametrize("bias", [True, False])
 def test_vector_to_vector_is_the_affine_map(bias: bool) -> None:
     numbers, x = affine(5, 7, bias=bias), noise(3, 5)
-    stitch = fitted_stitch(stitch_spec(cut("vector", 5, 1), cut("vector", 7, 1), bias=bias), numbers)
+    stitch = stitch_from_fit(stitch_spec(cut("vector", 5, 1), cut("vector", 7, 1), bias=bias), numbers)
     shift = 0 if numbers.bias is None else numbers.bias
     assert torch.allclose(stitch(x).double(), x.double() @ numbers.weight.T + shift, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_vector_to_vector_is_the_affine_map(bias: bool) -> None:
 def test_mapping_before_and_after_resampling_is_the_same(sides: tuple[int, int]) -> None:
     sender, receiver, numbers = cut("NCHW", 5, sides[0]), cut("NCHW", 7, sides[1]), affine(5, 7)
     x = noise(2, *sender.shape)
-    stitch = fitted_stitch(stitch_spec(sender, receiver, bias=True), numbers)
+    stitch = stitch_from_fit(stitch_spec(sender, receiver, bias=True), numbers)
     assert numbers.bias is not None
     weight, shift = numbers.weight[:, :, None, None].float(), numbers.bias.float()
     before = resample(F.conv2d(x, weight, shift), (sides[1], sides[1]))
@@ -141,14 +141,14 @@ def test_mapping_before_and_after_resampling_is_the_same(sides: tuple[int, int])
 def test_at_another_image_size_the_target_grid_scales_with_the_senders(
     sides: tuple[int, int], shape: tuple[int, int]
 ) -> None:
-    stitch = fitted_stitch(stitch_spec(cut("NCHW", 5, sides[0]), cut("NCHW", 7, sides[1]), bias=True), affine(5, 7))
+    stitch = stitch_from_fit(stitch_spec(cut("NCHW", 5, sides[0]), cut("NCHW", 7, sides[1]), bias=True), affine(5, 7))
     size = [max(1, round(side * sides[1] / sides[0])) for side in shape]
     assert stitch(noise(2, 5, *shape)).shape == (2, 7, *size)
 
 
 def test_tokens_of_another_image_size_are_taken_as_a_square() -> None:
     numbers = affine(5, 7)
-    stitch = fitted_stitch(stitch_spec(cut("tokens", 5, 4, prefix=1), cut("NCHW", 7, 2), bias=True), numbers)
+    stitch = stitch_from_fit(stitch_spec(cut("tokens", 5, 4, prefix=1), cut("NCHW", 7, 2), bias=True), numbers)
     x, larger = noise(2, 1 + 64, 5), cut("tokens", 5, 8, prefix=1)
     assert torch.allclose(stitch(x).double(), expected(x, larger, cut("NCHW", 7, 4), numbers), atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_a_folded_stitch_only_bridges_and_resamples() -> None:
 
 def test_a_fit_makes_an_explicit_stitch_whatever_the_placement() -> None:
     spec = stitch_spec(cut("NCHW", 5, 4), cut("NCHW", 7, 4), bias=True, placement="consumer")
-    stitch, numbers = fitted_stitch(spec, affine(5, 7)), affine(5, 7)
+    stitch, numbers = stitch_from_fit(spec, affine(5, 7)), affine(5, 7)
     assert stitch.spec == dataclasses.replace(spec, placement="explicit")
     assert numbers.bias is not None
     assert torch.equal(stitch.state_dict()["weight"], numbers.weight.float())
@@ -202,7 +202,7 @@ def test_a_receiver_that_is_an_affine_map_of_the_sender_is_met_exactly() -> None
     x, numbers = noise(4, *sender.shape), affine(5, 7)
     y = expected(x, sender, receiver, numbers)
     rows = [part.transpose(0, 1).flatten(1).T for part in (resample(to_map(x, sender), (4, 4)), y)]
-    stitch = fitted_stitch(stitch_spec(sender, receiver, bias=True), ridge_least_squares(*rows, ridge=0))
+    stitch = stitch_from_fit(stitch_spec(sender, receiver, bias=True), ridge_least_squares(*rows, ridge=0))
     assert torch.allclose(stitch(x).double(), y, atol=1e-4)
 
 
@@ -240,7 +240,7 @@ def test_fragments_of_real_networks_run_behind_a_stitch(sender: tuple[str, str],
     before, after = shaken(sender[0]), shaken(receiver[0])
     sends, receives = before.graph.find(sender[1]), after.graph.find(receiver[1])
     numbers = affine(sends.channels, receives.channels)
-    stitch = fitted_stitch(stitch_spec(sends, receives, bias=True), numbers)
+    stitch = stitch_from_fit(stitch_spec(sends, receives, bias=True), numbers)
     network = nn.Sequential(before.fragment(None, sends.name), stitch, after.fragment(receives.name, None))
     x = network[0](noise(3, 3, 160, 160))
     met = as_map(stitch(x), receives).double()
