@@ -98,12 +98,12 @@ class Deferred(Sequence[Portion]):
         self._portions: Sequence[Portion] = ()
 
     def __len__(self) -> int:
-        return len(self._made())
+        return len(self._compute())
 
     def __getitem__(self, index: Any) -> Any:
-        return self._made()[index]
+        return self._compute()[index]
 
-    def _made(self) -> Sequence[Portion]:
+    def _compute(self) -> Sequence[Portion]:
         # From the first to the last instead of each asking the one before: there may be more than Python can nest.
         pending: list[Deferred] = []
         last: Sequence[Portion] = self

@@ -26,10 +26,7 @@ class StitchedNetwork(nn.Module):
 
     Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised. It gives what its taps
     read, side by side (batch, num_features): a last source's features or output, or the average of a cut over its
-    positions. Under an average of members it gives log-probabilities (batch, classes), which serve as logits: their
-    softmax is the average.
-
-    Build one with `assemble` (from sources at hand) or `StitchedNetwork.from_recipe` (structure only).
+    positions. An average of members gives log-probabilities (batch, classes), which serve as logits.
 
     Attributes:
         recipe: Its structure.
@@ -87,9 +84,7 @@ class StitchedNetwork(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
-        """Rebuild a recipe's structure, with random weights: needs no network, no files and no source weights.
-
-        Load the numbers with `load_state_dict` afterwards.
+        """Rebuild a recipe's structure, with random weights, which `load_state_dict` replaces; no file is read.
 
         Args:
             recipe: The recipe.
@@ -99,10 +94,9 @@ class StitchedNetwork(nn.Module):
             RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
         """
         graphs = {}
-        for name in dict.fromkeys(fragment.source for fragment in recipe.fragments):
-            ref = recipe.source(name)
+        for ref in (recipe.source(name) for name in dict.fromkeys(fragment.source for fragment in recipe.fragments)):
             network = build_architecture(ref, trust_factory=trust_factory)
-            graphs[name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
+            graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
         return assemble(recipe, graphs)
 
     def save_pretrained(

@@ -90,15 +90,14 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
 
 
 def write_predictions(rows: Sequence[Record], output: str | Path) -> None:
-    """Write a file of predictions, whole or not at all: it gets its name when it is complete.
+    """Write a file of predictions, whole or not at all; one that is there is replaced.
 
     In CSV a mapping becomes one column for each of its names, "probability_NAME" or "value_NAME", and a list is joined
-    by semicolons. JSON lines hold the rows as they are. UTF-8; names of files that are not UTF-8 keep their bytes in
-    CSV.
+    by semicolons. JSON lines hold the rows as they are. Names of files that are not UTF-8 keep their bytes in CSV.
 
     Args:
         rows: From `prediction_rows`.
-        output: The file; its suffix, .csv or .jsonl, says the form. One that is there is replaced.
+        output: The file; its suffix, .csv or .jsonl, says the form.
     """
     path = Path(output)
     text = as_csv(rows) if path.suffix.lower() == ".csv" else "".join(json.dumps(row) + "\n" for row in rows)
