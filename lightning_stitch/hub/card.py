@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub.folder import CARD, PICTURE, shown_recipe, shown_spec
+from lightning_stitch.hub.folder import CARD, PICTURE, public_recipe, public_spec
 from lightning_stitch.hub.picture import can_draw, draw_composition
 from lightning_stitch.io import complete_or_absent
 from lightning_stitch.recipe import Recipe, SourceRef
@@ -166,22 +166,14 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         license_name=word_name,
         pipeline_tag=pipeline_tag,
         tags=["merge", "lightning-stitch", "stitchnet", "pytorch"],
-        stitched_from=[
-            {
-                "source": shown_spec(ref),
-                "revision": ref.revision,
-                "weight_hash": ref.weight_hash,
-                "license": ref.licence,
-            }
-            for ref in recipe.sources
-        ],
+        stitched_from=[_source_entry(ref) for ref in recipe.sources],
     )
     results_part = _results(details)
     parts = [
         f"# {inline(name)}",
         _summary(subject),
         f"![The composition: a tree of fragments, stitches between them]({PICTURE})" if picture else "",
-        fenced(subject.description, "text"),
+        code_block(subject.description, "text"),
         "## Where its parts come from",
         _sources_table(recipe),
         _licence_words(licence, details),
@@ -212,8 +204,13 @@ def _hub_name(ref: SourceRef) -> str | None:
     return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
 
 
+def _source_entry(ref: SourceRef) -> dict[str, Any]:
+    spec = public_spec(ref)
+    return {"source": spec, "revision": ref.revision, "weight_hash": ref.weight_hash, "license": ref.licence}
+
+
 def _summary(subject: CardSubject) -> str:
-    sources = ", ".join(span(shown_spec(ref)) for ref in subject.recipe.sources)
+    sources = ", ".join(code_span(public_spec(ref)) for ref in subject.recipe.sources)
     what = {
         "multiclass": "An image classifier",
         "multilabel": "An image tagger (several labels for each image)",
@@ -221,9 +218,9 @@ def _summary(subject: CardSubject) -> str:
         None: "A network from images to features or classes",
     }[subject.task]
     if subject.class_names:
-        what += f" of {', '.join(span(name) for name in subject.class_names[:20])}"
+        what += f" of {', '.join(code_span(name) for name in subject.class_names[:20])}"
         what += ", ..." if len(subject.class_names) > 20 else ""
-    head = f", with a {span(subject.head)} head" if subject.head not in (None, "none") else ""
+    head = f", with a {code_span(subject.head)} head" if subject.head not in (None, "none") else ""
     if len(subject.recipe.fragments) == 1:
         return f"{what}, taken from {sources} without a stitch{head}."
     return f"{what}, stitched together from fragments of {sources}{head}."
@@ -233,9 +230,17 @@ def _sources_table(recipe: Recipe) -> str:
     rows = []
     for ref in recipe.sources:
         fragments = [f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name]
-        revision = span(ref.revision[:12]) if ref.revision else "not known"
+        revision = code_span(ref.revision[:12]) if ref.revision else "not known"
         used = cell("; ".join(fragments) or "none")
-        rows.append([span(shown_spec(ref)), revision, cell(ref.licence or "unknown"), used, span(ref.weight_hash[:19])])
+        rows.append(
+            [
+                code_span(public_spec(ref)),
+                revision,
+                cell(ref.licence or "unknown"),
+                used,
+                code_span(ref.weight_hash[:19]),
+            ]
+        )
     return _table(["source", "revision", "licence", "fragments", "weights"], rows)
 
 
@@ -257,7 +262,7 @@ def _licence_words(licence: CombinedLicence, details: CardDetails) -> str:
 
 def _usage(subject: CardSubject, name: str) -> str:
     size = "x".join(map(str, subject.recipe.input_size))
-    factories = [span(ref.architecture) for ref in subject.recipe.sources if ref.builder == "python"]
+    factories = [code_span(ref.architecture) for ref in subject.recipe.sources if ref.builder == "python"]
     option = ", trust_factory=True" if factories else ""
     lines = [
         "import lightning_stitch as ls",
@@ -267,11 +272,11 @@ def _usage(subject: CardSubject, name: str) -> str:
     if subject.loader == "StitchedClassifier":
         lines.append('rows = ls.predict_files(network, "folder_of_images")')
     lines.append(f"outputs = network(images)  # float, in [0, 1], batch x {size}, not normalised")
-    code = fenced("\n".join(lines), "python")
+    code = code_block("\n".join(lines), "python")
     if factories:
         return f"{code}\n\nIts structure is built by code that you must have and trust: {', '.join(factories)}."
     where = f"hf-hub:{name}" if name.count("/") == 1 and not Path(name).is_absolute() else f"local-dir:{name}"
-    call = span(f"timm.create_model({json.dumps(where, ensure_ascii=False)}, pretrained=True)")
+    call = code_span(f"timm.create_model({json.dumps(where, ensure_ascii=False)}, pretrained=True)")
     return f"{code}\n\nNone of the sources is needed. After `import lightning_stitch.timm`, timm takes it, too: {call}."
 
 
@@ -314,9 +319,7 @@ def _limits(subject: CardSubject) -> list[str]:
         "What its sources were trained on, and what is unfair or missing there, is in its fragments, too.",
     ]
     if subject.head == "knn":
-        limits.append(
-            "Its head keeps the features of the labelled images, so something of those images is in the file."
-        )
+        limits.append("Its head keeps the features of the labelled images: something of them is in the file.")
     if any(ref.spec.startswith("local-dir:") or ref.builder == "python" for ref in subject.recipe.sources):
         limits.append("Not all sources can be fetched from a public place, so it cannot be made again from them alone.")
     return limits
@@ -328,18 +331,18 @@ def _how_to_make_again(recipe: Recipe, command: str | None) -> str:
 
     parts = []
     if command:
-        parts.append(fenced(command, "bash"))
+        parts.append(code_block(command, "bash"))
     if recipe.is_chain and not recipe.taps[0].statistics and None not in recipe.stitches:
         parts.append("Or, with images of the task, in Python:" if command else "With images of the task:")
-        parts.append(fenced(_python_that_composes(recipe), "python"))
-    recipe_yaml = fenced(yaml_dump(shown_recipe(recipe)).rstrip(), "yaml")
+        parts.append(code_block(_python_that_composes(recipe), "python"))
+    recipe_yaml = code_block(yaml_dump(public_recipe(recipe)).rstrip(), "yaml")
     summary = "<summary>The recipe, from which its structure is built</summary>"
     parts.append(f"<details>{summary}\n\n{recipe_yaml}\n\n</details>")
     return "\n\n".join(parts)
 
 
 def _python_that_composes(recipe: Recipe) -> str:
-    sources = "".join(f"    {_pinned(ref)!r},\n" for ref in recipe.sources)
+    sources = "".join(f"    {_source_argument(ref)!r},\n" for ref in recipe.sources)
     pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
     healed = ", heal=True" if recipe.healed else ""
     shared = ", share_weights=True" if recipe.share_weights else ""
@@ -356,12 +359,12 @@ candidate = pool.stitch([
 network = pool.assemble(candidate{shared})"""
 
 
-def _pinned(ref: SourceRef) -> str | dict[str, Any]:
+def _source_argument(ref: SourceRef) -> str | dict[str, Any]:
     """What to give `load_sources` for the same weights."""
     repo = _hub_name(ref)
     # Some of timm's weights are in repositories of another layout, which only timm's own names lead to.
     pinned = ref.revision and repo and (ref.spec.startswith("hf-hub:") or repo.endswith(f"/{ref.architecture}"))
-    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else shown_spec(ref)
+    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else public_spec(ref)
     options: dict[str, Any] = {"spec": spec}
     if ref.name != re.split("[/:]", spec.partition("@")[0])[-1]:
         options["name"] = ref.name
@@ -375,13 +378,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
-def fenced(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     """A block of code; its fence is longer than any run of backticks in it, so the text cannot end it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def span(text: object) -> str:
+def code_span(text: object) -> str:
     """A span of code, in a line or in a table's cell; a pipe in it would end the cell, a backtick the span."""
     return f"`{_one_line(text).replace('|', '/').replace('`', chr(39)) or ' '}`"
 

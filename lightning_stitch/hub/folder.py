@@ -59,17 +59,17 @@ def read_config(path: Path, where: str) -> tuple[dict[str, Any], Recipe]:
     return config, recipe
 
 
-def shown_spec(ref: SourceRef) -> str:
+def public_spec(ref: SourceRef) -> str:
     """A source's spec without the folders of the machine it was made on."""
     prefix, colon, rest = ref.spec.partition(":")
     return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
 
 
-def shown_recipe(recipe: Recipe) -> dict[str, Any]:
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
     plain = recipe.to_dict()
     for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
-        entry["spec"] = shown_spec(ref)
+        entry["spec"] = public_spec(ref)
     return plain
 
 

@@ -30,16 +30,12 @@ class Publication:
     """Where a network was published.
 
     Attributes:
-        repo_id: "ORG/NAME".
         url: The repository's page.
         commit: The commit's hash; "ORG/NAME@COMMIT" loads this very network.
-        commit_url: The commit's page.
     """
 
-    repo_id: str
     url: str
     commit: str
-    commit_url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ class HubRepository:
     ) -> None:
         from huggingface_hub import HfApi, get_token
 
-        self.api = HfApi(token=_checked_token(token or get_token()), library_name="lightning-stitch")
+        self.api = HfApi(token=_clean_token(token or get_token()), library_name="lightning-stitch")
         self.repo_id = repo_id
         self.revision = revision
         self.private = private
@@ -170,7 +166,7 @@ class HubRepository:
             ),
             "upload to it",
         )
-        return Publication(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, commit.commit_url)
+        return Publication(f"{api.endpoint}/{repo_id}", commit.oid)
 
     def _ask(self, request: Callable[[], _Answer], purpose: str) -> _Answer:
         """The hub's answer; what the client raises comes in words, without the token that may stand in it."""
@@ -199,7 +195,7 @@ class HubRepository:
             raise problem from (None if tells_token else raised)
 
 
-def _checked_token(token: str | None) -> str | None:
+def _clean_token(token: str | None) -> str | None:
     """A token as it can be sent, without the space around it that a file of it may have."""
     token = (token or "").strip()
     # Characters that RFC 6750 does not allow would fail in the client, which then shows them.

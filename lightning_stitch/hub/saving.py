@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.hub.card import CardDetails, CardSubject, write_card
-from lightning_stitch.hub.folder import ARCHITECTURE, BUILDERS, CARD, FORMAT, PICTURE, shown_recipe, tensors_of
+from lightning_stitch.hub.folder import ARCHITECTURE, BUILDERS, CARD, FORMAT, PICTURE, public_recipe, tensors_of
 from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, sha256_of, versions, write_json
 from lightning_stitch.recipe import Recipe
 
@@ -78,7 +78,7 @@ def save_folder(
         entry = {
             "format": FORMAT,
             "kind": "classifier" if "head" in parts else "network",
-            "recipe": shown_recipe(subject.recipe),
+            "recipe": public_recipe(subject.recipe),
             **(task or {}),
             "weights": facts,
             "versions": versions(*BUILDERS),

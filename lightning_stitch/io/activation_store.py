@@ -1,7 +1,7 @@
 """Keep activations of all calibration images without holding them in memory.
 
-They are written to an unnamed temporary file and read again a few images at a time, so that what a search holds is its
-sampled rows, whatever the image size. The file is gone when nothing refers to it any more, or when the process ends.
+They are written to an unnamed temporary file and read again a few images at a time, so that a search holds its sampled
+rows alone, whatever the image size. The file is gone when nothing refers to it any more, or when the process ends.
 """
 
 from __future__ import annotations

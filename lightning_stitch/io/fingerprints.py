@@ -32,13 +32,13 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def differences(there: Any, here: Any, path: str = "") -> list[str]:
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Where two plain values differ, in words, by the dotted names of their entries."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = dict.fromkeys([*there, *here])
-        nested = (differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key)) for key in keys)
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        nested = (differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key)) for key in keys)
         return list(chain.from_iterable(nested))
-    return [] if there == here else [f"{path}: {_shown(there)} there, {_shown(here)} here"]
+    return [] if before == now else [f"{path}: {_shorten(before)} there, {_shorten(now)} here"]
 
 
 def in_words(changes: Sequence[str], most: int = 5) -> str:
@@ -47,7 +47,7 @@ def in_words(changes: Sequence[str], most: int = 5) -> str:
     return "; ".join(changes[:most]) + more
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "nothing" if value is None else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

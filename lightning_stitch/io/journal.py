@@ -66,31 +66,17 @@ class Answers:
     calibration: Path | None = None
 
     def recall(self, question: Sequence[Any], compute: Callable[[], Answer]) -> Answer:
-        """The answer to one question, computed where it is not remembered.
-
-        Args:
-            question: Its kind in a word, and plain values.
-            compute: Finds the answer.
-        """
+        """The answer to one question (its kind in a word, and plain values), computed where it is not remembered."""
         return self.recall_all([question], lambda missing: [compute()])[0]
 
     def recall_all(
         self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
     ) -> list[Answer]:
-        """The answers to several questions, those that are not remembered computed together.
-
-        Args:
-            questions: As `recall`.
-            compute: Finds the answers to some of the questions, given their places.
-        """
+        """The answers to several questions; `compute` gets the places of those that are not remembered, together."""
         return list(compute(range(len(questions))))
 
     def agree(self, entries: Mapping[str, Any]) -> None:
-        """Remember what the search depends on, or find it unchanged.
-
-        Args:
-            entries: Plain values by name.
-        """
+        """Remember what the search depends on, plain values by name, or find it unchanged."""
 
     def __enter__(self) -> Answers:
         return self

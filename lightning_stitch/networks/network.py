@@ -73,8 +73,8 @@ class StitchedNetwork(nn.Module):
                 if tap.fragment == index:
                     vectors[number] = self.taps[number](x)
         if recipe.average is None:
-            return _side_by_side([vectors[number] for number in range(len(recipe.taps))])
-        members = [_side_by_side([vectors[number] for number in member]) for member in recipe.average.members]
+            return torch.cat([vectors[number] for number in range(len(recipe.taps))], dim=-1)
+        members = [torch.cat([vectors[number] for number in member], dim=-1) for member in recipe.average.members]
         if recipe.average.with_heads:
             members = [head(member) for head, member in zip(self.heads, members, strict=True)]
         together = torch.stack([member.log_softmax(-1) for member in members])
@@ -195,7 +195,6 @@ class StitchedNetwork(nn.Module):
         return "\n".join(lines)
 
     def _total(self) -> str:
-        """Parameters and costs of the whole, in words."""
         total = f"  {sum(p.numel() for p in self.parameters()) / 1e6:.3f} M parameters"
         if self.recipe.share_weights:
             holders = Counter(p for fragment in self.fragments for p in fragment.parameters())
@@ -220,10 +219,8 @@ def assemble(
         recipe: The structure.
         graphs: The cut graph of each source, by name. Their parameters are copied: once for each fragment, or, where
             the recipe shares weights, once for all fragments of the source.
-        stitches: What leads into each fragment, None where nothing is fitted; explicit where it holds numbers,
-            whatever its placement. None: all numbers are zero.
-        tensors: For each fragment the parameters and buffers, by their names in the source, that have other numbers
-            than the source's; None: none has.
+        stitches: What leads into each fragment, explicit where it is fitted; None: all numbers are zero.
+        tensors: For each fragment the parameters and buffers, by their names in the source, that differ from its.
         heads: The members' heads, where the recipe averages members that have one; None: their numbers are zero.
 
     Raises:
@@ -267,10 +264,6 @@ def _empty_heads(recipe: Recipe) -> list[nn.Module]:
         return []
     widths = [sum(recipe.taps[tap].num_features for tap in member) for member in average.members]
     return [RidgeHead(width, average.num_classes) for width in widths]
-
-
-def _side_by_side(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), dim=-1)
 
 
 def _place_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:

@@ -31,7 +31,7 @@ class Finalist:
     Attributes:
         name: Its name in the table.
         candidate: The network.
-        budget: The budget it was chosen under, in words; its MACs are shares of the smallest source's.
+        budget: The budget it was chosen under, in words.
         search_seconds: Wall time of what led to it, the head apart.
         search_labels: Labels used in choosing it.
     """

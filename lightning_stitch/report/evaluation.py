@@ -84,7 +84,7 @@ def score(
         >>> score(sure, torch.tensor([0, 1] * 9))["auroc_low"]
         1.0
     """
-    targets = _fitting_targets(targets, evaluation)
+    targets = _valid_targets(targets, evaluation)
     probabilities = evaluation.probabilities.detach().double().cpu()
     everything = torch.ones(1, len(targets), dtype=torch.double)
     points = _metrics(probabilities, targets, everything)
@@ -103,10 +103,9 @@ def verdict(
 ) -> str:
     """One sentence: is the stitched network better than the source, worse, or inside the noise?
 
-    Both are compared on the same images by the exact McNemar test (McNemar 1947, "Note on the sampling error of the
-    difference between correlated proportions or percentages"): of the images on which just one of the two is right,
-    the number that either has right is binomial with probability one half if they are equally good; two-sided. The
-    interval of the difference in accuracy is the paired percentile bootstrap, 95 %.
+    Both are compared on the same images by the exact two-sided McNemar test (McNemar 1947, "Note on the sampling error
+    of the difference between correlated proportions or percentages"). The interval of the difference in accuracy is the
+    paired percentile bootstrap, 95 %.
 
     Args:
         source: The best unmodified source, chosen on the selection set.
@@ -118,14 +117,14 @@ def verdict(
     Raises:
         StitchError: If targets and probabilities do not fit each other.
     """
-    targets = _fitting_targets(targets, source)
+    targets = _valid_targets(targets, source)
     right = _correct(source, targets)
     if stitched is None:
         return (
             f"No stitched network was chosen, because none fits the budget or none beat the sources on the selection "
             f"set: {source.name} stays, right on {right.mean():.3f} of {len(targets)} test images."
         )
-    targets = _fitting_targets(targets, stitched)
+    targets = _valid_targets(targets, stitched)
     gain = _correct(stitched, targets) - right
     won, lost = int((gain > 0).sum()), int((gain < 0).sum())
     p = _mcnemar(won, lost)
@@ -139,7 +138,7 @@ def verdict(
     )
 
 
-def _fitting_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
+def _valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
     """The targets on the CPU, once they are known to fit the evaluation."""
     num_images, num_classes = evaluation.probabilities.shape
     low, high = targets.aminmax()
