@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor, nn
 
 from lightning_stitch.composing.pool import Pool
+from lightning_stitch.cutting import copy_module
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -85,7 +86,7 @@ def ensemble(
         {part.name: part.graph for part in pool.parts},
         [fragment.stitch for fragment in fragments],
         [fragment.tensors for fragment in fragments],
-        [copied(head) for head in heads or [] if isinstance(head, RidgeHead)],
+        [copy_module(head) for head in heads or [] if isinstance(head, RidgeHead)],
     )
 
 

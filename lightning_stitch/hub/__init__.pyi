@@ -1,6 +1,6 @@
 from .card import CardDetails, CardSubject
-from .loading import PretrainedFolder, open_folder, open_pretrained
-from .publishing import check_existing_card, check_publishable, check_repo_id, publish
+from .loading import PretrainedFolder, open_pretrained
+from .publishing import check_destination, check_publishable, publish
 from .repository import ExistingCard, HubRepository, Publication
 from .saving import save_folder
 
@@ -11,10 +11,8 @@ __all__ = [
     "HubRepository",
     "PretrainedFolder",
     "Publication",
-    "check_existing_card",
+    "check_destination",
     "check_publishable",
-    "check_repo_id",
-    "open_folder",
     "open_pretrained",
     "publish",
     "save_folder",

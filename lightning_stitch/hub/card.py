@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub.folder import CARD, PICTURE, shown_spec
+from lightning_stitch.hub.folder import CARD, PICTURE, public_recipe, public_spec
 from lightning_stitch.hub.picture import can_draw, draw_composition
 from lightning_stitch.io import complete_or_absent
 from lightning_stitch.recipe import Recipe, SourceRef
-from lightning_stitch.sources import CombinedLicence, combine_licences, hub_words
+from lightning_stitch.sources import CombinedLicence, combine_licences, hub_repository, hub_words
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-import re
-
-from lightning_stitch.hub.folder import shown_recipe
-from lightning_stitch.sources import hub_repository
-
 _COLUMNS = ("name", "kind", "budget", "accuracy", "balanced_accuracy", "auroc", "params", "macs", "seconds", "labels")
 _HEADINGS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "params": "M params", "macs": "M MACs"}
+_METHOD = """Composed by lightning_stitch (`pip install lightning-stitch`) after StitchNet (Teerapittayanon, Comiter, \
+McDanel and Kung, [arXiv 2301.01947](https://arxiv.org/abs/2301.01947)): fragments of pre-trained networks are joined \
+by closed-form least squares, guided by Centered Kernel Alignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class CardDetails:
         limits: Sentences on what it should not be used for.
 
     Raises:
-        StitchError: If a metric is no finite number, or stands without a data set, or a text holds half a character.
+        StitchError: If a metric is no finite number, or stands without a data set.
     """
 
     dataset: str | None = None
@@ -67,7 +66,6 @@ class CardDetails:
                 raise StitchError(f"A card's metrics are finite numbers; {name!r} is {value!r}.")
         if self.metrics and self.dataset is None:
             raise StitchError("Metrics say little without the data that they are of: give dataset= as well.")
-        check_whole([getattr(self, each.name) for each in fields(self)], "The card's details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +79,6 @@ class CardSubject:
         task: "multiclass", "multilabel" or "regression"; None: it gives features.
         head: The head's name; None: there is none.
         class_names: Names of the outputs, where they are known.
-
-    Raises:
-        StitchError: If a text holds half a character.
     """
 
     recipe: Recipe
@@ -93,40 +88,22 @@ class CardSubject:
     head: str | None = None
     class_names: Sequence[str] | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse text that no file can hold, before the first file is written."""
-        check_whole(self.class_names, "The class names")
-        check_whole([self.description, self.recipe.to_dict()], "The recipe")
 
-    @property
-    def pipeline_tag(self) -> str:
-        """The hub's word for what it does."""
-        return "image-classification" if self.task in ("multiclass", "multilabel") else "image-feature-extraction"
-
-
-def licence_of(recipe: Recipe) -> CombinedLicence:
-    """The licence that follows from those of a recipe's sources."""
-    return combine_licences({ref.name: ref.licence for ref in recipe.sources})
-
-
-def check_licence(recipe: Recipe, details: CardDetails) -> CombinedLicence:
+def check_licence(recipe: Recipe, details: CardDetails) -> None:
     """Refuse to share what a source's licence forbids to share; warn where nobody knows.
-
-    Returns:
-        The licence.
 
     Raises:
         StitchError: If a source's licence forbids it and `details.licence_override` gives no reason.
     """
-    found = licence_of(recipe)
-    if found.forbidding and not (details.licence_override or "").strip():
+    licence = _licence_of(recipe)
+    if licence.forbidding and not (details.licence_override or "").strip():
         raise StitchError(
-            f"{found.why} Leave the source out, or, where you have the right to share it all the same, say why: "
+            f"{licence.why} Leave the source out, or, where you have the right to share it all the same, say why: "
             f"licence_override='written permission of ...'. It is written in the card."
         )
-    if found.unknown and details.licence is None:
-        warnings.warn(f"{found.why} The card says license: other. Where you know better, give licence=.", stacklevel=3)
-    return found
+    if licence.unknown and details.licence is None:
+        words = f"{licence.why} The card says license: other. Where you know better, give licence=."
+        warnings.warn(words, stacklevel=3)
 
 
 def write_card(subject: CardSubject, folder: Path, details: CardDetails, *, name: str) -> None:
@@ -143,7 +120,8 @@ def write_card(subject: CardSubject, folder: Path, details: CardDetails, *, name
     card = model_card(subject, details, name=name, picture=can_draw())
     # A link of that name is replaced; to write through it would change a file elsewhere.
     with complete_or_absent(folder / CARD) as file:
-        file.write(str(card.content).encode())
+        # A name of bytes that are no UTF-8 is half a character in Python, and a question mark here.
+        file.write(str(card.content).encode(errors="replace"))
 
 
 def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture: bool = True) -> ModelCard:
@@ -157,11 +135,14 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    licence = licence_of(subject.recipe)
+    recipe = subject.recipe
+    licence = _licence_of(recipe)
     word, word_name = hub_words(details.licence or licence.name)
+    is_classifier = subject.task in ("multiclass", "multilabel")
+    pipeline_tag = "image-classification" if is_classifier else "image-feature-extraction"
     results = [
         EvalResult(
-            task_type=subject.pipeline_tag,
+            task_type=pipeline_tag,
             dataset_type=str(details.dataset),
             dataset_name=str(details.dataset),
             dataset_split=details.split,
@@ -172,7 +153,7 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         )
         for metric, value in details.metrics.items()
     ]
-    base_models = [base for ref in subject.recipe.sources if (base := hub_name(ref)) is not None]
+    base_models = [base for ref in recipe.sources if (base := _hub_name(ref)) is not None]
     data = ModelCardData(
         base_model=base_models or None,
         base_model_relation="merge" if base_models else None,
@@ -183,76 +164,84 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
         library_name="lightning-stitch",
         license=word,
         license_name=word_name,
-        pipeline_tag=subject.pipeline_tag,
+        pipeline_tag=pipeline_tag,
         tags=["merge", "lightning-stitch", "stitchnet", "pytorch"],
-        stitched_from=[_source_entry(ref) for ref in subject.recipe.sources],
+        stitched_from=[_source_entry(ref) for ref in recipe.sources],
     )
+    results_part = _results(details)
     parts = [
         f"# {inline(name)}",
         _summary(subject),
-        f"![The composition: fragments in a row, stitches between them]({PICTURE})" if picture else "",
-        fenced(subject.description, "text"),
+        f"![The composition: a tree of fragments, stitches between them]({PICTURE})" if picture else "",
+        code_block(subject.description, "text"),
         "## Where its parts come from",
-        _sources_table(subject.recipe),
+        _sources_table(recipe),
         _licence_words(licence, details),
         "## How to use it",
         _usage(subject, name),
-        *(["## Results", *_results(details)] if details.metrics or details.rows or details.verdict else []),
+        "## Results" if results_part else "",
+        results_part,
         "## Limits",
         "\n".join(f"- {inline(limit)}" for limit in (*details.limits, *_limits(subject))),
         "## How to make it again",
-        how_to_make_again(subject.recipe, details.command),
+        _how_to_make_again(recipe, details.command),
         "## Method",
-        "Composed by lightning_stitch (`pip install lightning-stitch`) after StitchNet (Teerapittayanon, Comiter, "
-        "McDanel and Kung, [arXiv 2301.01947](https://arxiv.org/abs/2301.01947)): fragments of pre-trained "
-        "networks are joined by closed-form least squares, guided by Centered Kernel Alignment.",
+        _METHOD,
     ]
     body = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
+def _licence_of(recipe: Recipe) -> CombinedLicence:
+    return combine_licences({ref.name: ref.licence for ref in recipe.sources})
+
+
+def _hub_name(ref: SourceRef) -> str | None:
+    """The source's repository on the hub, where it came from there."""
+    prefix, colon, rest = ref.spec.partition(":")
+    if colon:
+        return rest.partition("@")[0] if prefix == "hf-hub" else None
+    return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
+
+
 def _source_entry(ref: SourceRef) -> dict[str, Any]:
-    return {
-        "source": shown_spec(ref),
-        "revision": ref.revision,
-        "weight_hash": ref.weight_hash,
-        "license": ref.licence,
-    }
+    spec = public_spec(ref)
+    return {"source": spec, "revision": ref.revision, "weight_hash": ref.weight_hash, "license": ref.licence}
 
 
 def _summary(subject: CardSubject) -> str:
-    sources = ", ".join(span(shown_spec(ref)) for ref in subject.recipe.sources)
+    sources = ", ".join(code_span(public_spec(ref)) for ref in subject.recipe.sources)
     what = {
         "multiclass": "An image classifier",
         "multilabel": "An image tagger (several labels for each image)",
         "regression": "A regressor from images to numbers",
         None: "A network from images to features or classes",
     }[subject.task]
-    names = ""
     if subject.class_names:
-        shown = ", ".join(span(name) for name in subject.class_names[:20])
-        names = f" of {shown}" + (", ..." if len(subject.class_names) > 20 else "")
-    head = f", with a {span(subject.head)} head" if subject.head not in (None, "none") else ""
-    origin = (
-        f"taken from {sources} without a stitch"
-        if len(subject.recipe.fragments) == 1
-        else f"stitched together from fragments of {sources}"
-    )
-    return f"{what}{names}, {origin}{head}."
+        what += f" of {', '.join(code_span(name) for name in subject.class_names[:20])}"
+        what += ", ..." if len(subject.class_names) > 20 else ""
+    head = f", with a {code_span(subject.head)} head" if subject.head not in (None, "none") else ""
+    if len(subject.recipe.fragments) == 1:
+        return f"{what}, taken from {sources} without a stitch{head}."
+    return f"{what}, stitched together from fragments of {sources}{head}."
 
 
 def _sources_table(recipe: Recipe) -> str:
-    lines = ["| source | revision | licence | fragments | weights |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for ref in recipe.sources:
-        used = "; ".join(
-            f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name
+        fragments = [f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name]
+        revision = code_span(ref.revision[:12]) if ref.revision else "not known"
+        used = cell("; ".join(fragments) or "none")
+        rows.append(
+            [
+                code_span(public_spec(ref)),
+                revision,
+                cell(ref.licence or "unknown"),
+                used,
+                code_span(ref.weight_hash[:19]),
+            ]
         )
-        revision = span(ref.revision[:12]) if ref.revision else "not known"
-        lines.append(
-            f"| {span(shown_spec(ref))} | {revision} | {cell(ref.licence or 'unknown')} | {cell(used or 'none')} | "
-            f"{span(ref.weight_hash[:19])} |"
-        )
-    return "\n".join(lines)
+    return _table(["source", "revision", "licence", "fragments", "weights"], rows)
 
 
 def _licence_words(licence: CombinedLicence, details: CardDetails) -> str:
@@ -263,20 +252,18 @@ def _licence_words(licence: CombinedLicence, details: CardDetails) -> str:
         words = f"Licence: {inline(licence.name)}. {why}"
     else:
         words = f"Licence: other; look at those of the sources. {why}"
-    if licence.forbidding:
-        reason = details.licence_override
-        words += (
-            f"\n\n**Shared in spite of that licence.** The author's reason: {inline(reason)}"
-            if reason
-            else "\n\n**As long as that is so, it may not be published.**"
-        )
-    return words
+    if not licence.forbidding:
+        return words
+    if details.licence_override:
+        reason = inline(details.licence_override)
+        return f"{words}\n\n**Shared in spite of that licence.** The author's reason: {reason}"
+    return f"{words}\n\n**As long as that is so, it may not be published.**"
 
 
 def _usage(subject: CardSubject, name: str) -> str:
     size = "x".join(map(str, subject.recipe.input_size))
-    trust = any(ref.builder == "python" for ref in subject.recipe.sources)
-    option = ", trust_factory=True" if trust else ""
+    factories = [code_span(ref.architecture) for ref in subject.recipe.sources if ref.builder == "python"]
+    option = ", trust_factory=True" if factories else ""
     lines = [
         "import lightning_stitch as ls",
         "",
@@ -285,153 +272,119 @@ def _usage(subject: CardSubject, name: str) -> str:
     if subject.loader == "StitchedClassifier":
         lines.append('rows = ls.predict_files(network, "folder_of_images")')
     lines.append(f"outputs = network(images)  # float, in [0, 1], batch x {size}, not normalised")
-    words = fenced("\n".join(lines), "python")
-    if not trust:
-        where = f"hf-hub:{name}" if name.count("/") == 1 and not Path(name).is_absolute() else f"local-dir:{name}"
-        call = f"timm.create_model({json.dumps(where, ensure_ascii=False)}, pretrained=True)"
-        words += (
-            "\n\nNone of the sources is needed. timm takes it as well, once `lightning_stitch` is imported: "
-            f"{span(call)}."
-        )
-    else:
-        paths = ", ".join(span(ref.architecture) for ref in subject.recipe.sources if ref.builder == "python")
-        words += f"\n\nIts structure is built by code that you must have and trust: {paths}."
-    return words
+    code = code_block("\n".join(lines), "python")
+    if factories:
+        return f"{code}\n\nIts structure is built by code that you must have and trust: {', '.join(factories)}."
+    where = f"hf-hub:{name}" if name.count("/") == 1 and not Path(name).is_absolute() else f"local-dir:{name}"
+    call = code_span(f"timm.create_model({json.dumps(where, ensure_ascii=False)}, pretrained=True)")
+    return f"{code}\n\nNone of the sources is needed. After `import lightning_stitch.timm`, timm takes it, too: {call}."
 
 
-def _results(details: CardDetails) -> list[str]:
-    found = []
+def _results(details: CardDetails) -> str:
+    parts = []
     if details.metrics:
         images = "" if details.num_images is None else f", {details.num_images} images"
-        heading = f"| metric | value ({cell(details.dataset)}, {cell(details.split)}{images}) |\n| --- | --- |"
-        found.append("\n".join([heading, *(f"| {cell(n)} | {v:.4g} |" for n, v in details.metrics.items())]))
+        heading = f"value ({cell(details.dataset)}, {cell(details.split)}{images})"
+        parts.append(_table(["metric", heading], [[cell(n), f"{v:.4g}"] for n, v in details.metrics.items()]))
     if details.rows:
         columns = [column for column in _COLUMNS if any(row.get(column) is not None for row in details.rows)]
-        lines = [" | ".join(_HEADINGS.get(column, column) for column in columns), " | ".join("---" for _ in columns)]
-        lines += [" | ".join(_cell(row, column) for column in columns) for row in details.rows]
-        found.append("What the search that composed it compared, all with the same head on the same test images:")
-        found.append("\n".join(f"| {line} |" for line in lines))
+        parts.append("What the search that composed it compared, all with the same head on the same test images:")
+        headings = [_HEADINGS.get(column, column) for column in columns]
+        parts.append(_table(headings, [[_number(row, column) for column in columns] for row in details.rows]))
     if details.verdict:
-        found.append(inline(details.verdict))
-    return found
+        parts.append(inline(details.verdict))
+    return "\n\n".join(parts)
 
 
-def _cell(row: Mapping[str, Any], column: str) -> str:
+def _number(row: Mapping[str, Any], column: str) -> str:
+    """A cell of the comparison; its file may come from anywhere, with words where numbers should be."""
     value = row.get(column)
     if value is None:
         return "-"
-    # A comparison.json may come from anywhere, with words where numbers should be.
     if column in ("params", "macs") and isinstance(value, int | float):
         return f"{value / 1e6:.2f}"
     if not isinstance(value, float):
         return cell(value)
-    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    if isinstance(low, int | float) and isinstance(high, int | float):
-        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+    interval = row.get(f"{column}_low"), row.get(f"{column}_high")
+    if all(isinstance(bound, int | float) for bound in interval):
+        return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
     return f"{value:.1f}" if column == "seconds" else f"{value:.3f}"
 
 
 def _limits(subject: CardSubject) -> list[str]:
-    size = "x".join(map(str, (subject.recipe.input_size)[1:]))
+    size = "x".join(map(str, subject.recipe.input_size[1:]))
     limits = [
         f"It was calibrated on images of {size} pixels; other sizes may run and were not looked at.",
         "It was composed on a few images of one task. On images of another kind its outputs mean little.",
         "What its sources were trained on, and what is unfair or missing there, is in its fragments, too.",
     ]
     if subject.head == "knn":
-        limits.append(
-            "Its head keeps the features of the labelled images, so something of those images is in the file."
-        )
+        limits.append("Its head keeps the features of the labelled images: something of them is in the file.")
     if any(ref.spec.startswith("local-dir:") or ref.builder == "python" for ref in subject.recipe.sources):
         limits.append("Not all sources can be fetched from a public place, so it cannot be made again from them alone.")
     return limits
 
 
-def check_whole(value: Any, what: str) -> None:
-    """Refuse half a character (a lone surrogate, which JSON can spell), which no file in UTF-8 can hold.
-
-    Raises:
-        StitchError: If there is one.
-    """
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = text[max(0, error.start - 20) : error.start + 20]
-        raise StitchError(
-            f"{what} hold half a character ({text[error.start]!a} in {around!a}), which no file can hold. Write that "
-            f"text anew."
-        ) from error
-
-
-def hub_name(ref: SourceRef) -> str | None:
-    """The source's repository on the hub, where it came from there."""
-    prefix, colon, rest = ref.spec.partition(":")
-    if colon:
-        return rest.partition("@")[0] if prefix == "hf-hub" else None
-    return hub_repository(ref.architecture) if ref.builder == "timm" and ref.revision else None
-
-
-def how_to_make_again(recipe: Recipe, command: str | None) -> str:
+def _how_to_make_again(recipe: Recipe, command: str | None) -> str:
     """In Markdown; the Python is left out where it would not make the same network."""
     from huggingface_hub.utils import yaml_dump
 
-    words = []
+    parts = []
     if command:
-        words.append(fenced(command, "bash"))
+        parts.append(code_block(command, "bash"))
     if recipe.is_chain and not recipe.taps[0].statistics and None not in recipe.stitches:
-        words.append("Or, with images of the task, in Python:" if command else "With images of the task:")
-        words.append(fenced(_composing(recipe), "python"))
-    words.append(
-        "<details><summary>The recipe, from which its structure is built</summary>\n\n"
-        f"{fenced(yaml_dump(shown_recipe(recipe)).rstrip(), 'yaml')}\n\n</details>"
-    )
-    return "\n\n".join(words)
+        parts.append("Or, with images of the task, in Python:" if command else "With images of the task:")
+        parts.append(code_block(_python_that_composes(recipe), "python"))
+    recipe_yaml = code_block(yaml_dump(public_recipe(recipe)).rstrip(), "yaml")
+    summary = "<summary>The recipe, from which its structure is built</summary>"
+    parts.append(f"<details>{summary}\n\n{recipe_yaml}\n\n</details>")
+    return "\n\n".join(parts)
 
 
-def _pinned(ref: SourceRef) -> str:
+def _python_that_composes(recipe: Recipe) -> str:
+    sources = "".join(f"    {_source_argument(ref)!r},\n" for ref in recipe.sources)
+    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
+    healed = ", heal=True" if recipe.healed else ""
+    shared = ", share_weights=True" if recipe.share_weights else ""
+    until = ', until="output"' if recipe.fragments[-1].end is None else ""
+    return f"""import lightning_stitch as ls
+
+settings = ls.CalibrationSettings(granularity="all"{until})
+sources = ls.load_sources([
+{sources}])
+pool = ls.Pool(sources, {recipe.input_size}, settings=settings)
+pool.calibrate(batches)  # floats in [0, 1], not normalised
+candidate = pool.stitch([
+{pieces}]{healed})
+network = pool.assemble(candidate{shared})"""
+
+
+def _source_argument(ref: SourceRef) -> str | dict[str, Any]:
     """What to give `load_sources` for the same weights."""
-    repo = hub_name(ref)
+    repo = _hub_name(ref)
     # Some of timm's weights are in repositories of another layout, which only timm's own names lead to.
     pinned = ref.revision and repo and (ref.spec.startswith("hf-hub:") or repo.endswith(f"/{ref.architecture}"))
-    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else shown_spec(ref)
+    spec = f"hf-hub:{repo}@{ref.revision}" if pinned else public_spec(ref)
     options: dict[str, Any] = {"spec": spec}
     if ref.name != re.split("[/:]", spec.partition("@")[0])[-1]:
         options["name"] = ref.name
     if ref.arguments:
         options["arguments"] = ref.arguments
-    return repr(options if len(options) > 1 else spec)
+    return options if len(options) > 1 else spec
 
 
-def _composing(recipe: Recipe) -> str:
-    """The same network, made by hand."""
-    sources = "".join(f"    {_pinned(ref)},\n" for ref in recipe.sources)
-    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
-    healed = ", heal=True" if recipe.healed else ""
-    shared = ", share_weights=True" if recipe.share_weights else ""
-    until = ', until="output"' if recipe.fragments[-1].end is None else ""
-    return "\n".join(
-        (
-            "import lightning_stitch as ls",
-            "",
-            f'settings = ls.CalibrationSettings(granularity="all"{until})',
-            f"sources = ls.load_sources([\n{sources}])",
-            f"pool = ls.Pool(sources, {recipe.input_size}, settings=settings)",
-            "pool.calibrate(batches)  # floats in [0, 1], not normalised",
-            f"found = pool.stitch([\n{pieces}]{healed})",
-            f"network = pool.assemble(found{shared})",
-        )
-    )
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
-def fenced(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     """A block of code; its fence is longer than any run of backticks in it, so the text cannot end it."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def span(text: object) -> str:
+def code_span(text: object) -> str:
     """A span of code, in a line or in a table's cell; a pipe in it would end the cell, a backtick the span."""
     return f"`{_one_line(text).replace('|', '/').replace('`', chr(39)) or ' '}`"
 

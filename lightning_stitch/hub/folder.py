@@ -1,103 +1,83 @@
-"""Reading a saved network's config.json, which may come from a stranger or from a newer version."""
+"""What a saved folder holds, and reading its config.json, which may come from a stranger or from a newer version."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, SourceError
-from lightning_stitch.io import CONFIG, LARGEST_CONFIG
+from lightning_stitch.io import CONFIG
 from lightning_stitch.recipe import Recipe, SourceRef
 from lightning_stitch.sources import check_preprocessing
 
 ARCHITECTURE = "lightning_stitch"
 FORMAT = 2
+BUILDERS = ("lightning_stitch", "torch", "torchvision", "timm")  # what builds a structure
+CARD, PICTURE = "README.md", "composition.png"
 
-_KNOWN = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "versions"}
 # Another file than the one that is there, so that a folder is written over by one rename, that of its config.
 WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
+_KEYS = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "versions"}
 
 
-def read_config(path: Path, where: str) -> dict[str, Any]:
-    """What a config holds of this package's, the parts that loading needs checked.
+def read_config(path: Path, where: str) -> tuple[dict[str, Any], Recipe]:
+    """What a config holds of this package's, the parts that loading needs checked, and the recipe in it.
 
     Raises:
-        RecipeError: If it is no config of a stitched network, or of another format.
+        RecipeError: If it is no config of a stitched network or of another format, or its recipe is malformed.
     """
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise RecipeError(f"{CONFIG} of {where!r} has {path.stat().st_size} bytes; that is no recipe.")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        own = whole[ARCHITECTURE]
-        form = own["format"]
+        config = json.loads(path.read_text(encoding="utf-8"))[ARCHITECTURE]
+        config_format = config["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecipeError(
             f"{CONFIG} of {where!r} is not that of a stitched network: it has no readable entry {ARCHITECTURE!r} "
             f"({type(error).__name__}: {error}). For a network of timm's use timm.create_model or load_source."
         ) from error
-    if form != FORMAT:
+    if config_format != FORMAT:
         raise RecipeError(
-            f"{where!r} was saved in format {form!r}; this version of lightning_stitch reads format {FORMAT}. Upgrade "
-            f"lightning_stitch if it is newer."
+            f"{where!r} was saved in format {config_format!r}; this version of lightning_stitch reads format {FORMAT}. "
+            f"Upgrade lightning_stitch if it is newer."
         )
-    if unknown := sorted(own.keys() - _KNOWN):
+    if unknown := sorted(config.keys() - _KEYS):
         raise RecipeError(
             f"{CONFIG} of {where!r} has {', '.join(unknown)}, which this version of lightning_stitch does not know. "
             f"Upgrade lightning_stitch if a newer one wrote it."
         )
-    weights = own.get("weights")
-    if not (
-        own.get("kind") in ("network", "classifier")
-        and isinstance(weights, dict)
-        and isinstance(weights.get("bytes"), int)
-        and isinstance(weights.get("sha256"), str)
-        and WEIGHTS_NAME.fullmatch(str(weights.get("file")))
-    ):
-        raise RecipeError(f"{CONFIG} of {where!r} is malformed: kind or weights is missing or ill-typed.")
-    return own
-
-
-def read_recipe(own: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe in a config.
-
-    Raises:
-        RecipeError: If it is malformed, or of another schema.
-    """
+    match config:
+        case {"kind": "network" | "classifier", "weights": {"file": str(file), "bytes": int(), "sha256": str()}} if (
+            WEIGHTS_NAME.fullmatch(file)
+        ):
+            pass
+        case _:
+            raise RecipeError(f"{CONFIG} of {where!r} is malformed: kind or weights is missing or ill-typed.")
     try:
-        recipe = Recipe.from_dict(own.get("recipe", {}))
+        recipe = Recipe.from_dict(config.get("recipe", {}))
         for ref in recipe.sources:
             check_preprocessing(ref.preprocessing)
-        return recipe
     except (RecipeError, SourceError) as error:
         raise RecipeError(f"The recipe in {CONFIG} of {where!r} cannot be used: {error}") from error
+    return config, recipe
 
 
-BUILDERS = ("lightning_stitch", "torch", "torchvision", "timm")  # what builds a structure
-CARD, PICTURE = "README.md", "composition.png"
-
-
-def shown_spec(ref: SourceRef) -> str:
+def public_spec(ref: SourceRef) -> str:
     """A source's spec without the folders of the machine it was made on."""
     prefix, colon, rest = ref.spec.partition(":")
     return f"local-dir:{Path(rest).name}" if colon and prefix == "local-dir" else ref.spec
 
 
-def shown_recipe(recipe: Recipe) -> dict[str, Any]:
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain JSON for others to read: without the folders of the machine it was made on."""
     plain = recipe.to_dict()
     for entry, ref in zip(plain["sources"], recipe.sources, strict=True):
-        entry["spec"] = shown_spec(ref)
+        entry["spec"] = public_spec(ref)
     return plain
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """The module's own tensors by name: those of the state dict, and buffers that it leaves out."""
     return {**dict(module.named_buffers(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
-
-
-_LOADERS = {"network": "StitchedNetwork", "classifier": "StitchedClassifier"}

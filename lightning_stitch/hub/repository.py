@@ -1,4 +1,4 @@
-"""A hub repository to write to: what is there, one commit, and the client's errors in words that help."""
+"""A hub repository to write to: what it holds, one commit, and the client's errors in words that help."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from lightning_stitch.io import client_errors, offline, status_of
 
 _Answer = TypeVar("_Answer")
 
+_ADVICE = {
+    401: "The token is not valid: log in with `hf auth login`, or set HF_TOKEN.",
+    403: "Your token may not write there: check the name, and that the token has the right to write.",
+    404: "It is not there, or not yours to see.",
+    412: "Somebody else committed to it in the meantime: look at it, and try again.",
+}
+
 # What becomes of a README.md that is there.
 ExistingCard = Literal["refuse", "keep", "replace"]
 
@@ -23,29 +30,25 @@ class Publication:
     """Where a network was published.
 
     Attributes:
-        repo_id: "ORG/NAME".
         url: The repository's page.
         commit: The commit's hash; "ORG/NAME@COMMIT" loads this very network.
-        commit_url: The commit's page.
     """
 
-    repo_id: str
     url: str
     commit: str
-    commit_url: str
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What is there already.
+class RepositoryState:
+    """What a repository holds before it is written to.
 
     Attributes:
-        branch: Whether the revision is there.
+        has_branch: Whether the revision exists.
         head: The commit of the revision, or of main; None: there is no such repository.
         has_card: Whether it holds a README.md.
     """
 
-    branch: bool
+    has_branch: bool
     head: str | None
     has_card: bool
 
@@ -75,17 +78,14 @@ class HubRepository:
     ) -> None:
         from huggingface_hub import HfApi, get_token
 
-        self.api = HfApi(token=_usable(token or get_token()), library_name="lightning-stitch")
+        self.api = HfApi(token=_clean_token(token or get_token()), library_name="lightning-stitch")
         self.repo_id = repo_id
         self.revision = revision
         self.private = private
         self.existing_card = existing_card
 
-    def check(self) -> Place:
-        """Ask who is asking and what is there: all that can be refused before there is anything to publish.
-
-        Returns:
-            What is there already.
+    def check(self) -> RepositoryState:
+        """Ask for all that can be refused before there is anything to publish.
 
         Raises:
             StitchError: If there is no token, the hub refuses it or cannot be asked, the repository is of another
@@ -98,21 +98,21 @@ class HubRepository:
         user: dict[str, Any] = self._ask(self.api.whoami, "ask the hub who you are")
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise StitchError("Your token may only read. Make one that may write, and log in with it: `hf auth login`.")
-        place, owner = self._find(), self.repo_id.partition("/")[0]
+        state, owner = self._look_up(), self.repo_id.partition("/")[0]
         names = [str(user.get("name")), *(str(org.get("name")) for org in user.get("orgs", []))]
-        if place.head is None and owner not in names:
+        if state.head is None and owner not in names:
             raise StitchError(
                 f"{self.repo_id!r} does not exist, and you cannot make it: {owner!r} is neither you nor an "
                 f"organisation of yours ({', '.join(sorted(names))})."
             )
-        return place
+        return state
 
-    def _find(self) -> Place:
-        """What is there, if it may be written to."""
+    def _look_up(self) -> RepositoryState:
+        """What the repository holds, if it may be written to."""
         at_revision = self._ask(lambda: self._info(self.revision), "look it up")
         info = at_revision or self._ask(lambda: self._info(None), "look it up")
         if info is None:
-            return Place(False, None, False)
+            return RepositoryState(has_branch=False, head=None, has_card=False)
         if self.private is not None and bool(info.private) != self.private:
             is_, wanted = ("private", "public") if info.private else ("public", "private")
             raise StitchError(
@@ -126,7 +126,7 @@ class HubRepository:
                 f"{self.repo_id!r} already has a {CARD}. existing_card='replace' puts the new card there, "
                 f"existing_card='keep' leaves it as it is."
             )
-        return Place(at_revision is not None, info.sha, has_card)
+        return RepositoryState(has_branch=at_revision is not None, head=info.sha, has_card=has_card)
 
     def _info(self, revision: str | None) -> Any:
         """What the hub has at a revision; None: nothing."""
@@ -144,79 +144,64 @@ class HubRepository:
         content = path.read_text(encoding="utf-8")
         self._ask(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
 
-    def upload(self, folder: Path, files: list[str], place: Place, message: str) -> Publication:
+    def upload(self, folder: Path, files: list[str], state: RepositoryState, message: str) -> Publication:
         """Make what is missing, then one commit."""
         from huggingface_hub import CommitOperationAdd
 
         api, repo_id, revision = self.api, self.repo_id, self.revision
-        if place.head is None:
+        if state.head is None:
             self._ask(lambda: api.create_repo(repo_id, private=self.private, exist_ok=True), "create it")
             # Somebody else may have made it since, with a card.
-            place = self._find()
-        if place.has_card and self.existing_card == "keep":
+            state = self._look_up()
+        if state.has_card and self.existing_card == "keep":
             files = [name for name in files if name != CARD]
-        if revision not in (None, "main") and not place.branch:
+        if revision not in (None, "main") and not state.has_branch:
             self._ask(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
         # Not upload_folder, which may make several commits of one call.
         added = [CommitOperationAdd(name, folder / name) for name in files if (folder / name).exists()]
-        done = self._ask(
+        # With its parent named, the commit overwrites nobody else's of the meantime.
+        commit = self._ask(
             lambda: api.create_commit(
-                repo_id,
-                added,
-                revision=revision,
-                commit_message=message,
-                # Whoever else committed in the meantime is not overwritten.
-                parent_commit=place.head,
+                repo_id, added, revision=revision, commit_message=message, parent_commit=state.head
             ),
             "upload to it",
         )
-        return Publication(repo_id, f"{api.endpoint}/{repo_id}", done.oid, done.commit_url)
+        return Publication(f"{api.endpoint}/{repo_id}", commit.oid)
 
-    def _ask(self, ask: Callable[[], _Answer], what: str) -> _Answer:
+    def _ask(self, request: Callable[[], _Answer], purpose: str) -> _Answer:
         """The hub's answer; what the client raises comes in words, without the token that may stand in it."""
         from huggingface_hub.errors import HfHubHTTPError
 
         where = f"hub repository {self.repo_id!r}"
         failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *client_errors())
         try:
-            return ask()
+            return request()
         except failures as raised:
             # A large file's failure comes wrapped in a RuntimeError.
             error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
             token = self.api.token
-            told = bool(token) and str(token) in f"{raised} {error}"
-            shown = f"{type(error).__name__}, with the token in it" if told else first_lines(error)
+            tells_token = bool(token) and str(token) in f"{raised} {error}"
+            shown = f"{type(error).__name__}, with the token in it" if tells_token else first_lines(error)
             if isinstance(error, HfHubHTTPError):
-                problem: StitchError = StitchError(_describe_refusal(status_of(error), where, what, shown))
+                status = status_of(error)
+                advice = _ADVICE.get(status, "Try again later." if status >= 409 else "See its page.")
+                problem = StitchError(f"The {where} refused to {purpose} (status {status}). {advice} ({shown})")
             elif isinstance(error, ValueError):
                 # The client's own word for a card that is refused, and for an answer that it cannot read.
-                problem = StitchError(f"The {where} refused to {what}: {shown}.")
+                problem = StitchError(f"The {where} refused to {purpose}: {shown}.")
             else:
-                problem = SourceError(
-                    f"The {where} cannot be reached (to {what}): {shown}. Check the connection and try again; what has "
-                    f"arrived is not sent again."
-                )
+                problem = SourceError(f"The {where} cannot be reached (to {purpose}): {shown}. Try again later.")
             # A traceback shows the cause as well.
-            raise problem from (None if told else raised)
+            raise problem from (None if tells_token else raised)
 
 
-def _usable(token: str | None) -> str | None:
+def _clean_token(token: str | None) -> str | None:
     """A token as it can be sent, without the space around it that a file of it may have."""
     token = (token or "").strip()
-    # what RFC 6750 allows; others would fail in the client, which then shows them
+    # Characters that RFC 6750 does not allow would fail in the client, which then shows them.
     if not re.fullmatch(r"[A-Za-z0-9._~+/=-]*", token):
         raise StitchError(
             "The hub's token holds characters that no token has (spaces, line ends, quotes or letters beyond ASCII); "
             "it is not shown here. Copy it again from your settings on the hub, or log in with `hf auth login`."
         )
     return token or None
-
-
-def _describe_refusal(status: int, where: str, what: str, shown: str) -> str:
-    advice = {
-        401: "The token is not valid: log in with `hf auth login`, or set HF_TOKEN.",
-        403: "Your token may not write there: check the name, and that the token has the right to write.",
-        404: "It is not there, or not yours to see.",
-        412: "Somebody else committed to it in the meantime: look at it, and try again.",
-    }.get(status, "Try again later." if status >= 409 else "")
-    return f"The {where} refused to {what} (status {status}). {advice} ({shown})".replace("  ", " ")

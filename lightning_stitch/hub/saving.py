@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.hub.card import CardDetails, CardSubject, write_card
 from lightning_stitch.hub.folder import (
-    _LOADERS,
     ARCHITECTURE,
     BUILDERS,
     CARD,
     FORMAT,
     PICTURE,
     WEIGHTS_NAME,
-    shown_recipe,
+    public_recipe,
     tensors_of,
 )
 from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, sha256_of, versions, write_json
@@ -44,47 +43,6 @@ def check_rebuildable(recipe: Recipe) -> None:
         )
 
 
-def check_writable(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds what would be written.
-
-    Raises:
-        StitchError: If it does, or is a file.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise StitchError(f"{directory} is a file; a stitched network is saved in a folder.")
-    there = [name for name in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(directory / name)]
-    if there and not overwrite:
-        raise StitchError(f"{directory} already holds {', '.join(there)}. Take another folder, or pass overwrite=True.")
-
-
-def _config(recipe: Recipe, kind: str, num_outputs: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"format": FORMAT, "kind": kind, "recipe": shown_recipe(recipe), **facts, "versions": versions(*BUILDERS)}
-    names = own.get("class_names")
-    return {
-        # What timm.create_model("local-dir:...") reads. The network normalises its images itself: mean 0, std 1.
-        "architecture": ARCHITECTURE,
-        "num_classes": num_outputs,
-        **({"label_names": names} if names else {}),
-        "pretrained_cfg": {
-            "input_size": list(recipe.input_size),
-            "mean": [0.0] * recipe.input_size[0],
-            "std": [1.0] * recipe.input_size[0],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "num_classes": num_outputs,
-        },
-        ARCHITECTURE: own,
-    }
-
-
-def _tensors_once(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """All tensors by name, those that have several names once; in memory of their own, as safetensors wants them."""
-    named = tensors_of(nn.ModuleDict(dict(parts)))
-    names = {id(tensor): name for name, tensor in named.items()}
-    return {name: named[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in names.values()}
-
-
 def save_folder(
     parts: Mapping[str, nn.Module],
     directory: str | Path,
@@ -98,8 +56,6 @@ def save_folder(
 ) -> None:
     """Write config.json, model.safetensors, README.md and, with matplotlib, composition.png.
 
-    A folder that is written over holds at any time one network or the other, whole.
-
     Args:
         parts: "network", and "head" where there is one.
         directory: The folder; made if it does not exist.
@@ -108,16 +64,19 @@ def save_folder(
         task: For a classifier its head, task, num_classes and class_names.
         details: What the author says; None: nothing.
         name: For the card; None: the folder's.
-        overwrite: Replace files of these names.
+        overwrite: Replace files of these names. A file that cannot be written leaves the network that was there.
 
     Raises:
         RecipeError: If a source is a live module, which cannot be built elsewhere.
-        StitchError: If the folder holds such files already.
+        StitchError: If the folder is a file, or holds such files already.
     """
     folder = Path(directory).expanduser()
     check_rebuildable(subject.recipe)
-    check_writable(folder, overwrite=overwrite)
-    kind = next(kind for kind, loader in _LOADERS.items() if loader == subject.loader)
+    if folder.exists() and not folder.is_dir():
+        raise StitchError(f"{folder} is a file; a stitched network is saved in a folder.")
+    present = [file for file in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(folder / file)]
+    if present and not overwrite:
+        raise StitchError(f"{folder} already holds {', '.join(present)}. Take another folder, or pass overwrite=True.")
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / f"{WEIGHTS}{UNFINISHED}", folder / f"{CONFIG}{UNFINISHED}"
     try:
@@ -125,15 +84,51 @@ def save_folder(
         # safetensors makes it the owner's alone; whoever may read the folder may read the file.
         weights.chmod(folder.stat().st_mode & 0o666)
         digest = sha256_of(weights)
+        # Written over, it is another file than the one that is there: the old config and its weights stay a whole.
         file = f"model-{digest[:16]}.safetensors" if os.path.lexists(folder / WEIGHTS) else WEIGHTS
         facts = {"file": file, "sha256": digest, "bytes": weights.stat().st_size}
-        write_json(config, _config(subject.recipe, kind, num_outputs, {**(task or {}), "weights": facts}))
+        entry = {
+            "format": FORMAT,
+            "kind": "classifier" if "head" in parts else "network",
+            "recipe": public_recipe(subject.recipe),
+            **(task or {}),
+            "weights": facts,
+            "versions": versions(*BUILDERS),
+        }
+        write_json(config, _config(entry, subject.recipe.input_size, num_outputs))
         os.replace(weights, folder / file)
-        os.replace(config, folder / CONFIG)  # which names its weights: from here on it is the new network
+        os.replace(config, folder / CONFIG)
+        for old in folder.glob("model*.safetensors"):
+            if WEIGHTS_NAME.fullmatch(old.name) and old.name != file:
+                old.unlink()
     finally:
         weights.unlink(missing_ok=True)
         config.unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if WEIGHTS_NAME.fullmatch(path.name) and path.name != file:
-            path.unlink()
     write_card(subject, folder, details or CardDetails(), name=name or folder.resolve().name)
+
+
+def _tensors_once(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All tensors by name, those that have several names once; in memory of their own, as safetensors wants them."""
+    tensors = tensors_of(nn.ModuleDict(dict(parts)))
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    return {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in names.values()}
+
+
+def _config(entry: dict[str, Any], input_size: tuple[int, ...], num_outputs: int) -> dict[str, Any]:
+    """Our entry, and what `timm.create_model("local-dir:...")` reads."""
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": num_outputs,
+        **({"label_names": entry["class_names"]} if entry.get("class_names") else {}),
+        "pretrained_cfg": {
+            "input_size": list(input_size),
+            # The network normalises its images itself.
+            "mean": [0.0] * input_size[0],
+            "std": [1.0] * input_size[0],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "num_classes": num_outputs,
+        },
+        ARCHITECTURE: entry,
+    }

@@ -1,7 +1,7 @@
 """Keep activations of all calibration images without holding them in memory.
 
-They are written to an unnamed temporary file and read again a few images at a time, so that what a search holds is its
-sampled rows, whatever the image size. The file is gone when nothing refers to it any more, or when the process ends.
+They are written to an unnamed temporary file and read again a few images at a time, so that a search holds its sampled
+rows alone, whatever the image size. The file is gone when nothing refers to it any more, or when the process ends.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Deferred(Sequence[Portion]):
         self._portions: Sequence[Portion] = ()
 
     def __len__(self) -> int:
-        return len(self._made())
+        return len(self._compute())
 
     def __getitem__(self, index: Any) -> Any:
-        return self._made()[index]
+        return self._compute()[index]
 
-    def _made(self) -> Sequence[Portion]:
+    def _compute(self) -> Sequence[Portion]:
         # From the first to the last instead of each asking the one before: there may be more than Python can nest.
         pending: list[Deferred] = []
         last: Sequence[Portion] = self

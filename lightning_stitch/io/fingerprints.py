@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
-
-from lightning_stitch.io.tensor_files import raw_bytes
 
 
 def plain(value: Any) -> Any:
@@ -23,7 +23,7 @@ def tensors_hash(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors in a row, wherever one ends and the next begins, so that batches do not matter."""
     digest = hashlib.sha256()
     for x in tensors:
-        digest.update(raw_bytes(x))
+        digest.update(x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -32,23 +32,22 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def differences(there: Any, here: Any, path: str = "") -> list[str]:
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Where two plain values differ, in words, by the dotted names of their entries."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        found = []
-        for key in dict.fromkeys([*there, *here]):
-            found += differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return [] if there == here else [f"{path}: {_shown(there)} there, {_shown(here)} here"]
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        nested = (differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key)) for key in keys)
+        return list(chain.from_iterable(nested))
+    return [] if before == now else [f"{path}: {_shorten(before)} there, {_shorten(now)} here"]
 
 
-def in_words(found: Sequence[str], most: int = 5) -> str:
+def in_words(changes: Sequence[str], most: int = 5) -> str:
     """The first few differences."""
-    more = f"; and {len(found) - most} more" if len(found) > most else ""
-    return "; ".join(found[:most]) + more
+    more = f"; and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(changes[:most]) + more
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "nothing" if value is None else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

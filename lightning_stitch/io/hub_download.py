@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 from collections.abc import Sequence
@@ -18,15 +17,10 @@ from lightning_stitch.errors import SourceError, first_lines
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LARGEST_CONFIG = 16 * 2**20  # bytes; a stranger may have put anything under its name
 
-# What the disk of the cache says, not the network.
-_LOCAL = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
-)
 
-
-def split_repository(words: str) -> tuple[str, str | None] | None:
+def split_repository(text: str) -> tuple[str, str | None] | None:
     """Repository and revision of "ORG/NAME" or "ORG/NAME@REVISION"; None: it is neither."""
-    match = re.fullmatch("([^/@]+/[^/@]+)(?:@(.+))?", words)
+    match = re.fullmatch("([^/@]+/[^/@]+)(?:@(.+))?", text)
     return None if match is None else (match[1], match[2])
 
 
@@ -43,12 +37,10 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         beside: Other files that will be wanted; the advice of an error has them, too.
 
     Returns:
-        The file with its size and the commit that the revision means: the hub's word, or the local cache's where the
-        hub cannot be asked.
+        The file with its size and commit: the hub's word, or the local cache's where the hub cannot be asked.
 
     Raises:
-        SourceError: If the repository, the revision or the file does not exist, or the hub cannot be reached and the
-            file is not in the cache.
+        SourceError: If it does not exist, or the hub cannot be reached and the file is not in the cache.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -97,16 +89,18 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
         ) from error
     except unreachable as error:
         reason = "HF_HUB_OFFLINE is set" if offline() else f"the hub cannot be reached ({first_lines(error)})"
-        mend = f"Get it with a connection, `{_command(repo, [filename, *beside], revision)}`"
+        command = ["HF_HUB_OFFLINE=0"] * offline() + ["hf download", repo, filename, *beside]
+        command += ["--revision", revision] if revision else []
+        mend = f"Get it with a connection, `{' '.join(command)}`"
         if (status := status_of(error)) in (401, 403):
             reason = f"the hub refuses your token (status {status})"
             mend = "Log in with `hf auth login`, or unset HF_TOKEN"
         cached = try_to_load_from_cache(repo, filename, revision=revision)
         if isinstance(cached, str):
             file = Path(cached)
-            # the cache names the folder of a snapshot after its commit
-            place = (repo, filename, file.parent.name)
-            return WeightFile(file, folder, file.stat().st_size, hub=place, unreachable=reason)
+            # The cache names the folder of a snapshot after its commit.
+            commit = file.parent.name
+            return WeightFile(file, folder, file.stat().st_size, hub=(repo, filename, commit), unreachable=reason)
         raise SourceError(
             f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r}) is not in the local cache, and "
             f"{reason}. {mend}; or give a folder: 'local-dir:PATH'."
@@ -114,10 +108,7 @@ def find_hub_file(repo: str, filename: str, *, revision: str | None = None, besi
 
 
 def tensor_shapes(file: WeightFile) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of the tensors in a safetensors file: from its first bytes, on disk or on the hub.
-
-    Returns:
-        None where it is no safetensors file, or the hub does not say.
+    """Names and shapes of the tensors in a safetensors file; None: it is another file, or the hub does not say.
 
     Raises:
         SourceError: If the file is damaged.
@@ -159,45 +150,39 @@ def hub_file(
         filename: A file at the top of the repository.
         revision: Branch, tag or commit; None: the default branch.
         beside: As `find_hub_file`.
-        most: Bytes that it may have; a file that the hub says is larger is not downloaded. None: any number.
+        most: Bytes that it may have; a larger file is not downloaded. None: any number.
 
     Returns:
         The file in the local cache, which keeps it in a folder that is named after its commit.
 
     Raises:
-        SourceError: As `find_hub_file`, if it is too large, if the download breaks or the cache
-            cannot be written, or if it brings other bytes than the hub has.
+        SourceError: As `find_hub_file`, if it is too large, or if the download breaks or brings other bytes.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    known = find_hub_file(repo, filename, revision=revision, beside=beside)
+    remote = find_hub_file(repo, filename, revision=revision, beside=beside)
     name = f"{filename} of hub repository {repo!r} (revision {revision or 'main'!r})"
-    if most is not None and known.size is not None and known.size > most:
+    if most is not None and remote.size is not None and remote.size > most:
         raise SourceError(
-            f"{name} has {known.size} bytes; expected were {most} at most. It is not what it should be; look at it on "
-            f"the repository's page."
+            f"{name} has {remote.size} bytes; expected were {most} at most. Look at it on the repository's page."
         )
-    if known.file is not None:
-        return known.file
+    if remote.file is not None:
+        return remote.file
     failures: tuple[type[Exception], ...] = (EntryNotFoundError, RuntimeError, *client_errors())
     try:
-        # by the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
+        # By the user's revision, not the commit: so the cache learns what "main" means, for the day without a network
         path = Path(hf_hub_download(repo, filename, revision=revision))
     except failures as error:
-        if isinstance(error, OSError) and error.errno in _LOCAL:
-            raise SourceError(
-                f"{name} could not be written to the cache {constants.HF_HUB_CACHE}: {first_lines(error)}. Make room "
-                f"or let it be written there, or let HF_HOME (or HF_HUB_CACHE) name another folder."
-            ) from error
         raise SourceError(
-            f"{name} could not be downloaded: {first_lines(error)}. Check the connection and try again."
+            f"{name} could not be downloaded: {first_lines(error)}. Check the connection, and the room and rights in "
+            f"the cache {constants.HF_HUB_CACHE} (HF_HOME names another one); then try again."
         ) from error
-    if known.sha256 is not None and sha256_of(path) != known.sha256:
+    if remote.sha256 is not None and sha256_of(path) != remote.sha256:
         path.resolve().unlink()  # or the cache would give it the next time
         path.unlink()
         raise SourceError(
-            f"{name} did not arrive as the hub has it (its sha256 is not {known.sha256[:12]}...). It was deleted from "
+            f"{name} did not arrive as the hub has it (its sha256 is not {remote.sha256[:12]}...). It was deleted from "
             f"the cache; try again."
         )
     return path
@@ -218,20 +203,11 @@ def status_of(error: Any) -> int:
     return 0 if response is None else int(response.status_code)
 
 
-def _command(repo: str, filenames: Sequence[str], revision: str | None) -> str:
-    """What to type to get files into the cache."""
-    command = " ".join(["hf download", repo, *filenames, *(["--revision", revision] if revision else [])])
-    return f"HF_HUB_OFFLINE=0 {command}" if offline() else command
-
-
 def client_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises for transport and HTTP failures.
-
-    Its transport errors moved from requests (OSErrors) to httpx (not OSErrors); the bases of its own error class name
-    the right family in each version.
-    """
+    """What the hub's client raises for transport and HTTP failures."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    # By the client's version, transport errors are requests' or httpx's, from which its own error class inherits.
     return OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 

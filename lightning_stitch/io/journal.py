@@ -1,14 +1,13 @@
 """A search's journal: the answers that cost something to find, kept on disk so that a stopped search can go on.
 
-A search is deterministic, so what it remembers is not where its strategy stood but what it was answered: the CKAs of
-one cut of one running network, one fitted stitch, the features that a candidate gave of one batch, a measured latency.
-A search that goes on runs its strategy anew and asks the same questions; only where the journal ends is anything
-computed. Any strategy can be gone on with like this. What it ends with is what it would have ended with uninterrupted,
-bit for bit on the same kind of machine with as many threads.
+A search is deterministic, so the journal keeps what it was answered (CKAs, fitted stitches, features, latencies), not
+where its strategy stood. A search that goes on runs its strategy anew and asks the same questions; only where the
+journal ends is anything computed. The result is that of an uninterrupted search, bit for bit on the same kind of
+machine with as many threads.
 
-journal.sqlite holds the answers: values as JSON, tensors as safetensors. It is one process's at a time, and each answer
-is written in a transaction, so that none that was recorded is lost when the process is killed at any moment, and none
-is there in part. What was damaged on the disk is found by its checksum and computed anew.
+journal.sqlite holds values as JSON and tensors as safetensors. One process at a time uses it. Each answer is written in
+a transaction, so that a killed process loses none that was recorded and leaves none in part. What was damaged on the
+disk is found by its checksum and computed anew.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lightning_stitch.errors import JournalError
 from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
 
 SCHEMA_VERSION = 1
-_DATABASE, _CALIBRATION = "journal.sqlite", "calibration"
+_DATABASE = "journal.sqlite"
 _TABLES = """
     PRAGMA locking_mode = EXCLUSIVE;
     PRAGMA journal_mode = WAL;
@@ -67,31 +66,17 @@ class Answers:
     calibration: Path | None = None
 
     def recall(self, question: Sequence[Any], compute: Callable[[], Answer]) -> Answer:
-        """The answer to one question, computed where it is not remembered.
-
-        Args:
-            question: Its kind in a word, and plain values.
-            compute: Finds the answer.
-        """
+        """The answer to one question (its kind in a word, and plain values), computed where it is not remembered."""
         return self.recall_all([question], lambda missing: [compute()])[0]
 
     def recall_all(
         self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
     ) -> list[Answer]:
-        """The answers to several questions, those that are not remembered computed together.
-
-        Args:
-            questions: As `recall`.
-            compute: Finds the answers to some of the questions, given their places.
-        """
+        """The answers to several questions; `compute` gets the places of those that are not remembered, together."""
         return list(compute(range(len(questions))))
 
     def agree(self, entries: Mapping[str, Any]) -> None:
-        """Remember what the search depends on, or find it unchanged.
-
-        Args:
-            entries: Plain values by name.
-        """
+        """Remember what the search depends on, plain values by name, or find it unchanged."""
 
     def __enter__(self) -> Answers:
         return self
@@ -113,7 +98,7 @@ class Journal(Answers):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self.calibration = self.directory / _CALIBRATION
+        self.calibration = self.directory / "calibration"
         with self._errors_in_words():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.directory / _DATABASE, timeout=0)
@@ -130,31 +115,21 @@ class Journal(Answers):
     def recall_all(
         self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
     ) -> list[Answer]:
-        """The answers to several questions, those that are not remembered computed together and recorded.
-
-        They are safe from the process being killed when this returns.
-
-        Args:
-            questions: As `recall`.
-            compute: Finds the answers to some of the questions, given their places.
-        """
+        """As in `Answers`; those that were computed are recorded."""
         keys = [key_of(*question) for question in questions]
         with self._errors_in_words():
-            known = {key: answer for key in dict.fromkeys(keys) if (answer := self._find(key)) is not None}
-        missing = [place for place, key in enumerate(keys) if key not in known]
+            answers = {key: answer for key in dict.fromkeys(keys) if (answer := self._find(key)) is not None}
+        missing = [place for place, key in enumerate(keys) if key not in answers]
         if missing:
             computed = compute(missing)
             with self._errors_in_words(), self._database:
                 for place, answer in zip(missing, computed, strict=True):
                     self._record(keys[place], questions[place][0], answer)
-                    known[keys[place]] = answer
-        return [known[key] for key in keys]
+                    answers[keys[place]] = answer
+        return [answers[key] for key in keys]
 
     def agree(self, entries: Mapping[str, Any]) -> None:
-        """Remember what the search depends on, or find it unchanged.
-
-        Args:
-            entries: Plain values by name.
+        """As in `Answers`.
 
         Raises:
             JournalError: If the journal is of another search; what differs is named.
@@ -162,13 +137,13 @@ class Journal(Answers):
         here = plain(entries)
         with self._errors_in_words():
             remembered = {name: json.loads(x) for name, x in self._database.execute("SELECT * FROM entries")}
-        there = {name: remembered[name] for name in here if name in remembered}
-        if found := differences(there, {name: here[name] for name in there}):
+        both = [name for name in here if name in remembered]
+        if changes := differences({name: remembered[name] for name in both}, {name: here[name] for name in both}):
             raise JournalError(
-                f"The journal in {self.directory} is of another search: {in_words(found)}. Search with what it was "
+                f"The journal in {self.directory} is of another search: {in_words(changes)}. Search with what it was "
                 f"begun with, or name another directory."
             )
-        new = [(name, json.dumps(value)) for name, value in here.items() if name not in there]
+        new = [(name, json.dumps(value)) for name, value in here.items() if name not in both]
         with self._errors_in_words(), self._database:
             self._database.executemany("INSERT INTO entries VALUES (?, ?)", new)
 

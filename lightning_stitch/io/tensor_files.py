@@ -9,23 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The words of safetensors."""
-
 UNFINISHED = ".unfinished"
 
 
@@ -45,9 +28,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write plain JSON values."""
     with complete_or_absent(path) as file:
         file.write(json.dumps(value, indent=1).encode())
-
-
-def raw_bytes(x: Tensor) -> memoryview:
-    """A tensor's numbers as they lie in memory, row by row."""
-    raw: memoryview = x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
-    return raw

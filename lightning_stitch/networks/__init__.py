@@ -1,8 +1,7 @@
 """What a recipe describes, as `nn.Module`s.
 
-A recipe (`lightning_stitch.recipe`) is structure, as plain JSON: fragments, stitches, sources with revision and
-weight hash. A state dict is numbers. The two together are a network, with no source at hand:
-`StitchedClassifier.load_from_checkpoint(path, weights_only=True)` and `from_pretrained` load it. In reading order:
+A recipe is structure, as plain JSON; a state dict is numbers. The two together are a network, with no source at hand.
+In reading order:
 
 - `network.py`: `StitchedNetwork`: images in [0, 1] in, features out; chains, exits and ensembles alike
 - `backbone.py`: `StitchedBackbone`: a stitched network where a module of your own had its backbone
@@ -13,23 +12,14 @@ weight hash. A state dict is numbers. The two together are a network, with no so
 
 - `StitchedBackbone(num_features=W)` gives vectors of width W. A network of another width gets a linear layer behind
   it: the first principal components of its features, or all of them beside zeros.
-- `StitchedBackbone()` is as wide as the network. The module is then told by `on_backbone_stitched(self, backbone)`,
-  before `configure_optimizers`, and builds its head there.
-- Or leave your own backbone in `__init__`. It is replaced, and the features are mapped by least squares onto what it
-  gave, so that a head trained on it goes on working.
-- `FragmentSearch(head_attribute="head")` fits a linear head in closed form; with `max_epochs=0` that is all.
+- `StitchedBackbone()` is as wide as the network; `on_backbone_stitched(self, backbone)` builds what depends on that.
+- Your own backbone of `__init__` is replaced, and the features are mapped by least squares onto what it gave.
 
-Checkpoints hold the recipe as plain values in the state dict: `load_from_checkpoint(..., weights_only=True)` and
-`test(ckpt_path=...)` need no search and no sources. In the second and third case `load_from_checkpoint` needs one
-method more, which calls `restore_backbones(self, checkpoint)`: `on_load_checkpoint`.
+Checkpoints hold the recipe: `load_from_checkpoint(..., weights_only=True)` and `test(ckpt_path=...)` need no search. In
+the second and third case `on_load_checkpoint` has to call `restore_backbones(self, checkpoint)`.
 
 The network normalises inside. Where the images are normalised by the dataset, say so to `CalibrationDataModule(mean=,
-std=)`; where your module normalises them itself, to `StitchedBackbone(mean=, std=)`. The network stays in eval mode
-while it trains, so that a head fitted to its features goes on fitting them; `train_mode=True` makes it follow
-`train()`.
-
-Recipes that are an ensemble share the fragments and stitches that their members begin with alike, up to the first
-piece that differs: so not the piece that a stitch was folded into. They are exported by `torch.export` only.
+std=)`; where your module normalises them itself, to `StitchedBackbone(mean=, std=)`.
 
 Example:
     >>> import torch

@@ -25,14 +25,12 @@ class StitchedBackbone(nn.Module):
     the state dict (plain values, as `weights_only=True` demands), so that checkpoints need nothing else.
 
     Takes images (batch, channels, height, width), float, and gives vectors (batch, num_features). The network stays in
-    eval mode while it is trained on, so that BatchNorm statistics do not move and a head that was fitted to its
-    features goes on fitting them.
+    eval mode while it trains, so that a head that was fitted to its features goes on fitting them.
 
     Args:
-        num_features: Width of the vectors. A network of another width gets a linear layer behind it, which keeps the
-            principal components of its features, or all of them beside zeros. None: as wide as the network; the module
-            must then have a method `on_backbone_stitched(self, backbone)`, which is called before
-            `configure_optimizers` and can build what depends on `backbone.num_features`.
+        num_features: Width of the vectors. A network of another width gets a linear layer behind it. None: as wide as
+            the network; the module must then have a method `on_backbone_stitched(self, backbone)`, which is called
+            before `configure_optimizers` and can build what depends on `backbone.num_features`.
         mean: What the images that come in were normalised with, per channel; undone here. None: they are in [0, 1].
         std: Likewise.
         recipe: A recipe's `to_dict()`: the structure, with random weights, where it is known from the start.
@@ -134,7 +132,7 @@ class StitchedBackbone(nn.Module):
         """The structure, as plain dicts, lists, strings and numbers."""
         return {
             "format": _FORMAT,
-            "recipe": None if self.network is None else self.network.recipe.to_dict(),
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "num_features": self._width,
             "projected": self.projection is not None,
             "mean": self.mean.flatten().tolist(),
@@ -158,23 +156,20 @@ class StitchedBackbone(nn.Module):
         self._width = state["num_features"]
         self.mean = self.mean.new_tensor(state["mean"]).view(1, -1, 1, 1)
         self.std = self.std.new_tensor(state["std"]).view(1, -1, 1, 1)
-        plain = state["recipe"]
-        if plain is None:
+        if state["recipe"] is None:
             is_changed = self.network is not None
             self.network = self.projection = None
             return is_changed
-        recipe = Recipe.from_dict(plain)
-        projected = self.projection is not None
-        if self.network is not None and (self.network.recipe, projected) == (recipe, state["projected"]):
+        recipe = Recipe.from_dict(state["recipe"])
+        if (self.recipe, self.projection is not None) == (recipe, state["projected"]):
             return False
         network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
         self.install(network, nn.Linear(network.num_features, self.num_features) if state["projected"] else None)
         return True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        state = state_dict.get(prefix + _STATE)
-        if state is not None:
-            self.take_structure(state)
+        if prefix + _STATE in state_dict:
+            self.take_structure(state_dict[prefix + _STATE])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -190,8 +185,7 @@ def saved_backbones(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def restore_backbones(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a module the stitched backbones of a checkpoint, before its tensors are loaded.
 
-    Call it in the module's `on_load_checkpoint` where `__init__` builds another backbone than a `StitchedBackbone`, or
-    where `on_backbone_stitched` builds what depends on the width. A `StitchedBackbone` of known width needs no call.
+    Call it in the module's `on_load_checkpoint`, unless `__init__` makes a `StitchedBackbone` of known width.
 
     Args:
         module: The module; attributes that the checkpoint has a stitched backbone for are replaced, and
@@ -229,6 +223,4 @@ def put(module: nn.Module, attribute: str, backbone: StitchedBackbone) -> None:
 
 def announce(module: nn.Module, backbone: StitchedBackbone) -> None:
     """Call the module's `on_backbone_stitched`, if it has one."""
-    hook = getattr(module, HOOK, None)
-    if hook is not None:
-        hook(backbone)
+    getattr(module, HOOK, lambda backbone: None)(backbone)

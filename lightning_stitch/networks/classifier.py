@@ -4,91 +4,64 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings, NearestNeighbourHead
-from lightning_stitch.hub import CardDetails, CardSubject, PretrainedFolder, open_folder, save_folder
+from lightning_stitch.hub import CardSubject, PretrainedFolder, open_pretrained, save_folder
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 
 
-class Classifier(Protocol):
-    """What is saved of a classifier."""
-
-    network: StitchedNetwork | None
-    head: nn.Module | None
-    head_settings: HeadSettings
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the outputs, where they are known."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SavedClassifier:
-    """A classifier as a folder holds it.
+    """A network with its head as a folder holds them.
 
     Attributes:
         network: The network.
-        head: What reads its output.
+        head: What reads its output; `nn.Identity` where there is none.
         arguments: head, task, num_classes and class_names, as `StitchedClassifier` takes them.
-        num_outputs: Width of the head's output; None: that of the network, which has no head.
     """
 
     network: StitchedNetwork
     head: nn.Module
     arguments: dict[str, Any]
-    num_outputs: int | None
 
 
-def save_classifier(
-    model: Classifier,
-    directory: str | Path,
-    *,
-    details: CardDetails | None = None,
-    name: str | None = None,
-    overwrite: bool = False,
-) -> None:
+def save_classifier(model: Any, directory: str | Path, **options: Any) -> None:
     """Write a classifier's folder.
+
+    Args:
+        model: A `StitchedClassifier`; read are its `network`, `head`, `head_settings` and `class_names`.
+        directory: The folder.
+        options: As `save_folder`: details, name and overwrite.
 
     Raises:
         StitchError: If it has no network yet, or as `save_folder`.
     """
-    network, head, settings = model.network, model.head, model.head_settings
-    if network is None or head is None:
+    network, settings, names = model.network, model.head_settings, model.class_names
+    if network is None or model.head is None:
         raise StitchError(
             "This StitchedClassifier has no network yet, so there is nothing to save. Call fit with a FragmentSearch "
             "among the Trainer's callbacks, or load a checkpoint."
         )
-    silent = settings.name == "none"
-    subject = CardSubject(
-        network.recipe,
-        network.describe(),
-        "StitchedClassifier",
-        None if silent else settings.task,
-        settings.name,
-        model.class_names,
-    )
-    task = {
-        "head": settings.plain,
-        "task": settings.task,
-        "num_classes": None if silent else settings.num_classes,
-        "class_names": model.class_names,
-    }
-    width = network.num_features if silent else settings.num_classes
+    is_headless = settings.name == "none"
+    task = None if is_headless else settings.task
+    subject = CardSubject(network.recipe, network.describe(), "StitchedClassifier", task, settings.name, names)
     save_folder(
-        {"network": network, "head": head},
+        {"network": network, "head": model.head},
         directory,
         subject,
-        num_outputs=width,
-        task=task,
-        details=details,
-        name=name,
-        overwrite=overwrite,
+        num_outputs=network.num_features if is_headless else settings.num_classes,
+        task={
+            "head": settings.plain,
+            "task": settings.task,
+            "num_classes": None if is_headless else settings.num_classes,
+            "class_names": names,
+        },
+        **options,
     )
 
 
@@ -98,19 +71,25 @@ def load_classifier(where: str | Path, *, trust_factory: bool = False) -> SavedC
     Raises:
         RecipeError: If it is no classifier's, or its head cannot be read, or as there.
     """
-    return read_classifier(open_folder(where, loader="StitchedClassifier"), trust_factory=trust_factory)
-
-
-def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) -> SavedClassifier:
-    """The same of a folder that was found."""
-    recipe = folder.recipe
-    arguments = {key: folder.config.get(key) for key in ("head", "task", "num_classes", "class_names")}
-    names = arguments["class_names"]
-    try:
-        _check_written_out(arguments["head"])
-        settings = HeadSettings.of(
-            arguments["head"] or "none", task=str(arguments["task"]), num_classes=arguments["num_classes"]
+    folder = open_pretrained(where)
+    if folder.kind != "classifier":
+        raise RecipeError(
+            f"{str(where)!r} holds what StitchedNetwork.from_pretrained loads, not StitchedClassifier.from_pretrained."
         )
+    return load_with_head(folder, trust_factory=trust_factory)
+
+
+def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> SavedClassifier:
+    """The network of a folder of either kind with its head, if it has one.
+
+    Raises:
+        RecipeError: If the head cannot be read, or as `StitchedNetwork.from_pretrained`.
+    """
+    recipe, config = folder.recipe, folder.config
+    head, names = config.get("head") or "none", config.get("class_names")
+    try:
+        _check_indices(head)
+        settings = HeadSettings.of(head, task=config.get("task", "multiclass"), num_classes=config.get("num_classes"))
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise StitchError(f"class_names should be a list of names; found {names!r}.")
     except (StitchError, TypeError, ValueError, AttributeError) as error:
@@ -120,13 +99,17 @@ def read_classifier(folder: PretrainedFolder, *, trust_factory: bool = False) ->
         network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
         return nn.ModuleDict({"network": network, "head": empty_head(settings, recipe)})
 
-    parts = folder.load(build, trust_factory=trust_factory)
-    network: Any = parts.get_submodule("network")
-    head = parts.get_submodule("head")
-    if isinstance(head, NearestNeighbourHead) and folder.weights is not None:
-        _check_neighbours(head, folder.where)
-    outputs = None if settings.name == "none" else settings.num_classes
-    return SavedClassifier(network, head, {**arguments, "head": settings.plain}, outputs)
+    parts: Any = folder.load(build, trust_factory=trust_factory)
+    network, module = parts["network"], parts["head"]
+    if isinstance(module, NearestNeighbourHead) and folder.weights is not None:
+        images, targets, voters = len(module.rows), len(module.targets), int(module.num_neighbours)
+        if not (images == targets and 1 <= voters <= images):
+            raise RecipeError(
+                f"The head of {folder.where!r} does not fit itself: {images} images, {targets} targets, {voters} "
+                f"neighbours."
+            )
+    arguments = {"head": settings.plain, "task": settings.task, "num_classes": settings.num_classes or None}
+    return SavedClassifier(network, module, {**arguments, "class_names": names})
 
 
 def empty_head(settings: HeadSettings, recipe: Recipe) -> nn.Module:
@@ -134,20 +117,8 @@ def empty_head(settings: HeadSettings, recipe: Recipe) -> nn.Module:
     return settings.empty(recipe.num_features) if recipe.average is None else nn.Identity()
 
 
-def _check_written_out(head: Any) -> None:
+def _check_indices(head: Any) -> None:
     """A saved class map holds indices; ranges in words would be as long as a stranger likes."""
-    classes = head.get("classes") if isinstance(head, dict) else None
-    if isinstance(classes, dict) and any(isinstance(i, str) for found in classes.values() for i in _listed(found)):
+    classes = head.get("classes", {}) if isinstance(head, dict) else {}
+    if not all(isinstance(index, int) for indices in classes.values() for index in indices):
         raise StitchError("a saved class map has indices, not words.")
-
-
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
-
-
-def _check_neighbours(head: NearestNeighbourHead, where: str) -> None:
-    images, targets, voters = len(head.rows), len(head.targets), int(head.num_neighbours)
-    if not (images == targets and 1 <= voters <= images):
-        raise RecipeError(
-            f"The head of {where!r} does not fit itself: {images} images, {targets} targets, {voters} neighbours."
-        )

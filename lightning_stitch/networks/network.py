@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from lightning_stitch.cutting import CutGraph, copy_module, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
 from lightning_stitch.heads import RidgeHead
-from lightning_stitch.hub import CardDetails, CardSubject, open_folder, save_folder
+from lightning_stitch.hub import CardDetails, CardSubject, open_pretrained, save_folder
 from lightning_stitch.recipe import Recipe, StitchSpec, Tap
 from lightning_stitch.sources import Preprocess, build_architecture, view_size
 from lightning_stitch.stitching import GlobalAverage, Stitch, fold_into_consumer, fold_into_producer
@@ -26,10 +26,7 @@ class StitchedNetwork(nn.Module):
 
     Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised. It gives what its taps
     read, side by side (batch, num_features): a last source's features or output, or the average of a cut over its
-    positions. Under an average of members it gives log-probabilities (batch, classes), which serve as logits: their
-    softmax is the average.
-
-    Build one with `assemble` (from sources at hand) or `StitchedNetwork.from_recipe` (structure only).
+    positions. An average of members gives log-probabilities (batch, classes), which serve as logits.
 
     Attributes:
         recipe: Its structure.
@@ -76,8 +73,8 @@ class StitchedNetwork(nn.Module):
                 if tap.fragment == index:
                     vectors[number] = self.taps[number](x)
         if recipe.average is None:
-            return _side_by_side([vectors[number] for number in range(len(recipe.taps))])
-        members = [_side_by_side([vectors[number] for number in member]) for member in recipe.average.members]
+            return torch.cat([vectors[number] for number in range(len(recipe.taps))], dim=-1)
+        members = [torch.cat([vectors[number] for number in member], dim=-1) for member in recipe.average.members]
         if recipe.average.with_heads:
             members = [head(member) for head, member in zip(self.heads, members, strict=True)]
         together = torch.stack([member.log_softmax(-1) for member in members])
@@ -87,9 +84,7 @@ class StitchedNetwork(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
-        """Rebuild a recipe's structure, with random weights: needs no network, no files and no source weights.
-
-        Load the numbers with `load_state_dict` afterwards.
+        """Rebuild a recipe's structure, with random weights, which `load_state_dict` replaces; no file is read.
 
         Args:
             recipe: The recipe.
@@ -99,10 +94,9 @@ class StitchedNetwork(nn.Module):
             RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
         """
         graphs = {}
-        for name in dict.fromkeys(fragment.source for fragment in recipe.fragments):
-            ref = recipe.source(name)
+        for ref in (recipe.source(name) for name in dict.fromkeys(fragment.source for fragment in recipe.fragments)):
             network = build_architecture(ref, trust_factory=trust_factory)
-            graphs[name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
+            graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, recipe.input_size))
         return assemble(recipe, graphs)
 
     def save_pretrained(
@@ -115,7 +109,7 @@ class StitchedNetwork(nn.Module):
     ) -> None:
         """Write all that `from_pretrained` needs, and a card: config.json, model.safetensors, README.md, a picture.
 
-        Only the fragments are written, weights that several of them share once. Trained weights are as they are.
+        Only the fragments are written, weights that several of them share once.
 
         Args:
             directory: The folder; made if it does not exist.
@@ -143,8 +137,7 @@ class StitchedNetwork(nn.Module):
     def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False) -> StitchedNetwork:
         """Load what `save_pretrained` or `publish` wrote; no source and, from a folder, no network is needed.
 
-        Of a saved classifier it takes the network and leaves the head. Nothing is unpickled: weights are checked
-        against the config's hash and the recipe's shapes first, and loading is strict.
+        Of a saved classifier it takes the network and leaves the head. Nothing is unpickled.
 
         Args:
             where: A folder, or a hub repository "ORG/NAME" or "ORG/NAME@REVISION".
@@ -153,14 +146,14 @@ class StitchedNetwork(nn.Module):
         Raises:
             SourceError: If the folder or repository cannot be found.
             RecipeError: If config and weights do not fit each other, or a source cannot be built.
-            StitchError: If a file is missing or no plain file.
+            StitchError: If a file is missing.
         """
-        folder = open_folder(where, loader="StitchedNetwork", also="classifier")
-        parts = folder.load(
+        folder = open_pretrained(where)
+        parts: Any = folder.load(
             lambda: nn.ModuleDict({"network": cls.from_recipe(folder.recipe, trust_factory=trust_factory)}),
             trust_factory=trust_factory,
         )
-        network: StitchedNetwork = parts.get_submodule("network")  # type: ignore[assignment]
+        network: StitchedNetwork = parts["network"]
         return network
 
     @property
@@ -170,8 +163,11 @@ class StitchedNetwork(nn.Module):
 
     def describe(self) -> str:
         """The composition in words: fragments, stitches and where they live, taps, parameters, MACs, scores."""
-        recipe = self.recipe
-        lines = [_title(recipe)]
+        recipe, average = self.recipe, self.recipe.average
+        kind = (
+            f"Ensemble of {len(average.members)} networks ({average.mean} mean)," if average else "Stitched network of"
+        )
+        lines = [f"{kind} {len(recipe.fragments)} fragment{'s' * (len(recipe.fragments) > 1)}"]
         numbered = not recipe.is_chain
         for index, (ref, fragment) in enumerate(zip(recipe.fragments, self.fragments, strict=True)):
             if ref.stitch is not None:
@@ -181,8 +177,11 @@ class StitchedNetwork(nn.Module):
             params = sum(p.numel() for p in fragment.parameters())
             lines.append(f"  {place}{ref}{behind}, {params / 1e6:.3f} M parameters")
             for number, tap in enumerate(recipe.taps):
-                if tap.fragment == index and (tap.statistics or numbered):
-                    lines.append("    " + _tap_in_words(self.taps[number], tap))
+                if tap.fragment == index and tap.statistics:
+                    is_averaged = getattr(self.taps[number], "format", "vector") != "vector"
+                    lines.append("    ends early here" + (", averaged over positions" if is_averaged else ""))
+                elif tap.fragment == index and numbered:
+                    lines.append(f"    read here: {tap.num_features} features")
         lines.append(self._total())
         if recipe.healed:
             lines.append("  healed behind its stitches")
@@ -196,17 +195,15 @@ class StitchedNetwork(nn.Module):
         return "\n".join(lines)
 
     def _total(self) -> str:
-        """Parameters and costs of the whole, in words."""
-        recipe = self.recipe
         total = f"  {sum(p.numel() for p in self.parameters()) / 1e6:.3f} M parameters"
-        if recipe.share_weights:
+        if self.recipe.share_weights:
             holders = Counter(p for fragment in self.fragments for p in fragment.parameters())
             shared = sum(p.numel() for p, count in holders.items() if count > 1)
             total += f" ({shared / 1e6:.3f} M of them shared by several fragments)"
-        macs, activations = recipe.scores.get("macs"), recipe.scores.get("activation_bytes")
+        macs, activations = (self.recipe.scores.get(name) for name in ("macs", "activation_bytes"))
         total += "" if macs is None else f", {macs / 1e6:.1f} M MACs"
         total += "" if activations is None else f", {activations / 1e6:.3g} MB of activations"
-        return total + f" at {_size(recipe.input_size[1:])}"
+        return total + f" at {_size(self.recipe.input_size[1:])}"
 
 
 def assemble(
@@ -222,10 +219,8 @@ def assemble(
         recipe: The structure.
         graphs: The cut graph of each source, by name. Their parameters are copied: once for each fragment, or, where
             the recipe shares weights, once for all fragments of the source.
-        stitches: What leads into each fragment, None where nothing is fitted; explicit where it holds numbers,
-            whatever its placement. None: all numbers are zero.
-        tensors: For each fragment the parameters and buffers, by their names in the source, that have other numbers
-            than the source's; None: none has.
+        stitches: What leads into each fragment, explicit where it is fitted; None: all numbers are zero.
+        tensors: For each fragment the parameters and buffers, by their names in the source, that differ from its.
         heads: The members' heads, where the recipe averages members that have one; None: their numbers are zero.
 
     Raises:
@@ -246,7 +241,7 @@ def assemble(
             elif ref.stitch is None:
                 entries.append(nn.Identity())
             else:
-                entries.append(placed_stitch(ref.stitch, stitch, fragments[ref.parent], fragments[-1]))
+                entries.append(_place_stitch(ref.stitch, stitch, fragments[ref.parent], fragments[-1]))
         taps = [_tap_module(tap, recipe, graphs) for tap in recipe.taps]
     except CutError as error:
         raise RecipeError(f"The recipe does not fit its sources: {error}") from error
@@ -271,47 +266,25 @@ def _empty_heads(recipe: Recipe) -> list[nn.Module]:
     return [RidgeHead(width, average.num_classes) for width in widths]
 
 
-def _side_by_side(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), dim=-1)
-
-
-def placed_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:
-    """The joint of two fragments, with its numbers where the spec places them: in itself, or folded into a neighbour.
-
-    Args:
-        spec: The stitch's structure.
-        stitch: The fitted stitch, explicit where it holds numbers; None: all are zero.
-        before: The fragment before, changed in place where it takes the stitch in.
-        after: The fragment behind, likewise.
+def _place_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:
+    """The joint of two fragments, with its numbers in itself, or folded into a neighbour, which changes in place.
 
     Raises:
         CutError: If a fold is not possible.
     """
     joint = Stitch(spec)
-    numbers = stitch if stitch is not None and stitch.weight is not None else _zero_stitch(spec)
+    if stitch is None or stitch.weight is None:
+        stitch = Stitch(dataclasses.replace(spec, placement="explicit"))
     if spec.placement == "explicit":
-        joint.load_state_dict(numbers.state_dict())
+        joint.load_state_dict(stitch.state_dict())
         return joint
-    if joint.prefix is not None and numbers.prefix is not None:
-        joint.prefix.copy_(numbers.prefix)
+    if joint.prefix is not None and stitch.prefix is not None:
+        joint.prefix.copy_(stitch.prefix)
     if spec.placement == "producer":
-        fold_into_producer(before, numbers)
+        fold_into_producer(before, stitch)
     else:
-        fold_into_consumer(after, numbers)
+        fold_into_consumer(after, stitch)
     return joint
-
-
-def _zero_stitch(spec: StitchSpec) -> Stitch:
-    return Stitch(dataclasses.replace(spec, placement="explicit"))
-
-
-def _title(recipe: Recipe) -> str:
-    """What kind of composition it is."""
-    count = len(recipe.fragments)
-    fragments = f"{count} fragment{'s' * (count > 1)}"
-    if recipe.average is not None:
-        return f"Ensemble of {len(recipe.average.members)} networks ({recipe.average.mean} mean), {fragments}"
-    return f"Stitched network of {fragments}"
 
 
 def _stitch_in_words(spec: StitchSpec) -> str:
@@ -327,13 +300,6 @@ def _stitch_in_words(spec: StitchSpec) -> str:
     measured = (("CKA", spec.cka), ("held-out R2", spec.r2))
     scores = ", ".join(f"{name} {value:.3f}" for name, value in measured if value is not None)
     return f"{sizes}, {where}" + (f"; {scores}" if scores else "")
-
-
-def _tap_in_words(module: nn.Module, tap: Tap) -> str:
-    averages = isinstance(module, GlobalAverage) and module.format != "vector"
-    if tap.statistics:
-        return "ends early here" + (", averaged over positions" if averages else "")
-    return f"read here: {tap.num_features} features"
 
 
 def _size(size: Sequence[int] | None) -> str:

@@ -8,13 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_stitch.errors import SourceError
 from lightning_stitch.hub import open_pretrained
-from lightning_stitch.networks.classifier import read_classifier
-from lightning_stitch.networks.network import StitchedNetwork
+from lightning_stitch.networks.classifier import SavedClassifier, load_with_head
+
+# timm's own tools pass these to every model; a wrong number of channels shows at the first image.
+_IGNORED = {"pretrained_cfg_overlay", "cache_dir", "pretrained_model_args", "drop_rate", "drop_path_rate", "in_chans"}
 
 
 class TimmNetwork(nn.Module):
     """A saved network with its head, with what timm's tools ask a network for.
+
+    Args:
+        saved: The network and its head.
+        pretrained_cfg: What timm knows of it.
 
     Attributes:
         network: The stitched network.
@@ -25,23 +32,14 @@ class TimmNetwork(nn.Module):
         class_names: Names of the outputs, where they are known.
     """
 
-    def __init__(
-        self,
-        network: StitchedNetwork,
-        head: nn.Module,
-        *,
-        num_features: int,
-        num_classes: int,
-        pretrained_cfg: dict[str, Any],
-        class_names: list[str] | None,
-    ) -> None:
+    def __init__(self, saved: SavedClassifier, pretrained_cfg: dict[str, Any]) -> None:
         super().__init__()
-        self.network = network
-        self.head = head
-        self.num_features = self.head_hidden_size = num_features
-        self.num_classes = num_classes
+        self.network = saved.network
+        self.head = saved.head
+        self.num_features = self.head_hidden_size = saved.network.num_features
+        self.num_classes: int = saved.arguments["num_classes"] or self.num_features
         self.pretrained_cfg = self.default_cfg = pretrained_cfg
-        self.class_names = class_names
+        self.class_names: list[str] | None = saved.arguments["class_names"]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """What the head reads, for images in [0, 1]."""
@@ -66,39 +64,6 @@ class TimmNetwork(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
-def timm_network(where: str, *, pretrained: bool, num_classes: int | None, config: dict[str, Any]) -> TimmNetwork:
-    """A saved network of any kind, for `timm.create_model`.
-
-    Args:
-        where: "hf-hub:..." or "local-dir:...".
-        pretrained: Whether to read the weights.
-        num_classes: Of the output; None: as saved.
-        config: timm's pretrained_cfg.
-
-    Raises:
-        RecipeError: If it was not saved by this package or does not fit itself, or needs a factory.
-    """
-    folder = open_pretrained(where, weights=pretrained)
-    names, outputs = None, None
-    network: Any
-    head: nn.Module
-    if folder.kind == "classifier":
-        saved = read_classifier(folder)
-        network, head, outputs = saved.network, saved.head, saved.num_outputs
-        names = saved.arguments["class_names"]
-    else:
-        parts = folder.load(lambda: nn.ModuleDict({"network": StitchedNetwork.from_recipe(folder.recipe)}))
-        network, head = parts.get_submodule("network"), nn.Identity()
-    width = folder.recipe.num_features
-    outputs = outputs or width
-    found = TimmNetwork(
-        network, head, num_features=width, num_classes=outputs, pretrained_cfg=config, class_names=names
-    )
-    if num_classes is not None and num_classes != outputs:
-        found.reset_classifier(num_classes)
-    return found
-
-
 def register() -> None:
     """Put it into timm's registry, once."""
     registry = import_module("timm.models")
@@ -121,19 +86,19 @@ def lightning_stitch(
 
     Raises:
         SourceError: If it is asked for in another way.
+        RecipeError: If it was not saved by this package or does not fit itself, or needs a factory.
     """
-    from lightning_stitch.errors import SourceError
-
     config = dict(pretrained_cfg) if isinstance(pretrained_cfg, Mapping) else dict(vars(pretrained_cfg or object))
-    place = {"hf-hub": "hf_hub_id", "local-dir": "file"}.get(str(config.get("source")))
-    if place is None or not config.get(place):
+    place = config.get({"hf-hub": "hf_hub_id", "local-dir": "file"}.get(str(config.get("source")), ""))
+    if not place:
         raise SourceError(
             "a stitched network is not built by name and cannot be a source of another search; timm.create_model("
             "'hf-hub:ORG/NAME', pretrained=True), or 'local-dir:FOLDER', loads a saved one."
         )
-    known = {"pretrained_cfg_overlay", "cache_dir", "pretrained_model_args", "drop_rate", "drop_path_rate", "in_chans"}
-    # timm's own tools pass these to every model; a wrong number of channels shows at the first image.
-    if refused := sorted(key for key, value in options.items() if value is not None and key not in known):
+    if refused := sorted(key for key, value in options.items() if value is not None and key not in _IGNORED):
         raise SourceError(f"A stitched network is fixed; timm.create_model cannot change {', '.join(refused)} of it.")
-    spec = f"{config['source']}:{config[place]}"
-    return timm_network(spec, pretrained=pretrained, num_classes=num_classes, config=config)
+    folder = open_pretrained(f"{config['source']}:{place}", weights=pretrained)
+    network = TimmNetwork(load_with_head(folder), config)
+    if num_classes is not None and num_classes != network.num_classes:
+        network.reset_classifier(num_classes)
+    return network

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_stitch.composing import Pool
 from lightning_stitch.cost import Budget
@@ -32,7 +31,7 @@ class Finalist:
     Attributes:
         name: Its name in the table.
         candidate: The network.
-        budget: The budget it was chosen under, in words; its MACs are shares of the smallest source's.
+        budget: The budget it was chosen under, in words.
         search_seconds: Wall time of what led to it, the head apart.
         search_labels: Labels used in choosing it.
     """
@@ -62,37 +61,32 @@ class Comparison:
 def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Finalist], tuple[str, ...]]:
     """Every source, every self-stitched source, and the best StitchNet and early exit under each share of the budget.
 
-    Args:
-        result: What a search found.
-        fractions: Shares of the smallest source's MACs.
-
-    Returns:
-        The finalists, and the budgets that no StitchNet keeps.
+    Shares are of the smallest source's MACs. Returned are the finalists, and the budgets that no StitchNet keeps.
     """
     spent = sum(result.seconds.values())
     prepared = result.seconds["cut"] + result.seconds["calibrate"]
     labels = result.num_selection_labels
-    found = []
+    chosen = []
     for kind in ("source", "self-stitched"):
         for ranked in result.ranked:
             candidate = ranked.candidate
             if candidate.kind == kind:
                 name = candidate.recipe.fragments[0].source
-                found.append(Finalist(name, candidate, None, prepared if kind == "self-stitched" else 0.0, 0))
+                chosen.append(Finalist(name, candidate, None, prepared if kind == "self-stitched" else 0.0, 0))
     smallest = min(r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "source")
     limits = [("no budget", math.inf), *((f"<= {share:.0%} of MACs", share * smallest) for share in fractions)]
     unmet = []
     for words, limit in limits:
         budget = Budget(max_macs=limit)
-        chosen, exit = result.within(budget, kind="stitched"), result.within(budget, kind="early exit")
-        if chosen is None:
+        stitched, exit = result.within(budget, kind="stitched"), result.within(budget, kind="early exit")
+        if stitched is None:
             unmet.append(words if limit < math.inf else "any budget")
         else:
-            found.append(Finalist("StitchNet", chosen.candidate, words, spent, labels))
+            chosen.append(Finalist("StitchNet", stitched.candidate, words, spent, labels))
         if exit is not None:
             name = exit.candidate.recipe.fragments[0].source
-            found.append(Finalist(name, exit.candidate, f"early exit, {words}", spent, labels))
-    return found, tuple(unmet)
+            chosen.append(Finalist(name, exit.candidate, f"early exit, {words}", spent, labels))
+    return chosen, tuple(unmet)
 
 
 def compare(
@@ -146,27 +140,22 @@ def compare(
         with torch.no_grad():
             probabilities = fitted(seen.features).softmax(dim=-1)
         num_labels = len(labels) if head.needs_targets and labels is not None else 0
-        evaluations.append(_evaluation(finalist, probabilities, seconds, num_labels))
+        candidate = finalist.candidate
+        evaluations.append(
+            Evaluation(
+                name=finalist.name,
+                kind=candidate.kind,
+                probabilities=probabilities,
+                params=candidate.cost.params,
+                macs=candidate.cost.macs,
+                seconds=seconds,
+                labels=num_labels + finalist.search_labels,
+                cka_product=candidate.cka_product if len(candidate.recipe.fragments) > 1 else None,
+                budget=finalist.budget,
+            )
+        )
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
-    source = _named(evaluations, "source", result.best_source.candidate.recipe.fragments[0].source)
+    best = result.best_source.candidate.recipe.fragments[0].source
+    source = next(e for e in evaluations if (e.kind, e.name) == ("source", best))
     stitched = next((e for e in evaluations if e.kind == "stitched"), None)
     return Comparison(rows, verdict(source, stitched, targets, num_resamples=num_resamples), unmet)
-
-
-def _evaluation(finalist: Finalist, probabilities: Tensor, seconds: float, num_labels: int) -> Evaluation:
-    candidate = finalist.candidate
-    return Evaluation(
-        name=finalist.name,
-        kind=candidate.kind,
-        probabilities=probabilities,
-        params=candidate.cost.params,
-        macs=candidate.cost.macs,
-        seconds=seconds,
-        labels=num_labels + finalist.search_labels,
-        cka_product=candidate.cka_product if len(candidate.recipe.fragments) > 1 else None,
-        budget=finalist.budget,
-    )
-
-
-def _named(evaluations: Sequence[Evaluation], kind: str, name: str) -> Evaluation:
-    return next(e for e in evaluations if e.kind == kind and e.name == name)

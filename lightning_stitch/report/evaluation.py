@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ class Evaluation:
         budget: The budget it keeps, in words, such as "<= 50 % of smallest source".
 
     Raises:
-        StitchError: If the probabilities are not an images x classes tensor of numbers in [0, 1], or the kind is none
-            of the four.
+        StitchError: If a probability is not finite.
     """
 
     name: str
@@ -51,22 +49,11 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Check the probabilities."""
-        if self.kind not in get_args(Kind):
-            raise StitchError(f"{self.name}: kind is {self.kind!r}; known: {get_args(Kind)}.")
-        shape = tuple(self.probabilities.shape)
-        if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not self.probabilities.is_floating_point():
-            raise StitchError(
-                f"{self.name}: probabilities are a floating-point tensor, images x classes (two or more); found "
-                f"{self.probabilities.dtype} of shape {shape}."
-            )
-        finite = self.probabilities.isfinite()
+        finite = self.probabilities.isfinite().all(1)
         if not finite.all():
             raise StitchError(
-                f"{self.name}: {int((~finite).any(1).sum())} of {shape[0]} images have NaN or infinite probabilities."
+                f"{self.name}: {int((~finite).sum())} of {len(finite)} images have NaN or infinite probabilities."
             )
-        low, high = (float(value) for value in self.probabilities.aminmax())
-        if low < 0 or high > 1 + 1e-3:
-            raise StitchError(f"{self.name}: probabilities go from {low:.3g} to {high:.3g}; apply softmax to logits.")
 
 
 def score(
@@ -74,21 +61,20 @@ def score(
 ) -> dict[str, float | None]:
     """Accuracy, balanced accuracy and AUROC, each with its 95 % interval.
 
-    Accuracy is that of the most probable class. Balanced accuracy is the mean recall of the classes present. AUROC is
-    that of class 1 where there are two classes, else the mean of one-versus-rest over the classes present; ties count
-    one half. The interval is the percentile bootstrap over the test images (Efron 1979, "Bootstrap methods: another
-    look at the jackknife"): it tells the noise of these test images, not of the images that the network was made with.
-    The same number of images and seed give the same resamples, whatever the network.
+    Balanced accuracy is the mean recall of the classes present. AUROC is that of class 1 where there are two classes,
+    else the mean of one-versus-rest over the classes present; ties count one half. The interval is the percentile
+    bootstrap over the test images (Efron 1979, "Bootstrap methods: another look at the jackknife"): the noise of these
+    test images, not of those that the network was made with. One seed gives the same resamples to every network.
 
     Args:
         evaluation: A network's predictions.
-        targets: True classes, int64, one for each image.
+        targets: True classes, integers, one for each image.
         num_resamples: Bootstrap resamples.
         seed: Seed of the resamples; the global random state is left alone.
 
     Returns:
-        `accuracy`, `accuracy_low`, `accuracy_high`, and likewise `balanced_accuracy` and `auroc`; the last three are
-        None where only one class is present.
+        `accuracy`, `accuracy_low`, `accuracy_high`, and likewise `balanced_accuracy` and `auroc`, which is None where
+        only one class is present.
 
     Raises:
         StitchError: If targets and probabilities do not fit each other.
@@ -98,7 +84,7 @@ def score(
         >>> score(sure, torch.tensor([0, 1] * 9))["auroc_low"]
         1.0
     """
-    targets = _checked(targets, evaluation)
+    targets = _valid_targets(targets, evaluation)
     probabilities = evaluation.probabilities.detach().double().cpu()
     everything = torch.ones(1, len(targets), dtype=torch.double)
     points = _metrics(probabilities, targets, everything)
@@ -117,29 +103,28 @@ def verdict(
 ) -> str:
     """One sentence: is the stitched network better than the source, worse, or inside the noise?
 
-    Both are compared on the same images by the exact McNemar test (McNemar 1947, "Note on the sampling error of the
-    difference between correlated proportions or percentages"): of the images on which just one of the two is right,
-    the number that either has right is binomial with probability one half if they are equally good; two-sided. The
-    interval of the difference in accuracy is the paired percentile bootstrap, 95 %.
+    Both are compared on the same images by the exact two-sided McNemar test (McNemar 1947, "Note on the sampling error
+    of the difference between correlated proportions or percentages"). The interval of the difference in accuracy is the
+    paired percentile bootstrap, 95 %.
 
     Args:
         source: The best unmodified source, chosen on the selection set.
         stitched: The stitched network chosen; None where none was.
-        targets: True classes, int64, one for each image.
+        targets: True classes, integers, one for each image.
         num_resamples: Bootstrap resamples.
         seed: Seed of the resamples.
 
     Raises:
         StitchError: If targets and probabilities do not fit each other.
     """
-    targets = _checked(targets, source)
+    targets = _valid_targets(targets, source)
     right = _correct(source, targets)
     if stitched is None:
         return (
             f"No stitched network was chosen, because none fits the budget or none beat the sources on the selection "
             f"set: {source.name} stays, right on {right.mean():.3f} of {len(targets)} test images."
         )
-    targets = _checked(targets, stitched)
+    targets = _valid_targets(targets, stitched)
     gain = _correct(stitched, targets) - right
     won, lost = int((gain > 0).sum()), int((gain < 0).sum())
     p = _mcnemar(won, lost)
@@ -153,18 +138,14 @@ def verdict(
     )
 
 
-def _checked(targets: Tensor, evaluation: Evaluation) -> Tensor:
+def _valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
     """The targets on the CPU, once they are known to fit the evaluation."""
     num_images, num_classes = evaluation.probabilities.shape
-    if targets.shape != (num_images,) or targets.is_floating_point():
+    low, high = targets.aminmax()
+    if targets.shape != (num_images,) or targets.is_floating_point() or low < 0 or high >= num_classes:
         raise StitchError(
-            f"{evaluation.name} has probabilities for {num_images} images; targets should be as many integers, found "
-            f"{targets.dtype} of shape {tuple(targets.shape)}."
-        )
-    low, high = (int(value) for value in targets.aminmax())
-    if low < 0 or high >= num_classes:
-        raise StitchError(
-            f"{evaluation.name} has {num_classes} classes; targets should go from 0 to {num_classes - 1}, found "
+            f"{evaluation.name} has probabilities for {num_images} images and {num_classes} classes; targets should be "
+            f"as many integers from 0 to {num_classes - 1}, found {targets.dtype} of shape {tuple(targets.shape)} from "
             f"{low} to {high}."
         )
     return targets.detach().long().cpu()

@@ -14,7 +14,6 @@ from lightning_stitch.io import complete_or_absent
 from lightning_stitch.tables import Record, csv_text
 
 SUFFIXES = (".csv", ".jsonl")
-_LIKELY = 0.5
 
 
 def prediction_rows(
@@ -55,16 +54,16 @@ def prediction_rows(
     rows: list[Record] = []
     # str() of a float32 has the fewest digits that tell it from its neighbours.
     for file, numbers in zip(files, outputs.detach().float().cpu().numpy(), strict=True):
-        named = {name: float(str(number)) for name, number in zip(columns, numbers, strict=True)}
+        by_name = {name: float(str(number)) for name, number in zip(columns, numbers, strict=True)}
         row: Record = {"file": file}
         if task == "multiclass":
             best = columns[int(numbers.argmax())]
-            row |= {"class": best, "probability": named[best], "probabilities": named}
+            row |= {"class": best, "probability": by_name[best], "probabilities": by_name}
         elif task == "multilabel":
-            labels = [name for name, number in named.items() if number >= _LIKELY]
-            row |= {"labels": labels, "probabilities": named}
+            labels = [name for name, number in by_name.items() if number >= 0.5]
+            row |= {"labels": labels, "probabilities": by_name}
         else:
-            row |= {"values": named}
+            row |= {"values": by_name}
         rows.append(row)
     return rows
 
@@ -73,16 +72,13 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Refuse a file that cannot be written, before anything is computed for it.
 
     Raises:
-        StitchError: If its suffix is unknown, its folder does not exist or cannot be written to, or it exists and is
-            not to be replaced.
+        StitchError: If its suffix is unknown, its folder cannot be written to, or it exists and is not to be replaced.
     """
     path = Path(output)
     if path.suffix.lower() not in SUFFIXES:
         raise StitchError(f"Predictions are written as {' or '.join(SUFFIXES)}; found the output file {path}.")
-    if not path.parent.is_dir():
-        raise StitchError(f"The folder {path.parent} for {path.name} does not exist; make it first.")
     if not os.access(path.parent, os.W_OK):
-        raise StitchError(f"The folder {path.parent} for {path.name} cannot be written to.")
+        raise StitchError(f"The folder {path.parent} for {path.name} does not exist or cannot be written to.")
     if path.is_dir():
         raise StitchError(f"{path} is a folder; name a file.")
     if path.exists() and not overwrite:
@@ -90,15 +86,14 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
 
 
 def write_predictions(rows: Sequence[Record], output: str | Path) -> None:
-    """Write a file of predictions, whole or not at all: it gets its name when it is complete.
+    """Write a file of predictions, whole or not at all; one that is there is replaced.
 
     In CSV a mapping becomes one column for each of its names, "probability_NAME" or "value_NAME", and a list is joined
-    by semicolons. JSON lines hold the rows as they are. UTF-8; names of files that are not UTF-8 keep their bytes in
-    CSV.
+    by semicolons. JSON lines hold the rows as they are. Names of files that are not UTF-8 keep their bytes in CSV.
 
     Args:
         rows: From `prediction_rows`.
-        output: The file; its suffix, .csv or .jsonl, says the form. One that is there is replaced.
+        output: The file; its suffix, .csv or .jsonl, says the form.
     """
     path = Path(output)
     text = as_csv(rows) if path.suffix.lower() == ".csv" else "".join(json.dumps(row) + "\n" for row in rows)

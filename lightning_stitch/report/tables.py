@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from lightning_stitch.errors import StitchError
 from lightning_stitch.report.evaluation import METRICS, Evaluation, score
 from lightning_stitch.search import SearchResult
 from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
@@ -28,10 +27,8 @@ def comparison_table(
         seed: Seed of the resamples.
 
     Raises:
-        StitchError: If there is no network, or targets and probabilities do not fit each other.
+        StitchError: If targets and probabilities do not fit each other.
     """
-    if not evaluations:
-        raise StitchError("A comparison needs at least one evaluated network; the list is empty.")
     return [
         {
             "name": e.name,
@@ -75,13 +72,13 @@ def write_comparison(
         rows: What `comparison_table` returned.
         sentence: What `verdict` returned.
         directory: Where to; made if it does not exist.
-        settings: What the comparison was run with, as plain JSON values; it goes into the JSON file.
+        settings: What the comparison was run with; it goes into the JSON file.
 
     Returns:
         The paths of the two files.
 
     Raises:
-        StitchError: If there are no rows, or rows or settings are not plain finite JSON values; nothing is written.
+        StitchError: As `write_records`.
     """
     return write_records(rows, Path(directory) / "comparison", verdict=sentence, settings=dict(settings or {}))
 
@@ -101,12 +98,8 @@ def _cells(row: Record) -> dict[str, str]:
 def candidate_rows(result: SearchResult) -> list[Record]:
     """One flat row for each candidate, best first, of plain strings, numbers, booleans and None.
 
-    Its place (1 is the best), its kind and fragments in words, its costs (`activation_bytes` and `latency_ms` as
-    measured; None: they were not), each score of the ranking, and whether it is one of `SearchResult.pareto` in MACs
-    and in parameters.
-
-    Args:
-        result: What the search found.
+    Its place (1 is the best), its kind and fragments, its costs (None: not measured), each score of the ranking, and
+    whether it is one of `SearchResult.pareto` in MACs and in parameters.
     """
     scores = dict.fromkeys(name for r in result.ranked for name in r.scores)
     cheapest, smallest = result.pareto("macs"), result.pareto("params")
@@ -128,13 +121,5 @@ def candidate_rows(result: SearchResult) -> list[Record]:
 
 
 def write_candidates(result: SearchResult, directory: str | Path) -> Path:
-    """Write `candidates.csv`, replacing one that is there; None is an empty field.
-
-    Args:
-        result: What the search found.
-        directory: Where to; made if it does not exist.
-
-    Returns:
-        The path of the file.
-    """
+    """Write `candidates.csv` of `candidate_rows` in a directory, replacing one that is there; returns its path."""
     return write_csv(candidate_rows(result), Path(directory) / "candidates.csv")

@@ -14,9 +14,8 @@ from lightning_stitch.hub import (
     ExistingCard,
     HubRepository,
     Publication,
-    check_existing_card,
+    check_destination,
     check_publishable,
-    check_repo_id,
     publish,
 )
 from lightning_stitch.training.fragment_search import FragmentSearch
@@ -64,8 +63,7 @@ class PublishAfterFit(pl.Callback):
         details: CardDetails | None = None,
         existing_card: ExistingCard = "refuse",
     ) -> None:
-        check_repo_id(repo_id)
-        check_existing_card(existing_card)
+        check_destination(repo_id, existing_card)
         self.repo_id = repo_id
         self.details = details or CardDetails()
         self._destination: Any = {"private": private, "revision": revision, "existing_card": existing_card}
@@ -105,7 +103,7 @@ class PublishAfterFit(pl.Callback):
         with warnings.catch_warnings():
             if not trainer.is_global_zero:
                 warnings.simplefilter("ignore")  # rank zero says it
-            check_publishable(pl_module, self.repo_id, self.details)
+            check_publishable(pl_module, self.details)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish, on rank zero."""

@@ -56,7 +56,7 @@ def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda own: own.update(format=2), r"saved in format 2; this version .* reads format 1"),
+        (lambda own: own.update(format=3), r"saved in format 3; this version .* reads format 2"),
         (lambda own: own.update(mood="sunny"), r"has mood, which this version .* does not know\. Upgrade"),
         (lambda own: own["recipe"].update(flavour=1), r"recipe in config\.json .* cannot be used: .*'flavour'"),
         (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(gamma=2.2), r"cannot be used: .*'gamma'"),
@@ -66,12 +66,11 @@ def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (lambda own: own.pop("weights"), r"malformed: kind or weights"),
         (lambda own: own.update(kind="other"), r"malformed: kind or weights"),
         (lambda own: own["weights"].update(sha256="0" * 64), r"not the file that its config.json was written with"),
-        (lambda own: own["weights"].update(bytes=5), r"has \d+ bytes; its config.json was written with one of 5"),
         (lambda own: own["recipe"]["sources"][0].update(architecture="no_such_net"), r"knows no model 'no_such_net'"),
         (lambda own: own["recipe"]["fragments"][0].update(end="nowhere"), r"does not fit its sources.*'nowhere'"),
         (lambda own: own["recipe"]["sources"][0]["arguments"].update(pretrained=True), r"read files or the network"),
         (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(std=[1, 0, 1]), r"one positive std for each"),
-        (lambda own: own["weights"].update(file="../model.safetensors"), r"malformed: kind or weights"),
+        (lambda own: own["weights"].update(bytes="5"), r"malformed: kind or weights"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(change: Any, words: str, folder: Path) -> None:
@@ -88,15 +87,13 @@ def test_a_config_of_something_else_is_refused(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize(("kind", "words"), [("link", "is a link"), ("pipe", "no plain file"), ("none", "holds no")])
-def test_what_is_no_plain_file_in_the_folder_is_refused(file: str, kind: str, words: str, folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["pipe", "none"])
+def test_what_is_no_file_is_refused(file: str, kind: str, folder: Path) -> None:
     path = folder / file
-    path.rename(folder.parent / file)
-    if kind == "link":
-        path.symlink_to(folder.parent / file)
-    elif kind == "pipe":
+    path.unlink()
+    if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(StitchError, match=words):
+    with pytest.raises(StitchError, match=f"holds no file {file}"):
         StitchedNetwork.from_pretrained(folder)
 
 

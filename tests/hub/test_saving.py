@@ -73,7 +73,6 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     assert own["versions"].keys() == {"lightning_stitch", "torch", "torchvision", "timm"}
     weights = (tmp_path / "model.safetensors").read_bytes()
     assert own["weights"] == {
-        "file": "model.safetensors",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "bytes": len(weights),
     }

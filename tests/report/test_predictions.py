@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     ("name", "words"),
     [
         ("p.txt", r"written as \.csv or \.jsonl; found the output file .*p\.txt"),
-        ("nowhere/p.csv", "nowhere for p.csv does not exist; make it first"),
+        ("nowhere/p.csv", "nowhere for p.csv does not exist or cannot be written to"),
         ("folder.csv", "folder.csv is a folder"),
         ("old.csv", r"old\.csv exists; .* --overwrite"),
     ],
