@@ -40,6 +40,7 @@ def workplace(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
     images = workplace / "solar_cells" / "images"
     assert {folder.name: len(list(folder.glob("*.png"))) for folder in images.iterdir()} == {
@@ -51,6 +52,7 @@ def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
     assert shares == {"functional": {"000", "033"}, "defective": {"067", "100"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, size: int) -> None:
     source = load_source(f"local-dir:{workplace}/solar_cells/efficientnet_lite{size}")
@@ -65,6 +67,7 @@ def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, si
     assert 0.01 < features.mean() < 10
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_everything_alone(
     script: ModuleType, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +124,7 @@ def test_the_configuration_runs_and_writes_its_table(
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
