@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from doubles.hub import HubDouble
 from doubles.hub_server import point_client_at, serve_hub
 
 from lightning_stitch.search import latency
+
+# One thread a process: pytest-xdist gives each core a worker, and processes that tests start are given no core at all.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,6 +42,7 @@ def workplace(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
     images = workplace / "solar_cells" / "images"
     assert {folder.name: len(list(folder.glob("*.png"))) for folder in images.iterdir()} == {
@@ -53,6 +54,7 @@ def test_prepared_images_are_elpv_in_two_classes(workplace: Path) -> None:
     assert shares == {"functional": {"000", "033"}, "defective": {"067", "100"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, size: int) -> None:
     source = load_source(f"local-dir:{workplace}/solar_cells/efficientnet_lite{size}")
@@ -67,6 +69,7 @@ def test_prepared_sources_are_trained_networks_with_identity(workplace: Path, si
     assert 0.01 < features.mean() < 10
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_everything_alone(
     script: ModuleType, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,18 @@ def real_cost(parts: Sequence[Segmented], costs: CompositionCosts, fragments: Pa
     return sums_of(network, parts[0].image_shape), specs
 
 
+@cache
+def parts_of(pool: str) -> list[Segmented]:
+    return [segment(source, *small()) for source in POOLS[pool]()]
+
+
+@cache
+def cost_in(pool: str, bias: bool, fragments: tuple[tuple[int, int, int], ...]) -> tuple[Cost, list[StitchSpec]]:
+    """`real_cost` of a path in one of the pools, counted once for all tests."""
+    costs = CompositionCosts(parts_of(pool), bias=bias, max_fragments=len(fragments))
+    return real_cost(parts_of(pool), costs, list(fragments))
+
+
 def counted_cost(costs: CompositionCosts, fragments: Path, specs: list[StitchSpec]) -> Cost:
     """The same from the costs of runs and stitches."""
     total = Cost(0, 0)
@@ -134,11 +146,11 @@ def counted_cost(costs: CompositionCosts, fragments: Path, specs: list[StitchSpe
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_stitches_cost_what_the_assembled_networks_have(pool: str, bias: bool) -> None:
-    parts = [segment(source, *small()) for source in POOLS[pool]()]
+    parts = parts_of(pool)
     costs = CompositionCosts(parts, bias=bias, max_fragments=3)
     placements = set()
     for fragments in compositions(parts, 3):
-        expected, specs = real_cost(parts, costs, fragments)
+        expected, specs = cost_in(pool, bias, tuple(fragments))
         placements |= {spec.placement for spec in specs}
         assert counted_cost(costs, fragments, specs) == expected
     assert ("producer" in placements) == (pool not in ("plain", "detour"))
@@ -151,10 +163,10 @@ MEASURES = {"params": "M parameters", "macs": "M MACs"}
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("longest", [2, 3, 4])
 def test_the_cheapest_composition_is_that_of_trying_all(pool: str, longest: int) -> None:
-    parts = [segment(source, *small()) for source in POOLS[pool]()]
+    parts = parts_of(pool)
     costs = CompositionCosts(parts, bias=True, max_fragments=longest)
     chains = [[(s, i, i + 1) for i in range(len(part.pieces))] for s, part in enumerate(parts)]
-    every = [(str(p), real_cost(parts, costs, p)[0]) for p in [*compositions(parts, longest), *chains]]
+    every = [(str(p), cost_in(pool, True, tuple(p))[0]) for p in [*compositions(parts, longest), *chains]]
     for measure, unit in MEASURES.items():
         least, words = costs.cheapest(measure)
         lowest = min(getattr(cost, measure) for _, cost in every)
@@ -197,12 +209,10 @@ def test_a_layer_that_took_the_stitch_before_it_does_not_take_the_one_behind() -
 @cache
 def chains_of(pool: str, longest: int) -> tuple[list[Source], dict[str, Cost]]:
     """Sources, and what each composition of single pieces costs, counted in the assembled network."""
-    sources = POOLS[pool]()
-    parts = [segment(source, *small()) for source in sources]
-    costs = CompositionCosts(parts, bias=True, max_fragments=longest)
+    parts = parts_of(pool)
     own = [[(s, i, i + 1) for i in range(len(part.pieces))] for s, part in enumerate(parts)]
     every = [p for p in compositions(parts, longest, single=True) if len(p) > 1 and p not in own]
-    return sources, {str(p): real_cost(parts, costs, p)[0] for p in every}
+    return [part.source for part in parts], {str(p): cost_in(pool, True, tuple(p))[0] for p in every}
 
 
 def found_in(space: SearchSpace, longest: int) -> list[str]:
