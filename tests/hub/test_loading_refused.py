@@ -62,7 +62,7 @@ def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(gamma=2.2), r"cannot be used: .*'gamma'"),
         (lambda own: own["recipe"].update(schema=99), r"recipe has schema 99"),
         (lambda own: own.pop("recipe"), r"recipe has schema None"),
-        (lambda own: own["recipe"].pop("fragments"), r"no recipe of schema 1: 'fragments'"),
+        (lambda own: own["recipe"].pop("fragments"), r"no recipe of schema 2: .*'fragments'"),
         (lambda own: own.pop("weights"), r"malformed: kind or weights"),
         (lambda own: own.update(kind="other"), r"malformed: kind or weights"),
         (lambda own: own["weights"].update(sha256="0" * 64), r"not the file that its config.json was written with"),
@@ -176,6 +176,7 @@ def test_a_recipe_of_giants_is_refused_before_memory_is_allocated(folder: Path) 
     # 4e12 bytes of classifier alone, which no machine has
     rewrite(folder, lambda own: own["recipe"]["sources"][1].update(arguments={"num_classes": 10**10}))
     rewrite(folder, lambda own: own["recipe"]["fragments"][1].update(end=None))
+    rewrite(folder, lambda own: own["recipe"]["taps"][0].update(channels=10**10))
     with pytest.raises(RecipeError, match=r"do not fit its recipe: missing are \[.*weight"):
         StitchedNetwork.from_pretrained(folder)
 
