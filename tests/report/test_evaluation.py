@@ -261,7 +261,7 @@ def test_probabilities_that_are_none_are_refused(probabilities, words):
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (torch.zeros(9, dtype=torch.long), r"probabilities for 10 images; .* shape \(9,\)"),
+        (torch.zeros(9, dtype=torch.long), r"probabilities for 10 images and .* shape \(9,\)"),
         (torch.zeros(10), "as many integers from 0 to 1, found torch.float32"),
         (torch.arange(10) % 3, "10 images and 2 classes; .* integers from 0 to 1, found .* from 0 to 2"),
         (torch.arange(10) % 3 - 1, "found .* from -1 to 1"),
