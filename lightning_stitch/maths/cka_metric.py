@@ -61,7 +61,8 @@ class LinearCKA(Metric):
             CalibrationError: If x or y is neither, is empty, has NaN or infinite values, or has other channels than the
                 batches before, or if the numbers of rows differ.
         """
-        x, y = paired(*(part.permute(0, 2, 3, 1).flatten(0, 2) if part.ndim == 4 else part for part in (x, y)))
+        x, y = (part.permute(0, 2, 3, 1).flatten(0, 2) if part.ndim == 4 else part for part in (x, y))
+        x, y = paired(x, y)
         channels = self.channels.new_tensor([x.shape[1], y.shape[1]])
         if self.channels.any() and not self.channels.equal(channels):
             before, now = tuple(self.channels.tolist()), tuple(channels.tolist())
