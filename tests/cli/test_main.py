@@ -341,7 +341,7 @@ def test_an_image_folder_of_one_class_is_refused(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    command = f"{sys.executable} -m lightning_stitch.cli.main inspect test_resnet --pretrained false --json | head -1"
+    command = f"{sys.executable} -m lightning_stitch.cli inspect test_resnet --pretrained false --json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
