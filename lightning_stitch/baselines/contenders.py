@@ -40,7 +40,7 @@ _Fit = tuple[float, nn.Module, Trained | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Contender:
     """A finished classifier.
 
     Attributes:
@@ -102,13 +102,13 @@ class Contenders:
         settings = CalibrationSettings(granularity=search.calibration_settings.granularity)
         self.parts = [segment(source, settings, data.image_shape) for source in sources]
 
-    def make(self, method: Method) -> Made:
+    def make(self, method: Method) -> Contender:
         """Make a method's classifier, on the device.
 
         Raises:
             BudgetError: If no network keeps the search's budget; likewise whatever else a search raises.
         """
-        ways: dict[Method, Callable[[], Made]] = {
+        ways: dict[Method, Callable[[], Contender]] = {
             "linear probe": self._linear_probe,
             "closed-form head": lambda: self._closed_form,
             "head-only fine-tuning": partial(self._finetuned, head_alone=True),
@@ -153,7 +153,7 @@ class Contenders:
         return [TensorDataset(torch.cat(x).float(), torch.cat(labels).to(self.device)) for x in collected]
 
     @cached_property
-    def _closed_form(self) -> Made:
+    def _closed_form(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
             head, _ = fit_ridge_head(*train.tensors, num_classes=self.data.num_classes)
             features, labels = selection.tensors
@@ -162,7 +162,7 @@ class Contenders:
 
         return self._best_source(fit)
 
-    def _linear_probe(self) -> Made:
+    def _linear_probe(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
             def batches(rows: TensorDataset, *, shuffle: bool = False) -> DataLoader:
                 generator = torch.Generator().manual_seed(self.seed)
@@ -183,18 +183,18 @@ class Contenders:
 
         return self._best_source(fit)
 
-    def _best_source(self, fit: Callable[[TensorDataset, TensorDataset], _Fit]) -> Made:
+    def _best_source(self, fit: Callable[[TensorDataset, TensorDataset], _Fit]) -> Contender:
         """The source whose head has the least loss on the selection images, the first of them where several have."""
         train, selection, spent = self._features
         with Meter() as meter:
             fits = [fit(*rows) for rows in zip(train, selection, strict=True)]
         source = min(range(len(fits)), key=lambda index: fits[index][0])
         loss, head, trained = fits[source]
-        return Made(
+        return Contender(
             self._network(source), head, self.parts[source].name, spent + meter.spent, loss, trained, source=source
         )
 
-    def _finetuned(self, *, head_alone: bool = False, closed_form: bool = False) -> Made:
+    def _finetuned(self, *, head_alone: bool = False, closed_form: bool = False) -> Contender:
         start = self._closed_form
         assert start.source is not None
         network = self._network(start.source).requires_grad_(not head_alone)
@@ -202,7 +202,9 @@ class Contenders:
         head = copy.deepcopy(start.head) if closed_form else self._linear(num_features)
         with Meter() as meter:
             trained = self._train(Classifier(network, head), head_alone=head_alone)
-        return Made(network, head, start.name, start.spent + meter.spent, trained.loss, trained, source=start.source)
+        return Contender(
+            network, head, start.name, start.spent + meter.spent, trained.loss, trained, source=start.source
+        )
 
     def _train(self, model: pl.LightningModule, *, head_alone: bool = False) -> Trained:
         settings = self.finetuning
@@ -220,7 +222,7 @@ class Contenders:
     # -- composed ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _stitched(self) -> tuple[StitchedClassifier, Made]:
+    def _stitched(self) -> tuple[StitchedClassifier, Contender]:
         """The best StitchNet by the selection images; what the search itself would take where it found none."""
         model = StitchedClassifier(self.data.num_classes)
         self.search.fetch_sources()
@@ -239,15 +241,15 @@ class Contenders:
         assert head is not None
         ranked_first = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
         self.search.pool = None  # and with it the sources
-        return model, Made(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
+        return model, Contender(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
 
-    def _stitched_finetuned(self) -> Made:
-        model, made = self._stitched
+    def _stitched_finetuned(self) -> Contender:
+        model, contender = self._stitched
         with Meter() as meter:
             trained = self._train(model)
         assert model.network is not None
         assert model.head is not None
-        spent = made.spent + meter.spent
+        spent = contender.spent + meter.spent
         return replace(
-            made, network=model.network, head=model.head, spent=spent, selection_loss=trained.loss, trained=trained
+            contender, network=model.network, head=model.head, spent=spent, selection_loss=trained.loss, trained=trained
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
+from lightning_stitch.baselines.contenders import METHODS, Contender, Contenders, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.tables import COUNTED
 from lightning_stitch.cutting import network_cost
@@ -131,9 +131,9 @@ def _one_device(options: dict[str, Any]) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
+def _row(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
     """A classifier, tested and measured."""
-    classifier = nn.Sequential(made.network, made.head).to(device).eval()
+    classifier = nn.Sequential(contender.network, contender.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)
     probabilities, labels = [], []
     with torch.inference_mode():
@@ -142,22 +142,22 @@ def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.
             labels.append(targets)
     num_labels = data.summary["train"] + data.summary["selection"]
     evaluation = Evaluation(
-        method, "source", torch.cat(probabilities), cost.params, cost.macs, made.spent.seconds, num_labels
+        method, "source", torch.cat(probabilities), cost.params, cost.macs, contender.spent.seconds, num_labels
     )
     return {
         "method": method,
-        "network": made.name,
+        "network": contender.name,
         **score(evaluation, torch.cat(labels)),
-        "seconds": made.spent.seconds,
-        "cpu_seconds": made.spent.cpu_seconds,
-        "flops": made.spent.flops,
+        "seconds": contender.spent.seconds,
+        "cpu_seconds": contender.spent.cpu_seconds,
+        "flops": contender.spent.flops,
         "labels": num_labels,
         "params": cost.params,
         "macs": cost.macs,
         "latency_ms": network_latency(classifier, data.image_shape, device),
-        "selection_loss": made.selection_loss,
-        "learning_rate": None if made.trained is None else made.trained.learning_rate,
-        "epoch": None if made.trained is None else made.trained.epoch,
-        "search_choice": made.search_choice,
+        "selection_loss": contender.selection_loss,
+        "learning_rate": None if contender.trained is None else contender.trained.learning_rate,
+        "epoch": None if contender.trained is None else contender.trained.epoch,
+        "search_choice": contender.search_choice,
         "seed": seed,
     }

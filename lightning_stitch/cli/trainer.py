@@ -56,7 +56,7 @@ class StitchTrainer(pl.Trainer):
             weights_only: Likewise.
 
         Returns:
-            What `preflight` found.
+            What `preflight` tells of them.
 
         Raises:
             SourceError: After printing, if a source cannot be used and the search would not go on without it.
@@ -95,10 +95,10 @@ class StitchTrainer(pl.Trainer):
         return checked
 
     def _search(self, command: str) -> FragmentSearch:
-        found = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
-        if len(found) != 1:
-            raise StitchError(f"{command} needs one FragmentSearch among trainer.callbacks; found {len(found)}.")
-        return found[0]
+        searches = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
+        if len(searches) != 1:
+            raise StitchError(f"{command} needs one FragmentSearch among trainer.callbacks; found {len(searches)}.")
+        return searches[0]
 
     def compare(
         self,

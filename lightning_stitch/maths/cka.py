@@ -160,8 +160,8 @@ def _hsic(cross: Tensor, dot: Tensor, trace_x: Tensor, trace_y: Tensor, n: int, 
 def _self_similarity(cross: Tensor, dot: Tensor, trace: Tensor, n: int, estimator: Estimator, name: str) -> Tensor:
     value = _hsic(cross, dot, trace, trace, n, estimator)
     if bool(value < _CANCELLED * cross):
-        found = f"no two of its {n} rows have anything in common, as when they are too few"
-        raise CalibrationError(f"{name} has no debiased similarity to itself: {found}. Use more rows, or 'biased'.")
+        reason = f"no two of its {n} rows have anything in common, as when they are too few"
+        raise CalibrationError(f"{name} has no debiased similarity to itself: {reason}. Use more rows, or 'biased'.")
     return value
 
 
