@@ -430,52 +430,39 @@ def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
     if not isinstance(fields, dict):
         raise TypeError(f"{cls.__name__} is {fields!r}; expected a dict")
     hints = _type_hints(cast(Hashable, cls))
-    values = {name: _converted(value, hints.get(name, Any)) for name, value in fields.items()}
-    part = cls(**values)
-    for name, wanted in hints.items():
-        if not _is_of_type(getattr(part, name), wanted):
-            expected = (
-                wanted.__name__
-                if isinstance(wanted, type) and not get_args(wanted)
-                else str(wanted).replace("typing.", "")
-            )
-            raise TypeError(f"{cls.__name__}.{name} is {getattr(part, name)!r}; expected {expected}")
-    return part
+    values = {}
+    for name, value in fields.items():
+        try:
+            values[name] = _converted(value, hints.get(name, Any))
+        except _IllTyped:
+            hint = hints[name]
+            expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            raise TypeError(f"{cls.__name__}.{name} is {value!r}; expected {expected.replace('typing.', '')}") from None
+    return cls(**values)
 
 
-def _part_of(wanted: Any) -> type | None:
-    """The dataclass that a field holds, if it holds one."""
-    options = (wanted, *(get_args(wanted) if get_origin(wanted) in (Union, UnionType) else ()))
-    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+class _IllTyped(Exception):
+    """A value is not of the type that its field has."""
 
 
-def _item_of(wanted: Any) -> Any:
-    """The type of a tuple's items; None: the field holds no tuple."""
-    return next((get_args(option)[0] for option in (wanted, *get_args(wanted)) if get_origin(option) is tuple), None)
-
-
-def _converted(value: Any, wanted: Any) -> Any:
-    """Lists to tuples and dicts to dataclasses, as deep as the types go."""
-    if isinstance(value, list):
-        item_type = _item_of(wanted)
-        return tuple(_converted(item, item_type) for item in value) if item_type else tuple(value)
-    part = _part_of(wanted)
-    return built(part, value) if part is not None and isinstance(value, dict) else value
-
-
-def _is_of_type(value: Any, wanted: Any) -> bool:
-    origin, parts = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return value in parts
+def _converted(value: Any, hint: Any) -> Any:
+    """A value of a field's type: lists become tuples and dicts dataclasses, as deep as the type goes."""
+    origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_is_of_type(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
+        if value is None and type(None) in parts:
+            return None
+        return _converted(value, next(part for part in parts if part is not type(None)))
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return built(cast(type, hint), value)
+    if origin is tuple and isinstance(value, list | tuple):
         parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(value) == len(parts) and all(map(_is_of_type, value, parts))
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_of_type(item, parts[1]) for item in value.values())
-    if wanted in (int, float):
-        return isinstance(value, int | float if wanted is float else int) and not isinstance(value, bool)
-    return wanted is Any or isinstance(value, wanted)
+        if len(parts) == len(value):
+            return tuple(map(_converted, value, parts))
+    if origin is dict and isinstance(value, dict):
+        return {key: _converted(item, parts[1]) for key, item in value.items()}
+    if hint is Any or (origin is Literal and value in parts):
+        return value
+    classes = (int, float) if hint is float else hint
+    if origin is None and isinstance(value, classes) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise _IllTyped

@@ -72,7 +72,3 @@ def _expected(error: BaseException | None) -> StitchError | None:
     while error is not None and not isinstance(error, StitchError):
         error = error.__cause__
     return error
-
-
-if __name__ == "__main__":
-    main()

@@ -56,7 +56,7 @@ class StitchTrainer(pl.Trainer):
             weights_only: Likewise.
 
         Returns:
-            What `preflight` found.
+            What `preflight` tells of them.
 
         Raises:
             SourceError: After printing, if a source cannot be used and the search would not go on without it.
@@ -95,10 +95,10 @@ class StitchTrainer(pl.Trainer):
         return checked
 
     def _search(self, command: str) -> FragmentSearch:
-        found = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
-        if len(found) != 1:
-            raise StitchError(f"{command} needs one FragmentSearch among trainer.callbacks; found {len(found)}.")
-        return found[0]
+        searches = [callback for callback in self.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
+        if len(searches) != 1:
+            raise StitchError(f"{command} needs one FragmentSearch among trainer.callbacks; found {len(searches)}.")
+        return searches[0]
 
     def compare(
         self,
@@ -106,21 +106,19 @@ class StitchTrainer(pl.Trainer):
         datamodule: CalibrationDataModule | None = None,
         methods: list[Method] = list(METHODS),  # noqa: B006 (never changed; shown as the default in the help)
         finetuning: FineTuning = _RECIPE,
-        plot: bool = True,
         seed: int = 0,
     ) -> list[Record]:
         """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
 
-        The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in
-        the log directory.
+        The configuration is that of `fit`. Prints the table and writes methods.csv and methods.json in the log
+        directory.
 
         Args:
             model: A StitchedClassifier; new ones are made of its number of classes.
             datamodule: The images.
             methods: Which methods to compare.
             finetuning: How networks and heads are trained.
-            plot: Whether to draw accuracy against training FLOPs, with matplotlib.
-            seed: Of the heads' first weights and of flips; the data module has its own.
+            seed: Of the heads' first weights; the data module has its own.
 
         Returns:
             One row for each method (`compare_methods`).
@@ -149,15 +147,12 @@ class StitchTrainer(pl.Trainer):
                 methods=methods,
                 finetuning=finetuning,
                 directory=directory,
-                plot=plot,
                 seed=seed,
                 trainer_options=options,
                 progress=progress,
             )
         print_methods(rows, title="Test images: what can be done with these sources and labels, and what it takes")
         print(f"The table is in {directory / 'methods.csv'} and {directory / 'methods.json'}.")
-        if plot:
-            print(f"Accuracy against training FLOPs is drawn in {directory / 'methods.png'}.")
         return rows
 
 

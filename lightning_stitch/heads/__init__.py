@@ -5,8 +5,7 @@ reading order:
 
 - `targets.py`: what images are to be told apart by: classes, several labels at once, or numbers
 - `ridge.py`: the default: a linear map by ridge regression, its strength chosen by leave-one-out
-- `score_calibration.py`: from scores to probabilities: one temperature for classes, a slope and an offset for each
-  label
+- `score_calibration.py`: from scores to probabilities
 - `neighbours.py`: the k nearest labelled images vote
 - `class_maps.py`: new classes as groups of the classes that a source knows: no labels
 - `head_settings.py`: one description that a module, a search and a checkpoint share; `fit_head`
@@ -17,13 +16,9 @@ Ridge is ahead at every number of labels that was tried, so it is the default (t
 squared and absolute error, R2 and, of a single number, Pearson's correlation. Searches rank by leave-one-out R2
 whatever the task; `FragmentSearch(compare=True)` is for classes only.
 
-**Class maps** need pictures and no answers (examples/class_map.yaml). Classes are named as ImageNet has them
-(WordNet's names, which timm carries); "A .. B" is the stretch of ImageNet's list from A to B, and indices and ranges
-("151-268") do as well. A name must be the whole of one of a class's names, so that "cat" is not found in "catamaran";
-a name of several classes ("crane"), one that none has (the nearest are offered) and a class that is mapped twice are
-errors. `class_map_from_names(..., match="words")` looks for whole words as well, which also finds "Madagascar cat", a
-lemur. WordNet's tree of kinds is not there: "dog" alone names no class of ImageNet-1k. `other: true` makes one more
-class, of all that is not mapped; without it that is left out.
+**Class maps** need pictures and no answers (examples/class_map.yaml). Classes are named as ImageNet has them, by
+WordNet's names, which timm carries: "dog" alone names none of ImageNet-1k's classes, but "A .. B" is the stretch of its
+list from A to B, and indices and ranges ("151-268") do as well.
 
 Example:
     >>> import torch

@@ -1,7 +1,7 @@
 from .class_maps import class_map_from_names
 from .head_settings import HeadSettings, fit_head
 from .neighbours import NearestNeighbourHead
-from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head, loo_scores
+from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
 from .targets import Task, comparable_columns, count_of, task_of
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "count_of",
     "fit_head",
     "fit_ridge_head",
-    "loo_scores",
     "task_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from lightning_stitch.heads.targets import Task, count_of, task_of
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "ridge": ("strengths",),
     "knn": ("num_neighbours", "metric", "temperature"),
-    "class_map": ("classes", "names", "match", "other"),
+    "class_map": ("classes", "names", "other"),
     "none": (),
 }
 HEADS = tuple(_OPTIONS)
@@ -50,7 +50,7 @@ class HeadSettings:
         |---|---|---|
         | ridge | any | strengths: ridge strengths to choose from |
         | knn | any | num_neighbours and temperature (chosen where not given), metric: cosine or euclidean |
-        | class_map | multiclass | classes: {name: indices, ranges or, with `names`, names}, names and match: those of |
+        | class_map | multiclass | classes: {name: indices, ranges or, with `names`, names}, names: those of |
         | | | `class_map_from_names`, other: true or the name of a class of all that is not mapped |
         | none | any | |
 
@@ -63,7 +63,7 @@ class HeadSettings:
         Raises:
             StitchError: If a name or option is unknown or does not fit the task, or a number is missing.
         """
-        name, options = _taken_apart(head)
+        name, options = _name_and_options(head)
         if task not in get_args(Task):
             raise StitchError(f"task must be one of {get_args(Task)}; found {task!r}.")
         if task != "multiclass" and name == "class_map":
@@ -131,9 +131,10 @@ class HeadSettings:
             return self.empty(features.shape[1]).to(features.device)
         if targets is None:
             raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
-        fit: Any = fit_ridge_head if self.name == "ridge" else fit_neighbour_head
-        head: nn.Module = fit(features, targets, num_classes=self.num_classes, task=self.task, **self.options)[0]
-        return head
+        options = {"num_classes": self.num_classes, "task": self.task, **self.options}
+        if self.name == "knn":
+            return fit_neighbour_head(features, targets, **options)
+        return fit_ridge_head(features, targets, **options)[0]
 
 
 def fit_head(
@@ -163,45 +164,38 @@ def fit_head(
         >>> head(torch.tensor([[0.88]]))
         tensor([[9.]])
     """
-    if targets is not None and num_classes is None and _taken_apart(head)[0] != "class_map":
+    if targets is not None and num_classes is None and _name_and_options(head)[0] != "class_map":
         num_classes = max(2, count_of(targets)) if task_of(targets) == "multiclass" else count_of(targets)
     task = task or ("multiclass" if targets is None else task_of(targets))
     return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets)
 
 
-def _taken_apart(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and options, those that are None left out."""
-    given = {"name": head} if isinstance(head, str) else dict(head)
-    name = given.pop("name", None)
+def _name_and_options(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    options = {"name": head} if isinstance(head, str) else dict(head)
+    name = options.pop("name", None)
     if name not in _OPTIONS:
         raise StitchError(f"head must be one of {HEADS}, or a mapping with such a 'name'; found {head!r}.")
-    unknown = sorted(set(given) - set(_OPTIONS[name]))
+    unknown = sorted(set(options) - set(_OPTIONS[name]))
     if unknown:
         raise StitchError(f"head={name!r} has no options {unknown}; it takes {list(_OPTIONS[name])}.")
-    return name, {key: value for key, value in given.items() if value is not None}
+    return name, {key: value for key, value in options.items() if value is not None}
 
 
 def _class_map(options: Mapping[str, Any], num_classes: int | None) -> HeadSettings:
-    classes: Any = options.get("classes")
-    if not isinstance(classes, Mapping):
+    if not isinstance(options.get("classes"), Mapping):
         raise StitchError(
             "head='class_map' needs its classes: head={'name': 'class_map', 'classes': {'dog': '151-268', ...}}."
         )
-    if "names" in options:
-        names: str | Sequence[str] = options["names"]
-        found = class_map_from_names(classes, names, match=options.get("match", "name"))
-    elif "match" in options:
-        raise StitchError("match= says how names are found; give names= as well, such as 'imagenet-1k'.")
-    else:
-        found = parse_class_map(classes)
+    parse = class_map_from_names if "names" in options else parse_class_map
+    classes = parse(**{key: value for key, value in options.items() if key != "other"})
     other = options.get("other", False)
-    named = [other if isinstance(other, str) else "other"] if other else []
-    if set(named) & set(found):
-        raise StitchError(f"The class of all that is not mapped and a mapped one are both named {named[0]!r}.")
-    class_names = (*found, *named)
+    rest = [other if isinstance(other, str) else "other"] if other else []
+    if set(rest) & set(classes):
+        raise StitchError(f"The class of all that is not mapped and a mapped one are both named {rest[0]!r}.")
+    class_names = (*classes, *rest)
     if len(class_names) < 2:
         raise StitchError(f"A class map needs two classes, or one and other=true; found {list(class_names)}.")
     if num_classes not in (None, len(class_names)):
         raise StitchError(f"num_classes={num_classes}, but the class map has {len(class_names)}: {list(class_names)}.")
-    resolved = {"classes": found, **({"other": other} if other else {})}
+    resolved = {"classes": classes, **({"other": other} if other else {})}
     return HeadSettings("class_map", "multiclass", len(class_names), resolved, class_names)

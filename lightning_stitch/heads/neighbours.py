@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.targets import Task, standardised, target_columns
+from lightning_stitch.maths import paired
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -82,9 +83,9 @@ class NearestNeighbourHead(nn.Module):
         if not self._k:
             raise StitchError("This k-nearest-neighbour head holds no images yet: fit it, or load a state dict.")
         similarity = _similarity((features - self.mean) / self.deviation, self.rows, self.metric)
-        nearest, who = similarity.topk(self._k, dim=1)
-        weights = (nearest / self.temperature).softmax(dim=1)
-        average = (weights[:, :, None] * self.targets[who]).sum(1)
+        nearest = similarity.topk(self._k, dim=1)
+        weights = (nearest.values / self.temperature).softmax(dim=1)
+        average = (weights[:, :, None] * self.targets[nearest.indices]).sum(1)
         return _outputs(average, self.task, len(self.rows))
 
     def extra_repr(self) -> str:
@@ -94,34 +95,11 @@ class NearestNeighbourHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take as many rows as the state dict has: nothing else knows how many images were labelled."""
         for name in ("rows", "targets"):
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == own.shape[1]:
-                setattr(self, name, own.new_zeros(given.shape))
+            buffer, saved = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.ndim == 2 and saved.shape[1] == buffer.shape[1]:
+                setattr(self, name, buffer.new_zeros(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._k = int(self.num_neighbours)
-
-
-@dataclass(frozen=True, slots=True)
-class NeighbourFit:
-    """How a k-nearest-neighbour head does on rows left out, one at a time; their features' scale apart.
-
-    Number and temperature were chosen on the same rows, so the figures are a little optimistic.
-
-    Attributes:
-        num_neighbours: How many rows vote.
-        temperature: How much more the nearest count.
-        loo_accuracy: Share of rows whose class has most votes; None but for classes.
-        loo_r2: Share of the targets' variance that the averages explain; of several numbers it is the mean over them.
-        loo_log_loss: Mean of -log(probability) in nats of a row's class, or of its labels; None for numbers.
-        num_rows: Rows of the fit.
-    """
-
-    num_neighbours: int
-    temperature: float
-    loo_accuracy: float | None
-    loo_r2: float
-    loo_log_loss: float | None
-    num_rows: int
 
 
 @torch.no_grad()
@@ -134,7 +112,7 @@ def fit_neighbour_head(
     metric: Metric = "cosine",
     num_neighbours: int | None = None,
     temperature: float | None = None,
-) -> tuple[NearestNeighbourHead, NeighbourFit]:
+) -> NearestNeighbourHead:
     """Put labelled rows in a k-nearest-neighbour head; how many vote, and how sharply, is chosen by leave-one-out.
 
     What has the least leave-one-out log-loss (of numbers: squared error, standardised) is taken, of 1 to 80 neighbours
@@ -149,9 +127,6 @@ def fit_neighbour_head(
         num_neighbours: How many rows vote; None: chosen.
         temperature: How much more the nearest count; None: chosen.
 
-    Returns:
-        The head, and what leave-one-out says of it.
-
     Raises:
         CalibrationError: If features or targets cannot be used (as `fit_ridge_head`), or fewer than 2 rows, or no more
             than `num_neighbours`, are there.
@@ -159,85 +134,57 @@ def fit_neighbour_head(
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.1], [0.9, 0.0]])
-        >>> head, fit = fit_neighbour_head(features, torch.tensor([0, 0, 1, 1]), num_classes=2)
+        >>> head = fit_neighbour_head(features, torch.tensor([0, 0, 1, 1]), num_classes=2)
         >>> head(torch.tensor([[0.2, 0.7]])).argmax(1).item()
         0
     """
     columns = target_columns(targets, task=task, num_classes=num_classes).to(features.device)
-    _check(features, columns, num_neighbours, temperature)
-    with torch.inference_mode(False), torch.no_grad():
-        head = NearestNeighbourHead(features.shape[1], num_classes, task=task, metric=metric).to(features.device)
-        z, mean, deviation = standardised(features.double())
-        head.rows, head.targets = z.float(), columns.float()
-        head.mean, head.deviation = mean.float(), deviation.float()
-        fit = _chosen(head, columns, num_neighbours, temperature)
-        head.num_neighbours.fill_(fit.num_neighbours)
-        head.temperature.fill_(fit.temperature)
-        head._k = fit.num_neighbours
-    return head, fit
-
-
-def _check(features: Tensor, columns: Tensor, num_neighbours: int | None, temperature: float | None) -> None:
     if num_neighbours is not None and num_neighbours < 1:
         raise StitchError(f"num_neighbours must be at least 1; found {num_neighbours}.")
     if temperature is not None and not 0 < temperature < torch.inf:
         raise StitchError(f"temperature must be a positive finite number; found {temperature}.")
-    if features.ndim != 2 or len(features) != len(columns):
-        raise CalibrationError(
-            f"Each row needs one target; found features of shape {tuple(features.shape)} and {len(columns)} targets."
-        )
-    if not features.isfinite().all():
-        bad = int((~features.isfinite()).any(1).sum())
-        raise CalibrationError(f"features has NaN or infinite values in {bad} of its {len(features)} rows.")
-    need = 2 if num_neighbours is None else num_neighbours + 1
-    if len(features) < need:
-        raise CalibrationError(
-            f"Leaving one row out, so that {need - 1} others vote, needs at least {need} rows; found {len(features)}."
-        )
+    features, _ = paired(features, columns, ("features", "targets"))
+    voters = 1 if num_neighbours is None else num_neighbours
+    if len(features) <= voters:
+        needed = f"Leaving one row out, so that {voters} others vote, needs at least {voters + 1} rows"
+        raise CalibrationError(f"{needed}; found {len(features)}.")
+    with torch.inference_mode(False), torch.no_grad():
+        head = NearestNeighbourHead(features.shape[1], num_classes, task=task, metric=metric).to(features.device)
+        z, mean, deviation = standardised(features)
+        head.rows, head.targets = z.float(), columns.float()
+        head.mean, head.deviation = mean.float(), deviation.float()
+        head._k, best_temperature = _least_loss(head, columns, num_neighbours, temperature)
+        head.num_neighbours.fill_(head._k)
+        head.temperature.fill_(best_temperature)
+    return head
 
 
-def _chosen(
+def _least_loss(
     head: NearestNeighbourHead, columns: Tensor, num_neighbours: int | None, temperature: float | None
-) -> NeighbourFit:
-    n = len(columns)
-    numbers = [k for k in _NUMBERS if k < n] if num_neighbours is None else [num_neighbours]
-    nearest, who = _nearest_others(head, numbers[-1])
-    # Numbers in units of their own must not decide by their size.
-    scaled = standardised(columns)[0] if head.task == "regression" else columns
-    told = scaled[who]
-    best: tuple[float, int, float, Tensor] | None = None
-    for k in numbers:
-        for t in _TEMPERATURES if temperature is None else [temperature]:
-            average = ((nearest[:, :k] / t).softmax(1)[:, :, None] * told[:, :k]).sum(1)
-            loss = _loss(average, scaled, head.task)
-            if best is None or loss < best[0]:
-                best = (loss, k, t, average)
-    assert best is not None
-    loss, k, t, average = best
-    classes = head.task == "multiclass"
-    error = (average - scaled).square().sum()
-    return NeighbourFit(
-        num_neighbours=k,
-        temperature=t,
-        loo_accuracy=(average.argmax(1) == columns.argmax(1)).double().mean().item() if classes else None,
-        loo_r2=1 - (error / (scaled - scaled.mean(0)).square().sum()).item(),
-        loo_log_loss=None if head.task == "regression" else loss,
-        num_rows=n,
-    )
+) -> tuple[int, float]:
+    """Number of neighbours and temperature of the least leave-one-out loss."""
+    numbers = [k for k in _NUMBERS if k < len(columns)] if num_neighbours is None else [num_neighbours]
+    temperatures = _TEMPERATURES if temperature is None else (temperature,)
+    if head.task == "regression":  # in units of their own, numbers must not decide by their size
+        columns = standardised(columns)[0]
+    similarity, neighbours = _nearest_others(head, numbers[-1])
+    targets = columns[neighbours]
+
+    def loss(k: int, t: float) -> float:
+        average = ((similarity[:, :k] / t).softmax(1)[:, :, None] * targets[:, :k]).sum(1)
+        return _loss(average, columns, head.task)
+
+    return min(product(numbers, temperatures), key=lambda pair: loss(*pair))
 
 
 def _nearest_others(head: NearestNeighbourHead, k: int) -> tuple[Tensor, Tensor]:
     """Similarities (rows x k), float64, to each row's k nearest others, and which they are."""
-    values, indices = [], []
+    blocks = []
     for start in range(0, len(head.rows), _ROWS_AT_ONCE):
-        block = head.rows[start : start + _ROWS_AT_ONCE]
-        similarity = _similarity(block, head.rows, head.metric)
-        own = torch.arange(len(block), device=block.device)
-        similarity[own, own + start] = -torch.inf
-        top = similarity.topk(k, dim=1)
-        values.append(top.values.double())
-        indices.append(top.indices)
-    return torch.cat(values), torch.cat(indices)
+        similarity = _similarity(head.rows[start : start + _ROWS_AT_ONCE], head.rows, head.metric)
+        similarity.diagonal(start).fill_(-torch.inf)
+        blocks.append(similarity.topk(k, dim=1))
+    return torch.cat([top.values for top in blocks]).double(), torch.cat([top.indices for top in blocks])
 
 
 def _similarity(x: Tensor, rows: Tensor, metric: Metric) -> Tensor:

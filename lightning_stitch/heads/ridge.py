@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads.score_calibration import class_temperature, label_calibration
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths import LooRidge, loo_ridge, r2, ridge_weights
+from lightning_stitch.maths import loo_ridge, r2, ridge_weights
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""
@@ -112,57 +112,6 @@ def fit_ridge_head(
         >>> head(features).argmax(1).tolist(), fit.loo_accuracy
         ([0, 0, 0, 1, 1, 1], 1.0)
     """
-    found = _chosen(features, targets, num_classes, strengths, task)
-    solution = ridge_weights(found.loo, strength=found.fit.strength)
-    assert solution.bias is not None
-    # A search may run in inference mode, whose tensors can never be trained.
-    with torch.inference_mode(False), torch.no_grad():
-        head = RidgeHead(features.shape[1], num_classes).to(features.device)
-        head.weight.copy_(solution.weight * found.factor[:, None])
-        head.bias.copy_(solution.bias * found.factor + found.offset)
-    return head, found.fit
-
-
-@torch.no_grad()
-def loo_scores(
-    features: Tensor,
-    targets: Tensor,
-    *,
-    num_classes: int,
-    strengths: Sequence[float] | None = None,
-    task: Task = "multiclass",
-) -> RidgeFit:
-    """What leave-one-out says of the head that `fit_ridge_head` would fit, for ranking many candidates.
-
-    Costs one eigendecomposition of min(rows, features) squared.
-
-    Args:
-        features: As for `fit_ridge_head`.
-        targets: As for `fit_ridge_head`.
-        num_classes: As for `fit_ridge_head`.
-        strengths: As for `fit_ridge_head`.
-        task: As for `fit_ridge_head`.
-
-    Raises:
-        CalibrationError: As `fit_ridge_head`.
-        StitchError: As `fit_ridge_head`.
-    """
-    return _chosen(features, targets, num_classes, strengths, task).fit
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chosen:
-    """The regression, what leave-one-out says, and the factor and offset (num_classes,) that go on its scores."""
-
-    loo: LooRidge
-    fit: RidgeFit
-    factor: Tensor
-    offset: Tensor
-
-
-def _chosen(
-    features: Tensor, targets: Tensor, num_classes: int, strengths: Sequence[float] | None, task: Task
-) -> _Chosen:
     columns = target_columns(targets, task=task, num_classes=num_classes).to(features.device)
     if len(features) != len(columns):
         raise CalibrationError(f"Each row needs one target; found {len(features)} rows and {len(columns)} targets.")
@@ -181,12 +130,12 @@ def _chosen(
     elif task == "multilabel":
         factor, offset = label_calibration(scores, columns)
         log_loss = F.binary_cross_entropy_with_logits(factor * scores + offset, columns).item()
-    fit = RidgeFit(
-        strength=loo.strengths[best],
-        temperature=temperature,
-        loo_accuracy=accuracy,
-        loo_r2=r2(scores, columns),
-        loo_log_loss=log_loss,
-        num_rows=len(columns),
-    )
-    return _Chosen(loo, fit, factor, offset)
+    strength = loo.strengths[best]
+    solution = ridge_weights(loo, strength=strength)
+    assert solution.bias is not None
+    # A search may run in inference mode, whose tensors can never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        head = RidgeHead(features.shape[1], num_classes).to(features.device)
+        head.weight.copy_(solution.weight * factor[:, None])
+        head.bias.copy_(solution.bias * factor + offset)
+    return head, RidgeFit(strength, temperature, accuracy, r2(scores, columns), log_loss, len(columns))

@@ -16,34 +16,28 @@ Why on the change: this is min |X A - Y|^2 + l |A - W|^2, anchored at the weight
 determine (directions in which few images do not vary) stays as it was trained; a penalty on the weights themselves
 would forget it. Architecture, operations, folds and stitches stay as they are.
 
-A layer's target is its own output, before any BatchNorm behind it, which is then met with what its statistics were
-taken of. To fold the BatchNorm in first would change no solution, as each output has a regression of its own with the
-same penalty, but for the weight of each output in the choice of l. Statistics estimated anew before healing left
-held-out R2 lower (.92 -> .90, .94 -> .93, .74 -> .71 on three stitches). A layer without a bias whose only reader is a
-BatchNorm moves that one's running mean instead; another one is solved uncentred.
+A layer's target is its own output, before any BatchNorm behind it, whose statistics stay: estimating them anew lowered
+held-out R2. A layer without a bias whose only reader is a BatchNorm moves that one's running mean instead; another one
+is solved uncentred.
 
 Chosen, not set: l, relative to the mean diagonal of Xc'Xc, is the one of `STRENGTHS` that explains the layer's output
-best on calibration images held out of the fit (`lightning_stitch.stitching.images`: whole groups where groups are
-given). From the strongest on, weaker ones are tried until that error rises; if none is better than the layer as it is,
-it stays. Stitches are fitted anew without the held-out images, too, and behind a healed fragment on what that one
-sends: a wide stitch that has seen them leaves nothing to be learnt from them (R2 .99 of the final features where its
-own R2 on images that it has not seen is -.5). Their strength, too, is the one of `RIDGES` times the given one that
-explains most on these images. In the end the final features must agree more with those of the network's last source on
-the held-out images than with the same stitches and nothing healed (R2), or all of it is undone
-(`lightning_stitch.healing.healer`). What was fitted without them stays: with the stitch of all images in its place,
-R2 on other images moved by -.06 to +.02 (16 images), and solving everything once more on all of them takes as long
-again for -.08 to +.03 (16 images) or -.00 to +.02 (64).
+best on calibration images held out of the fit (whole groups, where groups are given). If none is better than the layer
+as it is, it stays. Stitches are fitted anew without the held-out images, too, behind a healed fragment on what that one
+sends, with the one of `RIDGES` times the given strength that explains most on these images: a wide stitch that has seen
+them leaves nothing to be learnt from them. All of it is undone where the final features do not agree more with those of
+the network's last source on the held-out images (`lightning_stitch.healing.healer`). What was fitted without them
+stays: fitting once more on all images takes as long again and moves R2 on others by .08 at most.
 
-Cost, for n images: one pass of the source's own fragments behind the stitch, one and a bit of the network's, and the
-solves. A layer of d inputs per group has `ROWS_PER_INPUT` d rows, all images together at most `MAX_ROWS`, but at least
-one of each image; the normal equations are summed in the layer's precision and solved in float64 by Cholesky, in d or
-in the rows, whichever are fewer. In memory are the activations around the layer at hand, its rows, and the sampled
-outputs of the layers of its piece. More rows (twice, four times) changed R2 by .01 at most.
+Cost, for n images: one pass of the source's own fragments behind the stitch, two of the network's, and the solves. A
+layer of d inputs per group has `ROWS_PER_INPUT` d rows, all images together at most `MAX_ROWS`, but at least one of
+each; more rows changed R2 by .01 at most. Normal equations are solved in float64 by Cholesky, in d or in the rows,
+whichever are fewer. In memory are the activations around the layer at hand, its rows, and the sampled outputs of the
+layers of its piece.
 
-Where it fails: where little lies behind the stitch there is little to heal, and few images can make it worse (the guard
-then undoes it). Under other images than the task's own the strengths chosen mean nothing. Layers of more than
-`MAX_INPUTS` inputs per group, called more than once, or of a kind that is no plain linear layer or convolution stay as
-they are; the recipe lists them (`Recipe.unhealed`), and `StitchedNetwork.describe` says so.
+Where it fails: where little lies behind the stitch there is little to heal, and few images can make it worse (it is
+then undone). Under other images than the task's own the strengths chosen mean nothing. Layers of more than `MAX_INPUTS`
+inputs per group, called more than once, or of a kind that is no plain linear layer or convolution stay as they are; the
+recipe lists them (`Recipe.unhealed`), and `StitchedNetwork.describe` says so.
 
 Kin: layer-wise least squares with the accumulated error accounted for (Zhang et al. 2015, arXiv 1505.06798; He et al.
 2017, arXiv 1707.06168), repair of pruned networks on a calibration set (arXiv 2605.21426), and linear maps in the place
@@ -53,12 +47,12 @@ of transformer blocks (ReplaceMe, arXiv 2505.02819), which are stitched skips th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch.cutting import with_tensors
 from lightning_stitch.healing.layers import Healable, Sampling, layers_of, norm_behind, solve_layer
@@ -69,27 +63,23 @@ from lightning_stitch.stitching import Calibrated, Candidate, Step, fit_stitch
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PieceHealing:
     """What healing did to one piece.
 
     Attributes:
         tensors: The source's parameters and buffers, by name, that have other numbers now.
         strengths: For each layer that could be solved what was chosen; None: it stays as it is.
-        others: The layers that could not, with the reason.
+        unsolvable: The layers that could not, with the reason.
         portions: What the piece gives now.
         own: What it gives in its own source.
     """
 
     tensors: dict[str, Tensor]
     strengths: dict[str, float | None]
-    others: dict[str, str]
+    unsolvable: dict[str, str]
     portions: list[Tensor]
     own: list[Tensor]
-
-
-class _Reached(Exception):
-    """A layer inside of another has been fed: the rest need not run."""
 
 
 @torch.no_grad()
@@ -113,11 +103,10 @@ def heal_piece(
         tensors: The source's parameters and buffers, by name, that have other numbers in the running network already.
     """
     sampling = Sampling(sum(map(len, portions)), seed)
-    found = layers_of(piece)
-    wanted, others = _own_outputs(piece, own, found.healable, sampling), dict(found.others)
-    for name in [name for name in found.healable if name not in wanted.rows]:
-        others[name] = "not called exactly once"
-    layers = {name: layer for name, layer in found.healable.items() if name in wanted.rows}
+    healable, unsolvable = layers_of(piece)
+    targets, own = _own_outputs(piece, own, healable, sampling)
+    unsolvable |= dict.fromkeys(healable.keys() - targets, "not called exactly once")
+    layers = {name: healable[name] for name in targets}  # in the order in which they are called
     norms = {name: norm_behind(piece, name) for name, layer in layers.items() if layer.bias is None}
     copies: dict[str, Tensor] = {
         f"{name}.{part}": x for name, layer in layers.items() for part, x in layer.named_parameters()
@@ -126,38 +115,33 @@ def heal_piece(
     variant = with_tensors(piece, {**copies, **(tensors or {})})
     strengths: dict[str, float | None] = {}
 
-    def solve(name: str, layer: nn.Module, rows: list[Tensor]) -> None:
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
-        x, norm = torch.cat(rows), norms.get(name)
-        num_fitted = (len(x) - num_held_out) * x.shape[1]
-        solved = solve_layer(
-            layer,
-            x.flatten(0, 1),
-            torch.cat(wanted.rows.pop(name)).flatten(0, 1),
-            num_fitted=num_fitted,
-            has_bias=layer.bias is not None or norm is not None,
-        )
-        strengths[name] = solved.strength
-        if solved.weight is not None:
-            layer.weight.copy_(solved.weight)
-        if solved.shift is not None and layer.bias is not None:
-            layer.bias.add_(solved.shift.to(layer.bias.dtype))
-        elif solved.shift is not None:
-            mean = variant.get_buffer(f"{norm}.running_mean")
-            mean.sub_(solved.shift.to(mean.dtype))
+    def solve_inside(target: str, inputs: Sequence[Tensor]) -> None:
+        for name in [name for name in layers if name == target or name.startswith(f"{target}.")]:
+            layer, norm = variant.get_submodule(name), norms.get(name)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            x = _fed(variant, target, layer, inputs, sampling)
+            solved = solve_layer(
+                layer,
+                x.flatten(0, 1),
+                torch.cat(targets.pop(name)).flatten(0, 1),
+                num_fitted=(len(x) - num_held_out) * x.shape[1],
+                has_bias=layer.bias is not None or norm is not None,
+            )
+            strengths[name] = solved.strength
+            if solved.weight is not None:
+                layer.weight.copy_(solved.weight)
+            if solved.shift is not None and layer.bias is not None:
+                layer.bias.add_(solved.shift.to(layer.bias.dtype))
+            elif solved.shift is not None:
+                mean = variant.get_buffer(f"{norm}.running_mean")
+                mean.sub_(solved.shift.to(mean.dtype))
 
-    def heal(name: str, whole: nn.Module, inputs: Sequence[Tensor]) -> None:
-        for inner in wanted.order.get(name, ()):
-            if inner in layers:
-                layer = variant.get_submodule(inner)
-                solve(inner, layer, _fed(variant, name, layer, inputs, sampling))
-
-    given = run_layerwise(variant, portions, heal)
+    outputs = run_layerwise(variant, portions, solve_inside)
     owners = {name for name, strength in strengths.items() if strength is not None}
     owners |= {norm for name, norm in norms.items() if norm and name in owners}
     state = {**dict(variant.named_parameters()), **dict(variant.named_buffers())}
     changed = {name: state[name].detach().clone() for name in copies if name.rpartition(".")[0] in owners}
-    return PieceHealing(changed, strengths, others, given, wanted.given)
+    return PieceHealing(changed, strengths, unsolvable, outputs, own)
 
 
 @torch.inference_mode()
@@ -184,7 +168,7 @@ def heal(
     num_held_out = sources[first.source].num_held_out
     portions = list(sources[first.source].activations[first.last - 1])
     steps = [first]
-    left: dict[str, str] = {}
+    unhealed: dict[str, str] = {}
     for step in candidate.steps[1:]:
         source = sources[step.source]
         if step.stitch is not None:
@@ -205,13 +189,14 @@ def heal(
                 tensors=step.tensors,
             )
             tensors |= healed.tensors
-            kept = {name: "better as it is" for name, strength in healed.strengths.items() if strength is None}
-            left |= {f"{source.name}: {name}": reason for name, reason in {**healed.others, **kept}.items()}
+            unchanged = {name: "better as it is" for name, strength in healed.strengths.items() if strength is None}
+            reasons = {**healed.unsolvable, **unchanged}
+            unhealed |= {f"{source.name}: {name}": reason for name, reason in reasons.items()}
             portions, own = healed.portions, healed.own
         steps.append(dataclasses.replace(step, tensors={**step.tensors, **tensors}))
     recipe = candidate.recipe.with_stitches([step.spec for step in steps])
     if not only_stitches:
-        recipe = dataclasses.replace(recipe, healed=True, unhealed=left)
+        recipe = dataclasses.replace(recipe, healed=True, unhealed=unhealed)
     return dataclasses.replace(candidate, steps=tuple(steps), recipe=recipe)
 
 
@@ -243,81 +228,35 @@ def _stitched_anew(
     )
 
 
-@dataclass(slots=True)
-class _Own:
-    """What a piece's layers give in its own source.
+def _own_outputs(
+    piece: fx.GraphModule, portions: Sequence[Tensor], layers: Mapping[str, Healable], sampling: Sampling
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Rows of what each layer gives in the piece's own source, of those called once for each image; and its outputs."""
+    rows: dict[str, list[Tensor]] = {}
 
-    Attributes:
-        rows: By layer, of those called once for each image, portion by portion.
-        order: By layer of the graph, those inside of it in the order in which they are called.
-        given: What the piece gives.
-    """
+    def sample(name: str, layer: Healable, inputs: object, outputs: Tensor) -> None:
+        sampled = rows.setdefault(name, [])
+        sampled.append(sampling.outputs(layer, outputs, first_image=sum(map(len, sampled))))
 
-    rows: dict[str, list[Tensor]]
-    order: dict[str, list[str]]
-    given: list[Tensor]
-
-
-def _own_outputs(piece: fx.GraphModule, own: Sequence[Tensor], layers: dict[str, Healable], sampling: Sampling) -> _Own:
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    order: dict[str, list[str]] = {}
-    firsts: dict[str, int] = dict.fromkeys(layers, 0)
-    handles: list[RemovableHandle] = []
-
-    def keep(name: str, whole: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(layer: nn.Module, inputs: object, given: Tensor) -> None:
-            if name not in order.setdefault(whole, []):
-                order[whole].append(name)
-            rows[name].append(sampling.outputs(layers[name], given, first_image=firsts[name]))
-            firsts[name] += len(given)
-
-        return hook
-
-    def before(name: str, whole: nn.Module, inputs: Sequence[Tensor]) -> None:
-        inner = [other for other in layers if other == name or other.startswith(f"{name}.")]
-        handles.extend(layers[other].register_forward_hook(keep(other, name)) for other in inner)
-
-    def behind(name: str, whole: nn.Module, given: Sequence[Tensor]) -> None:
+    handles = [layer.register_forward_hook(partial(sample, name)) for name, layer in layers.items()]
+    try:
+        outputs = [piece(x) for x in portions]
+    finally:
         for handle in handles:
             handle.remove()
-        handles.clear()
-
-    try:
-        given = run_layerwise(piece, own, before, seen=behind)
-    finally:
-        behind("", piece, ())
-    num_images = sum(map(len, own))
-    return _Own({name: x for name, x in rows.items() if sum(map(len, x)) == num_images}, order, given)
+    return {name: x for name, x in rows.items() if sum(map(len, x)) == sampling.num_images}, outputs
 
 
-def _fed(
-    piece: fx.GraphModule, name: str, layer: nn.Module, inputs: Sequence[Tensor], sampling: Sampling
-) -> list[Tensor]:
-    """Rows of what a layer is fed, which may be inside of the one that the graph calls by this name."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    whole = piece.get_submodule(name)
-    found, first = [], 0
-    node = next(node for node in piece.graph.nodes if node.op == "call_module" and node.target == name)
+def _fed(piece: fx.GraphModule, target: str, layer: Healable, inputs: Sequence[Tensor], sampling: Sampling) -> Tensor:
+    """Rows of what a layer is fed, which may be inside of the one that the graph calls by the target's name."""
+    node = next(node for node in piece.graph.nodes if node.op == "call_module" and node.target == target)
+    rows: list[Tensor] = []
+
+    def sample(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(sampling.rows(layer, args[0], first_image=sum(map(len, rows))))
+
+    handle = layer.register_forward_pre_hook(sample)
     for x in inputs:
-        if layer is not whole:
-            x = _inside(whole, layer, (x, *node.args[1:]), node.kwargs)
-        found.append(sampling.rows(layer, x, first_image=first))
-        first += len(x)
-    return found
-
-
-def _inside(whole: nn.Module, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-    fed: list[Tensor] = []
-
-    def reach(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        fed.append(inputs[0])
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(reach)
-    try:
-        whole(*args, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return fed[0]
+        piece.get_submodule(target)(x, *node.args[1:], **node.kwargs)
+    handle.remove()
+    return torch.cat(rows)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from timm.layers import Conv2dSame, pad_same
@@ -28,49 +29,35 @@ Healable = nn.Linear | nn.Conv2d
 # -- which layers ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """The layers of a piece that have matrices of weights.
+def layers_of(piece: fx.GraphModule) -> tuple[dict[str, Healable], dict[str, str]]:
+    """The layers of a piece that have matrices of weights, also those inside of one that runs as a whole (attention).
 
-    Attributes:
-        healable: Those that healing can solve, by name.
-        others: Those that it cannot, with the reason.
+    Returns:
+        Those that healing can solve, by name; and the reason for each of those that it cannot.
     """
-
-    healable: dict[str, Healable]
-    others: dict[str, str]
-
-
-def layers_of(piece: fx.GraphModule) -> Layers:
-    """What healing can and cannot solve in a piece, layers inside of one that runs as a whole (attention) included."""
-    called = [node for node in piece.graph.nodes if node.op == "call_module"]
-    times = Counter(str(node.target) for node in called)
-    found, others = {}, {}
-    for node in called:
-        whole = piece.get_submodule(str(node.target))
-        has_more_inputs = len(node.all_input_nodes) > 1 or not node.args or not isinstance(node.args[0], fx.Node)
-        for name, layer in _inner(str(node.target), whole):
-            reason = _objection(layer)
-            if times[str(node.target)] > 1:
-                reason = f"called {times[str(node.target)]} times"
-            elif layer is not whole and (has_more_inputs or whole._forward_hooks or whole._forward_pre_hooks):
-                reason = f"inside of a {type(whole).__name__} of several inputs or with hooks"
-            if reason is None:
-                assert isinstance(layer, nn.Linear | nn.Conv2d)
-                found[name] = layer
-            elif any(weight.ndim > 1 for weight in layer.parameters(recurse=False)):
-                others[name] = reason
+    calls = Counter(str(node.target) for node in piece.graph.nodes if node.op == "call_module")
+    healable, unsolvable = {}, {}
     for node in piece.graph.nodes:
+        target = str(node.target)
         if node.op == "get_attr":
-            weight = _attribute(piece, str(node.target))
+            weight = attrgetter(target)(piece)
             if isinstance(weight, nn.Parameter) and weight.squeeze().ndim > 1:
-                others[str(node.target)] = "no layer"
-    return Layers(found, others)
-
-
-def _inner(name: str, whole: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for inner, layer in whole.named_modules():
-        yield (f"{name}.{inner}" if inner else name), layer
+                unsolvable[target] = "no layer"
+        elif node.op == "call_module":
+            whole = piece.get_submodule(target)
+            has_more_inputs = len(node.all_input_nodes) > 1 or not node.args or not isinstance(node.args[0], fx.Node)
+            for name, layer in whole.named_modules(prefix=target):
+                reason = _objection(layer)
+                if calls[target] > 1:
+                    reason = f"called {calls[target]} times"
+                elif layer is not whole and (has_more_inputs or whole._forward_hooks or whole._forward_pre_hooks):
+                    reason = f"inside of a {type(whole).__name__} of several inputs or with hooks"
+                if reason is None:
+                    assert isinstance(layer, nn.Linear | nn.Conv2d)
+                    healable[name] = layer
+                elif any(weight.ndim > 1 for weight in layer.parameters(recurse=False)):
+                    unsolvable[name] = reason
+    return healable, unsolvable
 
 
 def _objection(layer: nn.Module) -> str | None:
@@ -84,11 +71,6 @@ def _objection(layer: nn.Module) -> str | None:
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     inputs = weight_of(layer).shape[2]
     return f"{inputs} inputs, more than {MAX_INPUTS}" if inputs > MAX_INPUTS else None
-
-
-def _attribute(piece: fx.GraphModule, name: str) -> object:
-    owner, _, last = name.rpartition(".")
-    return getattr(piece.get_submodule(owner), last, None)
 
 
 def norm_behind(piece: fx.GraphModule, name: str) -> str | None:
@@ -124,14 +106,6 @@ class Sampling:
     num_images: int
     seed: int
 
-    def at(self, layer: Healable, grid: tuple[int, int], images: range) -> Tensor | None:
-        """Positions of a layer's output that are sampled of these images (images x rows); None: all of them.
-
-        As many as the layer's inputs need, all images together at most `MAX_ROWS`, but at least one of each.
-        """
-        rows = min(MAX_ROWS, ROWS_PER_INPUT * weight_of(layer).shape[2])
-        return positions(grid, images, max(1, math.ceil(rows / self.num_images)), self.seed)
-
     def rows(self, layer: Healable, x: Tensor, *, first_image: int) -> Tensor:
         """What a layer is fed at the sampled positions, images x rows x groups x inputs of a group.
 
@@ -140,48 +114,35 @@ class Sampling:
             x: What it is fed, for a few images.
             first_image: Which of the calibration images the first of these is.
         """
-        images = range(first_image, first_image + len(x))
         if isinstance(layer, nn.Linear):
-            tokens = x.reshape(len(x), -1, x.shape[-1])
-            chosen = self.at(layer, (1, tokens.shape[1]), images)
-            if chosen is not None:
-                tokens = tokens.gather(1, chosen.to(x.device)[:, :, None].expand(-1, -1, tokens.shape[2]))
-            return tokens[:, :, None]
-        x = _padded(layer, x)
+            return self._sampled(layer, x, first_image)
         kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-        height, width = (
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(x.shape[-2:], kernel, stride, dilation, strict=True)
-        )
-        chosen = self.at(layer, (height, width), images)
-        if chosen is None:
-            chosen = torch.arange(height * width).expand(len(x), -1)
-        chosen = chosen.to(x.device)
-        offsets = [d * torch.arange(k, device=x.device) for k, d in zip(kernel, dilation, strict=True)]
-        down = (chosen // width * stride[0])[:, :, None, None] + offsets[0][:, None]
-        across = (chosen % width * stride[1])[:, :, None, None] + offsets[1]
-        flat = (down * x.shape[-1] + across).flatten(1)
-        patches = x.flatten(2).gather(2, flat[:, None].expand(-1, x.shape[1], -1))
-        patches = patches.view(len(x), layer.groups, -1, chosen.shape[1], kernel[0] * kernel[1])
-        return patches.permute(0, 3, 1, 2, 4).flatten(3)
+        if isinstance(layer, Conv2dSame):
+            x = pad_same(x, list(kernel), list(stride), list(dilation))
+        else:
+            x = functional.pad(x, layer._reversed_padding_repeated_twice)
+        height = (x.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+        patches = functional.unfold(x, kernel, dilation, 0, stride)
+        return self._sampled(layer, patches.unflatten(2, (height, -1)), first_image)
 
     def outputs(self, layer: Healable, y: Tensor, *, first_image: int) -> Tensor:
         """What a layer gives there, images x rows x groups x outputs of a group."""
-        images, groups = range(first_image, first_image + len(y)), weight_of(layer).shape[0]
-        grid = (1, y[0, ..., 0].numel()) if isinstance(layer, nn.Linear) else (y.shape[2], y.shape[3])
-        flat = y.reshape(len(y), -1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
-        chosen = self.at(layer, grid, images)
-        if chosen is not None:
-            flat = flat.gather(1, chosen.to(y.device)[:, :, None].expand(-1, -1, flat.shape[2]))
         # A copy, or the whole activation would wait in memory with it.
-        return flat.reshape(*flat.shape[:2], groups, -1).clone()
+        return self._sampled(layer, y, first_image).clone()
 
-
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    if isinstance(layer, Conv2dSame):
-        return pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
-    sides = layer._reversed_padding_repeated_twice
-    return functional.pad(x, sides) if any(sides) else x
+    def _sampled(self, layer: Healable, x: Tensor, first_image: int) -> Tensor:
+        """As many positions as the layer's inputs need, of all images at most `MAX_ROWS`, but at least one of each."""
+        if isinstance(layer, nn.Linear):
+            groups, tokens = 1, x.reshape(len(x), -1, x.shape[-1])
+            grid = (1, tokens.shape[1])
+        else:
+            groups, tokens, grid = layer.groups, x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        rows = min(MAX_ROWS, ROWS_PER_INPUT * weight_of(layer).shape[2])
+        images = range(first_image, first_image + len(x))
+        sampled = positions(grid, images, max(1, math.ceil(rows / self.num_images)), self.seed)
+        if sampled is not None:
+            tokens = tokens.gather(1, sampled.to(x.device)[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return tokens.reshape(*tokens.shape[:2], groups, -1)
 
 
 # -- solving ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lightning_stitch.cutting import with_tensors
 from lightning_stitch.maths import r2
@@ -29,8 +29,8 @@ def divided(activation: Iterable[Tensor], num_held_out: int) -> tuple[list[Tenso
 
 def entered(portions: Iterable[Tensor], step: Step, source: Calibrated) -> list[Tensor]:
     """What a step is fed once its stitch has run, in portions that run fastest."""
-    given = portions if step.stitch is None else (step.stitch(x) for x in portions)
-    return list(chain.from_iterable(chunks(x, source.parts.images_at_once) for x in given))
+    entering = portions if step.stitch is None else (step.stitch(x) for x in portions)
+    return list(chain.from_iterable(chunks(x, source.parts.images_at_once) for x in entering))
 
 
 @torch.no_grad()
@@ -57,40 +57,35 @@ def held_out_r2(candidate: Candidate, sources: Sequence[Calibrated], held_out: S
     Raises:
         CalibrationError: If the features do not vary over them, or are not finite.
     """
-    given = torch.cat([x.float() for x in run_on(candidate, sources, held_out)])
-    return r2(given, sources[candidate.steps[-1].source].features[-len(given) :])
-
-
-Visitor = Callable[[str, nn.Module, Sequence[Tensor]], None]
+    features = torch.cat([x.float() for x in run_on(candidate, sources, held_out)])
+    return r2(features, sources[candidate.steps[-1].source].features[-len(features) :])
 
 
 def run_layerwise(
-    fragment: fx.GraphModule, portions: Sequence[Tensor], visit: Visitor, *, seen: Visitor | None = None
+    fragment: fx.GraphModule,
+    portions: Sequence[Tensor],
+    visit: Callable[[str, Sequence[Tensor]], None],
 ) -> list[Tensor]:
     """What a fragment gives for each portion; no gradients, no inference mode of its own.
 
     Args:
         fragment: The fragment, in eval mode.
         portions: Its inputs, a few images each.
-        visit: Called with the name, the layer and its inputs, one for each portion, before the layer runs; may change
-            the layer's tensors.
-        seen: Called with the name, the layer and what it gave, likewise, after it ran.
+        visit: Called with a layer's name and its inputs, one for each portion, before it runs; may change its tensors.
     """
     runs = [fx.Interpreter(fragment) for _ in portions]
     for run, x in zip(runs, portions, strict=True):
         run.extra_traceback = False
         run.args_iter = iter((x,))
-    given: list[Any] = []
+    outputs: list[Any] = []
     for node in fragment.graph.nodes:
         if node.op == "call_module":
             inputs = [run.fetch_args_kwargs_from_env(node)[0] for run in runs]
-            visit(str(node.target), fragment.get_submodule(str(node.target)), [first for first, *_ in inputs])
-        given = []
+            visit(str(node.target), [first for first, *_ in inputs])
+        outputs = []
         for run in runs:
             run.env[node] = run.run_node(node)
-            given.append(run.env[node])
+            outputs.append(run.env[node])
             for dead in run.user_to_last_uses.get(node, ()):
                 del run.env[dead]
-        if seen is not None and node.op == "call_module":
-            seen(str(node.target), fragment.get_submodule(str(node.target)), given)
-    return given
+    return outputs

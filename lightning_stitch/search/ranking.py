@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads import DEFAULT_STRENGTHS, comparable_columns, count_of, loo_scores, task_of
+from lightning_stitch.heads import DEFAULT_STRENGTHS, comparable_columns, count_of, fit_ridge_head, task_of
 from lightning_stitch.maths import centre_rows, linear_cka, loo_ridge, r2
 from lightning_stitch.stitching import Batch, Candidate
 
@@ -79,7 +79,7 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
     count = selection.num_classes if selection.num_classes is not None else count_of(selection.targets)
     ranked = []
     for features in selection.features:
-        fit = loo_scores(features, selection.targets, num_classes=count, task=task_of(selection.targets))
+        _, fit = fit_ridge_head(features, selection.targets, num_classes=count, task=task_of(selection.targets))
         scores = {"loo_r2": fit.loo_r2}
         if fit.loo_accuracy is not None and fit.loo_log_loss is not None:
             scores |= {"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}

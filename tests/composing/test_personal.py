@@ -28,7 +28,7 @@ from lightning_stitch import (
     network_cost,
 )
 from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal_into_folds
-from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
+from lightning_stitch.heads.ridge import fit_ridge_head
 
 IMAGES, LABELS = digits(40, 32, classes=3)
 MINE, MY_LABELS = IMAGES[:24], LABELS[:24]
@@ -208,7 +208,7 @@ def test_the_scores_of_a_source_are_its_leave_one_out_scores(pool: Pool) -> None
     with torch.no_grad():
         features = pool.assemble(ranked.candidate)(MINE)
     assert part.end is not None
-    assert ranked.scores["loo_accuracy"] == loo_scores(features, MY_LABELS, num_classes=3).loo_accuracy
+    assert ranked.scores["loo_accuracy"] == fit_ridge_head(features, MY_LABELS, num_classes=3)[1].loo_accuracy
     assert found.result.num_selection_labels == len(MINE)
 
 

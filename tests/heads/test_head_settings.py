@@ -61,7 +61,7 @@ def test_every_head_is_rebuilt_from_plain_settings_and_its_state_dict(
 
 def test_options_reach_the_fit() -> None:
     ridge, _ = fit_ridge_head(FEATURES, CLASSES, num_classes=3, strengths=[7.0])
-    knn, _ = fit_neighbour_head(FEATURES, CLASSES, num_classes=3, num_neighbours=4, temperature=0.3, metric="euclidean")
+    knn = fit_neighbour_head(FEATURES, CLASSES, num_classes=3, num_neighbours=4, temperature=0.3, metric="euclidean")
     for expected, head in (
         (ridge, {"name": "ridge", "strengths": [7.0]}),
         (knn, {"name": "knn", "num_neighbours": 4, "temperature": 0.3, "metric": "euclidean"}),
@@ -111,7 +111,6 @@ def test_names_in_a_class_map_are_resolved_once_and_kept_as_numbers() -> None:
         (ANIMALS, "multilabel", 2, "for task='multilabel' use 'ridge' or 'knn'"),
         ("class_map", "multiclass", 2, "needs its classes: head="),
         (ANIMALS, "multiclass", 3, r"num_classes=3, but the class map has 2: \['dog', 'cat'\]"),
-        ({**ANIMALS, "match": "words"}, "multiclass", None, "give names= as well"),
         ({**ANIMALS, "other": "dog"}, "multiclass", None, "are both named 'dog'"),
         ({"name": "class_map", "classes": {"dog": 1}}, "multiclass", None, "two classes, or one and other=true"),
     ],

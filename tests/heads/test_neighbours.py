@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_examples_in_the_docstrings() -> None:
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_even_votes_are_those_of_scikit_learn_on_standardised_features(metric: Metric, k: int) -> None:
-    head, _ = fit_neighbour_head(FEATURES, CLASSES, num_classes=4, metric=metric, num_neighbours=k, temperature=EVEN)
+    head = fit_neighbour_head(FEATURES, CLASSES, num_classes=4, metric=metric, num_neighbours=k, temperature=EVEN)
     reference = KNeighborsClassifier(k, metric=metric).fit(standardised(FEATURES), CLASSES)
     votes = torch.zeros(15, 4).double()
     votes[:, :3] = torch.from_numpy(reference.predict_proba(standardised(QUERIES)))
@@ -45,17 +46,17 @@ def test_even_votes_are_those_of_scikit_learn_on_standardised_features(metric: M
 
 def test_even_averages_of_numbers_and_labels_are_those_of_scikit_learn() -> None:
     options: dict[str, Any] = {"num_neighbours": 4, "temperature": EVEN, "metric": "euclidean"}
-    head, _ = fit_neighbour_head(FEATURES, NUMBERS, num_classes=2, task="regression", **options)
+    head = fit_neighbour_head(FEATURES, NUMBERS, num_classes=2, task="regression", **options)
     reference = KNeighborsRegressor(4).fit(standardised(FEATURES), NUMBERS)
     np.testing.assert_allclose(head(QUERIES.float()), reference.predict(standardised(QUERIES)), rtol=1e-4, atol=1e-2)
-    head, _ = fit_neighbour_head(FEATURES, LABELS, num_classes=3, task="multilabel", **options)
+    head = fit_neighbour_head(FEATURES, LABELS, num_classes=3, task="multilabel", **options)
     shares = reference.fit(standardised(FEATURES), LABELS).predict(standardised(QUERIES))
     np.testing.assert_allclose(head(QUERIES.float()).sigmoid(), (40 * shares + 0.5) / 41, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_votes_weigh_as_the_exponential_of_their_similarity(metric: Metric) -> None:
-    head, _ = fit_neighbour_head(
+    head = fit_neighbour_head(
         FEATURES, NUMBERS[:, 0], num_classes=1, task="regression", metric=metric, num_neighbours=39, temperature=0.2
     )
     x, rows = (torch.from_numpy(standardised(part)) for part in (QUERIES, FEATURES))
@@ -67,60 +68,51 @@ def test_votes_weigh_as_the_exponential_of_their_similarity(metric: Metric) -> N
     torch.testing.assert_close(head(QUERIES.float()).double(), expected, rtol=1e-3, atol=1e-2)
 
 
+def loss_without_each_row(head: NearestNeighbourHead, targets: Tensor, task: Task) -> float:
+    outputs = []
+    for row in range(40):
+        others = torch.arange(40) != row
+        alone = NearestNeighbourHead(6, head.targets.shape[1], task=task)
+        alone.load_state_dict({**head.state_dict(), "rows": head.rows[others], "targets": head.targets[others]})
+        outputs.append(alone(FEATURES[row : row + 1].float())[0])
+    given = torch.stack(outputs).double()
+    if task == "multiclass":
+        return float(F.cross_entropy(given, targets))
+    if task == "multilabel":
+        return float(F.binary_cross_entropy_with_logits(given, targets.double()))
+    return float(((given - targets) / targets.std(0)).square().mean())
+
+
 @pytest.mark.parametrize(
     ("task", "targets"), [("multiclass", CLASSES), ("multilabel", LABELS), ("regression", NUMBERS)]
 )
-def test_leave_one_out_figures_are_those_of_heads_without_each_row(task: Task, targets: Tensor) -> None:
+def test_number_and_temperature_have_the_least_loss_of_heads_without_each_row(task: Task, targets: Tensor) -> None:
     options: dict[str, Any] = {"num_classes": 2 if task == "regression" else 3, "task": task}
-    head, fit = fit_neighbour_head(FEATURES, targets, num_neighbours=5, temperature=0.5, **options)
-    told = []
-    for row in range(40):
-        others = torch.arange(40) != row
-        alone = NearestNeighbourHead(6, options["num_classes"], task=task)
-        state = {**head.state_dict(), "rows": head.rows[others], "targets": head.targets[others]}
-        alone.load_state_dict(state)
-        told.append(alone(FEATURES[row : row + 1].float())[0])
-    outputs = torch.stack(told).double()
-    if task == "multiclass":
-        assert fit.loo_log_loss == pytest.approx(float(F.cross_entropy(outputs, targets)), abs=1e-4)
-        assert fit.loo_accuracy == pytest.approx(float((outputs.argmax(1) == targets).double().mean()))
-    elif task == "multilabel":
-        expected = float(F.binary_cross_entropy_with_logits(outputs, targets.double()))
-        assert fit.loo_log_loss == pytest.approx(expected, abs=1e-4)
-        assert fit.loo_accuracy is None
-    else:
-        errors = (outputs - targets).square().sum(0) / (targets - targets.mean(0)).square().sum(0)
-        assert fit.loo_r2 == pytest.approx(1 - float(errors.mean()), abs=1e-4)
-        assert fit.loo_log_loss is None
-
-
-def test_number_and_temperature_are_chosen_by_the_least_leave_one_out_loss() -> None:
-    _, chosen = fit_neighbour_head(FEATURES, LABELS, num_classes=3, task="multilabel")
-    losses = {
-        (k, t): fit_neighbour_head(FEATURES, LABELS, num_classes=3, task="multilabel", num_neighbours=k, temperature=t)[
-            1
-        ].loo_log_loss
-        for k in (1, 2, 3, 5, 8, 12, 20, 30)
-        for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    }
-    assert (chosen.num_neighbours, chosen.temperature) == min(losses, key=lambda pair: losses[pair] or 0)
+    losses = {}
+    for k, t in product((1, 2, 3, 5, 8, 12, 20, 30), (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)):
+        head = fit_neighbour_head(FEATURES, targets, num_neighbours=k, temperature=t, **options)
+        assert (int(head.num_neighbours), float(head.temperature)) == (k, pytest.approx(t))
+        losses[k, t] = loss_without_each_row(head, targets, task)
+    chosen = fit_neighbour_head(FEATURES, targets, **options)
+    best = min(losses, key=lambda pair: losses[pair])
+    assert (int(chosen.num_neighbours), float(chosen.temperature)) == (best[0], pytest.approx(best[1]))
 
 
 def test_a_small_given_number_is_chosen_where_only_the_nearest_knows() -> None:
     centres = 10 * normal(12, 6, seed=5)
     features = centres.repeat(2, 1) + 0.01 * normal(24, 6, seed=6)
     targets = torch.arange(12).repeat(2) % 2
-    _, fit = fit_neighbour_head(features, targets, num_classes=2)
-    assert fit.loo_accuracy == 1
-    assert fit.num_neighbours == 1 or fit.temperature < 0.2
+    head = fit_neighbour_head(features, targets, num_classes=2)
+    assert torch.equal(head((centres + 0.01 * normal(12, 6, seed=7)).float()).argmax(1), targets[:12])
+    assert int(head.num_neighbours) == 1 or float(head.temperature) < 0.2
 
 
 def test_an_empty_head_takes_as_many_rows_as_a_state_dict_has_and_then_gives_the_same() -> None:
-    head, fit = fit_neighbour_head(FEATURES, CLASSES, num_classes=3)
+    head = fit_neighbour_head(FEATURES, CLASSES, num_classes=3)
     again = NearestNeighbourHead(6, 3)
     again.load_state_dict(head.state_dict(), strict=True)
     assert torch.equal(again(QUERIES.float()), head(QUERIES.float()))
-    assert repr(again) == f"NearestNeighbourHead(in_features=6, num_classes=3, rows=40, k={fit.num_neighbours})"
+    assert repr(again) == f"NearestNeighbourHead(in_features=6, num_classes=3, rows=40, k={head.num_neighbours})"
     nested = torch.nn.Sequential(torch.nn.Identity(), NearestNeighbourHead(6, 3))
     nested.load_state_dict(torch.nn.Sequential(torch.nn.Identity(), head).state_dict())
     assert torch.equal(nested(QUERIES.float()), head(QUERIES.float()))
@@ -135,7 +127,7 @@ def test_an_empty_head_says_that_it_is_empty() -> None:
 
 def test_gradients_reach_the_network_before_it() -> None:
     with torch.inference_mode():
-        head, _ = fit_neighbour_head(FEATURES.clone(), CLASSES, num_classes=3, num_neighbours=8)
+        head = fit_neighbour_head(FEATURES.clone(), CLASSES, num_classes=3, num_neighbours=8)
     x = QUERIES.float().requires_grad_()
     F.cross_entropy(head(x), torch.arange(15) % 3).backward()
     assert x.grad is not None
@@ -145,9 +137,9 @@ def test_gradients_reach_the_network_before_it() -> None:
 
 def test_a_feature_that_does_not_vary_counts_for_nothing() -> None:
     wider = torch.cat([FEATURES, torch.full((40, 1), 3.0)], 1)
-    head, fit = fit_neighbour_head(wider, CLASSES, num_classes=3, metric="cosine")
-    plain, reference = fit_neighbour_head(FEATURES, CLASSES, num_classes=3, metric="cosine")
-    assert fit.loo_accuracy == reference.loo_accuracy
+    head = fit_neighbour_head(wider, CLASSES, num_classes=3, metric="cosine")
+    plain = fit_neighbour_head(FEATURES, CLASSES, num_classes=3, metric="cosine")
+    assert (head.num_neighbours, head.temperature) == (plain.num_neighbours, plain.temperature)
     queries = torch.cat([QUERIES, torch.full((15, 1), 3.0)], 1)
     torch.testing.assert_close(head(queries.float()), plain(QUERIES.float()))
 
@@ -159,7 +151,11 @@ def test_a_feature_that_does_not_vary_counts_for_nothing() -> None:
         ({"num_neighbours": 40}, CalibrationError, "40 others vote, needs at least 41 rows; found 40"),
         ({"temperature": 0.0}, StitchError, "temperature must be a positive finite number"),
         ({"metric": "manhattan"}, StitchError, "metric must be one of .*found 'manhattan'"),
-        ({"features": FEATURES[1:]}, CalibrationError, r"shape \(39, 6\) and 40 targets"),
+        (
+            {"features": FEATURES[1:]},
+            CalibrationError,
+            r"same number of rows; found shapes \(39, 6\) and \(40, 3\)",
+        ),
         ({"features": FEATURES.where(FEATURES < 9, torch.nan)}, CalibrationError, "NaN or infinite values in"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import ridge as heads
-from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head, loo_scores
+from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
 
 
 def blobs(n: int, d: int, num_classes: int, *, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def test_a_new_head_is_zero_and_trainable() -> None:
 @pytest.mark.parametrize(("n", "d"), [(40, 6), (20, 50)])
 def test_scores_are_those_of_refits_without_each_row(n: int, d: int) -> None:
     features, targets = blobs(n, d, 3, spread=1.5)
-    fit = loo_scores(features, targets, num_classes=4)  # class 3 does not occur
+    _, fit = fit_ridge_head(features, targets, num_classes=4)  # class 3 does not occur
     scores = refitted_scores(features, targets, 4, penalty_of(features, fit.strength))
     assert fit.num_rows == n
     assert fit.loo_accuracy == pytest.approx(float((scores.argmax(1) == targets).double().mean()))
@@ -67,7 +67,7 @@ def test_scores_are_those_of_refits_without_each_row(n: int, d: int) -> None:
 @pytest.mark.parametrize("spread", [0.3, 1.5, 6.0])
 def test_strength_is_the_choice_of_ridge_cv(spread: float) -> None:
     features, targets = blobs(40, 30, 3, spread=spread)
-    fit = loo_scores(features, targets, num_classes=3)
+    _, fit = fit_ridge_head(features, targets, num_classes=3)
     penalties = [penalty_of(features, strength) for strength in DEFAULT_STRENGTHS]
     reference = RidgeCV(penalties).fit(features.double().numpy(), F.one_hot(targets).double().numpy())
     assert penalty_of(features, fit.strength) == pytest.approx(reference.alpha_)
@@ -76,7 +76,7 @@ def test_strength_is_the_choice_of_ridge_cv(spread: float) -> None:
 @pytest.mark.parametrize("spread", [0.05, 1.5, 6.0])
 def test_temperature_has_the_least_smoothed_log_loss(spread: float) -> None:
     features, targets = blobs(40, 6, 3, spread=spread)
-    fit = loo_scores(features, targets, num_classes=3)
+    _, fit = fit_ridge_head(features, targets, num_classes=3)
     scores = refitted_scores(features, targets, 3, penalty_of(features, fit.strength))
     smoothed = (40 * F.one_hot(targets) + 1 / 3) / 41
     grid = torch.logspace(-3, 3, 601, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_a_head_is_the_refit_on_all_rows_times_its_temperature() -> None:
     expected = fit.temperature * reference.predict(features.double().numpy() + 10)
     np.testing.assert_allclose(head(features + 10).detach().numpy(), expected, atol=1e-3)
     assert head.weight.dtype == head.bias.dtype == torch.float32
-    assert loo_scores(features + 10, targets, num_classes=3) == fit
+    assert fit_ridge_head(features + 10, targets, num_classes=3)[1] == fit
 
 
 def test_digits_are_told_apart_with_usable_probabilities() -> None:
@@ -145,8 +145,11 @@ def test_fits_leave_no_graph_behind() -> None:
 
 def test_fits_repeat_and_take_any_integer_dtype_and_strengths() -> None:
     features, targets = blobs(30, 8, 3, spread=2.0)
-    assert loo_scores(features, targets, num_classes=3) == loo_scores(features, targets.to(torch.uint8), num_classes=3)
-    assert loo_scores(features, targets, num_classes=3, strengths=[0.5]).strength == 0.5
+    assert (
+        fit_ridge_head(features, targets, num_classes=3)[1]
+        == fit_ridge_head(features, targets.to(torch.uint8), num_classes=3)[1]
+    )
+    assert fit_ridge_head(features, targets, num_classes=3, strengths=[0.5])[1].strength == 0.5
     assert fit_ridge_head(features, targets, num_classes=3, strengths=(2.0,))[1].strength == 2.0
 
 
@@ -154,7 +157,6 @@ ROWS = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
 
 
-@pytest.mark.parametrize("fit", [fit_ridge_head, loo_scores])
 @pytest.mark.parametrize(
     ("features", "targets", "words"),
     [
@@ -169,12 +171,11 @@ LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
         (ROWS[:, :, None], LABELS, r"features must be rows x channels.*found shape \(6, 2, 1\)"),
     ],
 )
-def test_what_cannot_be_fitted_is_named(fit: object, features: Tensor, targets: Tensor, words: str) -> None:
-    assert callable(fit)
+def test_what_cannot_be_fitted_is_named(features: Tensor, targets: Tensor, words: str) -> None:
     with pytest.raises(CalibrationError, match=words):
-        fit(features, targets, num_classes=2)
+        fit_ridge_head(features, targets, num_classes=2)
 
 
 def test_strengths_must_be_positive() -> None:
     with pytest.raises(StitchError, match="Ridge strengths must be one or more positive finite numbers"):
-        loo_scores(ROWS, LABELS, num_classes=2, strengths=[])
+        fit_ridge_head(ROWS, LABELS, num_classes=2, strengths=[])

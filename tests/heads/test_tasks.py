@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.heads.ridge import fit_ridge_head, loo_scores
+from lightning_stitch.heads.ridge import fit_ridge_head
 
 FEATURES = normal(50, 8)
 TRUTH = FEATURES @ normal(8, 3, seed=1) + 2 * normal(50, 3, seed=2)
@@ -38,10 +38,10 @@ def test_numbers_are_predicted_in_their_own_units_as_ridge_regression_does() -> 
 
 
 def test_leave_one_out_r2_of_numbers_is_the_mean_over_them_whatever_their_units() -> None:
-    fit = loo_scores(FEATURES, NUMBERS, num_classes=2, task="regression")
+    _, fit = fit_ridge_head(FEATURES, NUMBERS, num_classes=2, task="regression")
     predictions = refitted(FEATURES, NUMBERS, fit.strength)
     assert fit.loo_r2 == pytest.approx(r2_score(NUMBERS.numpy(), predictions, multioutput="uniform_average"))
-    assert fit == loo_scores(FEATURES, NUMBERS * torch.tensor([1e-4, 1.0]), num_classes=2, task="regression")
+    assert fit == fit_ridge_head(FEATURES, NUMBERS * torch.tensor([1e-4, 1.0]), num_classes=2, task="regression")[1]
     assert (fit.loo_accuracy, fit.loo_log_loss, fit.temperature) == (None, None, None)
 
 

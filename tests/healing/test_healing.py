@@ -102,7 +102,7 @@ def perturbed(candidate: Candidate, where: SearchSpace, amount: float = 0.1) -> 
         moved = {}
         pieces = where.sources[step.source].parts.pieces[step.first : step.last] if step.stitch is not None else []
         for piece in pieces:
-            for name, layer in layers_of(piece).healable.items():
+            for name, layer in layers_of(piece)[0].items():
                 for part, x in layer.named_parameters():
                     amplitude = amount * x.detach().std(correction=0)
                     moved[f"{name}.{part}"] = x + amplitude * torch.randn(x.shape, generator=seeded(len(moved)))

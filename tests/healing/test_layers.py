@@ -165,7 +165,7 @@ def test_a_layer_makes_up_for_channels_that_are_scaled_before_it(kind: str) -> N
     assert distance(torch.cat(healed.own), piece(OWN)) < 1e-6
     assert distance(piece(fed), piece(OWN)) > 0.1
     assert distance(torch.cat(healed.portions), piece(OWN)) < 0.01
-    assert healed.others == {}
+    assert healed.unsolvable == {}
     variant = with_tensors(piece, healed.tensors)
     assert distance(variant(fed), torch.cat(healed.portions)) < 1e-6
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_solved_is_left_alone_and_listed(network: nn.Module, reas
     network = nn.Sequential(network).eval()
     piece = fx.GraphModule(network, ByLayer().trace(network))
     healed = heal_piece(piece, [2 * OWN], [OWN], num_held_out=8)
-    assert healed.others == reasons
+    assert healed.unsolvable == reasons
     assert not {name for name in healed.tensors if name.rpartition(".")[0] in reasons}
 
 
@@ -238,7 +238,7 @@ def test_layers_of_more_inputs_than_the_cap_are_left_alone(monkeypatch: pytest.M
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 5, 1))
     monkeypatch.setattr(layer_healing, "MAX_INPUTS", 9)
     healed = heal_piece(piece_of(layers), [2 * OWN], [OWN], num_held_out=8)
-    assert healed.others == {"0.0": "27 inputs, more than 9"}
+    assert healed.unsolvable == {"0.0": "27 inputs, more than 9"}
     assert list(healed.strengths) == ["0.1", "0.2"]
 
 
