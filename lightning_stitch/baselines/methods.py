@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import METHODS, Contender, Contenders, Method
+from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
-from lightning_stitch.baselines.tables import COUNTED
+from lightning_stitch.baselines.plots import check_can_plot, plot_methods
+from lightning_stitch.baselines.tables import write_methods
 from lightning_stitch.cutting import network_cost
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
@@ -21,7 +23,7 @@ from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report import Evaluation, score
 from lightning_stitch.search import network_latency
 from lightning_stitch.sources import load_sources
-from lightning_stitch.tables import Record, write_records
+from lightning_stitch.tables import Record
 from lightning_stitch.training import FragmentSearch
 
 
@@ -32,6 +34,7 @@ def compare_methods(
     methods: Sequence[Method] = METHODS,
     finetuning: FineTuning | None = None,
     directory: str | Path = "methods",
+    plot: bool = True,
     seed: int = 0,
     trainer_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -43,18 +46,20 @@ def compare_methods(
     | linear probe | on each source's frozen features, computed once, a linear layer is trained; the best source stays |
     | closed-form head | the same with the ridge head of `fit_ridge_head`: no back-propagation |
     | head-only fine-tuning | a linear layer, trained through the frozen network |
-    | full fine-tuning | network and linear layer; BatchNorm statistics stay |
+    | full fine-tuning | network and linear layer; BatchNorm statistics stay unless `update_batch_norm` |
     | closed-form head, fine-tuned | the same, beginning with the closed-form head |
     | StitchNet | the best StitchNet of the search, with its closed-form head: no back-propagation |
-    | StitchNet, fine-tuned | that trained as a whole by the same recipe |
+    | StitchNet, fine-tuned | that trained as a whole by the same recipe; BatchNorm statistics stay |
 
-    The selection images make every choice, test images none (`lightning_stitch.baselines`). Rows are written to
-    methods.csv and methods.json after each method, so that a run which is stopped keeps what it has.
+    The selection images make every choice: the source (least loss of its linear probe, for all other methods of its
+    closed-form head), epoch, learning rate, and the StitchNet. Test images choose nothing. Rows are written to
+    methods.csv and methods.json after each method, in the order of the table, so that a run which is stopped keeps
+    what it has; methods.png shows accuracy against training FLOPs.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
-    `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`); `labels`; the classifier's
-    `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate` and `epoch`,
-    where it has them.
+    `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`, `baselines.flops`); `labels`; the
+    classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate`
+    and `epoch`, where it has them.
 
     Args:
         search: The search, with its sources and settings. It is copied, and run without its table and journal.
@@ -62,7 +67,8 @@ def compare_methods(
         methods: Which methods to compare.
         finetuning: How networks and heads are trained; None: `FineTuning()`.
         directory: Where the files go; the search's candidates.csv, too.
-        seed: Of the heads' first weights; the data module has its own, for split and order.
+        plot: Whether to draw methods.png, with matplotlib.
+        seed: Of the heads' first weights and of flips; the data module has its own, for split and order.
         trainer_options: Arguments of the Trainers: accelerator, devices (one) and precision.
         progress: Where to show progress.
 
@@ -72,9 +78,7 @@ def compare_methods(
     Raises:
         StitchError: If arguments cannot be used; before any source runs. So do errors of sources, data and budget.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods or isinstance(methods, str):
-        raise StitchError(f"methods must be some of {list(METHODS)}; found {unknown or methods!r}.")
+    chosen = _checked_methods(methods)
     if not isinstance(search, FragmentSearch):
         raise StitchError(
             f"compare_methods takes a FragmentSearch, whose sources all use; found {type(search).__name__}."
@@ -88,18 +92,25 @@ def compare_methods(
         raise StitchError(
             f"compare_methods tells classes apart, one label for each image; the data have task={data.task!r}."
         )
-    finetuning, progress = finetuning or FineTuning(), progress or Silent()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    place = {"default_root_dir": str(directory), "accelerator": "auto", "devices": 1}
-    options = {**quiet, **place, **(trainer_options or {})}
+    if plot:
+        check_can_plot()
+    finetuning, options = finetuning or FineTuning(), _options(directory, trainer_options)
+    device = _one_device(options)
+    data.prepare_data()
+    data.setup()
+    progress = progress or Silent()
     rows: list[Record] = []
     with isolate_rng(), quiet_trainers():
-        device = _one_device(options)
-        data.prepare_data()
-        data.setup()
         show = not isinstance(progress, Silent)
-        sources = load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show))
-        contenders = Contenders(search, sources, data, finetuning, seed=seed, trainer_options=options, device=device)
+        contenders = Contenders(
+            search,
+            load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show)),
+            data,
+            finetuning,
+            seed=seed,
+            trainer_options=options,
+            device=device,
+        )
         settings = {
             "sources": [part.name for part in contenders.parts],
             "finetuning": dataclasses.asdict(finetuning),
@@ -109,20 +120,35 @@ def compare_methods(
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
-        if any(name.startswith("StitchNet") for name in methods):
+        if any(name.startswith("StitchNet") for name in chosen):
             # First of all: it refuses most of what cannot work before it runs a source, and training takes longest.
             progress.start("search", None)
-            contenders.make("StitchNet")
-        # In the table's order, whatever shares the StitchNet comes before what trains it.
-        for method in [name for name in METHODS if name in methods]:
+            contenders.run_search()
+        for method in chosen:
             progress.start(method, None)
             rows.append(_row(method, contenders.make(method), data, device, seed))
-            write_records(rows, Path(directory) / "methods", counted=COUNTED, settings=settings)
+            write_methods(rows, directory, settings=settings)
+    if plot:
+        plot_methods(rows, Path(directory) / "methods.png")
     return rows
 
 
+def _checked_methods(methods: Sequence[Method]) -> list[Method]:
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or isinstance(methods, str):
+        raise StitchError(f"methods must be some of {list(METHODS)}; found {unknown or methods!r}.")
+    # Whatever shares the StitchNet comes before what trains it.
+    return [name for name in METHODS if name in methods]
+
+
+def _options(directory: str | Path, given: dict[str, Any] | None) -> dict[str, Any]:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return {**quiet, "default_root_dir": str(directory), "accelerator": "auto", "devices": 1, **(given or {})}
+
+
 def _one_device(options: dict[str, Any]) -> torch.device:
-    trainer = pl.Trainer(max_epochs=0, enable_checkpointing=False, **options)
+    with quiet_trainers():
+        trainer = pl.Trainer(max_epochs=0, enable_checkpointing=False, **options)
     if trainer.world_size > 1:
         raise StitchError(
             f"Methods are compared on one device, or their seconds would say little; found {trainer.world_size}. Set "
@@ -131,33 +157,37 @@ def _one_device(options: dict[str, Any]) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _row(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
+def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
     """A classifier, tested and measured."""
-    classifier = nn.Sequential(contender.network, contender.head).to(device).eval()
+    classifier = nn.Sequential(made.network, made.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)
-    probabilities, labels = [], []
-    with torch.inference_mode():
-        for images, targets in data.test_dataloader():
-            probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
-            labels.append(targets)
-    num_labels = data.summary["train"] + data.summary["selection"]
-    evaluation = Evaluation(
-        method, "source", torch.cat(probabilities), cost.params, cost.macs, contender.spent.seconds, num_labels
-    )
+    probabilities, targets = _predicted(classifier, data.test_dataloader(), device)
+    labels = data.summary["train"] + data.summary["selection"]
+    evaluation = Evaluation(method, "source", probabilities, cost.params, cost.macs, made.spent.seconds, labels)
     return {
         "method": method,
-        "network": contender.name,
-        **score(evaluation, torch.cat(labels)),
-        "seconds": contender.spent.seconds,
-        "cpu_seconds": contender.spent.cpu_seconds,
-        "flops": contender.spent.flops,
-        "labels": num_labels,
+        "network": made.name,
+        **score(evaluation, targets),
+        "seconds": made.spent.seconds,
+        "cpu_seconds": made.spent.cpu_seconds,
+        "flops": made.spent.flops,
+        "labels": labels,
         "params": cost.params,
         "macs": cost.macs,
         "latency_ms": network_latency(classifier, data.image_shape, device),
-        "selection_loss": contender.selection_loss,
-        "learning_rate": None if contender.trained is None else contender.trained.learning_rate,
-        "epoch": None if contender.trained is None else contender.trained.epoch,
-        "search_choice": contender.search_choice,
+        "selection_loss": made.selection_loss,
+        "learning_rate": None if made.trained is None else made.trained.learning_rate,
+        "epoch": None if made.trained is None else made.trained.epoch,
+        "search_choice": made.search_choice,
         "seed": seed,
     }
+
+
+@torch.inference_mode()
+def _predicted(classifier: nn.Module, loader: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Class probabilities and true classes of all images of a loader."""
+    probabilities, targets = [], []
+    for images, labels in loader:
+        probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
+        targets.append(labels)
+    return torch.cat(probabilities), torch.cat(targets)

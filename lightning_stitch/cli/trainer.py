@@ -106,19 +106,21 @@ class StitchTrainer(pl.Trainer):
         datamodule: CalibrationDataModule | None = None,
         methods: list[Method] = list(METHODS),  # noqa: B006 (never changed; shown as the default in the help)
         finetuning: FineTuning = _RECIPE,
+        plot: bool = True,
         seed: int = 0,
     ) -> list[Record]:
         """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
 
-        The configuration is that of `fit`. Prints the table and writes methods.csv and methods.json in the log
-        directory.
+        The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in
+        the log directory.
 
         Args:
             model: A StitchedClassifier; new ones are made of its number of classes.
             datamodule: The images.
             methods: Which methods to compare.
             finetuning: How networks and heads are trained.
-            seed: Of the heads' first weights; the data module has its own.
+            plot: Whether to draw accuracy against training FLOPs, with matplotlib.
+            seed: Of the heads' first weights and of flips; the data module has its own.
 
         Returns:
             One row for each method (`compare_methods`).
@@ -147,12 +149,15 @@ class StitchTrainer(pl.Trainer):
                 methods=methods,
                 finetuning=finetuning,
                 directory=directory,
+                plot=plot,
                 seed=seed,
                 trainer_options=options,
                 progress=progress,
             )
         print_methods(rows, title="Test images: what can be done with these sources and labels, and what it takes")
         print(f"The table is in {directory / 'methods.csv'} and {directory / 'methods.json'}.")
+        if plot:
+            print(f"Accuracy against training FLOPs is drawn in {directory / 'methods.png'}.")
         return rows
 
 

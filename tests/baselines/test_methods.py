@@ -9,10 +9,12 @@ import pytest
 import torch
 from doubles.methods import QUIET, bright_halves, half_blind, search_of, three_digits
 from doubles.progress import Recorder
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch._lightning import pl
+from lightning_stitch.baselines import plots
 from lightning_stitch.baselines.contenders import METHODS
 from lightning_stitch.errors import BudgetError, CalibrationError, SourceError, StitchError
 
@@ -22,7 +24,7 @@ MEASURED = ("seconds", "cpu_seconds", "latency_ms")
 
 def compared(folder: Path, **options: Any) -> list[dict[str, Any]]:
     search, data = options.pop("search", None) or search_of(), options.pop("data", None) or three_digits()
-    options = {"finetuning": TINY, "directory": folder, "trainer_options": QUIET, **options}
+    options = {"finetuning": TINY, "directory": folder, "plot": False, "trainer_options": QUIET, **options}
     return compare_methods(search, data, **options)
 
 
@@ -33,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return compared(folder)
+    return compared(folder, plot=True)
 
 
 def test_every_method_has_a_complete_row_on_the_same_labels(rows: list[dict[str, Any]]) -> None:
@@ -64,7 +66,7 @@ def test_training_takes_more_than_solving_and_what_builds_on_another_takes_more(
     assert flops["closed-form head, fine-tuned"] == flops["full fine-tuning"]
 
 
-def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+def test_csv_json_and_png_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "methods.csv").open() as file:
         found = list(csv.DictReader(file))
     assert found == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
@@ -73,6 +75,8 @@ def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) ->
     assert record["settings"]["sources"] == ["a", "b"]
     assert record["settings"]["finetuning"]["epochs"] == 2
     assert record["settings"]["images"] == {"calibration": 12, "train": 40, "selection": 20, "test": 60}
+    with Image.open(folder / "methods.png") as image:
+        assert min(image.size) > 400
 
 
 def test_the_same_call_gives_the_same_rows_whatever_the_order_of_methods(
@@ -133,9 +137,11 @@ def test_a_run_that_is_stopped_keeps_the_rows_that_it_has(tmp_path: Path) -> Non
     assert len(json.loads((tmp_path / "methods.json").read_text())["rows"]) == 3
 
 
-def test_learning_rates_reach_training(tmp_path: Path) -> None:
+def test_flips_and_learning_rates_reach_training(tmp_path: Path) -> None:
     method = ["full fine-tuning"]
     (plain,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=(1e-2,)))
+    (flipped,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=(1e-2,), flips=True))
+    assert plain["selection_loss"] != flipped["selection_loss"]
     both = FineTuning(epochs=2, learning_rates=(1e-6, 1e-2))
     (chosen,) = compared(tmp_path, methods=method, finetuning=both)
     assert (chosen["learning_rate"], chosen["selection_loss"]) == (1e-2, plain["selection_loss"])
@@ -174,3 +180,12 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
         with pytest.raises(error, match=message):
             compared(tmp_path, **options)
     assert not (tmp_path / "methods.csv").exists()
+
+
+def test_a_plot_that_cannot_be_drawn_is_an_error_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(StitchError, match="The plot needs matplotlib"):
+        compared(tmp_path, plot=True)
+    assert not list(tmp_path.iterdir())

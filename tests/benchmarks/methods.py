@@ -4,9 +4,9 @@
 
 Labels are in all: three quarters train, one quarter chooses (source, StitchNet, epoch, learning rate), for every method
 alike. A seed draws the split, the heads' first weights and the order of the batches. Prints mean and standard deviation
-over the seeds as Markdown, and writes each run's rows (methods.csv in a folder of its own, after each method) and all
-of them (all.csv). Started again with the same options and output, it reads the complete runs and goes on with the
-next one.
+over the seeds as Markdown, and writes each run's rows (methods.csv in a folder of its own, after each method), all of
+them (all.csv) and the figure (methods.png). Started again with the same options and output, it reads the runs that are
+complete and goes on with the next one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch.baselines.contenders import METHODS
+from lightning_stitch.baselines.plots import plot_methods
 from lightning_stitch.tables import write_csv
 
 # Fewer images make fewer steps in an epoch.
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, labels: int, seed: int) -> list[dict[str, A
         if same and len(found["rows"]) == len(METHODS):
             return found["rows"]
     search = FragmentSearch([f"local-dir:{options.solar_cells}/efficientnet_lite{size}" for size in range(3)])
-    return compare_methods(search, data, finetuning=finetuning, directory=directory, seed=seed)
+    return compare_methods(search, data, finetuning=finetuning, directory=directory, plot=False, seed=seed)
 
 
 def spread_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -87,7 +88,7 @@ def _spread(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], fl
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare methods by number of labels, over several seeds.")
     parser.add_argument("--solar-cells", type=Path, default=Path("solar_cells"), help="what the example prepared")
-    parser.add_argument("--output", type=Path, default=Path("methods"), help="where rows go")
+    parser.add_argument("--output", type=Path, default=Path("methods"), help="where rows and figure go")
     parser.add_argument("--labels", type=int, nargs="+", default=[32, 128, 512], help="labels in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help=f"of fine-tuning; by number of labels: {EPOCHS}, else 10")
@@ -105,6 +106,7 @@ def main() -> None:
             rows += run(options, labels, seed)
             write_csv(rows, options.output / "all.csv")
             print(f"{labels} labels, seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
+    plot_methods(rows, options.output / "methods.png")
     print("\n" + spread_table(rows))
 
 

@@ -71,19 +71,21 @@ def test_compare_takes_the_configuration_of_fit(
     assert all(row["method"] in printed for row in rows)
     assert {row["labels"] for row in rows} == {"60"}
     assert f"{folder / 'methods.csv'}" in printed.replace("\n", "")
+    assert (folder / "methods.png").stat().st_size > 10_000
     recipe = json.loads((folder / "methods.json").read_text())["settings"]["finetuning"]
     assert (recipe["epochs"], recipe["probe_epochs"]) == (1, 2)
     assert recipe["learning_rates"] == ([1e-4, 5e-4] if name == "compare_solar_cells" else [1e-4])
 
 
-def test_methods_can_be_chosen_on_the_command_line(tmp_path: Path, image_folder: Path) -> None:
+def test_methods_and_the_plot_can_be_chosen_on_the_command_line(tmp_path: Path, image_folder: Path) -> None:
     config = from_example("solar_cells", tmp_path, image_folder)
-    options = ["--methods", '["closed-form head", "linear probe"]', "--seed", "3"]
+    options = ["--methods", '["closed-form head", "linear probe"]', "--plot", "false", "--seed", "3"]
     main(["compare", "--config", str(config), *SMALL, *options])
     folder = tmp_path / "solar_cells" / "version_0"
     with (folder / "methods.csv").open() as file:
         found = [(row["method"], row["seed"]) for row in csv.DictReader(file)]
     assert found == [("linear probe", "3"), ("closed-form head", "3")]
+    assert not (folder / "methods.png").exists()
 
 
 def test_the_help_lists_compare_and_its_options(capsys: pytest.CaptureFixture[str]) -> None:

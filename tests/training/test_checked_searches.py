@@ -93,7 +93,9 @@ def test_a_search_may_go_on_without_what_is_rejected(hub: HubDouble, folder: Pat
 
 def test_a_comparison_begins_with_the_check_too(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"(?s)^1 of 2 sources cannot be used.*no model 'test_resnt'"):
-        compare_methods(search([RANDOM, "test_resnt"]), data(), finetuning=FineTuning(epochs=1), directory=tmp_path)
+        compare_methods(
+            search([RANDOM, "test_resnt"]), data(), finetuning=FineTuning(epochs=1), directory=tmp_path, plot=False
+        )
 
 
 def test_a_module_with_a_recipe_needs_no_sources(tmp_path: Path) -> None:
