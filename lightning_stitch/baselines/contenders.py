@@ -40,7 +40,7 @@ _Fit = tuple[float, nn.Module, Trained | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Contender:
     """A finished classifier.
 
     Attributes:
@@ -62,14 +62,6 @@ class Made:
     trained: Trained | None = None
     source: int | None = None
     search_choice: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The same set for all sources: features by source, and the labels."""
-
-    features: list[Tensor]
-    labels: Tensor
 
 
 class Contenders:
@@ -110,12 +102,16 @@ class Contenders:
         settings = CalibrationSettings(granularity=search.calibration_settings.granularity)
         self.parts = [segment(source, settings, data.image_shape) for source in sources]
 
-    def make(self, method: Method) -> Made:
-        """Make a method's classifier, on the device."""
-        ways: dict[Method, Callable[[], Made]] = {
+    def make(self, method: Method) -> Contender:
+        """Make a method's classifier, on the device.
+
+        Raises:
+            BudgetError: If no network keeps the search's budget; likewise whatever else a search raises.
+        """
+        ways: dict[Method, Callable[[], Contender]] = {
             "linear probe": self._linear_probe,
             "closed-form head": lambda: self._closed_form,
-            "head-only fine-tuning": partial(self._finetuned, through="head"),
+            "head-only fine-tuning": partial(self._finetuned, head_alone=True),
             "full fine-tuning": self._finetuned,
             "closed-form head, fine-tuned": partial(self._finetuned, closed_form=True),
             "StitchNet": lambda: self._stitched[1],
@@ -124,14 +120,6 @@ class Contenders:
         with isolate_rng():
             torch.manual_seed(self.seed)
             return ways[method]()
-
-    def run_search(self) -> None:
-        """Run the search, once.
-
-        Raises:
-            BudgetError: If no network keeps its budget; likewise whatever else a search raises.
-        """
-        assert self._stitched
 
     # -- on a source -------------------------------------------------------------------------------------------------
 
@@ -144,17 +132,15 @@ class Contenders:
         return nn.Linear(num_features, self.data.num_classes).to(self.device)
 
     @cached_property
-    def _features(self) -> tuple[_Part, _Part, Spent]:
-        """What all sources give of the train and the selection images, which are read once."""
+    def _features(self) -> tuple[list[TensorDataset], list[TensorDataset], Spent]:
+        """What each source gives of the train and the selection images, which are read once, with their labels."""
         networks = [self._network(index) for index in range(len(self.parts))]
         with Meter() as meter:
-            train, selection = (
-                self._run(networks, loader)
-                for loader in (self.data.head_dataloader(), self.data.selection_dataloader())
-            )
+            train = self._run(networks, self.data.head_dataloader())
+            selection = self._run(networks, self.data.selection_dataloader())
         return train, selection, meter.spent
 
-    def _run(self, networks: Sequence[nn.Module], loader: DataLoader) -> _Part:
+    def _run(self, networks: Sequence[nn.Module], loader: DataLoader) -> list[TensorDataset]:
         collected: list[list[Tensor]] = [[] for _ in networks]
         labels = []
         for images, targets in loader:
@@ -164,23 +150,29 @@ class Contenders:
                 with torch.inference_mode():
                     features += [network(chunk) for chunk in chunks(images, part.images_at_once)]
         # Joined outside of inference mode, these are ordinary tensors again, on which a head can be trained.
-        return _Part([torch.cat(features).float() for features in collected], torch.cat(labels).to(self.device))
+        return [TensorDataset(torch.cat(x).float(), torch.cat(labels).to(self.device)) for x in collected]
 
     @cached_property
-    def _closed_form(self) -> Made:
-        def fit(features: Tensor, labels: Tensor, selection: Tensor, targets: Tensor) -> _Fit:
-            head, _ = fit_ridge_head(features, labels, num_classes=self.data.num_classes)
-            return _loss(head, selection, targets), head, None
+    def _closed_form(self) -> Contender:
+        def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
+            head, _ = fit_ridge_head(*train.tensors, num_classes=self.data.num_classes)
+            features, labels = selection.tensors
+            with torch.no_grad():
+                return float(functional.cross_entropy(head(features), labels)), head, None
 
         return self._best_source(fit)
 
-    def _linear_probe(self) -> Made:
-        def fit(features: Tensor, labels: Tensor, selection: Tensor, targets: Tensor) -> _Fit:
-            probe = Classifier(nn.Identity(), self._linear(features.shape[1]))
+    def _linear_probe(self) -> Contender:
+        def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
+            def batches(rows: TensorDataset, *, shuffle: bool = False) -> DataLoader:
+                generator = torch.Generator().manual_seed(self.seed)
+                return DataLoader(rows, batch_size=self.data.batch_size, shuffle=shuffle, generator=generator)
+
+            probe = Classifier(nn.Identity(), self._linear(train.tensors[0].shape[1]))
             trained = train_best(
                 probe,
-                partial(self._batches, features, labels, shuffle=True),
-                self._batches(selection, targets),
+                partial(batches, train, shuffle=True),
+                batches(selection),
                 self.finetuning,
                 learning_rates=self.finetuning.head_learning_rates,
                 epochs=self.finetuning.probe_epochs,
@@ -191,38 +183,28 @@ class Contenders:
 
         return self._best_source(fit)
 
-    def _best_source(self, fit: Callable[[Tensor, Tensor, Tensor, Tensor], _Fit]) -> Made:
+    def _best_source(self, fit: Callable[[TensorDataset, TensorDataset], _Fit]) -> Contender:
         """The source whose head has the least loss on the selection images, the first of them where several have."""
         train, selection, spent = self._features
         with Meter() as meter:
-            fits = [
-                fit(features, train.labels, chosen_by, selection.labels)
-                for features, chosen_by in zip(train.features, selection.features, strict=True)
-            ]
-            source = min(range(len(fits)), key=lambda index: fits[index][0])
+            fits = [fit(*rows) for rows in zip(train, selection, strict=True)]
+        source = min(range(len(fits)), key=lambda index: fits[index][0])
         loss, head, trained = fits[source]
-        return Made(
+        return Contender(
             self._network(source), head, self.parts[source].name, spent + meter.spent, loss, trained, source=source
         )
 
-    def _batches(self, features: Tensor, labels: Tensor, *, shuffle: bool = False) -> DataLoader:
-        generator = torch.Generator().manual_seed(self.seed)
-        pairs = TensorDataset(features.cpu(), labels.cpu())
-        return DataLoader(pairs, batch_size=self.data.batch_size, shuffle=shuffle, generator=generator)
-
-    def _finetuned(self, *, through: Literal["head", "all"] = "all", closed_form: bool = False) -> Made:
-        chosen = self._closed_form
-        assert chosen.source is not None
-        network = self._network(chosen.source)
-        num_features = self._features[0].features[chosen.source].shape[1]
-        head = copy.deepcopy(chosen.head) if closed_form else self._linear(num_features)
+    def _finetuned(self, *, head_alone: bool = False, closed_form: bool = False) -> Contender:
+        start = self._closed_form
+        assert start.source is not None
+        network = self._network(start.source).requires_grad_(not head_alone)
+        num_features = self._features[0][start.source].tensors[0].shape[1]
+        head = copy.deepcopy(start.head) if closed_form else self._linear(num_features)
         with Meter() as meter:
-            if through == "head":
-                network.requires_grad_(False)
-            elif self.finetuning.update_batch_norm:
-                network.train()
-            trained = self._train(Classifier(network, head), head_alone=through == "head")
-        return Made(network, head, chosen.name, chosen.spent + meter.spent, trained.loss, trained, source=chosen.source)
+            trained = self._train(Classifier(network, head), head_alone=head_alone)
+        return Contender(
+            network, head, start.name, start.spent + meter.spent, trained.loss, trained, source=start.source
+        )
 
     def _train(self, model: pl.LightningModule, *, head_alone: bool = False) -> Trained:
         settings = self.finetuning
@@ -241,7 +223,7 @@ class Contenders:
     # -- composed ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _stitched(self) -> tuple[StitchedClassifier, Made]:
+    def _stitched(self) -> tuple[StitchedClassifier, Contender]:
         """The best StitchNet by the selection images; what the search itself would take where it found none."""
         model = StitchedClassifier(self.data.num_classes)
         self.search.fetch_sources()
@@ -260,19 +242,15 @@ class Contenders:
         assert head is not None
         ranked_first = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
         self.search.pool = None  # and with it the sources
-        return model, Made(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
+        return model, Contender(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
 
-    def _stitched_finetuned(self) -> Made:
-        model, made = self._stitched
+    def _stitched_finetuned(self) -> Contender:
+        model, contender = self._stitched
         with Meter() as meter:
             trained = self._train(model)
         assert model.network is not None
         assert model.head is not None
-        spent = made.spent + meter.spent
-        choice = made.search_choice
-        return Made(model.network, model.head, made.name, spent, trained.loss, trained, search_choice=choice)
-
-
-@torch.no_grad()
-def _loss(head: nn.Module, features: Tensor, labels: Tensor) -> float:
-    return float(functional.cross_entropy(head(features), labels))
+        spent = contender.spent + meter.spent
+        return replace(
+            contender, network=model.network, head=model.head, spent=spent, selection_loss=trained.loss, trained=trained
+        )

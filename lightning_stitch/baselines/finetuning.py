@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader
 from lightning_stitch._lightning import NAMESPACE, isolate_rng, pl
 from lightning_stitch.errors import StitchError
 
-State = dict[str, Tensor]
-
 
 @dataclass(frozen=True)  # without slots: jsonargparse reads a default's __dict__
 class FineTuning:
@@ -38,11 +36,8 @@ class FineTuning:
             the selection images is kept; all that are tried count.
         head_learning_rates: Of a head alone, likewise.
         weight_decay: AdamW's.
-        patience: Epochs without a lower loss on the selection images after which training ends early; None: never.
         flips: Whether training images are flipped at random, horizontally and vertically. A linear probe sees them as
             they are.
-        update_batch_norm: Whether the BatchNorm statistics of a source that is trained as a whole move with the
-            batches; else they stay, as those of a StitchNet do.
 
     Raises:
         StitchError: If a number is out of range, or there is no learning rate.
@@ -53,26 +48,19 @@ class FineTuning:
     learning_rates: Sequence[float] = (1e-4,)
     head_learning_rates: Sequence[float] = (1e-3,)
     weight_decay: float = 0.01
-    patience: int | None = None
     flips: bool = False
-    update_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("epochs", "probe_epochs", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise StitchError(f"FineTuning: {name} must be at least 1; found {value}.")
+        for name in ("epochs", "probe_epochs"):
+            if getattr(self, name) < 1:
+                raise StitchError(f"FineTuning: {name} must be at least 1; found {getattr(self, name)}.")
         for name in ("learning_rates", "head_learning_rates"):
             rates = getattr(self, name)
             if not rates or not all(0 < rate < math.inf for rate in rates):
                 raise StitchError(f"FineTuning: {name} must be one or more positive numbers; found {list(rates)}.")
         if not 0 <= self.weight_decay < math.inf:
             raise StitchError(f"FineTuning: weight_decay must be at least 0; found {self.weight_decay}.")
-
-    def optimizer(self, learning_rate: float) -> Callable[..., Optimizer]:
-        """Makes the optimizer from the parameters."""
-        return partial(AdamW, lr=learning_rate, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +77,7 @@ class Trained:
     loss: float
     learning_rate: float
     epoch: int
-    state: State
+    state: dict[str, Tensor]
 
 
 class Classifier(pl.LightningModule):
@@ -186,40 +174,20 @@ def train_best(
         The best epoch of all. The model has its weights.
     """
     start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    best: Trained | None = None
+    trials = []
     for learning_rate in learning_rates:
         model.load_state_dict(start)
-        model.optimizer = settings.optimizer(learning_rate)
-        found = _train(model, train(), selection, settings, learning_rate, epochs, seed, trainer_options, callbacks)
-        if best is None or found.loss < best.loss:
-            best = found
-    assert best is not None
-    model.load_state_dict(best.state)
-    return best
-
-
-def _train(
-    model: pl.LightningModule,
-    train: DataLoader,
-    selection: DataLoader,
-    settings: FineTuning,
-    learning_rate: float,
-    epochs: int,
-    seed: int,
-    trainer_options: dict[str, Any],
-    callbacks: Sequence[pl.Callback],
-) -> Trained:
-    with tempfile.TemporaryDirectory() as folder, isolate_rng():
-        torch.manual_seed(seed)
-        keeper = pl.callbacks.ModelCheckpoint(folder, "{epoch}", monitor="val_loss", save_weights_only=True)
-        stopper = [] if settings.patience is None else [_stopping(settings.patience)]
-        trainer = pl.Trainer(max_epochs=epochs, callbacks=[keeper, *stopper, *callbacks], **trainer_options)
-        trainer.fit(model, train, selection)
-        saved = torch.load(keeper.best_model_path, map_location=model.device, weights_only=True)
+        model.optimizer = partial(AdamW, lr=learning_rate, weight_decay=settings.weight_decay)
+        with tempfile.TemporaryDirectory() as folder, isolate_rng():
+            torch.manual_seed(seed)
+            keeper = pl.callbacks.ModelCheckpoint(folder, "{epoch}", monitor="val_loss", save_weights_only=True)
+            pl.Trainer(max_epochs=epochs, callbacks=[keeper, *callbacks], **trainer_options).fit(
+                model, train(), selection
+            )
+            saved = torch.load(keeper.best_model_path, map_location=model.device, weights_only=True)
         loss = keeper.best_model_score
         assert loss is not None
-        return Trained(float(loss), learning_rate, int(saved["epoch"]) + 1, saved["state_dict"])
-
-
-def _stopping(patience: int) -> pl.Callback:
-    return pl.callbacks.EarlyStopping("val_loss", patience=patience)
+        trials.append(Trained(float(loss), learning_rate, int(saved["epoch"]) + 1, saved["state_dict"]))
+    best = min(trials, key=lambda trained: trained.loss)
+    model.load_state_dict(best.state)
+    return best

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import METHODS, Contenders, Made, Method
+from lightning_stitch.baselines.contenders import METHODS, Contender, Contenders, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.plots import check_can_plot, plot_methods
-from lightning_stitch.baselines.tables import write_methods
+from lightning_stitch.baselines.tables import COUNTED
 from lightning_stitch.cutting import network_cost
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
@@ -23,7 +22,7 @@ from lightning_stitch.progress import Progress, Silent
 from lightning_stitch.report import Evaluation, score
 from lightning_stitch.search import network_latency
 from lightning_stitch.sources import load_sources
-from lightning_stitch.tables import Record
+from lightning_stitch.tables import Record, write_records
 from lightning_stitch.training import FragmentSearch
 
 
@@ -46,20 +45,19 @@ def compare_methods(
     | linear probe | on each source's frozen features, computed once, a linear layer is trained; the best source stays |
     | closed-form head | the same with the ridge head of `fit_ridge_head`: no back-propagation |
     | head-only fine-tuning | a linear layer, trained through the frozen network |
-    | full fine-tuning | network and linear layer; BatchNorm statistics stay unless `update_batch_norm` |
+    | full fine-tuning | network and linear layer; BatchNorm statistics stay |
     | closed-form head, fine-tuned | the same, beginning with the closed-form head |
     | StitchNet | the best StitchNet of the search, with its closed-form head: no back-propagation |
-    | StitchNet, fine-tuned | that trained as a whole by the same recipe; BatchNorm statistics stay |
+    | StitchNet, fine-tuned | that trained as a whole by the same recipe |
 
-    The selection images make every choice: the source (least loss of its linear probe, for all other methods of its
-    closed-form head), epoch, learning rate, and the StitchNet. Test images choose nothing. Rows are written to
-    methods.csv and methods.json after each method, in the order of the table, so that a run which is stopped keeps
-    what it has; methods.png shows accuracy against training FLOPs.
+    The selection images make every choice, test images none (`lightning_stitch.baselines`). Rows are written to
+    methods.csv and methods.json after each method, so that a run which is stopped keeps what it has; methods.png shows
+    accuracy against training FLOPs.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
-    `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`, `baselines.flops`); `labels`; the
-    classifier's `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate`
-    and `epoch`, where it has them.
+    `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`); `labels`; the classifier's
+    `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate` and `epoch`,
+    where it has them.
 
     Args:
         search: The search, with its sources and settings. It is copied, and run without its table and journal.
@@ -78,7 +76,9 @@ def compare_methods(
     Raises:
         StitchError: If arguments cannot be used; before any source runs. So do errors of sources, data and budget.
     """
-    chosen = _checked_methods(methods)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or isinstance(methods, str):
+        raise StitchError(f"methods must be some of {list(METHODS)}; found {unknown or methods!r}.")
     if not isinstance(search, FragmentSearch):
         raise StitchError(
             f"compare_methods takes a FragmentSearch, whose sources all use; found {type(search).__name__}."
@@ -94,23 +94,18 @@ def compare_methods(
         )
     if plot:
         check_can_plot()
-    finetuning, options = finetuning or FineTuning(), _options(directory, trainer_options)
-    device = _one_device(options)
-    data.prepare_data()
-    data.setup()
-    progress = progress or Silent()
+    finetuning, progress = finetuning or FineTuning(), progress or Silent()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    place = {"default_root_dir": str(directory), "accelerator": "auto", "devices": 1}
+    options = {**quiet, **place, **(trainer_options or {})}
     rows: list[Record] = []
     with isolate_rng(), quiet_trainers():
+        device = _one_device(options)
+        data.prepare_data()
+        data.setup()
         show = not isinstance(progress, Silent)
-        contenders = Contenders(
-            search,
-            load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show)),
-            data,
-            finetuning,
-            seed=seed,
-            trainer_options=options,
-            device=device,
-        )
+        sources = load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show))
+        contenders = Contenders(search, sources, data, finetuning, seed=seed, trainer_options=options, device=device)
         settings = {
             "sources": [part.name for part in contenders.parts],
             "finetuning": dataclasses.asdict(finetuning),
@@ -120,35 +115,22 @@ def compare_methods(
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
-        if any(name.startswith("StitchNet") for name in chosen):
+        if any(name.startswith("StitchNet") for name in methods):
             # First of all: it refuses most of what cannot work before it runs a source, and training takes longest.
             progress.start("search", None)
-            contenders.run_search()
-        for method in chosen:
+            contenders.make("StitchNet")
+        # In the table's order, whatever shares the StitchNet comes before what trains it.
+        for method in [name for name in METHODS if name in methods]:
             progress.start(method, None)
             rows.append(_row(method, contenders.make(method), data, device, seed))
-            write_methods(rows, directory, settings=settings)
+            write_records(rows, Path(directory) / "methods", counted=COUNTED, settings=settings)
     if plot:
         plot_methods(rows, Path(directory) / "methods.png")
     return rows
 
 
-def _checked_methods(methods: Sequence[Method]) -> list[Method]:
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods or isinstance(methods, str):
-        raise StitchError(f"methods must be some of {list(METHODS)}; found {unknown or methods!r}.")
-    # Whatever shares the StitchNet comes before what trains it.
-    return [name for name in METHODS if name in methods]
-
-
-def _options(directory: str | Path, given: dict[str, Any] | None) -> dict[str, Any]:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return {**quiet, "default_root_dir": str(directory), "accelerator": "auto", "devices": 1, **(given or {})}
-
-
 def _one_device(options: dict[str, Any]) -> torch.device:
-    with quiet_trainers():
-        trainer = pl.Trainer(max_epochs=0, enable_checkpointing=False, **options)
+    trainer = pl.Trainer(max_epochs=0, enable_checkpointing=False, **options)
     if trainer.world_size > 1:
         raise StitchError(
             f"Methods are compared on one device, or their seconds would say little; found {trainer.world_size}. Set "
@@ -157,37 +139,33 @@ def _one_device(options: dict[str, Any]) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _row(method: Method, made: Made, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
+def _row(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
     """A classifier, tested and measured."""
-    classifier = nn.Sequential(made.network, made.head).to(device).eval()
+    classifier = nn.Sequential(contender.network, contender.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)
-    probabilities, targets = _predicted(classifier, data.test_dataloader(), device)
-    labels = data.summary["train"] + data.summary["selection"]
-    evaluation = Evaluation(method, "source", probabilities, cost.params, cost.macs, made.spent.seconds, labels)
+    probabilities, labels = [], []
+    with torch.inference_mode():
+        for images, targets in data.test_dataloader():
+            probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
+            labels.append(targets)
+    num_labels = data.summary["train"] + data.summary["selection"]
+    evaluation = Evaluation(
+        method, "source", torch.cat(probabilities), cost.params, cost.macs, contender.spent.seconds, num_labels
+    )
     return {
         "method": method,
-        "network": made.name,
-        **score(evaluation, targets),
-        "seconds": made.spent.seconds,
-        "cpu_seconds": made.spent.cpu_seconds,
-        "flops": made.spent.flops,
-        "labels": labels,
+        "network": contender.name,
+        **score(evaluation, torch.cat(labels)),
+        "seconds": contender.spent.seconds,
+        "cpu_seconds": contender.spent.cpu_seconds,
+        "flops": contender.spent.flops,
+        "labels": num_labels,
         "params": cost.params,
         "macs": cost.macs,
         "latency_ms": network_latency(classifier, data.image_shape, device),
-        "selection_loss": made.selection_loss,
-        "learning_rate": None if made.trained is None else made.trained.learning_rate,
-        "epoch": None if made.trained is None else made.trained.epoch,
-        "search_choice": made.search_choice,
+        "selection_loss": contender.selection_loss,
+        "learning_rate": None if contender.trained is None else contender.trained.learning_rate,
+        "epoch": None if contender.trained is None else contender.trained.epoch,
+        "search_choice": contender.search_choice,
         "seed": seed,
     }
-
-
-@torch.inference_mode()
-def _predicted(classifier: nn.Module, loader: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Class probabilities and true classes of all images of a loader."""
-    probabilities, targets = [], []
-    for images, labels in loader:
-        probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
-        targets.append(labels)
-    return torch.cat(probabilities), torch.cat(targets)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from lightning_stitch.tables import Record, print_table, with_interval, write_records
+from lightning_stitch.tables import Record, print_table, with_interval
 
 COUNTED = (
     "Seconds and FLOPs are of everything from loaded sources to the finished classifier. All methods on a source count "
@@ -32,37 +30,18 @@ def print_methods(rows: Sequence[Record], *, title: str, console: Console | None
     Raises:
         StitchError: If there are no rows.
     """
-    print_table([_cells(row) for row in rows], title=title, notes=["", Text(COUNTED)], console=console)
-
-
-def write_methods(
-    rows: Sequence[Record], directory: str | Path, *, settings: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
-    """Write `methods.csv` and `methods.json`, replacing those that are there.
-
-    Args:
-        rows: The rows so far.
-        directory: Where to; made if it does not exist.
-        settings: What the comparison was run with, as plain JSON values; it goes into the JSON file.
-
-    Returns:
-        The paths of the two files.
-
-    Raises:
-        StitchError: If there are no rows, or a value is not plain, finite JSON.
-    """
-    return write_records(rows, Path(directory) / "methods", counted=COUNTED, settings=dict(settings or {}))
-
-
-def _cells(row: Record) -> dict[str, str]:
-    return {
-        "method": f"{row['method']}\n {row['network']}",
-        "accuracy": with_interval(row, "accuracy"),
-        "AUROC": with_interval(row, "auroc"),
-        "seconds": f"{row['seconds']:.1f}",
-        "TFLOPs": f"{row['flops'] / 1e12:.3g}",
-        "labels": str(row["labels"]),
-        "M params": f"{row['params'] / 1e6:.2f}",
-        "M MACs": f"{row['macs'] / 1e6:.1f}",
-        "ms": f"{row['latency_ms']:.1f}",
-    }
+    cells = [
+        {
+            "method": f"{row['method']}\n {row['network']}",
+            "accuracy": with_interval(row, "accuracy"),
+            "AUROC": with_interval(row, "auroc"),
+            "seconds": f"{row['seconds']:.1f}",
+            "TFLOPs": f"{row['flops'] / 1e12:.3g}",
+            "labels": str(row["labels"]),
+            "M params": f"{row['params'] / 1e6:.2f}",
+            "M MACs": f"{row['macs'] / 1e6:.1f}",
+            "ms": f"{row['latency_ms']:.1f}",
+        }
+        for row in rows
+    ]
+    print_table(cells, title=title, notes=["", Text(COUNTED)], console=console)

@@ -82,12 +82,6 @@ def test_the_learning_rate_with_the_least_selection_loss_stays_and_each_begins_a
     assert found.loss == alone[1e-2] == pytest.approx(loss_of(model), abs=1e-5)
 
 
-def test_training_ends_when_the_loss_has_not_fallen_for_the_epochs_of_patience() -> None:
-    epochs = Epochs()
-    found = trained(linear(), rates=(3.0,), epochs=30, patience=2, callbacks=[epochs])
-    assert len(epochs.losses) == found.epoch + 2 < 30
-
-
 def test_training_is_adamw_and_repeats_and_leaves_the_random_state_alone() -> None:
     models, state = [linear(), linear()], torch.get_rng_state()
     models[1].load_state_dict(models[0].state_dict())
@@ -101,6 +95,21 @@ def test_training_is_adamw_and_repeats_and_leaves_the_random_state_alone() -> No
         functional.cross_entropy(by_hand(images), labels).backward()
         optimizer.step()
     assert torch.allclose(models[0].head.weight, by_hand.head.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "FineTuning: epochs must be at least 1; found 0"),
+        ({"probe_epochs": -1}, "probe_epochs must be at least 1; found -1"),
+        ({"learning_rates": ()}, r"learning_rates must be one or more positive numbers; found \[\]"),
+        ({"head_learning_rates": (1e-3, -1.0)}, r"head_learning_rates must be one or more positive numbers; found"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0; found nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(StitchError, match=message):
+        FineTuning(**options)
 
 
 def test_flips_show_each_image_in_all_four_ways_and_nothing_else() -> None:
@@ -128,19 +137,3 @@ def test_flips_show_each_image_in_all_four_ways_and_nothing_else() -> None:
     counts = [sum(torch.equal(found, way) for found in torch.cat(seen)) for way in ways]
     assert sum(counts) == 64
     assert min(counts) >= 8
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": 0}, "FineTuning: epochs must be at least 1; found 0"),
-        ({"probe_epochs": -1}, "probe_epochs must be at least 1; found -1"),
-        ({"patience": 0}, "patience must be at least 1; found 0"),
-        ({"learning_rates": ()}, r"learning_rates must be one or more positive numbers; found \[\]"),
-        ({"head_learning_rates": (1e-3, -1.0)}, r"head_learning_rates must be one or more positive numbers; found"),
-        ({"weight_decay": float("nan")}, "weight_decay must be at least 0; found nan"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(StitchError, match=message):
-        FineTuning(**options)

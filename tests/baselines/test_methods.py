@@ -9,7 +9,6 @@ import pytest
 import torch
 from doubles.methods import QUIET, bright_halves, half_blind, search_of, three_digits
 from doubles.progress import Recorder
-from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
@@ -66,7 +65,7 @@ def test_training_takes_more_than_solving_and_what_builds_on_another_takes_more(
     assert flops["closed-form head, fine-tuned"] == flops["full fine-tuning"]
 
 
-def test_csv_json_and_png_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "methods.csv").open() as file:
         found = list(csv.DictReader(file))
     assert found == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
@@ -75,8 +74,6 @@ def test_csv_json_and_png_hold_the_rows(folder: Path, rows: list[dict[str, Any]]
     assert record["settings"]["sources"] == ["a", "b"]
     assert record["settings"]["finetuning"]["epochs"] == 2
     assert record["settings"]["images"] == {"calibration": 12, "train": 40, "selection": 20, "test": 60}
-    with Image.open(folder / "methods.png") as image:
-        assert min(image.size) > 400
 
 
 def test_the_same_call_gives_the_same_rows_whatever_the_order_of_methods(
@@ -137,11 +134,9 @@ def test_a_run_that_is_stopped_keeps_the_rows_that_it_has(tmp_path: Path) -> Non
     assert len(json.loads((tmp_path / "methods.json").read_text())["rows"]) == 3
 
 
-def test_flips_and_learning_rates_reach_training(tmp_path: Path) -> None:
+def test_learning_rates_reach_training(tmp_path: Path) -> None:
     method = ["full fine-tuning"]
     (plain,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=(1e-2,)))
-    (flipped,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=(1e-2,), flips=True))
-    assert plain["selection_loss"] != flipped["selection_loss"]
     both = FineTuning(epochs=2, learning_rates=(1e-6, 1e-2))
     (chosen,) = compared(tmp_path, methods=method, finetuning=both)
     assert (chosen["learning_rate"], chosen["selection_loss"]) == (1e-2, plain["selection_loss"])
@@ -175,7 +170,7 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
         raise AssertionError("a source ran")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_stitch.stitching.calibration.calibrate", refuse)
+        patched.setattr("lightning_stitch.stitching.calibration.calibrate_all", refuse)
         patched.setattr("lightning_stitch.baselines.contenders.chunks", refuse)
         with pytest.raises(error, match=message):
             compared(tmp_path, **options)

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import csv
 import io
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from doubles.methods import row_of as row
 from rich.console import Console
 
-from lightning_stitch.baselines.tables import COUNTED, print_methods, write_methods
+from lightning_stitch.baselines.tables import COUNTED, print_methods
 from lightning_stitch.errors import StitchError
 
 
@@ -29,19 +26,6 @@ def test_the_printed_table_has_every_figure_and_says_what_is_counted() -> None:
     assert COUNTED in " ".join(lines)
 
 
-def test_files_hold_the_rows_and_the_settings_and_replace_older_ones(tmp_path: Path) -> None:
-    rows = [row("linear probe"), row("StitchNet", note=None)]
-    rows = [{**r, "note": r.get("note")} for r in rows]
-    write_methods(rows[:1], tmp_path / "new", settings={"seed": 3})
-    table, record = write_methods(rows, tmp_path / "new", settings={"seed": 3})
-    with table.open() as file:
-        found = list(csv.DictReader(file))
-    assert found == [{name: "" if value is None else str(value) for name, value in r.items()} for r in rows]
-    assert json.loads(record.read_text()) == {"counted": COUNTED, "settings": {"seed": 3}, "rows": rows}
-
-
-def test_without_rows_there_is_nothing_to_show(tmp_path: Path) -> None:
-    for show in (lambda: printed([]), lambda: write_methods([], tmp_path)):
-        with pytest.raises(StitchError, match="There are no rows to"):
-            show()
-    assert not list(tmp_path.iterdir())
+def test_without_rows_there_is_nothing_to_show() -> None:
+    with pytest.raises(StitchError, match="There are no rows to"):
+        printed([])
