@@ -4,8 +4,8 @@ Rows are samples (images, pixels, tokens), columns are channels. Inputs are of a
 reading order:
 
 - `rows.py`: rows of activations, checked, paired and centred
-- `cka.py`: linear CKA, debiased and biased; its equations are in the docstring
-- `cka_metric.py`: the same as a torchmetrics `Metric`, of all batches and processes
+- `cka.py`: linear CKA, debiased and biased, of whole, streamed and stored rows; its equations are in the docstring
+- `cka_metric.py`: the same as a torchmetrics `Metric`, streamed over batches and merged over processes
 - `regression.py`: ridge least squares, R2, and leave-one-out ridge for many strengths at once
 
 Example:

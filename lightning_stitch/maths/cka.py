@@ -1,4 +1,4 @@
-"""Linear CKA as pure tensor maths: of two activations, and of one with many.
+"""Linear CKA as pure tensor maths: of whole, streamed and stored rows.
 
 Rows are samples (images, pixels, tokens), columns are channels. Inputs are of any real dtype; sums run in float64 on
 the input's device. X, Y centred, d_i = |x_i|^2, e_i = |y_i|^2: CKA = HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)) for
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.maths.rows import centred, paired, rows
+from lightning_stitch.maths.rows import centred, check_varies, paired, rows
 from lightning_stitch.settings import Estimator
 
 _MIN_ROWS = {"debiased": 4, "biased": 2}  # n(n-3) must not be zero; a single row does not deviate from its mean
@@ -41,6 +41,67 @@ def linear_cka(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> Te
     x, d, self_x = _prepared(x, "x", estimator)
     y, e, self_y = _prepared(y, "y", estimator)
     return _cka(_hsic(_cross_square(x, y), d @ e, d.sum(), e.sum(), len(x), estimator), self_x, self_y)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CKAMoments:
+    """What linear CKA needs of a group of rows, float64, about the group's own `mean` (c,); merges without loss.
+
+    With z = (x, y) the deviations of a row from the mean, x's channels first, and s = (|x|^2, |y|^2), the fields are
+    the sums over rows of z z' (c x c), s z' (2 x c) and s s' (2 x 2).
+    """
+
+    num_rows: int
+    x_channels: int
+    mean: Tensor
+    zz: Tensor
+    sz: Tensor
+    ss: Tensor
+
+
+def cka_moments(x: Tensor, y: Tensor) -> CKAMoments:
+    """Moments of one batch of at least one row; x and y are rows x channels.
+
+    Raises:
+        CalibrationError: If x or y is not 2-D, is empty, has NaN or infinite values, or they differ in rows.
+    """
+    z = torch.cat(paired(x, y), dim=1)
+    mean = z.mean(0)
+    z = z - mean
+    s = torch.stack([part.square().sum(1) for part in z.tensor_split([x.shape[1]], dim=1)])
+    return CKAMoments(len(z), x.shape[1], mean, z.T @ z, s @ z, s @ s.T)
+
+
+def merge_cka_moments(first: CKAMoments, second: CKAMoments) -> CKAMoments:
+    """Moments of two groups of rows together; the order of merging changes nothing but rounding.
+
+    Raises:
+        CalibrationError: If the groups differ in their numbers of channels.
+    """
+    one, other = ((m.x_channels, len(m.mean) - m.x_channels) for m in (first, second))
+    if one != other:
+        raise CalibrationError(f"All batches must have the same channels (of x, of y); found {one} and {other}.")
+    num_rows = first.num_rows + second.num_rows
+    step = (second.mean - first.mean) / num_rows
+    a, b = _moved(first, -second.num_rows * step), _moved(second, first.num_rows * step)
+    return CKAMoments(num_rows, first.x_channels, a.mean, a.zz + b.zz, a.sz + b.sz, a.ss + b.ss)
+
+
+def cka_from_moments(moments: CKAMoments, *, estimator: Estimator = "debiased") -> Tensor:
+    """Linear CKA of all rows that went into the moments: `linear_cka`'s value, as a 0-dim float64 tensor.
+
+    Raises:
+        CalibrationError: If there are too few rows for the estimator, or x or y has the same values in every row.
+    """
+    m, n, cut = moments, moments.num_rows, moments.x_channels
+    _check_num_rows(n, estimator)
+    for name, part in (("x", slice(cut)), ("y", slice(cut, None))):
+        check_varies(m.zz.diagonal()[part] / n, m.mean[part], n, name)
+    xx, xy, yy = m.zz[:cut, :cut], m.zz[:cut, cut:], m.zz[cut:, cut:]
+    d, e = xx.trace(), yy.trace()
+    self_x = _self_similarity(xx.square().sum(), m.ss[0, 0], d, n, estimator, "x")
+    self_y = _self_similarity(yy.square().sum(), m.ss[1, 1], e, n, estimator, "y")
+    return _cka(_hsic(xy.square().sum(), m.ss[0, 1], d, e, n, estimator), self_x, self_y)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,7 +196,7 @@ def _prepared(x: Tensor, name: str, estimator: Estimator) -> tuple[Tensor, Tenso
     return x, d, _self_similarity(_cross_square(x, x), d @ d, d.sum(), len(x), estimator, name)
 
 
-def _check_num_rows(n: int, estimator: Estimator, name: str) -> None:
+def _check_num_rows(n: int, estimator: Estimator, name: str = "x and y") -> None:
     if estimator not in _MIN_ROWS:
         raise StitchError(f"There is no CKA estimator {estimator!r}; choose one of {list(_MIN_ROWS)}.")
     if n < _MIN_ROWS[estimator]:
@@ -170,3 +231,15 @@ def _cka(cross: Tensor, self_x: Tensor, self_y: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise CalibrationError("CKA overflows: the activations' values are too large or too small. Rescale them.")
     return value
+
+
+def _moved(m: CKAMoments, step: Tensor) -> CKAMoments:
+    """The moments about means moved so that every deviation z becomes z + step."""
+    n, cut = m.num_rows, m.x_channels
+    blocks = torch.block_diag(*step.tensor_split([cut]))  # s becomes s + 2 blocks z + lengths
+    lengths = blocks.square().sum(1)
+    sums = torch.stack([part.sum() for part in m.zz.diagonal().tensor_split([cut])])
+    mixed = sums.outer(lengths) + 2 * m.sz @ blocks.T
+    ss = m.ss + mixed + mixed.T + 4 * blocks @ m.zz @ blocks.T + n * lengths.outer(lengths)
+    sz = m.sz + (sums + n * lengths).outer(step) + 2 * blocks @ m.zz
+    return CKAMoments(n, cut, m.mean - step, m.zz + n * step.outer(step), sz, ss)

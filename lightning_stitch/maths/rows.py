@@ -34,7 +34,12 @@ def centred(x: Tensor, name: str) -> Tensor:
     """The rows less their mean, once they are known to vary."""
     mean = x.mean(0)
     x = x - mean
-    if bool((x.square().mean(0) <= (_NOISE * mean).square()).all()):
-        equal = f"its {len(x)} rows of {len(mean)} channels are equal up to rounding"
-        raise CalibrationError(f"{name} is constant: {equal}. Look for a dead layer or identical images.")
+    check_varies(x.square().mean(0), mean, len(x), name)
     return x
+
+
+def check_varies(variance: Tensor, mean: Tensor, n: int, name: str) -> None:
+    """Refuse an activation whose every channel is constant up to rounding."""
+    if bool((variance <= (_NOISE * mean).square()).all()):
+        found = f"its {n} rows of {len(mean)} channels are equal up to rounding"
+        raise CalibrationError(f"{name} is constant: {found}. Look for a dead layer or identical images.")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+from functools import reduce
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths import cka as functional
 from lightning_stitch.maths.cka import (
     centre_rows,
+    cka_from_moments,
+    cka_moments,
     cka_with_many,
     linear_cka,
+    merge_cka_moments,
     row_bank,
 )
 
@@ -124,6 +128,48 @@ def test_one_constant_channel_is_no_constant_activation() -> None:
 def test_an_unknown_estimator_is_named() -> None:
     with pytest.raises(StitchError, match=r"no CKA estimator 'unbiased'; choose one of \['debiased', 'biased'\]"):
         linear_cka(GOOD, GOOD, estimator="unbiased")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_moments_give_the_same_cka_for_any_batch_size(offset: float, batch_size: int, estimator: str) -> None:
+    x, y = related(64, 6, 9)
+    order = x[:, 0].argsort()  # so that the batches' means lie far apart
+    x, y = (x[order] + offset).float(), (y[order] - offset).float()
+    parts = [cka_moments(*batch) for batch in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+    expected = float(linear_cka(x, y, estimator=estimator))
+    for order_of_merging in (parts, parts[::-1]):
+        merged = reduce(merge_cka_moments, order_of_merging)
+        assert merged.num_rows == 64
+        assert float(cka_from_moments(merged, estimator=estimator)) == pytest.approx(expected, abs=1e-11)
+
+
+def test_merged_moments_are_those_of_all_rows() -> None:
+    x, y = related(30, 4, 3)
+    parts = [cka_moments(x[a:b], y[a:b]) for a, b in ((0, 1), (1, 12), (12, 30))]
+    whole, first = cka_moments(x, y), parts[0]
+    for merged in (reduce(merge_cka_moments, parts), merge_cka_moments(first, merge_cka_moments(*parts[1:]))):
+        for name in ("mean", "zz", "sz", "ss"):
+            torch.testing.assert_close(getattr(merged, name), getattr(whole, name), atol=1e-10, rtol=1e-10)
+
+
+def test_moments_say_what_they_cannot_use() -> None:
+    good = cka_moments(GOOD, GOOD)
+    with pytest.raises(CalibrationError, match=r"same channels \(of x, of y\); found \(3, 3\) and \(3, 2\)"):
+        merge_cka_moments(good, cka_moments(GOOD, GOOD[:, :2]))
+    with pytest.raises(CalibrationError, match=r"same channels .*found \(3, 3\) and \(2, 4\)"):
+        merge_cka_moments(good, cka_moments(GOOD[:, :2], normal(8, 4)))
+    with pytest.raises(CalibrationError, match=r"needs at least 4 rows; found 3 in x and y"):
+        cka_from_moments(cka_moments(GOOD[:3], GOOD[:3]))
+    with pytest.raises(CalibrationError, match="y is constant: its 8 rows of 2 channels"):
+        cka_from_moments(cka_moments(GOOD, (1000 + 1e-5 * GOOD[:, :2]).float()))
+    with pytest.raises(CalibrationError, match="y has no debiased similarity to itself"):
+        cka_from_moments(cka_moments(GOOD, torch.eye(8)))
+    with pytest.raises(CalibrationError, match="x has NaN or infinite values in 2 of its 8 rows"):
+        cka_moments(NAN, GOOD)
+    with pytest.raises(CalibrationError, match=r"x must be .*not empty"):
+        cka_moments(GOOD[:0], GOOD[:0])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

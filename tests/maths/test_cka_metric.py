@@ -120,7 +120,7 @@ def test_compute_before_update_says_so() -> None:
 
 def test_what_cannot_be_used_is_named() -> None:
     x, y = related(24)
-    with pytest.raises(CalibrationError, match="needs at least 4 rows; found 3 in x"):
+    with pytest.raises(CalibrationError, match="needs at least 4 rows; found 3 in x and y"):
         updated(x[:3], y[:3], batch_size=1).compute()
     with pytest.raises(CalibrationError, match="x is constant"):
         updated(torch.ones(24, 5), y).compute()
