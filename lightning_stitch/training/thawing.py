@@ -156,7 +156,7 @@ def put_back(network: nn.Module, copies: Mapping[str, Tensor]) -> None:
 def _select_thawed(network: StitchedNetwork, stage: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
     if stage == "all":
         return [network], []
-    modules: list[nn.Module] = [network.heads]
+    modules: list[nn.Module] = [*network.heads]
     parameters: list[nn.Parameter] = []
     if stage == "head":
         return modules, parameters

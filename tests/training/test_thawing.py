@@ -26,7 +26,7 @@ RESIDUAL = [(CNN, None, "layer1"), (CNN, "layer2", None)]
 STITCHES = {
     "explicit": (
         EXPLICIT,
-        {"stitches.0.weight", "stitches.0.bias"},
+        {"entries.1.weight", "entries.1.bias"},
         {"fragments.0.conv1.0", "fragments.0.conv1.1", "fragments.1.blocks.1.0.conv_exp"},
     ),
     "folded into the layer before": (PRODUCER, {"fragments.0.conv1.3.weight", "fragments.0.conv1.3.bias"}, None),
@@ -37,7 +37,7 @@ STITCHES = {
     ),
     "between residual blocks": (
         RESIDUAL,
-        {"stitches.0.weight", "stitches.0.bias"},
+        {"entries.1.weight", "entries.1.bias"},
         # the skip of layer1 holds no layer, that of layer3 does
         {"fragments.0.layer1.0.conv2", "fragments.0.layer1.0.bn2"}
         | {"fragments.1.layer3.0.conv1", "fragments.1.layer3.0.downsample.1"},
@@ -159,7 +159,7 @@ def test_groups_hold_every_parameter_once_whatever_is_thawed(case: str) -> None:
     head = head_of(network)
     thaw(network, head, "head")
     groups = parameter_groups(network, head, backbone_lr_factor=0.1, fragment_lr_decay=0.5)
-    assert [group["name"] for group in groups] == ["head", "stitch_1", "fragment_1", "fragment_2"]
+    assert [group["name"] for group in groups] == ["head", "stitch_2", "fragment_1", "fragment_2"]
     assert [group["lr_factor"] for group in groups] == [1, 1, pytest.approx(0.05), pytest.approx(0.1)]
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert len(grouped) == len({*grouped})

@@ -189,7 +189,7 @@ def test_each_group_has_its_name_and_its_share_of_the_learning_rate(lr: float | 
     base = lr or 0.5
     assert {name: values[0] for name, values in monitor.lrs.items()} == {
         "lr-SGD/head": base,
-        "lr-SGD/stitch_1": base,
+        "lr-SGD/stitch_2": base,
         "lr-SGD/fragment_1": pytest.approx(0.05 * base),
         "lr-SGD/fragment_2": pytest.approx(0.1 * base),
     }
@@ -203,7 +203,7 @@ def test_a_learning_rate_that_a_finder_sets_is_spread_by_the_factors(tmp_path: P
     assert finder.optimal_lr is not None
     assert model.lr == finder.optimal_lr.suggestion() != 1e-3
     factors = {group["name"]: group["lr"] / model.lr for group in run.optimizers[0].param_groups}
-    assert factors == {"head": 1, "stitch_1": 1, "fragment_1": pytest.approx(0.1), "fragment_2": pytest.approx(0.1)}
+    assert factors == {"head": 1, "stitch_2": 1, "fragment_1": pytest.approx(0.1), "fragment_2": pytest.approx(0.1)}
 
 
 def test_nothing_to_train_is_an_error_before_the_first_step(tmp_path: Path) -> None:
