@@ -20,12 +20,8 @@ _NUM_LISTED = 5
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
     """List the image files that paths name, each file once, as and where it was first named.
 
-    Args:
-        paths: Files, which are taken whatever their suffix, and folders, of which the files with a suffix of an image
-            are taken, those in folders inside too, sorted by name; what begins with a dot is left out.
-
-    Raises:
-        CalibrationError: If there is no path, one does not exist, or a folder holds no images.
+    Files are taken whatever their suffix; of folders the files with a suffix of an image, those in folders inside too,
+    sorted by name, without what begins with a dot. A path that does not exist or names no image is an error.
     """
     if not paths:
         raise CalibrationError("No images were named; give image files, or folders of them.")
@@ -60,9 +56,6 @@ def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[li
 
     To skip unreadable files each of them is decoded. Otherwise only their first bytes are read: most of what is no
     image is found before the long work, at no cost.
-
-    Raises:
-        CalibrationError: If one is unreadable and is not to be skipped, or none is left.
     """
     reasons: dict[Path, str] = {}
     for file in files:
@@ -90,9 +83,6 @@ class ImageFileSet(Dataset):
     Args:
         files: The files.
         image_shape: (channels, height, width) that the network was calibrated on.
-
-    Raises:
-        CalibrationError: If no image file can have that many channels; from an item, if its file cannot be used.
     """
 
     def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:

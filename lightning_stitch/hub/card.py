@@ -90,11 +90,7 @@ class CardSubject:
 
 
 def check_licence(recipe: Recipe, details: CardDetails) -> None:
-    """Refuse to share what a source's licence forbids to share; warn where nobody knows.
-
-    Raises:
-        StitchError: If a source's licence forbids it and `details.licence_override` gives no reason.
-    """
+    """Refuse to share what a source's licence forbids without `licence_override`; warn where nobody knows."""
     licence = _licence_of(recipe)
     if licence.forbidding and not (details.licence_override or "").strip():
         raise StitchError(
@@ -109,11 +105,7 @@ def check_licence(recipe: Recipe, details: CardDetails) -> None:
 def write_card(subject: CardSubject, folder: Path, details: CardDetails, *, name: str) -> None:
     """Write README.md, and beside it the composition as a picture where matplotlib is installed.
 
-    Args:
-        subject: What it is about.
-        folder: Where to.
-        details: What the author says.
-        name: Title, and where it is loaded from: "ORG/NAME" once it is published, else the folder.
+    The name is the title, and where it is loaded from: "ORG/NAME" once it is published, else the folder.
     """
     if can_draw():
         draw_composition(subject.recipe, folder / PICTURE)
@@ -125,14 +117,7 @@ def write_card(subject: CardSubject, folder: Path, details: CardDetails, *, name
 
 
 def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture: bool = True) -> ModelCard:
-    """The card; its metadata can be read back with `huggingface_hub.ModelCard`.
-
-    Args:
-        subject: What it is about.
-        details: What the author says.
-        name: Title, and where it is loaded from.
-        picture: Whether the picture lies beside it.
-    """
+    """The card, as `write_card` writes it; its metadata can be read back with `huggingface_hub.ModelCard`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     recipe = subject.recipe
@@ -231,16 +216,8 @@ def _sources_table(recipe: Recipe) -> str:
     for ref in recipe.sources:
         fragments = [f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name]
         revision = code_span(ref.revision[:12]) if ref.revision else "not known"
-        used = cell("; ".join(fragments) or "none")
-        rows.append(
-            [
-                code_span(public_spec(ref)),
-                revision,
-                cell(ref.licence or "unknown"),
-                used,
-                code_span(ref.weight_hash[:19]),
-            ]
-        )
+        licence, used = cell(ref.licence or "unknown"), cell("; ".join(fragments) or "none")
+        rows.append([code_span(public_spec(ref)), revision, licence, used, code_span(ref.weight_hash[:19])])
     return _table(["source", "revision", "licence", "fragments", "weights"], rows)
 
 

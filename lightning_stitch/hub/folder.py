@@ -25,11 +25,7 @@ _KEYS = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names
 
 
 def read_config(path: Path, where: str) -> tuple[dict[str, Any], Recipe]:
-    """What a config holds of this package's, the parts that loading needs checked, and the recipe in it.
-
-    Raises:
-        RecipeError: If it is no config of a stitched network or of another format, or its recipe is malformed.
-    """
+    """What a config holds of this package's, once the parts that loading needs are checked, and its recipe."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))[ARCHITECTURE]
         config_format = config["format"]

@@ -37,11 +37,7 @@ from lightning_stitch.sources import build_architecture, build_on_meta
 class PretrainedFolder:
     """A folder whose config was read and whose weights were found; make one with `open_pretrained`.
 
-    Attributes:
-        where: What the user wrote.
-        recipe: The structure.
-        config: What the config holds of this package's.
-        weights: The file of weights; not read yet. None: random ones will do.
+    `where` is what the user wrote; the file of weights is not read yet, and without one random weights will do.
     """
 
     where: str
@@ -55,15 +51,9 @@ class PretrainedFolder:
         return str(self.config["kind"])
 
     def load(self, build: Callable[[], nn.Module], *, trust_factory: bool = False) -> nn.Module:
-        """The structure with its numbers, in eval mode.
+        """The structure with its numbers, in eval mode; a `RecipeError` if the weights do not fit it or the config.
 
-        Args:
-            build: Builds the structure with any numbers: a module of the folder's parts by their names. What the folder
-                holds of other parts is left alone.
-            trust_factory: Whether the factory of a "python" source may be called.
-
-        Raises:
-            RecipeError: If the weights are not those of the config, or do not fit the structure.
+        What is built is a module of the folder's parts by their names; what the folder holds of others is left alone.
         """
         foreign = [ref for ref in self.recipe.sources if ref.builder == "python"]
         for ref in foreign if not trust_factory else []:
@@ -153,7 +143,13 @@ def open_pretrained(where: str | Path, *, weights: bool = True) -> PretrainedFol
         config, recipe = read_config(_file_in(folder, CONFIG), str(where))
         file = _file_in(folder, config["weights"]["file"]) if weights else None
     else:
-        repo, revision = _repository_of(str(where))
+        name = re.sub("^hf[-_]hub:", "", str(where))
+        if (place := split_repository(name)) is None:
+            raise SourceError(
+                f"{name!r} is neither a folder nor a hub repository. Expected a folder that holds {CONFIG} and "
+                f"{WEIGHTS}, or 'ORG/NAME' or 'ORG/NAME@REVISION'."
+            )
+        repo, revision = place
         config_file = hub_file(repo, CONFIG, revision=revision, most=LARGEST_CONFIG)
         config, recipe = read_config(config_file, str(where))
         if weights:
@@ -173,17 +169,6 @@ def _find_folder(where: str | Path) -> Path | None:
     if folder.exists() or not is_text or str(where).startswith("local-dir:"):
         raise SourceError(f"There is no folder {str(folder)!r}. Expected one that holds {CONFIG} and {WEIGHTS}.")
     return None
-
-
-def _repository_of(where: str) -> tuple[str, str | None]:
-    """Name and revision of a repository."""
-    name = re.sub("^hf[-_]hub:", "", where)
-    if (place := split_repository(name)) is None:
-        raise SourceError(
-            f"{name!r} is neither a folder nor a hub repository. Expected a folder that holds {CONFIG} and "
-            f"{WEIGHTS}, or 'ORG/NAME' or 'ORG/NAME@REVISION'."
-        )
-    return place
 
 
 def _file_in(folder: Path, name: str) -> Path:

@@ -25,12 +25,7 @@ def can_draw() -> bool:
 
 
 def draw_composition(recipe: Recipe, path: Path) -> None:
-    """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA; needs matplotlib.
-
-    Args:
-        recipe: The structure.
-        path: The PNG file.
-    """
+    """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA, into a PNG file."""
     colours = {ref.name: _COLOURS[index % len(_COLOURS)] for index, ref in enumerate(recipe.sources)}
     averaged = {tap.fragment for tap in recipe.taps if tap.statistics}
     places = _places(recipe)

@@ -72,11 +72,7 @@ def publish(
 
 
 def check_destination(repo_id: str, existing_card: str) -> None:
-    """Refuse what is no name of a repository, or no word for what becomes of a card.
-
-    Raises:
-        StitchError: If it is none.
-    """
+    """Refuse what is no name of a repository, or no word for what becomes of a card."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -91,12 +87,7 @@ def check_destination(repo_id: str, existing_card: str) -> None:
 
 
 def check_publishable(network: nn.Module, details: CardDetails) -> None:
-    """Refuse what has nothing to publish, or may not be published.
-
-    Raises:
-        RecipeError: If a source is a live module.
-        StitchError: If there is no network, or its sources' licences forbid it.
-    """
+    """Refuse what has nothing to publish, or may not be published."""
     recipe = getattr(network, "recipe", None)
     if recipe is None or not hasattr(network, "save_pretrained"):
         raise StitchError(
@@ -109,11 +100,7 @@ def check_publishable(network: nn.Module, details: CardDetails) -> None:
 
 @torch.no_grad()
 def _check_reloaded(network: Any, folder: Path) -> None:
-    """Load a saved folder and compare its outputs on two seeded images with those of the network it was made of.
-
-    Raises:
-        StitchError: If they differ.
-    """
+    """Refuse a folder that, loaded, gives other outputs on two seeded images than the network it was made of."""
     tensor = reference_tensor(network)
     reloaded = type(network).from_pretrained(folder, trust_factory=True).to(tensor.device)
     images = torch.rand(2, *network.recipe.input_size, generator=torch.Generator().manual_seed(0)).to(tensor)

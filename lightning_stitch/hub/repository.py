@@ -40,12 +40,9 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryState:
-    """What a repository holds before it is written to.
+    """What a repository holds before it is written to: whether it has the revision and a README.md.
 
-    Attributes:
-        has_branch: Whether the revision exists.
-        head: The commit of the revision, or of main; None: there is no such repository.
-        has_card: Whether it holds a README.md.
+    `head` is the commit of the revision, or of main; None: there is no such repository.
     """
 
     has_branch: bool
@@ -56,15 +53,7 @@ class RepositoryState:
 class HubRepository:
     """One repository on the hub; what the client raises comes in words that help, and never with the token.
 
-    Args:
-        repo_id: "ORG/NAME".
-        token: Of the hub; None: that of `hf auth login` or HF_TOKEN.
-        revision: The branch that is written to; None: "main".
-        private: Whether it has to be private; None: the hub's default, or what it is.
-        existing_card: What becomes of a README.md that is there.
-
-    Raises:
-        StitchError: If the token cannot be one.
+    The arguments are those of `publish`; a token that cannot be one is refused.
     """
 
     def __init__(
@@ -85,12 +74,7 @@ class HubRepository:
         self.existing_card = existing_card
 
     def check(self) -> RepositoryState:
-        """Ask for all that can be refused before there is anything to publish.
-
-        Raises:
-            StitchError: If there is no token, the hub refuses it or cannot be asked, the repository is of another
-                visibility, or a README.md is in the way.
-        """
+        """Refuse all that can be refused before there is anything to publish."""
         if offline():
             raise StitchError("HF_HUB_OFFLINE is set, and publishing needs the hub. Unset it first.")
         if self.api.token is None:

@@ -28,11 +28,7 @@ from lightning_stitch.recipe import Recipe
 
 
 def check_rebuildable(recipe: Recipe) -> None:
-    """Refuse a recipe whose structure nobody else could build.
-
-    Raises:
-        RecipeError: If a source is a live module.
-    """
+    """Refuse a recipe with a live module, whose structure nobody else could build."""
     live = [ref for ref in recipe.sources if ref.builder == "live"]
     if live:
         raise RecipeError(
@@ -54,17 +50,10 @@ def save_folder(
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write config.json, model.safetensors, README.md and, with matplotlib, composition.png.
+    """Write config.json, model.safetensors, README.md and, with matplotlib, composition.png; see `save_pretrained`.
 
-    Args:
-        parts: "network", and "head" where there is one.
-        directory: The folder; made if it does not exist.
-        subject: What is saved.
-        num_outputs: Width of the output.
-        task: For a classifier its head, task, num_classes and class_names.
-        details: What the author says; None: nothing.
-        name: For the card; None: the folder's.
-        overwrite: Replace files of these names. A file that cannot be written leaves the network that was there.
+    The parts are "network", and "head" where there is one; `num_outputs` is the output's width, `task` a classifier's
+    head, task, num_classes and class_names. A file that cannot be overwritten leaves the network that was there.
 
     Raises:
         RecipeError: If a source is a live module, which cannot be built elsewhere.

@@ -81,11 +81,7 @@ class StitchedBackbone(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the vectors.
-
-        Raises:
-            StitchError: If it is not known yet.
-        """
+        """Width of the vectors; a `StitchError` where it is not known yet."""
         if self._width is not None:
             return self._width
         if self.network is None:
@@ -143,11 +139,7 @@ class StitchedBackbone(nn.Module):
         """Nothing is left to do: the structure was built before the tensors were loaded."""
 
     def take_structure(self, state: Mapping[str, Any]) -> bool:
-        """Build the structure that an extra state describes, unless it is here already; says whether it was not.
-
-        Raises:
-            RecipeError: If it gives vectors of another width, or cannot be built.
-        """
+        """Build the structure that an extra state describes, unless it is here already; says whether it was not."""
         if self._width is not None and state["num_features"] != self._width:
             raise RecipeError(
                 f"This StitchedBackbone has num_features={self._width}, that of the checkpoint "

@@ -17,12 +17,9 @@ from lightning_stitch.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class SavedClassifier:
-    """A network with its head as a folder holds them.
+    """A network with its head (`nn.Identity` where there is none) as a folder holds them.
 
-    Attributes:
-        network: The network.
-        head: What reads its output; `nn.Identity` where there is none.
-        arguments: head, task, num_classes and class_names, as `StitchedClassifier` takes them.
+    The arguments are head, task, num_classes and class_names, as `StitchedClassifier` takes them.
     """
 
     network: StitchedNetwork
@@ -31,16 +28,7 @@ class SavedClassifier:
 
 
 def save_classifier(model: Any, directory: str | Path, **options: Any) -> None:
-    """Write a classifier's folder.
-
-    Args:
-        model: A `StitchedClassifier`; read are its `network`, `head`, `head_settings` and `class_names`.
-        directory: The folder.
-        options: As `save_folder`: details, name and overwrite.
-
-    Raises:
-        StitchError: If it has no network yet, or as `save_folder`.
-    """
+    """Write a `StitchedClassifier`'s folder, with the options of `save_folder`; it must have a network."""
     network, settings, names = model.network, model.head_settings, model.class_names
     if network is None or model.head is None:
         raise StitchError(
@@ -66,11 +54,7 @@ def save_classifier(model: Any, directory: str | Path, **options: Any) -> None:
 
 
 def load_classifier(where: str | Path, *, trust_factory: bool = False) -> SavedClassifier:
-    """Read a classifier's folder, as `StitchedNetwork.from_pretrained` does.
-
-    Raises:
-        RecipeError: If it is no classifier's, or its head cannot be read, or as there.
-    """
+    """Read a classifier's folder, as `StitchedNetwork.from_pretrained` does."""
     folder = open_pretrained(where)
     if folder.kind != "classifier":
         raise RecipeError(
@@ -80,11 +64,7 @@ def load_classifier(where: str | Path, *, trust_factory: bool = False) -> SavedC
 
 
 def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> SavedClassifier:
-    """The network of a folder of either kind with its head, if it has one.
-
-    Raises:
-        RecipeError: If the head cannot be read, or as `StitchedNetwork.from_pretrained`.
-    """
+    """The network of a folder of either kind with its head, if it has one."""
     recipe, config = folder.recipe, folder.config
     head, names = config.get("head") or "none", config.get("class_names")
     try:

@@ -267,11 +267,7 @@ def _empty_heads(recipe: Recipe) -> list[nn.Module]:
 
 
 def _place_stitch(spec: StitchSpec, stitch: Stitch | None, before: fx.GraphModule, after: fx.GraphModule) -> Stitch:
-    """The joint of two fragments, with its numbers in itself, or folded into a neighbour, which changes in place.
-
-    Raises:
-        CutError: If a fold is not possible.
-    """
+    """The joint of two fragments, with its numbers in itself, or folded into a neighbour, which changes in place."""
     joint = Stitch(spec)
     if stitch is None or stitch.weight is None:
         stitch = Stitch(dataclasses.replace(spec, placement="explicit"))

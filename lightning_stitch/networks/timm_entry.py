@@ -19,17 +19,7 @@ _IGNORED = {"pretrained_cfg_overlay", "cache_dir", "pretrained_model_args", "dro
 class TimmNetwork(nn.Module):
     """A saved network with its head, with what timm's tools ask a network for.
 
-    Args:
-        saved: The network and its head.
-        pretrained_cfg: What timm knows of it.
-
-    Attributes:
-        network: The stitched network.
-        head: Its head, or a linear layer or nothing instead.
-        num_classes: Width of the output; 0: features.
-        num_features: Width of what the head reads.
-        pretrained_cfg: What timm knows of it.
-        class_names: Names of the outputs, where they are known.
+    `num_classes` is the output's width, `num_features` that of what the head reads.
     """
 
     def __init__(self, saved: SavedClassifier, pretrained_cfg: dict[str, Any]) -> None:

@@ -84,9 +84,6 @@ class BackbonePlace:
         """Take the targets from the data; refuse what cannot be used with them.
 
         A head that the module builds when it is told of the backbone is not looked at yet.
-
-        Raises:
-            StitchError: If the head, the ranking or the comparison cannot use these targets.
         """
         if data.task != "none":
             self.head_settings = HeadSettings.of("ridge", task=data.task, num_classes=data.num_classes)
@@ -100,11 +97,7 @@ class BackbonePlace:
         check_targets(self.head_settings, data, ranking=ranking, compare=compare)
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Build the structure that a checkpoint holds.
-
-        Raises:
-            RecipeError: If it holds none for this attribute.
-        """
+        """Build the structure that a checkpoint holds; a `RecipeError` if it holds none for this attribute."""
         _build_from(self.attribute, self.module, checkpoint["state_dict"])
 
     def install(
@@ -117,14 +110,8 @@ class BackbonePlace:
     ) -> None:
         """Put a network in, behind it a linear layer to the width that the module expects, and fit the head.
 
-        Where a network is there already, the layer maps, by least squares, onto what that one gives.
-
-        Args:
-            network: The network.
-            features: What it gives for the head images, images x width.
-            targets: Of these images.
-            data: The data module.
-            batches: The head images as `data` gives them.
+        Where a network is there already, the layer maps, by least squares, onto what that one gives. The features
+        (images x width) are the network's for the head images, in `batches` as `data` gives them.
 
         Raises:
             StitchError: If what the attribute holds gives no vectors for such images, or the head does not fit them.

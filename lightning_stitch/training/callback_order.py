@@ -22,9 +22,6 @@ def check_order(trainer: pl.Trainer, search: FragmentSearch) -> None:
     """Refuse a list of callbacks in which one that needs the network stands before the search.
 
     Two searches for the same place are refused, too: the first would fill it, the second would do nothing.
-
-    Raises:
-        StitchError: If there is one; it has the order that works.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     place = search.attribute

@@ -9,11 +9,7 @@ from lightning_stitch.search import NEED_LABELS, Ranking
 
 
 def check_targets(head: HeadSettings, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
-    """Refuse data whose targets are none that the head, the ranking or the comparison on test images can use.
-
-    Raises:
-        StitchError: Saying what the data have and what was asked for.
-    """
+    """Refuse data whose targets are none that the head, the ranking or the comparison on test images can use."""
     if compare and (data.task == "none" or head.name == "none" or head.task != "multiclass"):
         raise StitchError(
             f"compare=True tells accuracies of classes; the data have task={data.task!r}, the module has "

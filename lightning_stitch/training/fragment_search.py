@@ -149,11 +149,7 @@ class FragmentSearch(pl.Callback):
     def check_sources(
         self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
     ) -> Sequence[Blueprint]:
-        """Those of the sources that can be used, checked before their weights are fetched; prints the table if asked.
-
-        Raises:
-            SourceError: If one is rejected (and `skip_rejected` is False), or they cannot be used together.
-        """
+        """The sources that can be used, checked before their weights are fetched; prints the table if asked."""
         settings, skip = self.settings_until(until), self.skip_rejected
         sources, self._found = self._found or self.sources, None
         checked = preflight(sources, image_shape=image_shape, settings=settings, regardless=skip)
@@ -279,11 +275,7 @@ class FragmentSearch(pl.Callback):
     def check_run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
     ) -> tuple[Place, CalibrationDataModule]:
-        """Where the network will go, and the images, once they suit each other and the search's own settings.
-
-        Raises:
-            StitchError: If they do not.
-        """
+        """Where the network will go, and the images; refused if they do not suit each other and the settings."""
         check_same_namespace(trainer, "Trainer")
         find_ranking(self.search_settings.ranking, labelled=True)
         place = place_for_network(pl_module, self.attribute, self.head_attribute)

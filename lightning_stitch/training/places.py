@@ -20,11 +20,7 @@ from lightning_stitch.training.module import StitchedClassifier
 
 
 class ClassifierPlace:
-    """The network of a `StitchedClassifier`; `BackbonePlace` has the same methods and says what they do.
-
-    Args:
-        module: The classifier.
-    """
+    """The network of a `StitchedClassifier`; `BackbonePlace` has the same methods and says what they do."""
 
     def __init__(self, module: StitchedClassifier) -> None:
         self.module = module
@@ -91,11 +87,7 @@ Place = ClassifierPlace | BackbonePlace
 
 
 def place_for_network(module: pl.LightningModule, attribute: str | None, head_attribute: str | None = None) -> Place:
-    """Where a search puts its network: a `StitchedClassifier` as a whole, or an attribute of another module.
-
-    Raises:
-        StitchError: If there is no such place.
-    """
+    """Where a search puts its network: a `StitchedClassifier` as a whole, or an attribute of another module."""
     check_same_namespace(module, "module")
     if attribute is not None:
         return BackbonePlace(module, attribute, head_attribute)

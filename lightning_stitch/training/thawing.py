@@ -30,9 +30,6 @@ def parse_schedule(thaw: str | Mapping[int, str]) -> dict[int, str]:
 
     Args:
         thaw: One of `STAGES`, for all epochs, or {epoch: stage}; epochs may be strings, as JSON has them.
-
-    Raises:
-        StitchError: If a stage is unknown, an epoch is no whole number, or nothing is said of epoch 0.
     """
     stages: Any = {0: thaw} if isinstance(thaw, str) else thaw
     if not isinstance(stages, Mapping) or not all(str(epoch).isdecimal() for epoch in stages):
@@ -75,9 +72,6 @@ def parameter_groups(
     Groups have a "name" ("head", "stitch_2" which leads into "fragment_2", ...) and an "lr_factor": 1 for the head,
     for heads inside the network and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for a
     fragment with at most k fragments behind it. A parameter that several fragments share is in the first one's group.
-
-    Raises:
-        StitchError: If a factor is negative or not finite.
     """
     for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
         if not 0 <= factor < torch.inf:
@@ -100,20 +94,13 @@ def parameter_groups(
 
 
 def thaw(network: StitchedNetwork, head: nn.Module, stage: str, *, train_mode: bool = False) -> bool:
-    """Let the stage's parameters, with the head's, have gradients and no others; put frozen layers in eval mode.
+    """Let the stage's parameters, with the head's, have gradients and no others; says whether that changed any.
 
     "neighbours" are, on each branch before and behind a stitch, the nearest layer that mixes channels or positions
     (convolution, linear, attention; it has a parameter with more than one axis longer than 1), with the normalisations
     and scales on the way to it. Skips of residual blocks are not followed.
 
-    Args:
-        network: The network; changed in place, as is the head.
-        head: The head.
-        stage: One of `STAGES`.
-        train_mode: Whether thawed layers are put in train mode; otherwise they stay in the mode they are in.
-
-    Returns:
-        Whether any parameter has been frozen or thawed.
+    Frozen layers go to eval mode; thawed ones to train mode with `train_mode`, otherwise they stay as they are.
     """
     modules, parameters = _select_thawed(network, stage)
     mobile = {*head.parameters(), *parameters, *(p for module in modules for p in module.parameters())}
@@ -250,9 +237,6 @@ class TrainingPlan:
     Lightning's `BaseFinetuning` adds groups of parameters to the optimizer as it thaws them, and leaves buffers alone.
     Here all groups are there from the start, so that a checkpoint of any epoch fits, and frozen buffers are kept.
     The arguments are those of `StitchedClassifier`.
-
-    Raises:
-        StitchError: If `thaw` names no such layers.
     """
 
     def __init__(
@@ -310,11 +294,7 @@ class TrainingPlan:
         self.start_epoch(module)
 
     def start_epoch(self, module: StitchedClassifier) -> None:
-        """Put back the buffers that were to stay, freeze and thaw, and note the buffers that are to stay from now on.
-
-        Raises:
-            StitchError: If nothing is left to train.
-        """
+        """Put back buffers that were to stay, freeze and thaw, and note the buffers that are to stay from now on."""
         network = module.network
         assert network is not None
         put_back(network, self._frozen_buffers)
