@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.healing import run_on
 from lightning_stitch.progress import timed
+from lightning_stitch.recipe import Recipe, Tap
 from lightning_stitch.search import (
     Beam,
     Outcome,
+    Ranking,
     SearchResult,
     SearchSpace,
     SelectionData,
@@ -34,11 +38,25 @@ from lightning_stitch.search import (
     softened_labels,
     unmodified,
 )
-from lightning_stitch.stitching import Calibrated, Candidate, calibrate
+from lightning_stitch.stitching import Calibrated, Candidate, Segmented, calibrate, chunks
 
 _FOLDS = 4  # three quarters of the images fit each fold's stitch
 _BEAM = Beam(width=2, max_fragments=2)
 _STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due
+
+
+class OutputSubset(nn.Module):
+    """Some of a classifier's outputs, by their indices."""
+
+    indices: Tensor
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("indices", torch.tensor(list(indices)))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Those columns of the logits (batch, outputs)."""
+        return logits[:, self.indices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +65,9 @@ class Composition:
 
     Attributes:
         network: Images (batch, channels, height, width) in [0, 1] to logits (batch, classes), whose softmax is the
-            probability of each class; to features (batch, features) where there were no labels. In eval mode; its
-            parameters are its own. `network[0]` is the `StitchedNetwork`, `network[1]` the head.
-        classes: The label that each output stands for; empty for features.
+            probability of each class; to features (batch, features) where there were neither labels nor classes. In
+            eval mode; its parameters are its own. `network[0]` is the `StitchedNetwork`, `network[1]` the head.
+        classes: What each output stands for: the labels, or indices of the sources' outputs; empty for features.
         result: The candidates with their scores, the best source, and whether it was worth it (`summary()`). Its
             `seconds` are those of each stage: "sources" (their pass over the images), "search", "rank", "assemble".
     """
@@ -64,15 +82,16 @@ def compose(
     images: Tensor | Sequence[Any],
     labels: Sequence[Any] | Tensor | None = None,
     *,
+    classes: Sequence[int] | None = None,
     budget: Budget | None = None,
     effort: float = 0.5,
     ridge: float = 1e-3,
 ) -> Composition:
     """Compose a network for a few images: each source runs over them once, and what follows costs less than that.
 
-    Candidates are the sources as they are, the sources ended early at each of their cuts, and networks of two
-    fragments, whose fronts have run already. The pool stays as it is: requests share nothing else, and the same request
-    gives the same network. The same images fit the stitches, choose, and fit the head, so:
+    Candidates are the sources as they are, the sources ended early at each of their cuts (not with `classes`), and
+    networks of two fragments, whose fronts have run already. The pool stays as it is: requests share nothing else, and
+    the same request gives the same network. The same images fit the stitches, choose, and fit the head, so:
 
     - a stitched candidate is judged by features that stitches gave which had not seen the image
       (`lightning_stitch.composing.cross_fitting`); sources and early exits are fitted on none of them;
@@ -83,14 +102,17 @@ def compose(
     The scores are a little optimistic all the same: only images of the same person that were not given here tell how
     good the network is.
 
-    With labels the head is a ridge regression on the final network's features of the images. Without, the candidates
-    are ordered by `ranking.by_consensus`, and the network gives features.
+    With labels the head is a ridge regression on the final network's features of the images. With `classes` it is the
+    last source's own classifier restricted to them, and the candidates are ordered by how likely they find what all
+    sources together say of the images among these classes. With neither, the candidates are ordered by
+    `ranking.by_consensus`, and the network gives features.
 
     Args:
         pool: From `Pool.prepare`; any other pool serves, too, and takes longer.
         images: At least 4: a tensor (images, channels, height, width), or a sequence of tensors, PIL images or arrays;
             float in [0, 1] or uint8. They are resized to the pool's image size.
         labels: The class of each image: integers or names. At least two occur.
+        classes: Indices of the sources' outputs, where there are no labels; at least two.
         budget: Limits that the network keeps (the head is not counted); None: none.
         effort: Most multiply-accumulates that stitched candidates run, as a share of those of all sources.
         ridge: Relative strength of the stitches' fit.
@@ -99,7 +121,8 @@ def compose(
         CalibrationError: If images or labels cannot be used.
         BudgetError: If no network keeps the budget, or it limits latency or activation bytes, which are not measured
             here.
-        StitchError: If `ridge` or `effort` is out of range.
+        StitchError: If `ridge` or `effort` is out of range, labels and classes are given both, or the sources do not
+            have these outputs.
 
     Example:
         >>> pool = Pool.prepare(sources)  # doctest: +SKIP
@@ -113,9 +136,12 @@ def compose(
         )
     if not ridge > 0 or not effort >= 0:
         raise StitchError(f"ridge must be above 0 and effort at least 0; found ridge={ridge}, effort={effort}.")
-    targets, classes = _number_classes(len(images), labels)
-    exits = pool.settings.until == "features"
-    costs = pool.pair_costs or costs_of_pairs(pool.parts, early_exits=exits)
+    targets, names = _number_classes(len(images), labels)
+    if classes is not None:
+        _check_outputs(pool.parts, labels, classes)
+        names = tuple(classes)
+    exits = classes is None and pool.settings.until == "features"
+    costs = pool.prepared.get(exits) or costs_of_pairs(pool.parts, early_exits=exits)
     costs.check(budget)
     batch = _decode(images, pool.image_shape).to(pool.device)
     seconds: dict[str, float] = {}
@@ -132,15 +158,23 @@ def compose(
     with timed(seconds, "rank"):
         # A copy outside of inference mode is an ordinary tensor. What a candidate alone would take is not measured.
         outcomes = [Outcome(x.cpu().clone(), math.nan) for x in features]
-        ranking = "consensus" if targets is None else by_careful_r2
+        ranking: str | Ranking = "consensus" if targets is None else by_careful_r2
+        if classes is not None:
+            ranking = partial(_by_class_consensus, pool=pool, classes=classes)
         ranked = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=space.rejected)
     num_labels = 0 if targets is None else len(targets)
     result = choose(ranked, budget, rejected=space.rejected, seconds=seconds, num_selection_labels=num_labels)
     with timed(result.seconds, "assemble"):
-        body = pool.assemble(result.best.candidate)
-        head = nn.Identity() if targets is None else _fit_head(result.best.candidate, sources, targets)
+        chosen = result.best.candidate
+        head: nn.Module = nn.Identity()
+        if classes is not None:
+            chosen = dataclasses.replace(chosen, recipe=_run_to_output(chosen.recipe, pool.parts))
+            head = OutputSubset(classes)
+        elif targets is not None:
+            head = _fit_head(chosen, sources, targets)
+        body = pool.assemble(chosen)
         network = nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
-    return Composition(network, classes, result)
+    return Composition(network, names, result)
 
 
 def _affordable(stitched: Sequence[Candidate], space: SearchSpace, effort: float) -> Iterator[Candidate]:
@@ -188,6 +222,21 @@ def _number_classes(num_images: int, labels: Sequence[Any] | Tensor | None) -> t
     return torch.tensor([classes.index(value) for value in values]), classes
 
 
+def _check_outputs(parts: Sequence[Segmented], labels: Sequence[Any] | Tensor | None, classes: Sequence[int]) -> None:
+    """Refuse classes beside labels, and those that are no outputs of all sources."""
+    if labels is not None:
+        raise StitchError("labels= say already which classes there are; leave classes= out.")
+    widths = {part.name: part.graph.output_features() for part in parts}
+    if len(set(widths.values())) > 1:
+        raise StitchError(f"classes= needs sources with the same outputs; found widths {widths}.")
+    (width,) = set(widths.values())
+    if len(set(classes)) < max(2, len(classes)) or not all(0 <= index < width for index in classes):
+        raise StitchError(
+            f"classes= are two or more different indices of the sources' outputs, from 0 to {width - 1}; found "
+            f"{list(classes)}."
+        )
+
+
 @torch.inference_mode()
 def _features_at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> Tensor:
     """The features of a source as it is, or ended early: the sources' pass gave them."""
@@ -206,6 +255,33 @@ def _fit_head(candidate: Candidate, sources: Sequence[Calibrated], targets: Tens
         portions = list(sources[front.source].activations[front.last - 1])
         features = torch.cat([x.float() for x in run_on(candidate, sources, portions)])
     return fit_ridge_head(features.clone(), targets, num_classes=int(targets.max()) + 1)[0]
+
+
+def _run_to_output(recipe: Recipe, parts: Sequence[Segmented]) -> Recipe:
+    """A chain's recipe, its last fragment run on through its source's classifier."""
+    last = dataclasses.replace(recipe.fragments[-1], end=None)
+    width = next(part for part in parts if part.name == last.source).graph.output_features()
+    fragments = (*recipe.fragments[:-1], last)
+    return dataclasses.replace(recipe, fragments=fragments, taps=(Tap(len(fragments) - 1, width),))
+
+
+@torch.inference_mode()
+def _by_class_consensus(
+    candidates: Sequence[Candidate], selection: SelectionData, *, pool: Pool, classes: Sequence[int]
+) -> list[dict[str, float]]:
+    """The mean log-likelihood of what all sources together say of the images; none is better than the best source."""
+    log_probabilities = []
+    for candidate, features in zip(candidates, selection.features, strict=True):
+        part = pool.parts[candidate.steps[-1].source]
+        if part.end is not None:
+            classifier = part.graph.fragment(part.end, None, share=True).eval()
+            features = torch.cat([classifier(x) for x in chunks(features.to(pool.device), 64)])
+        log_probabilities.append(features[:, list(classes)].double().log_softmax(1).cpu())
+    sources = [number for number, candidate in enumerate(candidates) if candidate.kind == "source"]
+    together = torch.stack([log_probabilities[number].exp() for number in sources]).mean(0)
+    scores = [float((together * x).sum(1).mean()) for x in log_probabilities]
+    best = max(scores[number] for number in sources)
+    return [{"class_consensus": min(score, best)} for score in scores]
 
 
 def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:

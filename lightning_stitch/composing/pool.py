@@ -103,7 +103,7 @@ class Pool:
             part.to(self.device)
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
-        self.pair_costs: CompositionCosts | None = None  # of networks of two fragments, for `compose`
+        self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
 
     @classmethod
     def prepare(
@@ -127,7 +127,7 @@ class Pool:
         """
         native = next((source.preprocessing.input_size for source in sources), (0, 0, 0))
         pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
-        pool.pair_costs = costs_of_pairs(pool.parts, early_exits=pool.settings.until == "features")
+        pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
         return pool
 
     def calibrate(

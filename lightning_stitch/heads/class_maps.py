@@ -96,12 +96,7 @@ def parse_class_map(
 def check_class_map(classes: Mapping[str, Sequence[int]], *, num_source_classes: int | None = None) -> None:
     """Refuse a class map that says nothing, says it twice, or speaks of classes that the source does not have.
 
-    Args:
-        classes: Indices of source classes for each new class.
-        num_source_classes: Width of the source's output; None: not known yet.
-
-    Raises:
-        StitchError: Naming the classes.
+    The StitchError names the classes. `num_source_classes` is the width of the source's output; None: not known yet.
     """
     if not classes:
         raise StitchError("A class map needs at least one class; this one is empty.")

@@ -98,10 +98,7 @@ class HeadSettings:
         return {"name": self.name, **self.options} if self.options else self.name
 
     def empty(self, width: int) -> nn.Module:
-        """The head without its numbers, which a state dict brings.
-
-        Args:
-            width: Width of the network's output.
+        """The head for outputs of some width, without its numbers, which a state dict brings.
 
         Raises:
             StitchError: If a class map speaks of classes that the output does not have.
@@ -117,11 +114,7 @@ class HeadSettings:
         return nn.Identity()
 
     def fit(self, features: Tensor, targets: Tensor | None) -> nn.Module:
-        """The head, fitted in closed form.
-
-        Args:
-            features: The network's outputs, rows x width.
-            targets: Of these rows; None where the head needs none.
+        """The head, fitted in closed form on a network's outputs (rows x width), and targets where it needs them.
 
         Raises:
             CalibrationError: If features or targets cannot be used.

@@ -18,11 +18,8 @@ def class_temperature(scores: Tensor, one_hot: Tensor) -> float:
 
     Smoothed as though one further row were labelled at random: without that, classes that are told apart without error
     would get infinite logits (compare Platt 1999, section 2.2). The loss is convex, so its slope is bisected, in the
-    factor's logarithm.
-
-    Args:
-        scores: Rows x classes, float64, spread over about one unit, better those of rows that the scores do not know.
-        one_hot: Rows x classes.
+    factor's logarithm. Scores and labels are rows x classes; the scores, float64, spread over about one unit, are
+    better those of rows that they do not know.
     """
     n, num_classes = scores.shape
     smoothed = (n * one_hot + 1 / num_classes) / (n + 1)
@@ -39,14 +36,8 @@ def label_calibration(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and offset of each label's logit, by Platt's method (Platt 1999), with his smoothed targets.
 
     A slope is never negative: scores of rows that were left out of a fit which learnt nothing lie the wrong way, as
-    each row's absence moves the mean away from it.
-
-    Args:
-        scores: Rows x labels, float64, of rows that the scores do not know.
-        labels: Rows x labels, 0 or 1.
-
-    Returns:
-        Slopes and offsets, one of each for each label.
+    each row's absence moves the mean away from it. Scores, float64, of rows that they do not know, and labels, 0 or 1,
+    are rows x labels.
     """
     n = len(scores)
     positives = labels.sum(0)

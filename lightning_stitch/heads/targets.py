@@ -27,10 +27,8 @@ def task_of(targets: Tensor) -> Task:
 def target_columns(targets: Tensor, *, task: Task, num_classes: int) -> Tensor:
     """Targets as what a regression predicts: rows x columns, float64; one-hot, 0 and 1, or the numbers themselves.
 
-    Args:
-        targets: Class indices (rows,), 0 and 1 (rows x labels), or numbers (rows,) or (rows x numbers).
-        task: What they are.
-        num_classes: Number of classes, labels or numbers.
+    They are `num_classes` classes by their indices (rows,), labels, 0 and 1 (rows x labels), or numbers (rows,) or
+    (rows x numbers).
 
     Raises:
         CalibrationError: If there are none, they are of another dtype or shape, or out of range; likewise if all rows
@@ -74,12 +72,7 @@ def standardised(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def comparable_columns(targets: Tensor, *, num_classes: int | None) -> Tensor:
     """Targets of any task as columns whose R2 says something: numbers are standardised, so that each counts alike.
 
-    Args:
-        targets: The targets; their dtype and shape say what they are (`task_of`).
-        num_classes: Number of classes, labels or numbers; None: as many as the targets say.
-
-    Raises:
-        CalibrationError: As `target_columns`.
+    `task_of` says what they are; `num_classes` None: as many as they say. CalibrationError as `target_columns`.
     """
     task = task_of(targets)
     count = num_classes if num_classes is not None else count_of(targets)

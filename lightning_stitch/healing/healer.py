@@ -26,13 +26,9 @@ SIZE_CLASSES = (1.0, 0.75, 0.5, 1 / 3)
 
 
 class Healer:
-    """Heals networks.
+    """Heals networks, with the sources' activations of the calibration images.
 
-    Args:
-        sources: The sources with their activations of the calibration images.
-        settings: How rows are sampled; the sources'.
-        ridge: Strength of the stitches' fit, where they are fitted anew.
-        journal: What remembers healed networks; None: nothing does.
+    `ridge` is the strength of the stitches' fit, where they are fitted anew; the journal remembers healed networks.
     """
 
     def __init__(
@@ -69,13 +65,7 @@ class Healer:
     def heal_finalists(
         self, candidates: Sequence[Candidate], *, max_healed: int, progress: Progress | None = None
     ) -> list[Candidate]:
-        """Candidates, the `finalists` among them healed where that raises their held-out R2.
-
-        Args:
-            candidates: The networks.
-            max_healed: Most networks that are healed.
-            progress: Where to show progress.
-        """
+        """Candidates, at most `max_healed` `finalists` among them healed where that raises their held-out R2."""
         candidates, progress = list(candidates), progress or Silent()
         chosen = self.finalists(candidates, max_healed)
         progress.start("healing", len(chosen))
@@ -90,10 +80,6 @@ class Healer:
         A size class is a range of MACs relative to the cheapest source, between the shares `SIZE_CLASSES`. Healing
         raises skips more than it reorders them, but a skip explains less than any network of the sources' own size, so
         that without classes none would be healed.
-
-        Args:
-            candidates: The networks; only StitchNets count.
-            count: Most that are chosen.
         """
         stitched = [index for index, candidate in enumerate(candidates) if candidate.kind == "stitched"]
         if len(stitched) <= count:

@@ -1,10 +1,10 @@
 """Closed-form healing: re-solve the layers behind a stitch on the same unlabelled images.
 
-A stitch is fitted at one place, and its error grows through the layers behind it. Healing goes through these in forward
-order. A layer with weights W (inputs x outputs; of a convolution: of the patches that it sees) and bias b is given X,
-rows of what the running network, healed so far, feeds it on the calibration images, and should give Y, what the same
-layer gave in its own source on the same images at the same positions. With D = Y - (X W + b), what it gets wrong, and
-Xc, Dc the same less their means, the change of the weights is
+Healing goes through the layers behind a stitch in forward order. A layer with weights W (inputs x outputs; of a
+convolution: of the patches that it sees) and bias b is given X, rows of what the running network, healed so far, feeds
+it on the calibration images, and should give Y, what the same layer gave in its own source on the same images at the
+same positions. With D = Y - (X W + b), what it gets wrong, and Xc, Dc the same less their means, the change of the
+weights is
 
     argmin |Xc C - Dc|^2 + l |C|^2  =  (Xc'Xc + l I)^-1 Xc'Dc  =  Xc'(Xc Xc' + l I)^-1 Dc,
 
@@ -65,21 +65,13 @@ RIDGES = (1.0, 10.0, 100.0, 1000.0)
 
 @dataclass(frozen=True, slots=True)
 class PieceHealing:
-    """What healing did to one piece.
+    """What healing did to one piece."""
 
-    Attributes:
-        tensors: The source's parameters and buffers, by name, that have other numbers now.
-        strengths: For each layer that could be solved what was chosen; None: it stays as it is.
-        unsolvable: The layers that could not, with the reason.
-        portions: What the piece gives now.
-        own: What it gives in its own source.
-    """
-
-    tensors: dict[str, Tensor]
-    strengths: dict[str, float | None]
-    unsolvable: dict[str, str]
-    portions: list[Tensor]
-    own: list[Tensor]
+    tensors: dict[str, Tensor]  # the source's parameters and buffers that have other numbers now
+    strengths: dict[str, float | None]  # what was chosen for each layer that could be solved; None: it stays
+    unsolvable: dict[str, str]  # the other layers, with the reason
+    portions: list[Tensor]  # what the piece gives now
+    own: list[Tensor]  # what it gives in its own source
 
 
 @torch.no_grad()
@@ -92,15 +84,11 @@ def heal_piece(
     seed: int = 0,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> PieceHealing:
-    """Heal every layer of a piece, in forward order.
+    """Heal every layer of a piece, as its source has it, in forward order.
 
-    Args:
-        piece: The piece, as its source has it.
-        portions: What the running network feeds it, a few images each.
-        own: What it is fed in its own source, likewise.
-        num_held_out: How many of the images, the last ones, choose the strengths; the others are fitted.
-        seed: Of the sampled positions.
-        tensors: The source's parameters and buffers, by name, that have other numbers in the running network already.
+    `portions` are what the running network feeds it, a few images each, `own` what it is fed in its own source. The
+    last `num_held_out` images choose the strengths; the others are fitted. `tensors` are the source's parameters and
+    buffers, by name, that have other numbers in the running network already.
     """
     sampling = Sampling(sum(map(len, portions)), seed)
     healable, unsolvable = layers_of(piece)
@@ -155,14 +143,8 @@ def heal(
 ) -> Candidate:
     """A network with every fragment behind a stitch healed, whether that helped or not; no held-out image is fitted.
 
-    Stitches are fitted anew without those images, and on what the healed fragment before them sends.
-
-    Args:
-        candidate: The network.
-        sources: The sources with their activations of the calibration images.
-        settings: How rows are sampled.
-        ridge: Least strength of the stitches' fit.
-        only_stitches: Fit the stitches anew, and heal nothing: what healing is compared with.
+    Stitches are fitted anew without those images, with at least the strength `ridge`, on what the healed fragment
+    before them sends. With `only_stitches` nothing is healed: what healing is compared with.
     """
     first = candidate.steps[0]
     num_held_out = sources[first.source].num_held_out
@@ -223,9 +205,8 @@ def _stitched_anew(
     )
     if stitch is None:
         return step
-    return dataclasses.replace(
-        step, stitch=stitch, spec=dataclasses.replace(stitch.spec, placement=step.spec.placement)
-    )
+    spec = dataclasses.replace(stitch.spec, placement=step.spec.placement)
+    return dataclasses.replace(step, stitch=stitch, spec=spec)
 
 
 def _own_outputs(

@@ -32,8 +32,7 @@ Healable = nn.Linear | nn.Conv2d
 def layers_of(piece: fx.GraphModule) -> tuple[dict[str, Healable], dict[str, str]]:
     """The layers of a piece that have matrices of weights, also those inside of one that runs as a whole (attention).
 
-    Returns:
-        Those that healing can solve, by name; and the reason for each of those that it cannot.
+    Those that healing can solve, by name; and the reason for each of those that it cannot.
     """
     calls = Counter(str(node.target) for node in piece.graph.nodes if node.op == "call_module")
     healable, unsolvable = {}, {}
@@ -96,12 +95,7 @@ def weight_of(layer: Healable) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which positions of each image are looked at.
-
-    Attributes:
-        num_images: Number of calibration images.
-        seed: Of the sampled positions.
-    """
+    """Which positions of each of the calibration images are looked at."""
 
     num_images: int
     seed: int
@@ -109,10 +103,7 @@ class Sampling:
     def rows(self, layer: Healable, x: Tensor, *, first_image: int) -> Tensor:
         """What a layer is fed at the sampled positions, images x rows x groups x inputs of a group.
 
-        Args:
-            layer: A linear layer or a convolution, of which a row is the patch that it sees.
-            x: What it is fed, for a few images.
-            first_image: Which of the calibration images the first of these is.
+        A convolution's row is the patch that it sees. `first_image` says which of the calibration images x begins with.
         """
         if isinstance(layer, nn.Linear):
             return self._sampled(layer, x, first_image)
@@ -150,15 +141,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """The change of one layer.
+    """The change of one layer: its new weight, and what its output is moved by where there is a bias to take it."""
 
-    Attributes:
-        strength: What was chosen; None: the layer stays as it is.
-        weight: Its new weight, of the layer's own shape.
-        shift: What its output is moved by, channel by channel, where there is a bias to take it.
-    """
-
-    strength: float | None
+    strength: float | None  # None: the layer stays as it is
     weight: Tensor | None = field(default=None, repr=False)
     shift: Tensor | None = field(default=None, repr=False)
 
@@ -168,13 +153,8 @@ def solve_layer(
 ) -> Solved:
     """The change that explains what the layer should give best on rows held out of the fit.
 
-    Args:
-        layer: The layer as it is.
-        x: Rows of what it is fed (rows x groups x inputs).
-        y: What it should make of them (rows x groups x outputs).
-        num_fitted: How many of the rows, from the first on, are fitted; the others are held out.
-        has_bias: Whether a change of the mean has a place.
-        strengths: What to choose from.
+    It is fed `x` (rows x groups x inputs) and should make `y` of it (rows x groups x outputs). The first `num_fitted`
+    rows are fitted; `has_bias` says whether a change of the mean has a place.
     """
     x, y = x.transpose(0, 1), y.transpose(0, 1)
     weight = weight_of(layer).to(x.dtype)

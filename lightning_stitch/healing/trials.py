@@ -54,8 +54,7 @@ def held_out_images(candidate: Candidate, sources: Sequence[Calibrated]) -> tupl
 def held_out_r2(candidate: Candidate, sources: Sequence[Calibrated], held_out: Sequence[Tensor]) -> float:
     """R2 of a candidate's final features against its last source's own, over the held-out images.
 
-    Raises:
-        CalibrationError: If the features do not vary over them, or are not finite.
+    Features that do not vary over them, or are not finite, are a CalibrationError.
     """
     features = torch.cat([x.float() for x in run_on(candidate, sources, held_out)])
     return r2(features, sources[candidate.steps[-1].source].features[-len(features) :])
@@ -66,12 +65,9 @@ def run_layerwise(
     portions: Sequence[Tensor],
     visit: Callable[[str, Sequence[Tensor]], None],
 ) -> list[Tensor]:
-    """What a fragment gives for each portion; no gradients, no inference mode of its own.
+    """What a fragment, in eval mode, gives for each portion; no gradients, no inference mode of its own.
 
-    Args:
-        fragment: The fragment, in eval mode.
-        portions: Its inputs, a few images each.
-        visit: Called with a layer's name and its inputs, one for each portion, before it runs; may change its tensors.
+    `visit` is called with a layer's name and its inputs, one for each portion, before it runs; it may change tensors.
     """
     runs = [fx.Interpreter(fragment) for _ in portions]
     for run, x in zip(runs, portions, strict=True):

@@ -19,24 +19,13 @@ from torch import Tensor
 from lightning_stitch.cost import Budget, Cost, in_words
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.recipe import StitchSpec
-from lightning_stitch.stitching import (
-    Segmented,
-    choose_placement,
-    is_bridgeable,
-    stitch_cost,
-    stitch_spec,
-)
+from lightning_stitch.stitching import Segmented, choose_placement, is_bridgeable, stitch_cost, stitch_spec
 
 _SUMS = ("params", "macs", "latency_ms")
 
 
 class PlacedStitch(NamedTuple):
-    """A stitch between two cuts, placed where it is cheapest.
-
-    Attributes:
-        spec: Its structure.
-        cost: What it adds to its fragments; a fold can make that less than nothing.
-    """
+    """A stitch between two cuts, placed where it is cheapest, and what it adds to its fragments: by a fold below 0."""
 
     spec: StitchSpec
     cost: Cost
@@ -56,14 +45,8 @@ class _Table(NamedTuple):
 class CompositionCosts:
     """What every stitch between the cuts of some sources costs, and the least that any way on from a cut costs.
 
-    Args:
-        parts: The sources taken apart.
-        bias: Whether stitches have a bias.
-        max_fragments: Most fragments in a network.
-        early_exits: Whether sources that end at one of their cuts are compositions too.
-
-    Attributes:
-        receivers: All (source, cut) index pairs at which a fragment may begin.
+    With `early_exits`, sources that end at one of their cuts are compositions, too. `receivers` are all (source, cut)
+    index pairs at which a fragment may begin.
     """
 
     def __init__(
@@ -82,13 +65,10 @@ class CompositionCosts:
         self.early_exits = early_exits
 
     def time(self, latencies: Sequence[Sequence[float]]) -> None:
-        """Estimate latencies from now on.
+        """Estimate latencies from now on, by the milliseconds of each piece of each source.
 
         A composition takes the sum of its pieces' times. A stitch takes for each multiply-accumulate that it adds as
         long as the fastest source on the whole, and none for what it saves.
-
-        Args:
-            latencies: Milliseconds of each piece of each source.
         """
         self._latencies = latencies
         self._costs.clear()
@@ -120,9 +100,8 @@ class CompositionCosts:
             spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
             placement = choose_placement(before, after, spec, before_taken=before_taken)
             spec = dataclasses.replace(spec, placement=placement)
-            self._placed[key] = PlacedStitch(
-                spec, self._add_latency(Cost(*stitch_cost(spec, before, after, placement)))
-            )
+            cost = Cost(*stitch_cost(spec, before, after, placement))
+            self._placed[key] = PlacedStitch(spec, self._add_latency(cost))
         return self._placed[key]
 
     def self_stitched(self, source: int) -> Cost:
@@ -163,11 +142,7 @@ class CompositionCosts:
         return best, path
 
     def check(self, budget: Budget) -> None:
-        """Refuse a budget that no composition can keep.
-
-        Raises:
-            BudgetError: Naming the cheapest composition of these sources and its cost.
-        """
+        """Refuse (BudgetError) a budget that no composition can keep, naming the cheapest one and its cost."""
         for measure, limit in budget.limits.items():
             if measure == "latency_ms" and self._latencies is None:
                 continue

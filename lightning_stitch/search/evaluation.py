@@ -31,11 +31,9 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one candidate gave.
+    """What one candidate gave: features (images, features), float32, on the CPU.
 
-    Attributes:
-        features: (images, features), float32, on the CPU.
-        seconds: Wall time of its own nodes, shared ones included: what it would have cost alone.
+    `seconds` is the wall time of its own nodes, shared ones included: what it would have cost alone.
     """
 
     features: Tensor

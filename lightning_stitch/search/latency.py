@@ -23,8 +23,7 @@ WARM_UP, RUNS = 3, 9
 
 def network_latency(network: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> float:
     """Milliseconds that a network, in eval mode on the device, takes for one image (channels, height, width)."""
-    image = _image(image_shape, device)
-    return _milliseconds(network, image, device)
+    return _milliseconds(network, _image(image_shape, device), device)
 
 
 @torch.inference_mode()

@@ -50,10 +50,8 @@ def early_exits(space: SearchSpace) -> list[Candidate]:
 def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:
     """The network of these fragments, in this order, with a stitch between each two of them.
 
-    Args:
-        space: The sources, calibrated.
-        fragments: The first begins at the image, the last ends where networks end in its source (None, or that cut's
-            name as in the recipe of a candidate).
+    The first begins at the image, the last ends where networks end in its source (None, or that cut's name as in the
+    recipe of a candidate).
 
     Raises:
         StitchError: If the fragments make no path: an unknown source or cut (the nearest names are offered), a

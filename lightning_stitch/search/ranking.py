@@ -127,8 +127,7 @@ MISSING_LABELS = "This ranking needs labels for the selection images; use rankin
 def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     """The ranking of that name; "auto": leave-one-out R2 of softened labels, or without labels the sources' consensus.
 
-    Raises:
-        StitchError: If the name is unknown.
+    A name that is unknown is a StitchError.
     """
     if not isinstance(ranking, str):
         return ranking
@@ -183,11 +182,7 @@ def _last_source(candidate: Candidate) -> str:
 
 
 def require_labels(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """The same batches, once the first is seen to have labels.
-
-    Raises:
-        CalibrationError: If it has none.
-    """
+    """The same batches, once the first is seen to have labels; a CalibrationError where it has none."""
     iterator = iter(batches)
     first = next(iterator, None)
     if isinstance(first, Tensor) or (first is not None and len(first) < 2):

@@ -195,15 +195,8 @@ def rank(
 ) -> list[Ranked]:
     """Candidates, every source as it is among them, by what they gave on the selection images, best first.
 
-    Those whose features tell no images apart are left out and counted in `rejected`.
-
-    Args:
-        candidates: The candidates.
-        outcomes: What each gave.
-        labels: The targets of the selection images (`SelectionData`); None: there are none.
-        ranking: Name of a ranking, or a function.
-        num_classes: Number of classes; None: as many as the labels say.
-        rejected: Counts by reason.
+    Those whose features tell no images apart are left out and counted in `rejected`. `labels` are the targets
+    (`SelectionData`); `num_classes` None: as many as they say.
     """
     pairs = list(zip(candidates, outcomes, strict=True))
     of_sources = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
@@ -258,13 +251,8 @@ def choose(
 ) -> SearchResult:
     """The result of a search: what keeps the budget, and the best of it.
 
-    Args:
-        ranked: All candidates, best first, measured where the budget limits latency or activation bytes.
-        budget: The limits.
-        rejected: How many compositions were turned down before, by reason.
-        seconds: Wall time of each stage.
-        num_selection_labels: Labels that the ranking used.
-        stopped: What ended the composing before the strategy did.
+    All candidates come best first, measured where the budget limits latency or activation bytes; `rejected` says
+    how many compositions were turned down before, by reason.
 
     Raises:
         BudgetError: If none keeps the budget; names the one that comes nearest, and its cost.

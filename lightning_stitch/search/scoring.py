@@ -16,13 +16,7 @@ from lightning_stitch.stitching import Calibrated, Grid, centred_or_none, rows_o
 
 
 class Scorer:
-    """The rows of all receivers, joined by grid.
-
-    Args:
-        sources: The sources with their calibration statistics.
-        receivers: All (source, cut) index pairs; a receiver's number is its place in them.
-        settings: How rows are sampled and scored.
-    """
+    """The rows of all receivers, joined by grid; a receiver's number is its place in the (source, cut) index pairs."""
 
     def __init__(
         self, sources: Sequence[Calibrated], receivers: Sequence[tuple[int, int]], settings: CalibrationSettings
@@ -42,13 +36,10 @@ class Scorer:
     def scores(
         self, activation: Carried, sender: Cut, admissible: Mapping[Grid, Sequence[int]], *, rejected: Counter[str]
     ) -> list[tuple[int, float]]:
-        """Linear CKA of an activation with receivers, as (receiver, CKA).
+        """Linear CKA of a cut's activation, of all calibration images, with receivers, as (receiver, CKA).
 
-        Args:
-            activation: The sender's, of all calibration images.
-            sender: Its cut.
-            admissible: By grid the receivers in question, in ascending order; none that does not vary.
-            rejected: Counts what is not scored, by reason.
+        `admissible` has by grid the receivers in question, in ascending order, none that does not vary. What is not
+        scored is counted in `rejected` by reason.
         """
         rows = rows_on_grids(activation, sender, admissible, self.settings)
         if rows is None:

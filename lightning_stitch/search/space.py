@@ -109,11 +109,7 @@ class SearchSpace:
     def edges(self, state: State, cut: int, activation: Carried, filters: Filters | None = None) -> list[Edge]:
         """All admissible stitches from a state that has run to a cut; what is not admissible is counted by reason.
 
-        Args:
-            state: The running network.
-            cut: Index of the cut.
-            activation: What is live at that cut, for all calibration images.
-            filters: What is admissible; None: `Filters()`.
+        `activation` is what is live at that cut, for all calibration images.
         """
         filters = filters or Filters()
         used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}

@@ -17,11 +17,7 @@ class TimeIsOver(Exception):
 
 
 class TimeLimit:
-    """Some seconds from now on; None: no limit.
-
-    Raises:
-        StitchError: If they are not positive.
-    """
+    """Some seconds from now on, a positive number (else a StitchError); None: no limit."""
 
     def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:

@@ -31,7 +31,7 @@ class DepthFirst:
     """The StitchNet paper's depth-first search (arXiv 2301.01947, REFERENCE: K, T, L).
 
     Every fragment lies between two neighbouring cuts, and every transition is a stitch. A source stitched to itself
-    throughout is left out: `SearchSpace.references` has it.
+    throughout is left out: `paths.self_stitched` has it.
 
     Args:
         span: K, the stitches followed at each step.
@@ -148,7 +148,7 @@ class Beam:
                         fits = space.budget.allows(edge.total)
                         # What is over the budget as it stands may still be cut short by a later stitch.
                         if fits or level + 1 < self.max_fragments:
-                            size = self._size_class(edge.total.macs, cheapest) if fits else -1
+                            size = sum(edge.total.macs <= share * cheapest for share in self.fractions) if fits else -1
                             shallow.offer(size, edge, activation)
                             if self.deep and fits and edge.total.macs - edge.cost.macs >= edge.total.macs / 2:
                                 deep.offer(size, edge, activation)
@@ -162,9 +162,6 @@ class Beam:
                 states.append(state)
                 if space.budget.allows(edge.total):
                     yield space.complete(state)
-
-    def _size_class(self, macs: int, cheapest: int) -> int:
-        return sum(macs <= fraction * cheapest for fraction in self.fractions)
 
 
 class _ClassBests:

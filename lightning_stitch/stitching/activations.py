@@ -58,8 +58,7 @@ class Calibrated:
         statistics: One entry for each cut.
         activations: What is live at each cut, for all images, to be carried on; emptied by `release`.
         features: What the source gives at its end (images x features), float32.
-        num_held_out: How many of the images, the last ones, judge stitches and healing
-        (`lightning_stitch.stitching.images`).
+        num_held_out: How many of the images, the last ones, judge stitches and healing.
         stored: Whether the activations lie in files of their own, where they cost nothing and stay.
     """
 
@@ -101,11 +100,8 @@ def positions(grid: tuple[int, int], images: range, rows_per_image: int, seed: i
 def sampled_rows(x: Tensor, grid: Grid, settings: CalibrationSettings, *, first_image: int = 0) -> Tensor:
     """Rows x channels of an activation on a receiver's grid; on None, that of a vector, a map is averaged.
 
-    Args:
-        x: (images, channels, height, width), or (images, channels) for a vector.
-        grid: The receiver's grid.
-        settings: Rows for each image and seed.
-        first_image: Which of the calibration images the first of these is.
+    It is (images, channels, height, width), or (images, channels) for a vector; `first_image` says which of the
+    calibration images its first one is.
     """
     if grid is None:
         return x.mean((2, 3)) if x.ndim == 4 else x
@@ -175,8 +171,7 @@ def _upsample_at(x: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:
 def centred_or_none(rows: Tensor, settings: CalibrationSettings, *, name: str) -> CentredRows | None:
     """The rows made ready for CKA; None where they do not vary, so that the cut is no candidate.
 
-    Raises:
-        CalibrationError: If there are too few rows for the estimator, or some are not finite.
+    Too few rows for the estimator, and rows that are not finite, are a CalibrationError.
     """
     needed = 4 if settings.estimator == "debiased" else 2
     if len(rows) >= needed and is_finite(rows):
@@ -195,13 +190,9 @@ def is_finite(x: Tensor) -> bool:
 def calibrate(
     parts: Segmented, images: Iterable[Tensor], settings: CalibrationSettings, num_held_out: int | None = None
 ) -> Calibrated:
-    """Run a source once over the calibration images.
+    """Run a source once over batches (batch, channels, height, width) in [0, 1] of calibration images.
 
-    Args:
-        parts: The source taken apart, on the device to run on.
-        images: Batches (batch, channels, height, width) in [0, 1].
-        settings: What to keep, and where.
-        num_held_out: How many of the images, the last ones, judge stitches and healing; None: a quarter.
+    The last `num_held_out` of the images judge stitches and healing; None: a quarter.
 
     Raises:
         CalibrationError: If there are too few images, or an activation is not finite.

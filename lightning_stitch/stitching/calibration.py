@@ -35,13 +35,7 @@ _DESCRIPTION = "calibration.json"
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Sources with what one set of calibration images gave at their cuts, as one value.
-
-    Attributes:
-        sources: One entry for each source.
-        settings: How activations were sampled.
-        images_hash: Of the calibration images.
-    """
+    """Sources with what one set of calibration images, known by its hash, gave at their cuts, as one value."""
 
     sources: tuple[Calibrated, ...]
     settings: CalibrationSettings
@@ -87,11 +81,7 @@ class Calibration:
         return cls.open(directory, parts, settings, device)
 
     def save(self, directory: Path) -> None:
-        """Write it to a directory; one that is there already is replaced when all of this one is written.
-
-        Raises:
-            CalibrationError: If the directory cannot be written to.
-        """
+        """Write it to a directory; one that is there already is replaced when all of this one is written."""
         sources: dict[str, dict[str, Any]] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -187,11 +177,7 @@ def _write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
-    """What a saved calibration was made from.
-
-    Raises:
-        CalibrationError: If there is none, it cannot be read, or a newer version wrote it.
-    """
+    """What a saved calibration was made from."""
     path = directory / _DESCRIPTION
     try:
         description = json.loads(path.read_text())
@@ -214,11 +200,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
 
 
 def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSettings]:
-    """The image shape and settings of a saved calibration.
-
-    Raises:
-        CalibrationError: As `Calibration.open`.
-    """
+    """The image shape and settings of a saved calibration."""
     description = _read_description(directory)
     try:
         channels, height, width = description["image_shape"]

@@ -31,15 +31,8 @@ def fit_stitch(
 ) -> Stitch | None:
     """An explicit stitch; its spec says how well it explains held-out images. None where the activation is not finite.
 
-    Args:
-        spec: The stitch's structure.
-        activation: What the running network sends of all calibration images, portion by portion.
-        sender: The cut that it leaves.
-        receiver: The receiving source.
-        settings: How rows are sampled; the receiver's.
-        entry: The receiver's first piece that runs.
-        ridge: Strength of the fit, or several to choose from (`fit_rows`).
-        refit: Whether the held-out images are fitted, too, in the end.
+    `activation` is what the running network sends of all calibration images, portion by portion, from the cut
+    `sender`; `entry` is the receiver's first piece that runs. `ridge` and `refit` are those of `fit_rows`.
     """
     statistics = receiver.statistics[entry - 1]
     rows = rows_to_fit(spec, activation, sender, statistics, settings)
@@ -69,17 +62,10 @@ def fit_rows(
 ) -> tuple[AffineMap, float | None]:
     """The least-squares map fitted on all rows, and its R2 on held-out images when fitted on the others.
 
-    Of several strengths the one that explains most of the held-out images is taken; the first where nothing can be held
-    out.
-
-    Args:
-        x: The sender's rows x channels, image by image, as the running network sends them.
-        y: The receiver's, likewise.
-        num_images: Number of images.
-        ridge: Strength of the fit, relative to the mean variance of the sender's channels; or several.
-        bias: Whether the map has a bias.
-        num_held_out: How many of the images, the last ones, are held out; None: a quarter.
-        refit: Whether the map is fitted on the held-out images, too, in the end.
+    The sender's `x` and the receiver's `y` are rows x channels, image by image. The last `num_held_out` images are held
+    out (None: a quarter), and fitted, too, in the end if `refit`. Of several strengths `ridge`, relative to the mean
+    variance of the sender's channels, the one that explains most of the held-out images is taken; the first where
+    nothing can be held out.
     """
     num_held_out = held_out.num_held_out(num_images) if num_held_out is None else num_held_out
     split = (num_images - num_held_out) * (len(x) // num_images)

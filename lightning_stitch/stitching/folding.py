@@ -52,10 +52,7 @@ def fold_into_consumer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     """Give the fragment, in place, first layers that take the sender's channels.
 
     W'[o, :, k, l] = W[o, :, k, l] A and b' = b + sum over k, l of W[., ., k, l] a. The layers are new ones: those that
-    were there may be another fragment's, too, and stay as they are.
-
-    Raises:
-        CutError: If that is not exact here.
+    were there may be another fragment's, too, and stay as they are. A CutError says that it would not be exact here.
     """
     weight, bias = _numbers(stitch)
     layers = consumer_layers(fragment, bias=bias is not None)
@@ -80,10 +77,8 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     """Give the fragment, in place, a last layer that yields the receiver's channels; its BatchNorm goes.
 
     W' = A W and b' = A b + a, after the BatchNorm's running statistics are folded into W and b. The layer is a new one:
-    that which was there, and the BatchNorm, may be another fragment's, too, and stay as they are.
-
-    Raises:
-        CutError: If that is not exact here.
+    that which was there, and the BatchNorm, may be another fragment's, too, and stay as they are. A CutError says that
+    it would not be exact here.
     """
     weight, bias = _numbers(stitch)
     layers = producer_layers(fragment)

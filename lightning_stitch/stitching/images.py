@@ -21,11 +21,7 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Refuse images of another shape or dtype, or that are not finite.
-
-    Raises:
-        CalibrationError: If they are not finite floats (batch, *image_shape).
-    """
+    """Refuse (CalibrationError) images that are not finite floats (batch, *image_shape)."""
     if tuple(images.shape[1:]) != image_shape:
         raise CalibrationError(
             f"Images must come in batches of (batch, {', '.join(map(str, image_shape))}), channels first; found "
@@ -38,11 +34,7 @@ def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
 def read_images(
     batches: Iterable[Batch], image_shape: tuple[int, int, int], device: torch.device, labels: list[Tensor]
 ) -> Iterator[Tensor]:
-    """The images of batches in float32 on a device, batch by batch; the labels beside them are put into a list.
-
-    Raises:
-        CalibrationError: If an image cannot be used.
-    """
+    """The images of batches, checked, in float32 on a device; the labels beside them are put into a list."""
     for batch in batches:
         images = images_of(batch)
         if not isinstance(batch, Tensor) and len(batch) > 1:
@@ -53,12 +45,9 @@ def read_images(
 
 @dataclass(frozen=True, slots=True)
 class CalibrationImages:
-    """Calibration images, put down.
+    """Calibration images, put down in float32, those that are held out last.
 
-    Attributes:
-        images: The images in float32, those that are held out last.
-        num_held_out: How many of them are held out (`lightning_stitch.stitching.images`).
-        hash: Of them as they came, whatever batches they came in, and of which are held out.
+    The hash is of them as they came, whatever batches they came in, and of which are held out.
     """
 
     images: Carried
@@ -79,8 +68,7 @@ def store_images(
     not at all; without, each image is by itself.
 
     Raises:
-        CalibrationError: If they are fewer than 4, or one cannot be used, there are not as many labels as images, or
-            there is but one group.
+        CalibrationError: If they are fewer than 4, one cannot be used, or the groups cannot (`held_out_groups`).
     """
     held_out = None if groups is None else held_out_groups(groups)
     fitted: list[Portion] = []
@@ -136,10 +124,7 @@ def held_out_groups(groups: Sequence[Hashable]) -> list[bool]:
     """Which images are held out where groups must not be split, for each image.
 
     Whole groups, those met last first, as long as they hold no more than a quarter of the images; the smallest group
-    where each holds more.
-
-    Raises:
-        CalibrationError: If all images are of one group.
+    where each holds more. One group alone is a CalibrationError.
     """
     members = Counter(groups)
     if len(members) < 2:

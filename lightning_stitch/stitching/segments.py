@@ -16,7 +16,6 @@ from lightning_stitch.sources import Preprocess, Source, cut_source
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
-"""For networks on the fly: few cuts, few rows, and no more images than fit into memory."""
 
 
 @dataclass(slots=True)
@@ -92,8 +91,7 @@ def chunks(images: Tensor, images_at_once: int) -> Sequence[Tensor]:
 def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]) -> Segmented:
     """Take a source apart at its cuts for images of a shape.
 
-    Raises:
-        CutError: If it cannot be cut, has no feature vector to end at, or does not take images of that shape.
+    A CutError says that it cannot be cut, has no feature vector to end at, or does not take such images.
     """
     graph, cuts, end = cut_source(source, settings, image_shape)
     pairs = list(pairwise([None, *(cut.name for cut in cuts), end]))

@@ -73,10 +73,7 @@ class Stitch(nn.Module):
     """What joins one fragment's output to the next one's input.
 
     Takes the sender's tensor, gives one of the receiver's shape. At another image size than the calibration's the
-    target grid scales with the sender's.
-
-    Args:
-        spec: The stitch's structure. A folded stitch has no parameters of its own.
+    target grid scales with the sender's. A folded stitch has no parameters of its own.
     """
 
     traced_whole = True

@@ -97,6 +97,35 @@ def test_without_labels_features_come_out(pool: Pool) -> None:
     assert next(iter(found.result.best.scores)) == "consensus"
 
 
+@pytest.mark.parametrize("until", ["features", "output"])
+def test_with_classes_a_sources_own_outputs_are_restricted_to_them(until: str) -> None:
+    sources = [donor("test_resnet"), donor("test_efficientnet")]
+    pool = Pool.prepare(sources, (3, 32, 32), settings=CalibrationSettings(granularity="stages", until=until))
+    found = compose(pool, MINE, classes=[281, 7, 30])
+    assert found.classes == (281, 7, 30)
+    assert "early exit" not in {r.candidate.kind for r in found.result.ranked}
+    best = found.result.best.candidate
+    assert best.kind == "source"
+    part = next(part for part in pool.parts if part.name == best.recipe.fragments[0].source)
+    with torch.no_grad():
+        expected = part.source.module(part.preprocess(YOURS))[:, [281, 7, 30]]
+        torch.testing.assert_close(found.network(YOURS), expected)
+
+
+def test_a_stitched_network_for_classes_ends_in_its_last_sources_classifier() -> None:
+    sources = [donor("test_resnet"), donor("test_efficientnet")]
+    pool = Pool.prepare(sources, (3, 32, 32))
+    limit = min(part.cost.macs for part in pool.parts) - 1
+    found = compose(pool, MINE, classes=[1, 2], budget=Budget(max_macs=limit))
+    assert found.result.best.candidate.kind == "stitched"
+    assert found.network[0].recipe.fragments[-1].end is None
+    last = next(part for part in pool.parts if part.name == found.network[0].recipe.fragments[-1].source)
+    body = pool.assemble(found.result.best.candidate)
+    with torch.no_grad():
+        expected = last.graph.fragment(last.end, None)(body(YOURS))[:, [1, 2]]
+        torch.testing.assert_close(found.network(YOURS), expected)
+
+
 @pytest.mark.parametrize("share", [0.9, 0.5])
 def test_the_network_keeps_the_budget(pool: Pool, share: float) -> None:
     limit = share * min(part.cost.macs for part in pool.parts)
@@ -329,6 +358,23 @@ def test_images_and_labels_that_cannot_be_used_are_refused(
     with pieces_run(pool) as ran, pytest.raises(CalibrationError, match=words):
         compose(pool, images, labels)
     assert ran == []
+
+
+@pytest.mark.parametrize("classes", [[1], [1, 1], [1, 1000], [-1, 2]])
+def test_classes_that_the_sources_do_not_have_are_refused(classes: list[int]) -> None:
+    pool = Pool.prepare([donor("test_resnet")], (3, 32, 32))
+    with pytest.raises(StitchError, match=r"different indices of the sources' outputs, from 0 to 999; found \["):
+        compose(pool, MINE, classes=classes)
+
+
+def test_classes_of_sources_with_different_outputs_are_refused(pool: Pool) -> None:
+    with pytest.raises(StitchError, match=r"same outputs; found widths .*'plain': 4"):
+        compose(pool, MINE, classes=[0, 1])
+
+
+def test_labels_and_classes_together_are_refused(pool: Pool) -> None:
+    with pytest.raises(StitchError, match="labels= say already which classes there are"):
+        compose(pool, MINE, MY_LABELS, classes=[0, 1])
 
 
 @pytest.mark.parametrize(("options", "words"), [({"ridge": 0.0}, "ridge=0.0"), ({"effort": -1.0}, "effort=-1.0")])
