@@ -55,13 +55,9 @@ def isolate_rng() -> AbstractContextManager[None]:
 
 
 def check_same_namespace(part: object, what: str) -> None:
-    """Refuse a Trainer, LightningModule or LightningDataModule of the other Lightning package.
+    """Refuse a Trainer, LightningModule or LightningDataModule of the other Lightning package; others pass.
 
-    Callbacks ask it in their `setup`, as a Trainer takes callbacks of either package.
-
-    Args:
-        part: The object; one that belongs to neither package passes.
-        what: What the user calls it ("datamodule", "Trainer").
+    Callbacks ask it in their `setup`, as a Trainer takes callbacks of either package. `what` is the user's word for it.
 
     Raises:
         StitchError: If it comes from the other package; the message names both.

@@ -121,11 +121,7 @@ class Budget:
         return self.limits[measure] * (_SLACK if measure == "latency_ms" else 1)
 
     def warn_of_uncounted(self, uncounted: Mapping[str, Sequence[str]]) -> None:
-        """Warn where a limit on MACs is kept by counts that leave work out.
-
-        Args:
-            uncounted: `CutGraph.uncounted` of each source, by name.
-        """
+        """Warn where a limit on MACs is kept by counts that leave work out, by the source's name."""
         if self.max_macs is not None:
             for name, operations in uncounted.items():
                 warn_of_uncounted(name, operations)

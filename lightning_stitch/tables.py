@@ -137,15 +137,12 @@ def write_csv(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def write_records(records: Sequence[Record], stem: str | Path, **about: Any) -> tuple[Path, Path]:
-    """Write records as CSV, and as JSON with what they are about.
+    """Write records as CSV, and as JSON with what they are about; returns the paths of the two files.
 
     Args:
         records: Flat mappings with the same keys, of plain JSON values.
         stem: The files without their endings, .csv and .json; the folder is made, files that are there are replaced.
         about: Further plain JSON values; the JSON file holds them beside "rows", the records.
-
-    Returns:
-        The paths of the two files.
 
     Raises:
         StitchError: If there are no records, or a value is not plain, finite JSON; nothing is written.

@@ -41,11 +41,9 @@ _Fit = tuple[float, nn.Module, Trained | None]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A finished classifier.
+    """A finished classifier: a network from images in [0, 1] to features, and a head from these to logits.
 
     Attributes:
-        network: Images in [0, 1] to features.
-        head: Features to logits.
         name: What the network is: its source, or its fragments.
         spent: What making it took.
         selection_loss: Mean cross-entropy on the selection images, in nats, by which it was chosen; None: by none.
@@ -67,14 +65,7 @@ class Contender:
 class Contenders:
     """Makes the classifiers; what several of them share is made once, and counts for each.
 
-    Args:
-        search: The search; its own table and journal stay unused.
-        sources: Its sources.
-        data: The images.
-        finetuning: How to train.
-        seed: Of first weights and flips.
-        trainer_options: Arguments of each Trainer.
-        device: Where the Trainers run.
+    The search's own table and journal stay unused. `seed` is of first weights and flips.
 
     Raises:
         CutError: If a source cannot be cut, or does not take such images.
@@ -124,7 +115,6 @@ class Contenders:
     # -- on a source -------------------------------------------------------------------------------------------------
 
     def _network(self, index: int) -> nn.Module:
-        """A source up to its classifier, with parameters of its own."""
         part = self.parts[index]
         return nn.Sequential(part.preprocess, part.graph.fragment(None, part.end)).to(self.device).eval()
 

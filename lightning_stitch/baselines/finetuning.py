@@ -65,14 +65,7 @@ class FineTuning:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training came to.
-
-    Attributes:
-        loss: Least mean cross-entropy on the selection images, in nats.
-        learning_rate: The learning rate that gave it.
-        epoch: The epoch that gave it, from 1.
-        state: The weights then.
-    """
+    """Least mean cross-entropy on the selection images (nats), its learning rate, epoch (from 1) and weights."""
 
     loss: float
     learning_rate: float
@@ -83,9 +76,8 @@ class Trained:
 class Classifier(pl.LightningModule):
     """A network with a head, to be trained where its parameters ask for it.
 
-    Args:
-        network: Images (batch, channels, height, width) in [0, 1] to features (batch, features), or whatever else.
-        head: Features to logits (batch, classes).
+    Images (batch, channels, height, width) in [0, 1] become features (batch, features), and these logits (batch,
+    classes).
     """
 
     def __init__(self, network: nn.Module, head: nn.Module) -> None:
@@ -169,9 +161,6 @@ def train_best(
         seed: Of what is random in training; the global random state is restored.
         trainer_options: Arguments of the Trainer.
         callbacks: More callbacks.
-
-    Returns:
-        The best epoch of all. The model has its weights.
     """
     start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     trials = []

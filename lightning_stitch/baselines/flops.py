@@ -69,13 +69,7 @@ _MORE_FORMULAS = {
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What something took.
-
-    Attributes:
-        seconds: Wall time.
-        cpu_seconds: Processor time of this process, over all its threads; what else runs on the machine matters less.
-        flops: Floating-point operations, as `lightning_stitch.baselines.flops` says.
-    """
+    """What something took: wall time, processor time of this process over all its threads, and FLOPs."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -86,12 +80,9 @@ class Spent:
 
 
 class Meter:
-    """Times what runs inside the context and counts its FLOPs.
+    """Times what runs inside the context and counts its FLOPs; `spent` has them when it is left.
 
     The count costs some tens of microseconds for each operator, which are within the seconds.
-
-    Attributes:
-        spent: What it has seen when the context is left.
 
     Example:
         >>> with Meter() as meter:

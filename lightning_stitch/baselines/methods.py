@@ -140,7 +140,6 @@ def _one_device(options: dict[str, Any]) -> torch.device:
 
 
 def _row(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
-    """A classifier, tested and measured."""
     classifier = nn.Sequential(contender.network, contender.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)
     probabilities, labels = [], []

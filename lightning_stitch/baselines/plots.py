@@ -19,27 +19,16 @@ _MARKERS = ("o", "s", "^", "D", "v", "*", "P", "X")
 
 
 def check_can_plot() -> None:
-    """Refuse to go on without matplotlib.
-
-    Raises:
-        StitchError: If it is not installed.
-    """
+    """Refuse, with a StitchError, to go on without matplotlib."""
     if find_spec("matplotlib") is None:
         raise StitchError("The plot needs matplotlib: pip install 'lightning-stitch[plots]', or plot=False.")
 
 
 def plot_methods(rows: Sequence[Record], path: str | Path) -> Path:
-    """Draw test accuracy against training FLOPs, on a logarithmic axis.
+    """Draw test accuracy against training FLOPs, on a logarithmic axis, of rows of `compare_methods`.
 
-    Several rows of one method and number of labels (other seeds) make one point, their mean, with bars of one standard
-    deviation of both.
-
-    Args:
-        rows: What `compare_methods` returned, of one run or of several.
-        path: The image file; its ending says which kind.
-
-    Returns:
-        The path.
+    Several rows of one method and number of labels (other seeds, other runs) make one point, their mean, with bars of
+    one standard deviation of both. The ending of the path, which is returned, says which kind of image it becomes.
 
     Raises:
         StitchError: If there are no rows, or matplotlib is not installed.

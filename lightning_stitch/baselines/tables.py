@@ -20,12 +20,7 @@ COUNTED = (
 
 
 def print_methods(rows: Sequence[Record], *, title: str, console: Console | None = None) -> None:
-    """Print the table and what is counted.
-
-    Args:
-        rows: What `compare_methods` returned.
-        title: Heading of the table.
-        console: Where to print; None: standard output.
+    """Print the rows of `compare_methods` and what is counted, to standard output where no console is named.
 
     Raises:
         StitchError: If there are no rows.

@@ -51,12 +51,7 @@ def parser_of(command: Callable[..., None]) -> ArgumentParser:
 
 
 def overview(commands: dict[str, str], version: str) -> ArgumentParser:
-    """The parser of the program's own options, whose help lists the commands.
-
-    Args:
-        commands: What each command does, by its name.
-        version: What `--version` prints.
-    """
+    """The parser of the program's own options, whose help lists the commands with what they do."""
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Compose a new network from fragments of pre-trained ones, without back-propagation.",

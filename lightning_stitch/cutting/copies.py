@@ -58,8 +58,7 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
 def with_network(traced: fx.GraphModule, outline: nn.Module, network: nn.Module) -> fx.GraphModule | None:
     """The trace of an outline over the network that it outlines, built alike but with weights; they share the graph.
 
-    Returns:
-        None where the trace may hold what the network has otherwise: another structure, a number, a device.
+    None where the trace may hold what the network has otherwise: another structure, a number, a device.
     """
     tensors, counterparts = (
         dict(chain(x.named_parameters(remove_duplicate=False), x.named_buffers(remove_duplicate=False)))
@@ -85,7 +84,6 @@ def _stands_for(x: Tensor, y: Tensor) -> bool:
 
 
 def _find_caller(name: str, called: set[str]) -> str | None:
-    """The layer that a fragment calls and that a tensor is part of, perhaps of a layer inside of it."""
     owner = name.rpartition(".")[0]
     while owner and owner not in called:
         owner = owner.rpartition(".")[0]

@@ -157,7 +157,6 @@ class Dataflow:
         }
 
     def _find_of_pixels(self) -> set[fx.Node]:
-        """The nodes whose tensors hold something of the images' values, not of their size alone."""
         of_pixels = {self.input}
         for node in self.nodes:
             is_reached = any(argument in of_pixels for argument in node.all_input_nodes)

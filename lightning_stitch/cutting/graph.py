@@ -94,11 +94,7 @@ class CutGraph:
         return graph
 
     def carry_over(self, network: nn.Module) -> CutGraph | None:
-        """The same cuts of the network of which the traced one is an outline, without tracing that one.
-
-        Returns:
-            None where the trace may depend on more than both have in common (`with_network`).
-        """
+        """The same cuts of the network of which the traced one is an outline; None where `with_network` cannot tell."""
         module = with_network(self.module, self._network, network)
         if module is None:
             return None
@@ -206,8 +202,7 @@ class CutGraph:
         Args:
             start: Name of the cut where it begins; None: at the image.
             end: Name of the cut where it ends; None: at the output.
-            share: True: its parameters are the network's own objects. False: copies, so that nothing done to the
-                fragment reaches the network.
+            share: Whether its parameters are the network's own objects, not copies, through which nothing reaches it.
 
         Raises:
             CutError: If a cut is unknown or `end` does not lie behind `start`.
@@ -276,7 +271,6 @@ class CutGraph:
         return plain and not isinstance(node.args[1], torch.dtype) and not self._flow.overwrites(node, needed)
 
     def _layout(self, node: fx.Node) -> tuple[Format, int, tuple[int, int] | None] | None:
-        """Format, number of prefix tokens and grid of a node's tensor; None where the network has no cut."""
         shape = self._flow.yields_at_2[node].shape
         if shape is None or not self._flow.is_activation(node):
             return None

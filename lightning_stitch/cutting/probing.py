@@ -59,11 +59,7 @@ class _Prober(fx.Interpreter):
     """Runs a graph on fake tensors and notes what every node yields, how many FLOPs it takes and how much memory."""
 
     def __init__(
-        self,
-        module: fx.GraphModule,
-        counter: FlopCounterMode,
-        operators: UncountedOperators,
-        allocations: Allocations,
+        self, module: fx.GraphModule, counter: FlopCounterMode, operators: UncountedOperators, allocations: Allocations
     ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # torch.fx would add advice on its own tools to the error
@@ -82,20 +78,17 @@ class _Prober(fx.Interpreter):
             raise CutError(
                 f"{n.format_node() or n.name} fails in a dry run: {type(error).__name__}: {error}"
             ) from error
-        macs = (self.counter.get_total_flops() - before) // 2
-        uncounted = self.operators.take()
         written = tuple(argument for argument, version in self._versions(n).items() if version != versions[argument])
         held = {self._memory_of(x): self.allocations.bytes_of(x) for x in tensors_in(result)}
-        footprint = Footprint(held, self.allocations.take())
         is_tensor = isinstance(result, Tensor)
         self.yields[n] = Yield(
             shape=tuple(result.shape) if is_tensor else None,
             is_floating=is_tensor and result.is_floating_point(),
             value=None if is_tensor else result,
-            macs=macs,
-            uncounted=uncounted,
+            macs=(self.counter.get_total_flops() - before) // 2,
+            uncounted=self.operators.take(),
             written=written,
-            footprint=footprint,
+            footprint=Footprint(held, self.allocations.take()),
         )
         return result
 
@@ -103,7 +96,6 @@ class _Prober(fx.Interpreter):
         return self._memories.setdefault(StorageWeakRef(x.untyped_storage()), len(self._memories))
 
     def _versions(self, n: fx.Node) -> dict[fx.Node, int]:
-        """How often each tensor among a node's arguments, or a view of it, has been written into."""
         arguments = {argument: self.env[argument] for argument in n.all_input_nodes}
         return {node: x._version for node, x in arguments.items() if isinstance(x, Tensor) and not x.is_inference()}
 
@@ -131,15 +123,7 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
         operators, allocations = UncountedOperators(counter), Allocations()
         # Gradient mode stays on: fake views of parameters cannot be made without.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with (
-            left_as_it_was(traced),
-            torch.enable_grad(),
-            fake,
-            plain_attention(),
-            allocations,
-            operators,
-            counter,
-        ):
+        with left_as_it_was(traced), torch.enable_grad(), fake, plain_attention(), allocations, operators, counter:
             traced.eval()
             images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
             prober = _Prober(traced, counter, operators, allocations)
@@ -276,8 +260,7 @@ def plain_attention() -> Iterator[None]:
 class UncountedOperators(TorchDispatchMode):
     """Notes the operators that do work and have no formula, as they run below a counter of FLOPs.
 
-    Args:
-        counter: What counts; it must be entered after this, so that it takes operators apart first.
+    The counter must be entered after this, so that it takes operators apart first.
     """
 
     # The counter hands these on.
@@ -303,7 +286,6 @@ class UncountedOperators(TorchDispatchMode):
 
 @cache
 def _costs_nothing(operator: Any) -> bool:
-    """Whether an operator costs nothing by the convention."""
     if not isinstance(operator, OpOverload):
         return False
     schema, packet = operator._schema, operator._overloadpacket

@@ -164,8 +164,7 @@ def trace(
 ) -> tuple[fx.GraphModule, list[ModuleCall]]:
     """Trace a network, of whose forward one image batch is the only argument, in eval mode or in train mode.
 
-    Returns:
-        The graph module, which shares the network's parameters and names, and the module calls in order of return.
+    The graph module shares the network's parameters and names; the module calls are in order of return.
 
     Raises:
         CutError: If it cannot be traced; the message names the operation that stopped it, and the reason.
@@ -291,13 +290,12 @@ _WRITERS = frozenset((write_into, operator.setitem, *(getattr(operator, name) fo
 
 def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     """True where a node may write into its first argument."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        named = name.endswith("_") and not name.endswith("__")
-        return node.target in _WRITERS or named or bool(node.kwargs.get("inplace"))
-    return node.op == "call_module" and bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_module":
+        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    named = name.endswith("_") and not name.endswith("__")
+    is_writer = node.op == "call_function" and (node.target in _WRITERS or bool(node.kwargs.get("inplace")))
+    return named or is_writer
 
 
 Way = Literal["symbolic", "example"]
@@ -332,11 +330,7 @@ class _ExampleProxy(_WritableProxy):
 
 
 class _ExampleTracer(_ScopeTracer):
-    """A tracer that answers questions about sizes from an example, of which it evaluates each node as it makes it.
-
-    Attributes:
-        values: What each node stands for; tensors are fake.
-    """
+    """A tracer that answers questions about sizes from an example, on which it evaluates each node, on fake tensors."""
 
     # A method of a buffer with a size among its arguments is noticed only if the buffer is a proxy.
     proxy_buffer_attributes = True
@@ -402,10 +396,7 @@ def tracer_for(network: nn.Module, way: Way, input_size: tuple[int, int, int]) -
 
 
 def trace_somehow(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[fx.GraphModule, list[ModuleCall], Way]:
-    """Trace a network as torch.fx does, or, where that stops, by example.
-
-    Returns:
-        As `trace`, and which way it went.
+    """Trace a network as torch.fx does, or, where that stops, by example; returned beside `trace`'s result is the way.
 
     Raises:
         CutError: If neither goes; the message is of the first.

@@ -22,11 +22,7 @@ Portion = Callable[[], Tensor]
 
 
 class Spool:
-    """Where tensors are put down to be taken up again.
-
-    Args:
-        keeping: "disk": in a temporary file, in the directory that TMPDIR names; "memory": where they are.
-    """
+    """Where tensors are put down: "disk", a temporary file in the directory that TMPDIR names, or "memory"."""
 
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
@@ -68,11 +64,7 @@ class Spool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Carried:
-    """One activation of all calibration images. Iterating takes its portions, of a few images each, up one by one.
-
-    Attributes:
-        portions: What takes up each portion, in the order of the images.
-    """
+    """One activation of all calibration images; iterating takes up its portions, of a few images each."""
 
     portions: Sequence[Portion]
 
@@ -85,12 +77,7 @@ class Carried:
 
 
 class Deferred(Sequence[Portion]):
-    """The portions of an activation that is made from the one before it, when they are first asked for.
-
-    Args:
-        before: The one before, which may be deferred itself.
-        make: Makes the activation from it.
-    """
+    """Portions that `make` makes of an activation, itself perhaps deferred, when they are first asked for."""
 
     def __init__(self, before: Carried, make: Callable[[Carried], Carried]) -> None:
         self._before: Carried | None = before

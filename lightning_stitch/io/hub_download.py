@@ -25,19 +25,17 @@ def split_repository(text: str) -> tuple[str, str | None] | None:
 
 
 def find_hub_file(repo: str, filename: str, *, revision: str | None = None, beside: Sequence[str] = ()) -> WeightFile:
-    """Find a file of a hub repository without downloading it.
+    """Find a file at the top of a hub repository "ORG/NAME", with its size and commit, without downloading it.
 
-    A hub that cannot be reached is asked once, since the client would ask a dead network for up to 49 seconds. One that
-    is busy or broken is asked again by the client's own rules, unless the file is in the local cache.
+    A hub that cannot be reached is asked once, since the client would ask a dead network for up to 49 seconds; the
+    local cache then answers. One that is busy or broken is asked again by the client's own rules, unless the cache has
+    the file.
 
     Args:
         repo: "ORG/NAME".
         filename: A file at the top of the repository.
         revision: Branch, tag or commit; None: the default branch.
         beside: Other files that will be wanted; the advice of an error has them, too.
-
-    Returns:
-        The file with its size and commit: the hub's word, or the local cache's where the hub cannot be asked.
 
     Raises:
         SourceError: If it does not exist, or the hub cannot be reached and the file is not in the cache.
@@ -143,17 +141,9 @@ def hub_file(
     beside: Sequence[str] = (),
     most: int | None = None,
 ) -> Path:
-    """Download a file of a hub repository, or take it from the local cache where the hub cannot be reached.
+    """Download a file as `find_hub_file` finds it, or take it from the local cache, in a folder named after its commit.
 
-    Args:
-        repo: "ORG/NAME".
-        filename: A file at the top of the repository.
-        revision: Branch, tag or commit; None: the default branch.
-        beside: As `find_hub_file`.
-        most: Bytes that it may have; a larger file is not downloaded. None: any number.
-
-    Returns:
-        The file in the local cache, which keeps it in a folder that is named after its commit.
+    A file of more than `most` bytes is not downloaded; None: any number.
 
     Raises:
         SourceError: As `find_hub_file`, if it is too large, or if the download breaks or brings other bytes.
@@ -213,16 +203,10 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file of weights, on disk or still to be downloaded.
+    """A file of weights: `file`, or where that is None to be downloaded, from the hub or a URL.
 
-    Attributes:
-        file: Where it is; None: it has to be downloaded.
-        folder: The folder, which may not exist yet, that it is in or would come to.
-        size: Its bytes; None where nobody has been asked.
-        hub: Repository, file name and commit, where it comes from the hub.
-        url: Where else it comes from.
-        unreachable: Why the network could not be asked about it; None: it was asked, or need not be.
-        sha256: Of its bytes, where the hub tells.
+    `folder`, which may not exist yet, is where it is or would come to, and `hub` the repository, file name and commit.
+    Its bytes (`size`) and `sha256` are None where nobody told; `unreachable` says why the network could not be asked.
     """
 
     file: Path | None

@@ -45,11 +45,9 @@ _TABLES = """
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a question of a search.
+    """The answer to a question of a search: plain JSON values, whose floats come back bit for bit, and tensors by name.
 
-    Attributes:
-        value: Plain JSON values; floats come back bit for bit, tuples as lists.
-        tensors: Tensors by name, on the CPU when they were read.
+    Tuples come back as lists, tensors on the CPU.
     """
 
     value: Any = None
@@ -57,11 +55,7 @@ class Answer:
 
 
 class Answers:
-    """Answers questions by computing; remembers nothing.
-
-    Attributes:
-        calibration: The directory where a search's calibration is remembered; None: nowhere.
-    """
+    """Answers questions by computing; remembers nothing, nor has a directory for a search's `calibration`."""
 
     calibration: Path | None = None
 

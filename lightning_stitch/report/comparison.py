@@ -26,14 +26,9 @@ Loader = Iterable[Any]
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A network that goes into the table; chosen without test images.
+    """A network that goes into the table, chosen without test images under a budget (in words).
 
-    Attributes:
-        name: Its name in the table.
-        candidate: The network.
-        budget: The budget it was chosen under, in words.
-        search_seconds: Wall time of what led to it, the head apart.
-        search_labels: Labels used in choosing it.
+    `search_seconds` is the wall time of what led to it, the head apart; `search_labels` are those used in choosing it.
     """
 
     name: str
@@ -45,12 +40,9 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The table and its sentence.
+    """The rows of `comparison_table`, the `verdict` on whether a StitchNet beat the best source, and unmet budgets.
 
-    Attributes:
-        rows: One flat dict for each network (`comparison_table`).
-        sentence: Whether a StitchNet beat the best source, from a paired test.
-        unmet: The budgets that no StitchNet keeps, in words.
+    A budget is unmet, in words, where no StitchNet keeps it.
     """
 
     rows: list[Record]

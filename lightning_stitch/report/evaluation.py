@@ -64,13 +64,14 @@ def score(
     Balanced accuracy is the mean recall of the classes present. AUROC is that of class 1 where there are two classes,
     else the mean of one-versus-rest over the classes present; ties count one half. The interval is the percentile
     bootstrap over the test images (Efron 1979, "Bootstrap methods: another look at the jackknife"): the noise of these
-    test images, not of those that the network was made with. One seed gives the same resamples to every network.
+    test images, not of those that the network was made with. One seed gives the same resamples to every network, and
+    the global random state is left alone.
 
     Args:
         evaluation: A network's predictions.
         targets: True classes, integers, one for each image.
         num_resamples: Bootstrap resamples.
-        seed: Seed of the resamples; the global random state is left alone.
+        seed: Seed of the resamples.
 
     Returns:
         `accuracy`, `accuracy_low`, `accuracy_high`, and likewise `balanced_accuracy` and `auroc`, which is None where
@@ -105,14 +106,8 @@ def verdict(
 
     Both are compared on the same images by the exact two-sided McNemar test (McNemar 1947, "Note on the sampling error
     of the difference between correlated proportions or percentages"). The interval of the difference in accuracy is the
-    paired percentile bootstrap, 95 %.
-
-    Args:
-        source: The best unmodified source, chosen on the selection set.
-        stitched: The stitched network chosen; None where none was.
-        targets: True classes, integers, one for each image.
-        num_resamples: Bootstrap resamples.
-        seed: Seed of the resamples.
+    paired percentile bootstrap, 95 %. Arguments are as in `score`; `source` is the best unmodified one by the selection
+    set, and `stitched` the network chosen, None where none was.
 
     Raises:
         StitchError: If targets and probabilities do not fit each other.
@@ -139,7 +134,6 @@ def verdict(
 
 
 def _valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
-    """The targets on the CPU, once they are known to fit the evaluation."""
     num_images, num_classes = evaluation.probabilities.shape
     low, high = targets.aminmax()
     if targets.shape != (num_images,) or targets.is_floating_point() or low < 0 or high >= num_classes:

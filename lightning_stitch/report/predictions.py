@@ -86,14 +86,11 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
 
 
 def write_predictions(rows: Sequence[Record], output: str | Path) -> None:
-    """Write a file of predictions, whole or not at all; one that is there is replaced.
+    """Write a file of `prediction_rows`, whole or not at all, in the form that its suffix (.csv, .jsonl) says.
 
-    In CSV a mapping becomes one column for each of its names, "probability_NAME" or "value_NAME", and a list is joined
-    by semicolons. JSON lines hold the rows as they are. Names of files that are not UTF-8 keep their bytes in CSV.
-
-    Args:
-        rows: From `prediction_rows`.
-        output: The file; its suffix, .csv or .jsonl, says the form.
+    A file that is there is replaced. In CSV a mapping becomes one column for each of its names, "probability_NAME" or
+    "value_NAME", and a list is joined by semicolons. JSON lines hold the rows as they are. Names of files that are not
+    UTF-8 keep their bytes in CSV.
     """
     path = Path(output)
     text = as_csv(rows) if path.suffix.lower() == ".csv" else "".join(json.dumps(row) + "\n" for row in rows)

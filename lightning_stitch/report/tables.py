@@ -20,12 +20,6 @@ def comparison_table(
 ) -> list[Record]:
     """One flat row per network, of plain strings, numbers and None: its name, kind and budget, `score`, its costs.
 
-    Args:
-        evaluations: The networks, in the order of the table.
-        targets: True classes, int64, one for each image.
-        num_resamples: Bootstrap resamples.
-        seed: Seed of the resamples.
-
     Raises:
         StitchError: If targets and probabilities do not fit each other.
     """
@@ -46,13 +40,9 @@ def comparison_table(
 
 
 def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, console: Console | None = None) -> None:
-    """Print the table and the verdict. Its column CKA is the product of the CKAs; an empty column is left out.
+    """Print the rows of `comparison_table` and the `verdict`, to standard output where no console is named.
 
-    Args:
-        rows: What `comparison_table` returned.
-        sentence: What `verdict` returned.
-        title: Heading of the table.
-        console: Where to print; None: standard output.
+    The column CKA is the product of the CKAs; an empty column is left out.
 
     Raises:
         StitchError: If there are no rows.
@@ -66,16 +56,9 @@ def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, conso
 def write_comparison(
     rows: Sequence[Record], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
-    """Write `comparison.csv` and `comparison.json`, replacing those that are there.
+    """Write `comparison.csv` and `comparison.json` (with the settings of the run) in a directory; returns their paths.
 
-    Args:
-        rows: What `comparison_table` returned.
-        sentence: What `verdict` returned.
-        directory: Where to; made if it does not exist.
-        settings: What the comparison was run with; it goes into the JSON file.
-
-    Returns:
-        The paths of the two files.
+    The directory is made if it does not exist; files that are there are replaced.
 
     Raises:
         StitchError: As `write_records`.

@@ -81,7 +81,6 @@ def make_distinct(names: Sequence[str]) -> list[str]:
 
 
 def _find_by_prefix(spec: SourceSpec, text: str) -> Blueprint:
-    """Dispatch on the prefix."""
     prefix, colon, rest = text.partition(":")
     if not colon:
         return find_in_registry(spec, text)

@@ -33,13 +33,10 @@ _FORBIDDEN = {
 
 @dataclass(frozen=True, slots=True)
 class CombinedLicence:
-    """The licence of a network, derived from those of its sources.
+    """The licence of a network (None: several, or it cannot be told), from those of its sources, and in words why.
 
-    Attributes:
-        name: The licence that all of them are under; None: they are under several, or it cannot be told.
-        unknown: Names of sources whose licence is missing or not a well-known one.
-        forbidding: Names of sources whose licence forbids to share what is made of them.
-        why: In a sentence, how the licence came about.
+    `unknown` names the sources whose licence is missing or not a well-known one, `forbidding` those whose licence
+    forbids to share what is made of them.
     """
 
     name: str | None
@@ -51,8 +48,7 @@ class CombinedLicence:
 def combine_licences(licences: Mapping[str, str | None]) -> CombinedLicence:
     """The licence of what is made of several sources, if all of them have the same and may be shared.
 
-    Args:
-        licences: SPDX identifiers or the hub's words, in any case, by the sources' names.
+    Licences are SPDX identifiers or the hub's words, in any case, by the sources' names.
 
     Example:
         >>> combine_licences({"a": "MIT", "b": "mit"}).name
@@ -110,7 +106,6 @@ def _is_known(word: str | None) -> bool:
 
 
 def _word(licence: str | None) -> str | None:
-    """A licence as the hub writes it."""
     if licence is None or not licence.strip():
         return None
     word = re.sub(r"[\s_-]+", "-", licence.strip().lower())

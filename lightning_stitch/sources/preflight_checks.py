@@ -35,23 +35,11 @@ _SECONDS_TO_ANSWER = 10
 
 @dataclass(frozen=True, slots=True)
 class SourceCheck:
-    """What is known of one source before its weights are there.
+    """What is known of one source before its weights are there; None: not known.
 
-    Attributes:
-        name: Its short name.
-        spec: What the user wrote.
-        architecture: The builder's own name for it; None where that could not be found out.
-        revision: The commit that its weights would be taken at; None where it has none.
-        licence: None where unknown.
-        input_size: (channels, height, width) that it was trained on.
-        view_size: The size at which it would see the images.
-        formats: Number of cuts of each format.
-        params: Number of parameters.
-        macs: Multiply-accumulates for one image of `view_size`.
-        output_features: Width of its output.
-        download: Bytes of its weights that are not on disk yet; None where unknown.
-        problem: Why it cannot be used; None where it can.
-        notes: What else to know.
+    `view_size` is the (channels, height, width) at which it would see the images, `input_size` what it was trained on,
+    `formats` the number of cuts of each format, `macs` the multiply-accumulates for one image of `view_size`, and
+    `download` the bytes of its weights that are not on disk yet. `problem` says why it cannot be used; None: it can.
     """
 
     name: str
@@ -77,12 +65,9 @@ class SourceCheck:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A file system that weights would be downloaded to.
+    """A file system, by its cache, that weights would be downloaded to: bytes to come, and free ones.
 
-    Attributes:
-        folder: The cache.
-        download: Bytes to come, as far as they are known; those of sources that do not fit are left out.
-        free: Free bytes.
+    Weights of unknown size, and of sources that do not fit, do not count.
     """
 
     folder: str
@@ -92,17 +77,11 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What `preflight` found.
+    """What `preflight` found: a row for each source, in the order given, and what stands against all together.
 
-    Attributes:
-        image_shape: (channels, height, width) of the images; None: each source was looked at in its own size.
-        rows: One for each source, in the order given.
-        disks: The file systems that weights would be downloaded to.
-        problems: What stands against all sources together.
-        notes: What could not be checked.
-        seconds: What it took.
-        blueprints: The sources that fit, under the names of the rows, as they were found and traced; `load_sources`
-            takes them without doing either again.
+    `image_shape` is (channels, height, width); None: each source was looked at in its own size. `notes` say what could
+    not be checked. `blueprints` are the sources that fit, under the names of the rows, as they were found and traced;
+    `load_sources` takes them without doing either again.
     """
 
     image_shape: tuple[int, int, int] | None
@@ -135,8 +114,8 @@ def preflight(
 ) -> Preflight:
     """Check sources without their weights: names, files, shapes, formats, input sizes, licences and disk space.
 
-    No weights are fetched and no factory is called. A source that is accepted can still fail to load where a download
-    breaks or weights hold NaN.
+    No weights are fetched and no factory is called. Each source's row has the first reason against it; one that is
+    accepted can still fail to load where a download breaks or weights hold NaN.
 
     Args:
         sources: What `load_sources` takes.
@@ -144,9 +123,6 @@ def preflight(
             called only if every source was found; None: each source's own size.
         settings: How the sources will be cut, and where networks end; None: the defaults.
         regardless: Whether to call that function where some sources were not found, too, for those that were.
-
-    Returns:
-        One row for each source, with the first reason against it.
 
     Raises:
         SourceError: If `sources` is no list, or empty.
@@ -193,7 +169,6 @@ def preflight(
 
 
 def _find(source: AnySource) -> Blueprint | SourceCheck:
-    """The source, or why it cannot be found."""
     if isinstance(source, Blueprint):
         return source
     try:
@@ -262,7 +237,6 @@ def _ask_size(url: str, folder: Path) -> int | None:
 
 
 def _licence_notes(licence: str | None) -> list[str]:
-    """What a licence means for what will be composed."""
     if licence is None:
         return ["its licence is unknown"]
     forbidden = forbidden_by(licence)
@@ -302,7 +276,6 @@ def _describe_shortage(disk: Disk) -> str:
 def _joint_problems(
     rows: Sequence[SourceCheck], settings: CalibrationSettings, image_shape: tuple[int, int, int] | None
 ) -> list[str]:
-    """What stands against sources together that each might do alone."""
     problems = []
     try:
         check_names([row.name for row in rows], settings)

@@ -31,7 +31,6 @@ def find_factory(spec: SourceSpec, path: str) -> Blueprint:
 
 
 def _import_factory(path: str) -> Callable[..., nn.Module]:
-    """The callable behind "package.module:factory"."""
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise SourceError(f"expected 'python:package.module:factory'; found 'python:{path}'.")

@@ -35,12 +35,10 @@ _BUILDERS: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
 
 @dataclass(slots=True)
 class Source:
-    """A pre-trained network with its identity, licence and preprocessing.
+    """A pre-trained network in eval mode, with its identity, licence and preprocessing.
 
-    Attributes:
-        ref: Its identity, and what rebuilds its architecture.
-        module: The network in eval mode, on the CPU unless it was given as a live module that is elsewhere.
-        graphs: Its graphs that were made already, by input size (`graph_at`).
+    It is on the CPU unless it was given as a live module that is elsewhere. `graphs` holds those made already
+    (`graph_at`).
     """
 
     ref: SourceRef
@@ -130,12 +128,11 @@ def load_source(
 def load_sources(sources: Sequence[AnySource]) -> list[Source]:
     """Load several sources; all are found before the first one's weights are read.
 
+    A name that occurs again gets "#2", "#3", ... behind it.
+
     Args:
         sources: Specs as in `load_source`, mappings {"spec": ..., and keyword arguments of `load_source`}, or
             `Preflight.blueprints`, which are not looked for or traced again.
-
-    Returns:
-        The sources in the same order. A name that occurs again gets "#2", "#3", ... behind it.
 
     Raises:
         SourceError: If there are none, or some cannot be found (all of those are named), or one cannot be loaded.
@@ -146,14 +143,9 @@ def load_sources(sources: Sequence[AnySource]) -> list[Source]:
 
 
 def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Source | None:
-    """A found source without its weights: on the meta device, where tensors have shapes and nothing else.
+    """A found source on the meta device, without its weights; None where only the user's own code can build it.
 
-    Args:
-        blueprint: The source that was found.
-        shapes: Of the tensors of its weight file by name; tensors of these shapes are loaded strictly.
-
-    Returns:
-        None where only the user's own code can build it; that may fetch weights.
+    `shapes` are those of the tensors in its weight file, by name; tensors of these shapes are loaded strictly.
 
     Raises:
         SourceError: If it cannot be built, or the shapes do not fit.
@@ -178,14 +170,13 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
 
 
 def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Module:
-    """Rebuild a source's architecture with random weights: no network, no files.
+    """Rebuild a source's architecture in eval mode, with random weights that depend on `ref.spec` alone.
+
+    Neither the network nor files are read.
 
     Args:
         ref: The source's identity, from a recipe.
         trust_factory: Whether a "python" source's factory may be imported and called; that runs its code.
-
-    Returns:
-        The network in eval mode; its weights depend on `ref.spec` alone.
 
     Raises:
         RecipeError: If the builder does not know the architecture, or it may not or cannot be built.

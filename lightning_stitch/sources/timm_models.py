@@ -256,7 +256,6 @@ def commit_of(file: WeightFile | None) -> str | None:
 
 
 def _contents(folder: Path) -> str:
-    """What lies in a folder, for an error."""
     names = sorted(file.name for file in folder.iterdir())
     return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "nothing at all"
 
