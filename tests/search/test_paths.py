@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from doubles.pools import path
 from doubles.references import sums_of
-from doubles.small_sources import donor, live, plain
+from doubles.small_sources import donor, live, plain, shake
 from doubles.tensors import noise
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
@@ -38,6 +39,12 @@ def convnext() -> Source:
     return live(ConvNeXt(depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), num_classes=5), "convnext", size=SIZE)
 
 
+def hybrid() -> Source:
+    """Convolutions, and attention in windows and on a grid."""
+    network = timm.create_model("test_maxvit", img_size=SIZE)
+    return live(shake(network, 0), "hybrid", size=SIZE, fixed_size=True)
+
+
 PAIRS = {
     "CNN -> ViT": (lambda: donor("test_resnet"), lambda: vit("vit", patch=8, width=48)),
     "ViT -> CNN": (lambda: vit("vit", patch=8, width=48), lambda: donor("test_resnet")),
@@ -47,7 +54,7 @@ PAIRS = {
     ),
     "ConvNeXt -> Swin": (convnext, swin),
     "Swin -> ConvNeXt": (swin, convnext),
-    "hybrid -> ViT": (lambda: donor("test_maxvit"), lambda: vit("vit", patch=8, width=48)),
+    "hybrid -> ViT": (hybrid, lambda: vit("vit", patch=8, width=48)),
 }
 
 

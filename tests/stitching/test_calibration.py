@@ -303,10 +303,12 @@ def test_a_disk_that_is_full_leaves_the_old_calibration(tmp_path: Path) -> None:
             pool.save(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    features = Pool.open(tmp_path, pair()).calibrated[0].features
-    assert torch.equal(features, calibrated(CALIBRATION).calibrated[0].features)
+    features = Pool.open(tmp_path, pair()).calibration.sources[0].features
+    assert torch.equal(features, calibrated(CALIBRATION).calibration.sources[0].features)
     pool.save(tmp_path)
-    assert torch.equal(Pool.open(tmp_path, pair()).calibrated[0].features, pool.calibrated[0].features)
+    assert torch.equal(
+        Pool.open(tmp_path, pair()).calibration.sources[0].features, pool.calibration.sources[0].features
+    )
     # What others put there stays, what was left unfinished does not.
     assert (tmp_path / "model.safetensors").exists()
     assert not list(tmp_path.glob("*.unfinished"))
