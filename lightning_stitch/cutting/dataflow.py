@@ -40,8 +40,8 @@ class Dataflow:
         self.yields_at_2 = probe(module, input_size, batch_size=2)
         if self.yields_at_2[output].shape is None:
             raise CutError(
-                f"{type(module).__name__} returns {_describe(self.yields_at_2[output].value)}, not one tensor. Wrap it "
-                f"in a module whose forward picks one."
+                f"{type(module).__name__} returns {_describe(self.yields_at_2[output].value)}, not one tensor. Give "
+                f"a part of it that returns one, or wrap it in a module whose forward picks one."
             )
         self.output = output.all_input_nodes[0]
         self.yields_at_3 = probe(module, input_size, batch_size=3)

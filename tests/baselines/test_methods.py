@@ -170,7 +170,7 @@ def test_a_bad_argument_is_an_error_before_a_source_runs(
         raise AssertionError("a source ran")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_stitch.stitching.calibration.calibrate_all", refuse)
+        patched.setattr("lightning_stitch.stitching.calibration.calibrate", refuse)
         patched.setattr("lightning_stitch.baselines.contenders.chunks", refuse)
         with pytest.raises(error, match=message):
             compared(tmp_path, **options)

@@ -60,7 +60,7 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     own = config["lightning_stitch"]
     assert own["recipe"] == model.recipe.to_dict()
-    assert own["recipe"]["schema"] == 1
+    assert own["recipe"]["schema"] == 2
     assert [source["preprocessing"]["mean"] for source in own["recipe"]["sources"]] == [
         list(ref.preprocessing.mean) for ref in model.recipe.sources
     ]
@@ -73,6 +73,7 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     assert own["versions"].keys() == {"lightning_stitch", "torch", "torchvision", "timm"}
     weights = (tmp_path / "model.safetensors").read_bytes()
     assert own["weights"] == {
+        "file": "model.safetensors",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "bytes": len(weights),
     }
@@ -172,7 +173,7 @@ def test_a_healed_network_travels_with_what_was_changed(tmp_path: Path) -> None:
 def test_an_early_exit_travels(tmp_path: Path) -> None:
     ref = load_source("test_resnet", pretrained=False).ref
     fragments = (FragmentRef(ref.name, None, "layer3"),)
-    recipe = Recipe.chain((ref,), fragments, num_features=48, input_size=(3, 32, 32), averaged=True)
+    recipe = Recipe.chain((ref,), fragments, num_features=192, input_size=(3, 32, 32), averaged=True)
     exit_ = StitchedNetwork.from_recipe(recipe).eval()
     exit_.save_pretrained(tmp_path)
     assert torch.equal(outputs(StitchedNetwork.from_pretrained(tmp_path)), outputs(exit_))
