@@ -304,7 +304,7 @@ def test_a_giant_config_is_refused_before_it_is_downloaded(hub: HubDouble, model
 def test_weights_are_fetched_only_for_a_config_that_can_be_read(hub: HubDouble, model: StitchedClassifier) -> None:
     publish(model, REPO)
     files = hub.files(REPO)
-    hub.put(REPO, {**files, "config.json": files["config.json"].replace(b'"format": 1', b'"format": 9')})
+    hub.put(REPO, {**files, "config.json": files["config.json"].replace(b'"format": 2', b'"format": 9')})
     with pytest.raises(RecipeError, match="was saved in format 9"):
         StitchedClassifier.from_pretrained(REPO)
     assert hub.downloads("model.safetensors") == 0

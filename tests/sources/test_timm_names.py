@@ -10,6 +10,7 @@ import timm
 import torch
 from doubles.published_networks import IMAGES, NAMES, classifier, network, outputs
 
+import lightning_stitch.timm  # noqa: F401 (timm then knows the architecture)
 from lightning_stitch import SourceError, load_source
 
 
