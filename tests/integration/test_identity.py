@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from doubles.helpers import references
+from doubles.pools import references
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 

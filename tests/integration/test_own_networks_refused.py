@@ -79,7 +79,7 @@ DEFAULTS = r"Give its other inputs defaults, or wrap it in a module whose forwar
         (lambda: Outputs(lambda x, y: y.shape[0]), f"returns a int, {ONE}"),
         (NeedsMask, rf"NeedsMask cannot be called .* alone: missing a required .*'mask'\. {DEFAULTS}"),
         (NeedsNamedMask, rf"NeedsNamedMask cannot be called .* alone: missing a required .*'mask'\. {DEFAULTS}"),
-        (lambda: torch.compile(Own()), r"OptimizedModule is compiled, .*before torch\.compile .*compile the stitched"),
+        (lambda: torch.compile(Own()), r"OptimizedModule is compiled, .*before torch\.compile, .*compile the stitched"),
         (compiled_in_place, r"Own is compiled, and cannot be cut"),
         (lambda: WithBackbone(torch.compile(Own())), r"WithBackbone, in its part 'backbone', is compiled"),
         (lambda: torch.jit.script(Own()), r"is a ScriptModule, .*Give the module that it was scripted or traced from"),
@@ -107,7 +107,7 @@ class Lazy(Own):
     ("make", "words"),
     [
         (Holds, r"Holds cannot be copied: TypeError: .*lock.*python:package\.module:factory"),
-        (Lazy, r"2 tensors \(b\.bias, \.\.\.\) are on the meta device, or lazy .* run a batch of images through"),
+        (Lazy, r"2 tensors \(b\.bias, \.\.\.\) are on the meta device, or lazy.* run a batch of images through"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_with_what_to_do(make: Callable[[], nn.Module], words: str) -> None:
