@@ -1,8 +1,9 @@
 """The recipe: a frozen, plain-JSON description from which a composition's structure is rebuilt.
 
 A composition is a tree of fragments with taps. A chain with one tap at its end is the paper's StitchNet; a root whose
-tap lies at a cut is an early exit; several roots are sources side by side; several ends under an `Average` are an
-ensemble. All of them are a `Recipe`.
+last tap lies at a cut is an early exit; several roots are sources side by side; several ends under an `Average` are an
+ensemble. All of them are a `Recipe`. A fragment ends wherever it is read, so that what runs of a source without a
+stitch is often several fragments in a row: a `Run`.
 
 Standard library only. A recipe holds structure; the state dict holds numbers. It is the only thing that search,
 checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string, number, bool or None.
@@ -11,15 +12,17 @@ checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from lightning_stitch.errors import RecipeError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Format = Literal["NCHW", "NHWC", "tokens", "vector"]
 Placement = Literal["explicit", "producer", "consumer"]
@@ -129,6 +132,7 @@ class FragmentRef:
         end: Name of the cut where it ends; None: at the source's output.
         parent: Number of the fragment that it continues; None: it begins at the image.
         stitch: What leads from its parent into it; None: it begins at the image, or goes on where its parent ends.
+        image_size: (height, width) to which the image is resized where it begins; None: the image's own.
     """
 
     source: str
@@ -136,9 +140,24 @@ class FragmentRef:
     end: str | None
     parent: int | None = None
     stitch: StitchSpec | None = None
+    image_size: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.start or 'image'} .. {self.end or 'output'}"
+        size = "" if self.image_size is None else f" at {self.image_size[0]}x{self.image_size[1]}"
+        return f"{self.source}: {self.start or 'image'}{size} .. {self.end or 'output'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Fragments in a row that one source runs without a stitch in between, and without a branch.
+
+    Attributes:
+        fragments: Their numbers, in forward order.
+        ref: All of them as one fragment.
+    """
+
+    fragments: tuple[int, ...]
+    ref: FragmentRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,18 +171,29 @@ class Tap:
             patch tokens), and "prefix", the prefix tokens themselves. Empty: the activation is a vector and is read as
             it is.
         prefix_tokens: How many prefix tokens "prefix" stands for.
+        share: Its share of the variance of what a linear head predicts from all taps, on the labelled images; None: no
+            such head was fitted.
     """
 
     fragment: int
     channels: int
     statistics: tuple[Statistic, ...] = ()
     prefix_tokens: int = 0
+    share: float | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Width of each statistic of what it gives, in their order; of a vector its own."""
+        if not self.statistics:
+            return (self.channels,)
+        return tuple(
+            self.channels * (self.prefix_tokens if statistic == "prefix" else 1) for statistic in self.statistics
+        )
 
     @property
     def num_features(self) -> int:
         """Width of what it gives."""
-        vectors = sum(self.prefix_tokens if statistic == "prefix" else 1 for statistic in self.statistics)
-        return self.channels * (vectors if self.statistics else 1)
+        return sum(self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +259,7 @@ class Recipe:
         averaged: bool = False,
         **fields: Any,
     ) -> Recipe:
-        """The recipe of fragments in a row, read at their end.
+        """The recipe of fragments in a row, read at their end alone.
 
         Args:
             sources: The sources that the fragments come from.
@@ -268,8 +298,12 @@ class Recipe:
         unknown = {fragment.source for fragment in self.fragments} - set(names)
         if unknown:
             raise RecipeError(f"Fragments refer to {sorted(unknown)}, but the recipe's sources are {names}.")
-        if min(self.input_size) < 1:
-            raise RecipeError(f"input_size is (channels, height, width), each at least 1; found {self.input_size}.")
+        sizes = [fragment.image_size for fragment in self.fragments if fragment.image_size is not None]
+        if min(min(size) for size in (self.input_size, *sizes)) < 1:
+            raise RecipeError(
+                f"input_size is (channels, height, width), each at least 1, and image_size likewise; found "
+                f"{self.input_size} and {sizes}."
+            )
         for index, fragment in enumerate(self.fragments):
             self._check_entry(index, fragment)
         for tap in self.taps:
@@ -287,6 +321,8 @@ class Recipe:
                     f"A fragment without a parent begins at the image, without a stitch; found {fragment}."
                 )
             return
+        if fragment.image_size is not None:
+            raise RecipeError(f"Only a fragment that begins at the image resizes it; found {fragment}.")
         if not 0 <= fragment.parent < index:
             raise RecipeError(f"A fragment stands behind its parent; fragment {index} has parent {fragment.parent}.")
         before = self.fragments[fragment.parent]
@@ -323,33 +359,66 @@ class Recipe:
         return sum(tap.num_features for tap in self.taps) if self.average is None else self.average.num_classes
 
     @property
-    def stitches(self) -> tuple[StitchSpec | None, ...]:
-        """What leads into each fragment that has a parent; None where it goes on in its parent's source."""
-        return tuple(fragment.stitch for fragment in self.fragments if fragment.parent is not None)
+    def stitches(self) -> tuple[StitchSpec, ...]:
+        """All stitches, in the order of the fragments that they lead into."""
+        return tuple(fragment.stitch for fragment in self.fragments if fragment.stitch is not None)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Widths of the statistics of all taps, in the order of the features that the composition gives."""
+        return tuple(width for tap in self.taps for width in tap.blocks)
+
+    @property
+    def head_blocks(self) -> tuple[int, ...] | None:
+        """The blocks that a closed-form head weighs against each other; None: there is one, which it reads as it is."""
+        return self.blocks if len(self.blocks) > 1 and self.average is None else None
 
     @property
     def num_behind(self) -> tuple[int, ...]:
-        """How many fragments the longest way from each fragment's end passes."""
+        """How many stitches the longest way from each fragment's end passes."""
         counts = [0] * len(self.fragments)
         for index in reversed(range(len(self.fragments))):
-            parent = self.fragments[index].parent
+            parent, stitch = self.fragments[index].parent, self.fragments[index].stitch
             if parent is not None:
-                counts[parent] = max(counts[parent], counts[index] + 1)
+                counts[parent] = max(counts[parent], counts[index] + (stitch is not None))
         return tuple(counts)
 
     @property
-    def is_chain(self) -> bool:
-        """Whether the fragments stand in a row, read at the last one's end alone."""
-        return (
-            all(fragment.parent == (index - 1 if index else None) for index, fragment in enumerate(self.fragments))
-            and [tap.fragment for tap in self.taps] == [len(self.fragments) - 1]
-            and self.average is None
+    def runs(self) -> tuple[Run, ...]:
+        """The fragments in runs, in the order of the first of each."""
+        children = Counter(fragment.parent for fragment in self.fragments)
+        runs: list[list[int]] = []
+        place: dict[int, list[int]] = {}
+        for index, fragment in enumerate(self.fragments):
+            if fragment.parent is None or fragment.stitch is not None or children[fragment.parent] > 1:
+                runs.append([])
+                place[index] = runs[-1]
+            else:
+                place[index] = place[fragment.parent]
+            place[index].append(index)
+        return tuple(
+            Run(tuple(run), dataclasses.replace(self.fragments[run[0]], end=self.fragments[run[-1]].end))
+            for run in runs
         )
 
     @property
+    def is_chain(self) -> bool:
+        """Whether the fragments stand in a row, wherever they are read."""
+        parents = [fragment.parent for fragment in self.fragments]
+        return parents == [None, *range(len(parents) - 1)] and self.average is None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether each tap is at an end of the tree, as in the StitchNet paper."""
+        parents = {fragment.parent for fragment in self.fragments}
+        return all(tap.fragment not in parents for tap in self.taps)
+
+    @property
     def path(self) -> str:
-        """The ways from the image to each tap in words, as "a: image .. layer2 -> b: blocks.3 .. output"."""
-        return " | ".join(self._way_in_words(tap) for tap in self.taps)
+        """The ways from the image to each end in words, as "a: image .. layer2 -> b: blocks.3 .. output"."""
+        parents = {fragment.parent for fragment in self.fragments}
+        ends = {tap.fragment: tap for tap in self.taps if tap.fragment not in parents}
+        return " | ".join(self._way_in_words(tap) for tap in ends.values())
 
     def way_to(self, fragment: int) -> list[FragmentRef]:
         """The fragments from the image to one of them, in forward order."""
@@ -367,11 +436,18 @@ class Recipe:
                 words.append(fragment)
         return " -> ".join(map(str, words)) + (" (ends early)" if tap.statistics else "")
 
-    def with_stitches(self, stitches: Sequence[StitchSpec | None]) -> Recipe:
-        """The same with other stitches, one into each fragment; None where nothing leads into it."""
+    def with_shares(self, shares: Sequence[float]) -> Recipe:
+        """The same, with each tap's share of the predictions' variance, from that of each block (`blocks`)."""
+        remaining = iter(shares)
+        taps = [dataclasses.replace(tap, share=sum(islice(remaining, len(tap.blocks)))) for tap in self.taps]
+        return dataclasses.replace(self, taps=tuple(taps))
+
+    def with_stitches(self, stitches: Sequence[StitchSpec]) -> Recipe:
+        """The same with other stitches, one for each that it has (`stitches`)."""
+        remaining = iter(stitches)
         fragments = [
-            dataclasses.replace(fragment, stitch=stitch)
-            for fragment, stitch in zip(self.fragments, stitches, strict=True)
+            fragment if fragment.stitch is None else dataclasses.replace(fragment, stitch=next(remaining))
+            for fragment in self.fragments
         ]
         return dataclasses.replace(self, fragments=tuple(fragments))
 

@@ -28,6 +28,10 @@ class CalibrationSettings:
         estimator: Of CKA, "debiased" or "biased" (the paper's).
         rows_per_image: Most rows that are sampled of one image at one cut.
         until: Where a network ends: at the "features" that its last source's classifier reads, or at its "output".
+        readout: What is read of a network: "all", the mean and standard deviation over positions at the end of every
+            block that it passes, and its final vector (of tokens the prefix tokens, too); "last", the final vector
+            alone (the paper's; of a network that ends early the mean); or a list of cut names, read besides the final
+            vector. Networks that end at an output give that alone.
         seed: Of the sampled positions.
         keep_activations: Where activations of the calibration images wait to be carried on while a search lasts: on
             "disk" (an unnamed temporary file, so that memory is rows x channels at any image size), or in "memory".
@@ -40,6 +44,7 @@ class CalibrationSettings:
     estimator: Estimator = "debiased"
     rows_per_image: int = 32
     until: str = "features"
+    readout: str | Sequence[str] = "all"
     seed: int = 0
     keep_activations: Keeping = "disk"
 
@@ -47,6 +52,8 @@ class CalibrationSettings:
         """Check the words and numbers."""
         if self.until not in ("features", "output"):
             raise StitchError(f"until must be 'features' or 'output'; found {self.until!r}.")
+        if isinstance(self.readout, str) and self.readout not in ("all", "last"):
+            raise StitchError(f"readout must be 'all', 'last' or a list of cut names; found {self.readout!r}.")
         if self.estimator not in get_args(Estimator):
             raise StitchError(f"estimator must be one of {get_args(Estimator)}; found {self.estimator!r}.")
         if self.keep_activations not in get_args(Keeping):
@@ -75,9 +82,14 @@ class SearchSettings:
         ridge: Strength of the stitches' fit, relative to the mean variance of the sender's channels; 0 is the paper's.
         bias: Whether stitches have a bias; False is the paper's.
         max_candidates: Most StitchNets that are ranked.
-        exits: Whether sources that end at one of their cuts, averaged over its positions, are candidates too. They are
+        exits: Whether sources that end at one of their cuts are candidates too. They are
             not where networks end at an output, nor under the ranking "cka_product", which would give each of them the
             highest score, as they have no stitch.
+        sizes: Heights of smaller images on which sources, whole or ended early, are candidates, too, widths in
+            proportion; sources that do not take them are left out. None: none, or under a limit on MACs, latency or
+            activations from the data's height down to 64 pixels, each about three quarters of the one before.
+        max_roots: Most compositions side by side, read by one joint head, where a ranking goes by labels; each must be
+            worth it (`lightning_stitch.search.sides`). 1: none are.
         heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
             (`lightning_stitch.healing`).
         max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
@@ -97,10 +109,30 @@ class SearchSettings:
     bias: bool = True
     max_candidates: int = 64
     exits: bool = True
+    sizes: Sequence[int] | None = None
+    max_roots: int = 3
     heal: bool = False
     max_healed: int = 16
     time_limit: float | None = None
     journal: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.max_roots < 1:
+            raise StitchError(f"max_roots must be at least 1; found {self.max_roots}.")
+        if self.sizes is not None and not all(isinstance(size, int) and size > 0 for size in self.sizes):
+            raise StitchError(f"sizes= are heights of images in pixels; found {list(self.sizes)}.")
+
+    def smaller_shapes(self, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of the smaller images on which sources are candidates, the largest first."""
+        channels, height, width = image_shape
+        sizes = self.sizes
+        if sizes is None:
+            steps = (round(height * 0.75**step / 32) * 32 for step in range(1, 12))
+            sizes = [step for step in steps if step >= 64] if self.limits.limits else []
+        return [
+            (channels, size, round(width * size / height)) for size in sorted(set(sizes), reverse=True) if size < height
+        ]
 
     @property
     def limits(self) -> Budget:

@@ -11,14 +11,15 @@ read the class off that mark; so each class is dealt by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.maths import ridge_least_squares
+from lightning_stitch.recipe import Statistic
 from lightning_stitch.settings import CalibrationSettings
-from lightning_stitch.stitching import Calibrated, Candidate, Stitch, chunks, rows_to_fit, stitch_from_fit
+from lightning_stitch.stitching import Calibrated, Candidate, Reading, Stitch, chunks, rows_to_fit, stitch_from_fit
 
 
 def deal_into_folds(num_images: int, labels: Tensor | None, *, folds: int) -> Tensor:
@@ -33,34 +34,69 @@ def deal_into_folds(num_images: int, labels: Tensor | None, *, folds: int) -> Te
 
 
 @torch.inference_mode()
-def cross_fitted_features(
+def cross_fitted_vectors(
     candidate: Candidate,
     sources: Sequence[Calibrated],
     settings: CalibrationSettings,
     *,
     fold_of: Tensor,
     ridge: float,
-) -> Tensor:
-    """The features (images x features, float32) of a network of two fragments, each image's by a stitch without it.
+) -> list[Tensor]:
+    """What each tap of a network of two fragments gives (images x width), each image's by a stitch without it.
 
     The receiver runs once over the images; the front does not run, its activation being at hand. `fold_of` gives the
     fold of each image (`deal_into_folds`), `ridge` the relative strength of the stitches' fit, above 0.
     """
-    front, tail = candidate.steps
-    receiver = sources[tail.source]
     stitches = _fit_by_fold(candidate, sources, settings, fold_of=fold_of, ridge=ridge)
-    features, first = [], 0
-    for x in sources[front.source].activations[front.last - 1]:
-        folds = fold_of[first : first + len(x)].to(x.device)
+
+    def enter(x: Tensor, first_image: int) -> Tensor:
+        folds = fold_of[first_image : first_image + len(x)].to(x.device)
         entered = torch.cat([stitch(x[folds == fold]) for fold, stitch in enumerate(stitches) if (folds == fold).any()])
         # Back in the order of the images after each fold's went through its own stitch.
-        entered = entered[folds.argsort(stable=True).argsort()]
-        for chunk in chunks(entered, receiver.parts.images_at_once):
-            for piece in receiver.parts.pieces[tail.first : tail.last]:
-                chunk = piece(chunk)
-            features.append(chunk.float())
+        return entered[folds.argsort(stable=True).argsort()]
+
+    return _vectors_behind(candidate, sources, enter)
+
+
+@torch.inference_mode()
+def final_vectors(candidate: Candidate, sources: Sequence[Calibrated]) -> list[Tensor]:
+    """The same by the stitch that the network has."""
+    stitch = candidate.steps[1].stitch
+    assert stitch is not None
+    return _vectors_behind(candidate, sources, lambda x, first_image: stitch(x))
+
+
+def vectors_of_piece(source: Calibrated, piece: int, statistics: tuple[Statistic, ...]) -> Tensor:
+    """What a tap behind a piece gives (images x width): the calibration kept the activations there."""
+    if piece == len(source.parts.cuts):
+        return source.features
+    reading = Reading(source.parts.cuts[piece], statistics)
+    return torch.cat([reading(x) for x in source.activations[piece]])
+
+
+def _vectors_behind(
+    candidate: Candidate, sources: Sequence[Calibrated], enter: Callable[[Tensor, int], Tensor]
+) -> list[Tensor]:
+    """What each tap gives, those before the stitch from the activations at hand, those behind it run."""
+    front, tail = candidate.steps
+    receiver, num_before = sources[tail.source], front.last - front.first
+    reads = {read.num_pieces: read for read in candidate.reads}
+    before = [
+        vectors_of_piece(sources[front.source], count - 1, read.statistics)
+        for count, read in reads.items()
+        if count <= num_before
+    ]
+    behind: dict[int, list[Tensor]] = {count: [] for count in reads if count > num_before}
+    first = 0
+    for x in sources[front.source].activations[front.last - 1]:
+        for chunk in chunks(enter(x, first), receiver.parts.images_at_once):
+            for count, piece in enumerate(range(tail.first, tail.last), start=num_before + 1):
+                chunk = receiver.parts.pieces[piece](chunk)
+                if count in reads:
+                    cut = receiver.parts.cuts[piece] if piece < len(receiver.parts.cuts) else None
+                    behind[count].append(Reading(cut, reads[count].statistics)(chunk).float())
         first += len(x)
-    return torch.cat(features)
+    return before + [torch.cat(portions) for portions in behind.values()]
 
 
 def _fit_by_fold(

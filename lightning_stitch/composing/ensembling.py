@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting import copy_module
@@ -15,9 +13,9 @@ from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import RidgeHead, fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Silent
-from lightning_stitch.recipe import Average, FragmentRef, Mean, Recipe
-from lightning_stitch.search import Ranked, SearchResult
-from lightning_stitch.stitching import Batch, Candidate, Segmented, Stitch
+from lightning_stitch.recipe import Average, Mean, Recipe
+from lightning_stitch.search import Ranked, SearchResult, keys_of_reads
+from lightning_stitch.stitching import Batch, Candidate, Read, Way, tree_of
 
 
 def ensemble(
@@ -60,34 +58,44 @@ def ensemble(
     if not members:
         raise StitchError("An ensemble needs at least one candidate; found none.")
     average = None
+    ways, reads, groups = _merge_reads(members)
     if mean is not None:
         heads = _fit_heads(pool, members, train, num_classes) if heads is None else heads
         _check_heads(heads, len(members))
         width = len(heads[0].weight) if isinstance(heads[0], RidgeHead) else members[0].recipe.num_features
-        groups = tuple((number,) for number in range(len(members)))
         average = Average(groups, width, mean, with_heads=isinstance(heads[0], RidgeHead))
     elif heads is not None or train is not None:
         raise StitchError(
             "mean=None gives features for one joint head of your own; it takes neither heads= nor train=."
         )
-    fragments, ends = _merge_fronts(members, pool.parts)
+    tree = tree_of(ways, reads, pool.all_parts)
     refs = {part.name: part.source.ref for part in pool.parts}
     recipe = Recipe(
-        sources=tuple(refs[name] for name in dict.fromkeys(fragment.ref.source for fragment in fragments)),
-        fragments=tuple(fragment.ref for fragment in fragments),
-        taps=tuple(
-            dataclasses.replace(member.recipe.taps[0], fragment=end) for member, end in zip(members, ends, strict=True)
-        ),
+        sources=tuple(refs[name] for name in dict.fromkeys(fragment.ref.source for fragment in tree.fragments)),
+        fragments=tuple(fragment.ref for fragment in tree.fragments),
+        taps=tree.taps,
         input_size=pool.image_shape,
         average=average,
     )
     return assemble(
         recipe,
-        {part.name: part.graph for part in pool.parts},
-        [fragment.stitch for fragment in fragments],
-        [fragment.tensors for fragment in fragments],
+        pool.graphs,
+        [fragment.stitch for fragment in tree.fragments],
+        [fragment.tensors for fragment in tree.fragments],
         [copy_module(head) for head in heads or [] if isinstance(head, RidgeHead)],
     )
+
+
+def _merge_reads(members: Sequence[Candidate]) -> tuple[list[Way], list[Read], tuple[tuple[int, ...], ...]]:
+    """All ways and reads of some candidates, each once, and which of the reads are each candidate's."""
+    ways = list(dict.fromkeys(way for member in members for way in member.ways))
+    reads: dict[str, Read] = {}
+    keys = [keys_of_reads(member) for member in members]
+    for member, of_member in zip(members, keys, strict=True):
+        for key, read in zip(of_member, member.reads, strict=True):
+            reads.setdefault(key, read._replace(way=ways.index(member.ways[read.way])))
+    numbers = {key: number for number, key in enumerate(reads)}
+    return ways, list(reads.values()), tuple(tuple(numbers[key] for key in of_member) for of_member in keys)
 
 
 def _check_heads(heads: Sequence[nn.Module], num_members: int) -> None:
@@ -112,49 +120,6 @@ def _fit_heads(
     if labels is None:
         raise CalibrationError("train= must be batches of (images, labels); found images alone.")
     count = num_classes or int(labels.max()) + 1
-    return [fit_ridge_head(outcome.features, labels, num_classes=count)[0] for outcome in outcomes]
-
-
-class _Fragment(NamedTuple):
-    ref: FragmentRef
-    stitch: Stitch | None
-    tensors: Mapping[str, Tensor]
-
-
-def _merge_fronts(members: Sequence[Candidate], parts: Sequence[Segmented]) -> tuple[list[_Fragment], list[int]]:
-    """The members' fragments, parents first, shared up to the first piece that differs; and where each member ends."""
-    paths = [_piece_keys(member) for member in members]
-    users = Counter(path[:length] for path in paths for length in range(len(path) + 1))
-    fragments: list[_Fragment] = []
-    places: dict[tuple[Any, ...], int] = {}
-    ends = []
-    for member, path in zip(members, paths, strict=True):
-        pieces = [(step, piece) for step in member.steps for piece in range(step.first, step.last)]
-        place = None
-        for length, (step, piece) in enumerate(pieces):
-            front = path[: length + 1]
-            names = parts[step.source].ends
-            if front in places:
-                place = places[front]
-            elif place is None or piece == step.first or users[front] < users[path[:length]]:
-                stitch, spec = (step.stitch, step.spec) if piece == step.first else (None, None)
-                ref = FragmentRef(parts[step.source].name, names[piece], names[piece + 1], place, spec)
-                place = len(fragments)
-                fragments.append(_Fragment(ref, stitch, step.tensors))
-            else:
-                longer = dataclasses.replace(fragments[place].ref, end=names[piece + 1])
-                fragments[place] = fragments[place]._replace(ref=longer)
-            places[front] = place
-        assert place is not None
-        ends.append(place)
-    return fragments, ends
-
-
-def _piece_keys(member: Candidate) -> tuple[Any, ...]:
-    """What each of a member's pieces computes: which it is, with which numbers, and which stitch is folded into it."""
-    keys: list[Any] = []
-    for step, after in zip(member.steps, (*member.steps[1:], None), strict=True):
-        keys += [(step.source, piece, step.key, None) for piece in range(step.first, step.last)]
-        if after is not None and after.spec is not None and after.spec.placement == "producer":
-            keys[-1] = (*keys[-1][:3], after.key)
-    return tuple(keys)
+    return [
+        fit_ridge_head(outcome.features, labels, num_classes=count, blocks=outcome.blocks)[0] for outcome in outcomes
+    ]

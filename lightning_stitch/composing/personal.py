@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal_into_folds
+from lightning_stitch.composing.cross_fitting import (
+    cross_fitted_vectors,
+    deal_into_folds,
+    final_vectors,
+    vectors_of_piece,
+)
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import reference_tensor
 from lightning_stitch.data import Decoder
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
-from lightning_stitch.healing import run_on
 from lightning_stitch.progress import timed
 from lightning_stitch.recipe import Recipe, Tap
 from lightning_stitch.search import (
@@ -33,9 +37,8 @@ from lightning_stitch.search import (
     choose,
     costs_of_pairs,
     early_exits,
-    predict_left_out,
+    keys_of_reads,
     rank,
-    softened_labels,
     unmodified,
 )
 from lightning_stitch.stitching import Calibrated, Candidate, Segmented, calibrate, chunks
@@ -150,18 +153,17 @@ def compose(
     with timed(seconds, "search"):
         space = SearchSpace(sources, pool.settings, costs=costs, budget=budget, ridge=ridge)
         candidates = unmodified(space) + (early_exits(space) if exits else [])
-        features = [_features_at_hand(candidate, sources) for candidate in candidates]
+        vectors = [_vectors_at_hand(candidate, sources) for candidate in candidates]
         fold_of = deal_into_folds(len(batch), targets, folds=_FOLDS)
         for candidate in _affordable(list(_BEAM(space)), space, effort):
             candidates.append(candidate)
-            features.append(cross_fitted_features(candidate, sources, pool.settings, fold_of=fold_of, ridge=ridge))
+            vectors.append(cross_fitted_vectors(candidate, sources, pool.settings, fold_of=fold_of, ridge=ridge))
     with timed(seconds, "rank"):
-        # A copy outside of inference mode is an ordinary tensor. What a candidate alone would take is not measured.
-        outcomes = [Outcome(x.cpu().clone(), math.nan) for x in features]
+        outcomes = [_outcome(candidate, x) for candidate, x in zip(candidates, vectors, strict=True)]
         ranking: str | Ranking = "consensus" if targets is None else by_careful_r2
         if classes is not None:
             ranking = partial(_by_class_consensus, pool=pool, classes=classes)
-        ranked = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=space.rejected)
+        ranked, _ = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=space.rejected)
     num_labels = 0 if targets is None else len(targets)
     result = choose(ranked, budget, rejected=space.rejected, seconds=seconds, num_selection_labels=num_labels)
     with timed(result.seconds, "assemble"):
@@ -238,23 +240,30 @@ def _check_outputs(parts: Sequence[Segmented], labels: Sequence[Any] | Tensor | 
 
 
 @torch.inference_mode()
-def _features_at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> Tensor:
-    """The features of a source as it is, or ended early: the sources' pass gave them."""
-    step = candidate.steps[0]
-    if candidate.pool is None:
-        return sources[step.source].features
-    return torch.cat([candidate.pool(x).float() for x in sources[step.source].activations[step.last - 1]])
+def _vectors_at_hand(candidate: Candidate, sources: Sequence[Calibrated]) -> list[Tensor]:
+    """What each tap of a source as it is, or ended early, gives: the sources' pass gave the activations."""
+    return [
+        vectors_of_piece(sources[candidate.steps[0].source], read.num_pieces - 1, read.statistics)
+        for read in candidate.reads
+    ]
+
+
+def _outcome(candidate: Candidate, vectors: Sequence[Tensor]) -> Outcome:
+    """Vectors as a ranking takes them."""
+    # A copy outside of inference mode is an ordinary tensor. What a candidate alone would take is not measured.
+    ordinary = tuple(x.float().cpu().clone() for x in vectors)
+    return Outcome(ordinary, keys_of_reads(candidate), candidate.recipe.head_blocks, math.nan)
 
 
 def _fit_head(candidate: Candidate, sources: Sequence[Calibrated], targets: Tensor) -> nn.Module:
-    """A ridge head on the final network's features of the images."""
+    """A ridge head on the final network's readout of the images."""
     if len(candidate.steps) == 1:
-        features = _features_at_hand(candidate, sources)
+        vectors = _vectors_at_hand(candidate, sources)
     else:
-        front = candidate.steps[0]
-        portions = list(sources[front.source].activations[front.last - 1])
-        features = torch.cat([x.float() for x in run_on(candidate, sources, portions)])
-    return fit_ridge_head(features.clone(), targets, num_classes=int(targets.max()) + 1)[0]
+        vectors = final_vectors(candidate, sources)
+    features = _outcome(candidate, vectors).features
+    blocks = candidate.recipe.head_blocks
+    return fit_ridge_head(features, targets, num_classes=int(targets.max()) + 1, blocks=blocks)[0]
 
 
 def _run_to_output(recipe: Recipe, parts: Sequence[Segmented]) -> Recipe:
@@ -271,7 +280,8 @@ def _by_class_consensus(
 ) -> list[dict[str, float]]:
     """The mean log-likelihood of what all sources together say of the images; none is better than the best source."""
     log_probabilities = []
-    for candidate, features in zip(candidates, selection.features, strict=True):
+    for candidate, outcome in zip(candidates, selection.outcomes, strict=True):
+        features = outcome.vectors[-1]
         part = pool.parts[candidate.steps[-1].source]
         if part.end is not None:
             classifier = part.graph.fragment(part.end, None, share=True).eval()
@@ -292,14 +302,12 @@ def by_careful_r2(candidates: Sequence[Candidate], selection: SelectionData) -> 
     before the best source where it is ahead by twice the error or more, and among candidates those count for less that
     are ahead by a few images.
     """
-    scores = by_loo_soft_r2(candidates, selection)
-    soft = softened_labels(candidates, selection)
-    total = (soft - soft.mean(0)).square().sum()
-    errors = [(predict_left_out(features, soft) - soft).square().sum(1) / total for features in selection.features]
+    scores, errors = by_loo_soft_r2(candidates, selection), selection.errors
     sources = [number for number, candidate in enumerate(candidates) if candidate.kind == "source"]
     best = max(sources, key=lambda number: scores[number]["loo_soft_r2"])
     careful = []
-    for candidate, score, error in zip(candidates, scores, errors, strict=True):
+    for number, (candidate, score) in enumerate(zip(candidates, scores, strict=True)):
+        error = errors[number]
         spread = 0.0 if candidate.kind == "source" else float((errors[best] - error).std()) * math.sqrt(len(error))
         careful.append({"careful_r2": score["loo_soft_r2"] - _STANDARD_ERRORS * spread, **score})
     return careful

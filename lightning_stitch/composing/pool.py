@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget
-from lightning_stitch.cutting import network_activation_bytes
-from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.cutting import CutGraph, network_activation_bytes
+from lightning_stitch.errors import CalibrationError, CutError, StitchError, nearest
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answer, Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -36,17 +37,21 @@ from lightning_stitch.search import (
     TimeLimit,
     choose,
     costs_of_pairs,
+    draw_rows,
     early_exits,
     find_ranking,
     follow,
+    in_order,
     measure_candidates,
     network_latency,
+    on_smaller_images,
     outcomes,
     piece_latencies,
     rank,
     require_labels,
     search_identity,
     self_stitched,
+    side_by_side,
     unmodified,
     until_stopped,
 )
@@ -57,10 +62,12 @@ from lightning_stitch.stitching import (
     Calibration,
     Candidate,
     Kind,
+    Segmented,
     read_images,
     saved_settings,
     segment,
     store_images,
+    tree_of,
 )
 
 
@@ -99,8 +106,16 @@ class Pool:
                 f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
                 f"Leave the odd ones out, or end at the features and fit a head."
             )
+        if not isinstance(self.settings.readout, str):
+            offered = [cut.name for part in self.parts for cut in part.cuts]
+            if strangers := [name for name in self.settings.readout if name not in offered]:
+                raise StitchError(
+                    f"readout= names {strangers}, which no source offers as cuts. Nearest to the first: "
+                    f"{nearest(strangers[0], offered)}."
+                )
         for part in self.parts:
             part.to(self.device)
+        self._smaller: dict[tuple[int, int, int], list[Segmented]] = {}
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
         self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
@@ -239,10 +254,10 @@ class Pool:
         if calibration is None:
             self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
-        costs = self._costs(settings)
+        costs, smaller = self._costs(settings)
         with Answers() if settings.journal is None else Journal(settings.journal) as journal:
             journal.agree(search_identity(self.parts, self.settings, settings, self.device))
-            self._time_pieces(costs, settings.limits, journal)
+            self._time_pieces(costs, smaller, settings.limits, journal)
             settings.limits.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
             if calibration is not None:
                 self._calibrate(calibration, journal, progress, groups)
@@ -257,7 +272,7 @@ class Pool:
                 journal=journal,
                 time_limit=limit,
             )
-            candidates, stopped = self._compose(space, settings, progress)
+            candidates, stopped = self._compose(space, smaller, settings, progress)
             if settings.heal:
                 with timed(self.seconds, "heal"):
                     healer = Healer(whole.sources, settings=self.settings, ridge=settings.ridge, journal=journal)
@@ -267,15 +282,25 @@ class Pool:
             with timed(self.seconds, "rank"):
                 progress.start("ranking", num_selected)
                 outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=journal)
+                num_labels = 0 if labels is None else len(labels)
+                outcomes, labels = draw_rows(outcomes, labels, self.settings.seed)
                 ranking, rejected = settings.ranking, space.rejected
-                ranked = rank(candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected)
+                ranked, looked_at = rank(
+                    candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected
+                )
+                if labels is not None and ranking in ("auto", *NEED_LABELS) and space.costs.early_exits:
+                    by_key = {c.key: outcome for c, outcome in zip(candidates, outcomes, strict=True)}
+                    ranked += side_by_side(
+                        ranked, looked_at, by_key, self.all_parts, settings.limits, max_roots=settings.max_roots
+                    )
+                    ranked = in_order(ranked)
             ranked = self._measure(ranked, settings.limits, journal, progress)
             return choose(
                 ranked,
                 settings.limits,
                 rejected=space.rejected,
                 seconds=self.seconds,
-                num_selection_labels=0 if labels is None else len(labels),
+                num_selection_labels=num_labels,
                 stopped=stopped,
             )
 
@@ -290,7 +315,7 @@ class Pool:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
         images = read_images(batches, self.image_shape, self.device, labels)
-        results = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
+        results = outcomes(candidates, self.all_parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return results, torch.cat(labels) if labels else None
 
     def stitch(
@@ -332,20 +357,49 @@ class Pool:
             share_weights: Whether fragments of one source share what they have in common (`Recipe.share_weights`).
         """
         recipe = dataclasses.replace(candidate.recipe, share_weights=share_weights)
-        graphs = {part.name: part.graph for part in self.parts}
-        stitches = [step.stitch for step in candidate.steps]
-        return assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
+        fragments = tree_of(candidate.ways, candidate.reads, self.all_parts).fragments
+        stitches = [fragment.stitch for fragment in fragments]
+        return assemble(recipe, self.graphs, stitches, [fragment.tensors for fragment in fragments])
 
-    def _costs(self, settings: SearchSettings) -> CompositionCosts:
-        """What compositions cost; refuses a budget that none can keep."""
+    @property
+    def all_parts(self) -> list[Segmented]:
+        """The sources for images of the pool's size, then those for smaller ones that a search asked for."""
+        return [*self.parts, *chain.from_iterable(self._smaller.values())]
+
+    @property
+    def graphs(self) -> dict[tuple[str, tuple[int, int] | None], CutGraph]:
+        """The cut graph of each source at each size; None: the pool's."""
+        sizes: dict[tuple[str, tuple[int, int] | None], CutGraph]
+        sizes = {(part.name, part.image_shape[1:]): part.graph for part in self.all_parts}
+        return sizes | {(part.name, None): part.graph for part in self.parts}
+
+    def _costs(self, settings: SearchSettings) -> tuple[CompositionCosts, CompositionCosts | None]:
+        """What compositions cost, and sources on smaller images; refuses a budget that none can keep."""
         exits = settings.exits and self.settings.until == "features" and settings.ranking != "cka_product"
         longest = getattr(settings.strategy or Beam(), "max_fragments", 16)
         with timed(self.seconds, "cut"):
             costs = CompositionCosts(self.parts, bias=settings.bias, max_fragments=longest, early_exits=exits)
-            costs.check(settings.limits)
-        return costs
+            smaller = None
+            if exits and (parts := self._segment_smaller(settings.smaller_shapes(self.image_shape))):
+                smaller = CompositionCosts(parts, bias=settings.bias, max_fragments=1, early_exits=True)
+            costs.check(settings.limits, *([smaller] if smaller else []))
+        return costs, smaller
 
-    def _time_pieces(self, costs: CompositionCosts, budget: Budget, journal: Answers) -> None:
+    def _segment_smaller(self, shapes: Sequence[tuple[int, int, int]]) -> list[Segmented]:
+        """The sources for smaller images, those that take them; cut once."""
+        for shape in shapes:
+            if shape not in self._smaller:
+                self._smaller[shape] = []
+                for part in self.parts:
+                    if not part.source.preprocessing.fixed_size:
+                        with suppress(CutError):
+                            self._smaller[shape].append(segment(part.source, self.settings, shape, resize=True))
+                            self._smaller[shape][-1].to(self.device)
+        return self.all_parts[len(self.parts) :]
+
+    def _time_pieces(
+        self, costs: CompositionCosts, smaller: CompositionCosts | None, budget: Budget, journal: Answers
+    ) -> None:
         """Measure how long the pieces take, where the budget limits that."""
         if budget.max_latency_ms is None:
             return
@@ -356,7 +410,12 @@ class Pool:
             )
             self._latencies = times.value
             costs.time(times.value)
-            costs.check(budget)
+            if smaller is not None:
+                question = ["latencies of the pieces on smaller images"]
+                smaller.time(
+                    journal.recall(question, lambda: Answer(piece_latencies(smaller.parts, self.device))).value
+                )
+            costs.check(budget, *([smaller] if smaller else []))
 
     def _calibrate(
         self, images: Iterable[Batch], journal: Answers, progress: Progress, groups: Sequence[Hashable] | None
@@ -372,11 +431,13 @@ class Pool:
             )
 
     def _compose(
-        self, space: SearchSpace, settings: SearchSettings, progress: Progress
+        self, space: SearchSpace, smaller: CompositionCosts | None, settings: SearchSettings, progress: Progress
     ) -> tuple[list[Candidate], Stopped | None]:
-        """Sources, self-stitched sources, early exits and StitchNets, and what ended the composing early."""
+        """Sources, self-stitched, ended early or on smaller images, and StitchNets; and what ended the composing."""
         with timed(self.seconds, "search"):
             candidates, ends = unmodified(space), early_exits(space) if space.costs.early_exits else []
+            if smaller is not None:
+                ends += on_smaller_images(smaller.parts, smaller, settings.limits, before=self.parts)
             progress.start("composing", settings.max_candidates)
             proposed = islice((settings.strategy or Beam())(space), settings.max_candidates)
             stopped = until_stopped(chain(self_stitched(space), counted(proposed, progress)), candidates)

@@ -87,7 +87,7 @@ def shrink(
         >>> short.network(images).shape
         torch.Size([24, 1000])
         >>> short.chosen.candidate.kind
-        'stitched'
+        'shortened'
     """
     calibration = list(calibration)
     if not calibration:

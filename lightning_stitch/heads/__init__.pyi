@@ -2,6 +2,7 @@ from .class_maps import class_map_from_names
 from .head_settings import HeadSettings, fit_head
 from .neighbours import NearestNeighbourHead
 from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
+from .score_calibration import class_temperature
 from .targets import Task, comparable_columns, count_of, task_of
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "RidgeHead",
     "Task",
     "class_map_from_names",
+    "class_temperature",
     "comparable_columns",
     "count_of",
     "fit_head",

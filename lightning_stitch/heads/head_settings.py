@@ -113,7 +113,7 @@ class HeadSettings:
             return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
         return nn.Identity()
 
-    def fit(self, features: Tensor, targets: Tensor | None) -> nn.Module:
+    def fit(self, features: Tensor, targets: Tensor | None, blocks=None) -> nn.Module:
         """The head, fitted in closed form on a network's outputs (rows x width), and targets where it needs them.
 
         Raises:
@@ -127,7 +127,7 @@ class HeadSettings:
         options = {"num_classes": self.num_classes, "task": self.task, **self.options}
         if self.name == "knn":
             return fit_neighbour_head(features, targets, **options)
-        return fit_ridge_head(features, targets, **options)[0]
+        return fit_ridge_head(features, targets, blocks=blocks, **options)[0]
 
 
 def fit_head(

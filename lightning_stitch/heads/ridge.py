@@ -81,6 +81,7 @@ def fit_ridge_head(
     num_classes: int,
     strengths: Sequence[float] | None = None,
     task: Task = "multiclass",
+    blocks: Sequence[int] | None = None,
 ) -> tuple[RidgeHead, RidgeFit]:
     """Fit a linear head in closed form: ridge regression on the targets, then a calibration of its scores.
 
@@ -118,6 +119,18 @@ def fit_ridge_head(
     offset, factor = torch.zeros_like(columns[0]), torch.ones_like(columns[0])
     if task == "regression":
         columns, offset, factor = standardised(columns)
+    shift = scale = None
+    if blocks is not None:
+        features = features.double()
+        shift, dev = features.mean(0), features.std(0, correction=0)
+        scale = torch.where(dev > 1e-6, 1 / dev.clamp_min(1e-30), 0 * dev)
+        scale = (
+            scale
+            / torch.tensor(
+                [float(b) for b in blocks for _ in range(b)], dtype=torch.float64, device=scale.device
+            ).sqrt()
+        )
+        features = (features - shift) * scale
     loo = loo_ridge(features, columns, strengths=DEFAULT_STRENGTHS if strengths is None else strengths)
     best = int((loo.predictions - columns).square().sum((1, 2)).argmin())
     scores = loo.predictions[best]
@@ -136,6 +149,10 @@ def fit_ridge_head(
     # A search may run in inference mode, whose tensors can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         head = RidgeHead(features.shape[1], num_classes).to(features.device)
-        head.weight.copy_(solution.weight * factor[:, None])
-        head.bias.copy_(solution.bias * factor + offset)
+        weight, bias = solution.weight * factor[:, None], solution.bias * factor + offset
+        if scale is not None:
+            weight = weight * scale
+            bias = bias - weight @ shift
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
     return head, RidgeFit(strength, temperature, accuracy, r2(scores, columns), log_loss, len(columns))

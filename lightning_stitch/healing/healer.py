@@ -47,10 +47,10 @@ class Healer:
     def heal(self, candidate: Candidate) -> Candidate:
         """The candidate healed, or as it is where that does not raise the held-out R2.
 
-        It is compared with its stitches fitted without the held-out images, too. A network of a single step, or that
-        ends early, stays as it is.
+        It is compared with its stitches fitted without the held-out images, too. A network of a single step stays as
+        it is.
         """
-        if len(candidate.steps) == 1 or candidate.pool is not None:
+        if len(candidate.steps) == 1:
             return candidate
         answer = self.journal.recall(["healed", candidate.key], lambda: self._heal(candidate))
         return candidate if answer.value is None else self._with_numbers(candidate, answer)
@@ -75,13 +75,13 @@ class Healer:
         return candidates
 
     def finalists(self, candidates: Sequence[Candidate], count: int) -> list[int]:
-        """Which StitchNets are worth healing, by their place: of each size class in turn that of highest held-out R2.
+        """Which stitched networks are worth healing, by their place: of each size class in turn that of highest held-out R2.
 
         A size class is a range of MACs relative to the cheapest source, between the shares `SIZE_CLASSES`. Healing
         raises skips more than it reorders them, but a skip explains less than any network of the sources' own size, so
         that without classes none would be healed.
         """
-        stitched = [index for index, candidate in enumerate(candidates) if candidate.kind == "stitched"]
+        stitched = [index for index, candidate in enumerate(candidates) if candidate.kind in ("stitched", "shortened")]
         if len(stitched) <= count:
             return stitched
         cheapest = min(source.parts.cost.macs for source in self.sources)
@@ -136,7 +136,7 @@ class Healer:
                 stitch.load_state_dict(_under(f"stitch {place} ", answer.tensors))
                 stitch.to(device)
             steps.append(dataclasses.replace(step, spec=spec, stitch=stitch, tensors=tensors))
-        return dataclasses.replace(candidate, recipe=recipe, steps=tuple(steps))
+        return candidate.with_steps(steps, healed=recipe.healed, unhealed=recipe.unhealed)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

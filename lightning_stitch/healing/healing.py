@@ -176,10 +176,7 @@ def heal(
             unhealed |= {f"{source.name}: {name}": reason for name, reason in reasons.items()}
             portions, own = healed.portions, healed.own
         steps.append(dataclasses.replace(step, tensors={**step.tensors, **tensors}))
-    recipe = candidate.recipe.with_stitches([step.spec for step in steps])
-    if not only_stitches:
-        recipe = dataclasses.replace(recipe, healed=True, unhealed=unhealed)
-    return dataclasses.replace(candidate, steps=tuple(steps), recipe=recipe)
+    return candidate.with_steps(steps, **({} if only_stitches else {"healed": True, "unhealed": unhealed}))
 
 
 def _stitched_anew(

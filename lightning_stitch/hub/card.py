@@ -206,7 +206,7 @@ def _summary(subject: CardSubject) -> str:
         what += f" of {', '.join(code_span(name) for name in subject.class_names[:20])}"
         what += ", ..." if len(subject.class_names) > 20 else ""
     head = f", with a {code_span(subject.head)} head" if subject.head not in (None, "none") else ""
-    if len(subject.recipe.fragments) == 1:
+    if not subject.recipe.stitches:
         return f"{what}, taken from {sources} without a stitch{head}."
     return f"{what}, stitched together from fragments of {sources}{head}."
 
@@ -214,7 +214,11 @@ def _summary(subject: CardSubject) -> str:
 def _sources_table(recipe: Recipe) -> str:
     rows = []
     for ref in recipe.sources:
-        fragments = [f"{f.start or 'image'} .. {f.end or 'output'}" for f in recipe.fragments if f.source == ref.name]
+        fragments = [
+            f"{f.start or 'image'} .. {f.end or 'output'}"
+            for f in (run.ref for run in recipe.runs)
+            if f.source == ref.name
+        ]
         revision = code_span(ref.revision[:12]) if ref.revision else "not known"
         licence, used = cell(ref.licence or "unknown"), cell("; ".join(fragments) or "none")
         rows.append([code_span(public_spec(ref)), revision, licence, used, code_span(ref.weight_hash[:19])])
@@ -309,7 +313,7 @@ def _how_to_make_again(recipe: Recipe, command: str | None) -> str:
     parts = []
     if command:
         parts.append(code_block(command, "bash"))
-    if recipe.is_chain and not recipe.taps[0].statistics and None not in recipe.stitches:
+    if recipe.is_chain and not recipe.taps[-1].statistics and recipe.stitches:
         parts.append("Or, with images of the task, in Python:" if command else "With images of the task:")
         parts.append(code_block(_python_that_composes(recipe), "python"))
     recipe_yaml = code_block(yaml_dump(public_recipe(recipe)).rstrip(), "yaml")
@@ -320,7 +324,7 @@ def _how_to_make_again(recipe: Recipe, command: str | None) -> str:
 
 def _python_that_composes(recipe: Recipe) -> str:
     sources = "".join(f"    {_source_argument(ref)!r},\n" for ref in recipe.sources)
-    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in recipe.fragments)
+    pieces = "".join(f"    {(f.source, f.start, f.end)!r},\n" for f in (run.ref for run in recipe.runs))
     healed = ", heal=True" if recipe.healed else ""
     shared = ", share_weights=True" if recipe.share_weights else ""
     until = ', until="output"' if recipe.fragments[-1].end is None else ""

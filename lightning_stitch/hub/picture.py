@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning_stitch.io import complete_or_absent
-from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec, Tap
 
 # Okabe and Ito's colours, told apart by the colour-blind, light enough for black letters; a box's first line names its
 # source as well.
 _COLOURS = ("#8CC5E8", "#F5C26B", "#7FD1B9", "#E3B3CE", "#F0E442", "#E89A6B", "#C9C9C9")
 # In inches.
-_BOX_WIDTH, _BOX_HEIGHT = 2.5, 0.9
+_BOX_WIDTH, _BOX_HEIGHT = 2.6, 1.0
 _COLUMN_WIDTH, _ROW_HEIGHT = 2.8, 1.5
 _MAX_LETTERS = 26
 
@@ -27,7 +28,7 @@ def can_draw() -> bool:
 def draw_composition(recipe: Recipe, path: Path) -> None:
     """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA, into a PNG file."""
     colours = {ref.name: _COLOURS[index % len(_COLOURS)] for index, ref in enumerate(recipe.sources)}
-    averaged = {tap.fragment for tap in recipe.taps if tap.statistics}
+    runs = recipe.runs
     places = _places(recipe)
     columns, rows = (max(numbers) + 1 for numbers in zip(*places, strict=True))
     size = (columns * _COLUMN_WIDTH + 0.4, rows * _ROW_HEIGHT)
@@ -36,7 +37,8 @@ def draw_composition(recipe: Recipe, path: Path) -> None:
     axes.set_axis_off()
     axes.set_xlim(-_COLUMN_WIDTH / 2, (columns - 0.5) * _COLUMN_WIDTH)
     axes.set_ylim((0.5 - rows) * _ROW_HEIGHT, _ROW_HEIGHT / 2)
-    for index, (fragment, (column, row)) in enumerate(zip(recipe.fragments, places, strict=True)):
+    for run, (column, row) in zip(runs, places, strict=True):
+        fragment = run.ref
         x, y = column * _COLUMN_WIDTH, -row * _ROW_HEIGHT
         axes.add_patch(
             import_module("matplotlib.patches").FancyBboxPatch(
@@ -48,11 +50,11 @@ def draw_composition(recipe: Recipe, path: Path) -> None:
                 edgecolor="black",
             )
         )
-        text = _label(fragment) + ("\n(averaged)" if index in averaged else "")
+        text = _label(fragment) + _taps_label([tap for tap in recipe.taps if tap.fragment in run.fragments])
         # A dollar in a name begins no formula.
         axes.text(x, y, text, ha="center", va="center", fontsize=9, parse_math=False)
         if fragment.parent is not None:
-            parent_column, parent_row = places[fragment.parent]
+            parent_column, parent_row = places[next(n for n, r in enumerate(runs) if fragment.parent in r.fragments)]
             start = (parent_column * _COLUMN_WIDTH, -parent_row * _ROW_HEIGHT - _BOX_HEIGHT / 2)
             end = (x, y + _BOX_HEIGHT / 2)
             arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0}
@@ -67,25 +69,35 @@ def draw_composition(recipe: Recipe, path: Path) -> None:
 
 
 def _places(recipe: Recipe) -> list[tuple[int, int]]:
-    """Each fragment's column and row: the first child stands below its parent, the others in columns of their own."""
-    places: list[tuple[int, int]] = []
+    """Each run's column and row: the first child stands below its parent, the others in columns of their own."""
+    places: dict[int, tuple[int, int]] = {}  # of the run, by its fragments
     num_columns = 0
     parents: list[int | None] = []
-    for fragment in recipe.fragments:
-        row = 0 if fragment.parent is None else places[fragment.parent][1] + 1
-        if fragment.parent is not None and fragment.parent not in parents:
-            column = places[fragment.parent][0]
+    for run in recipe.runs:
+        parent = run.ref.parent
+        row = 0 if parent is None else places[parent][1] + 1
+        if parent is not None and parent not in parents:
+            column = places[parent][0]
         else:
             column, num_columns = num_columns, num_columns + 1
-        parents.append(fragment.parent)
-        places.append((column, row))
-    return places
+        parents.append(parent)
+        places |= dict.fromkeys(run.fragments, (column, row))
+    return [places[run.fragments[0]] for run in recipe.runs]
 
 
 def _label(fragment: FragmentRef) -> str:
     lines = (fragment.source, f"{fragment.start or 'image'} ..", fragment.end or "output")
     text = "\n".join(line if len(line) <= _MAX_LETTERS else f"{line[: _MAX_LETTERS - 3]}..." for line in lines)
     return text.encode(errors="replace").decode()  # matplotlib draws no half characters
+
+
+def _taps_label(taps: Sequence[Tap]) -> str:
+    """What is read of a run, and how much of it decides."""
+    if not taps:
+        return ""
+    shares = [tap.share for tap in taps if tap.share is not None]
+    decides = f", {sum(shares):.0%} of what decides" if shares else ""
+    return f"\nread at {len(taps)} cut{'s' * (len(taps) > 1)}{decides}"
 
 
 def _stitch_label(stitch: StitchSpec) -> str:

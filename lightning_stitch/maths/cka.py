@@ -43,6 +43,17 @@ def linear_cka(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> Te
     return _cka(_hsic(_cross_square(x, y), d @ e, d.sum(), e.sum(), len(x), estimator), self_x, self_y)
 
 
+def cka_of_grams(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> Tensor:
+    """`linear_cka` of two activations from their Gram matrices (rows x rows, float64), centred here."""
+    x, y = (gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean() for gram in (x, y))
+    _check_num_rows(len(x), estimator)
+    d, e = x.diagonal(), y.diagonal()
+    hsic = _hsic((x * y).sum(), d @ e, d.sum(), e.sum(), len(x), estimator)
+    self_x = _self_similarity(x.square().sum(), d @ d, d.sum(), len(x), estimator, "x")
+    self_y = _self_similarity(y.square().sum(), e @ e, e.sum(), len(y), estimator, "y")
+    return _cka(hsic, self_x, self_y)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CKAMoments:
     """What linear CKA needs of a group of rows, float64, about the group's own `mean` (c,); merges without loss.

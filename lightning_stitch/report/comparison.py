@@ -127,7 +127,7 @@ def compare(
     evaluations = []
     for finalist, outcome, seen in zip(chosen, outcomes, tested, strict=True):
         begun = time.perf_counter()
-        fitted = head.fit(outcome.features, labels)
+        fitted = head.fit(outcome.features, labels, outcome.blocks)
         seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
         with torch.no_grad():
             probabilities = fitted(seen.features).softmax(dim=-1)
@@ -142,7 +142,7 @@ def compare(
                 macs=candidate.cost.macs,
                 seconds=seconds,
                 labels=num_labels + finalist.search_labels,
-                cka_product=candidate.cka_product if len(candidate.recipe.fragments) > 1 else None,
+                cka_product=candidate.cka_product if candidate.recipe.stitches else None,
                 budget=finalist.budget,
             )
         )

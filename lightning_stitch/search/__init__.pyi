@@ -1,19 +1,11 @@
 from .costs import CompositionCosts, costs_of_pairs
-from .evaluation import Outcome, outcomes
+from .evaluation import Outcome, keys_of_reads, outcomes
 from .identity import search_identity
 from .latency import network_latency, piece_latencies
-from .paths import early_exits, follow, self_stitched, unmodified
-from .ranking import (
-    NEED_LABELS,
-    Ranking,
-    SelectionData,
-    by_loo_soft_r2,
-    find_ranking,
-    predict_left_out,
-    require_labels,
-    softened_labels,
-)
-from .results import Ranked, SearchResult, choose, measure_candidates, rank
+from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
+from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_ranking, require_labels
+from .results import Ranked, SearchResult, choose, draw_rows, in_order, measure_candidates, rank
+from .sides import side_by_side
 from .space import SearchSpace
 from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
@@ -35,19 +27,22 @@ __all__ = [
     "by_loo_soft_r2",
     "choose",
     "costs_of_pairs",
+    "draw_rows",
     "early_exits",
     "find_ranking",
     "follow",
+    "in_order",
+    "keys_of_reads",
     "measure_candidates",
     "network_latency",
+    "on_smaller_images",
     "outcomes",
     "piece_latencies",
-    "predict_left_out",
     "rank",
     "require_labels",
     "search_identity",
     "self_stitched",
-    "softened_labels",
+    "side_by_side",
     "unmodified",
     "until_stopped",
 ]

@@ -126,11 +126,14 @@ class CompositionCosts:
         wholes = []
         for s, part in enumerate(self.parts):
             wholes.append((getattr(self.run(s, 0, len(part.pieces)), measure), f"{part.name} as it is"))
-            wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
+            if self._max_fragments > 1:
+                wholes.append((getattr(self.self_stitched(s), measure), f"{part.name} stitched to itself at each cut"))
             if self.early_exits:
                 exits = ((getattr(self.run(s, 0, c + 1), measure), cut.name) for c, cut in enumerate(part.cuts))
                 wholes += [(cost, f"{part.name} ended at {name}") for cost, name in exits]
         best, path = min(wholes, key=lambda whole: whole[0])
+        if self._max_fragments == 1:
+            return best, f"{path} at {'x'.join(map(str, self.parts[0].image_shape[1:]))}"
         table = self._table(measure)
         # Where several cost the same, the one with the fewest stitches is named.
         for ahead, (flat, (s, c)) in product(table.ahead, enumerate(self.receivers)):
@@ -141,8 +144,11 @@ class CompositionCosts:
                 best, path = total, f"{start}, then {self._path(measure, int(onward.argmin()))}"
         return best, path
 
-    def check(self, budget: Budget) -> None:
-        """Refuse (BudgetError) a budget that no composition can keep, naming the cheapest one and its cost."""
+    def check(self, budget: Budget, *smaller: CompositionCosts) -> None:
+        """Refuse (BudgetError) a budget that no composition can keep, naming the cheapest one and its cost.
+
+        `smaller` are the costs of the sources on smaller images.
+        """
         for measure, limit in budget.limits.items():
             if measure == "latency_ms" and self._latencies is None:
                 continue
@@ -150,7 +156,7 @@ class CompositionCosts:
                 # All that is known before a network is assembled: it holds the image.
                 least, path = float(4 * math.prod(self.parts[0].image_shape)), "the image alone"
             else:
-                least, path = self.cheapest(measure)
+                least, path = min(costs.cheapest(measure) for costs in (self, *smaller))
             if least > budget.most(measure):
                 how = {"activation_bytes": "at least ", "latency_ms": "by estimate "}.get(measure, "")
                 raise BudgetError(

@@ -1,80 +1,96 @@
 """Run many candidates over the same images at once.
 
-Candidates that begin alike share their front: the set of candidates is a prefix tree, and each of its nodes runs once
-for a batch.
+Candidates that begin alike share their front: the set of candidates is a prefix tree, each of its nodes runs once for a
+batch, and what is read of a node is read once for all candidates that read it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.cutting import with_tensors
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.io import Answer, Answers, tensors_hash
-from lightning_stitch.stitching import Candidate, Segmented, chunks
+from lightning_stitch.io import Answer, Answers, key_of, tensors_hash
+from lightning_stitch.recipe import Statistic
+from lightning_stitch.stitching import Candidate, Reading, Segmented, Way, chunks, pieces_of
 
 
 @dataclass(slots=True)
 class _Node:
-    """One piece or stitch, the candidates that end here and the nodes behind."""
+    """One piece or stitch, what is read behind it, and the nodes that follow."""
 
     run: Callable[[Tensor], Tensor]
-    ends: list[int] = field(default_factory=list)
-    children: dict[tuple[object, ...], _Node] = field(default_factory=dict)
+    reads: dict[str, Reading] = field(default_factory=dict)
+    children: dict[Hashable, _Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one candidate gave: features (images, features), float32, on the CPU.
+    """What one candidate gave.
 
-    `seconds` is the wall time of its own nodes, shared ones included: what it would have cost alone.
+    Attributes:
+        vectors: What each of its taps gave (images x width), float32, on the CPU; shared with candidates that read the
+            same.
+        keys: What each of them is of; of several candidates those that read the same have the same key.
+        blocks: Widths of all statistics of the taps, in a row, for a head (`Recipe.head_blocks`).
+        seconds: Wall time of its own nodes, shared ones included: what it would have cost alone.
     """
 
-    features: Tensor
+    vectors: tuple[Tensor, ...]
+    keys: tuple[str, ...]
+    blocks: tuple[int, ...] | None
     seconds: float
+
+    @property
+    def features(self) -> Tensor:
+        """What all taps gave side by side (images x features)."""
+        return self.vectors[0] if len(self.vectors) == 1 else torch.cat(self.vectors, dim=1)
 
 
 class PrefixTree:
-    """Candidates as a prefix tree, over the sources that their steps refer to."""
+    """What is to be read of ways, as a prefix tree, over the sources that their steps refer to."""
 
-    def __init__(self, candidates: Sequence[Candidate], parts: Sequence[Segmented]) -> None:
-        self.num_candidates = len(candidates)
+    def __init__(self, parts: Sequence[Segmented]) -> None:
+        self._parts = parts
         self._images_at_once = min(part.images_at_once for part in parts)
         self._roots: dict[int, _Node] = {}
-        for index, candidate in enumerate(candidates):
-            first = candidate.steps[0].source
-            node = self._roots.setdefault(first, _Node(parts[first].preprocess))
-            for step in candidate.steps:
-                if step.stitch is not None:
-                    key: tuple[object, ...] = ("stitch", step.source, step.first, step.key)
-                    node = node.children.setdefault(key, _Node(step.stitch))
-                for piece in range(step.first, step.last):
-                    key = ("piece", step.source, piece, step.key)
-                    if key not in node.children:
-                        node.children[key] = _Node(with_tensors(parts[step.source].pieces[piece], step.tensors))
-                    node = node.children[key]
-            if candidate.pool is not None:
-                node = node.children.setdefault(("pool",), _Node(candidate.pool))
-            node.ends.append(index)
 
-    def run(self, images: Iterable[Tensor]) -> list[Outcome]:
-        """One outcome for each candidate, for batches of images (batch, channels, height, width) in [0, 1]."""
-        features: list[list[Tensor]] = [[] for _ in range(self.num_candidates)]
-        seconds = [0.0] * self.num_candidates
+    def add(self, key: str, way: Way, num_pieces: int, statistics: tuple[Statistic, ...]) -> None:
+        """Let what is read behind the first pieces of a way be known by a key."""
+        first = way[0].source
+        node = self._roots.setdefault(first, _Node(self._parts[first].preprocess))
+        for step, piece in islice(pieces_of(way), num_pieces):
+            if step.stitch is not None and piece == step.first:
+                key_of_stitch = ("stitch", step.source, step.first, step.key)
+                node = node.children.setdefault(key_of_stitch, _Node(step.stitch))
+            part, key_of_piece = self._parts[step.source], ("piece", step.source, piece, step.key)
+            if key_of_piece not in node.children:
+                node.children[key_of_piece] = _Node(with_tensors(part.pieces[piece], step.tensors))
+            node = node.children[key_of_piece]
+        node.reads[key] = Reading(part.cuts[piece] if piece < len(part.cuts) else None, statistics)
+
+    def run(self, images: Iterable[Tensor]) -> dict[str, tuple[Tensor, float]]:
+        """By key what was read (images x width), and the seconds to there, for batches of images in [0, 1].
+
+        A batch is (batch, channels, height, width).
+        """
+        vectors: dict[str, list[Tensor]] = {}
+        seconds: dict[str, float] = {}
 
         def descend(node: _Node, x: Tensor, spent: float) -> None:
             begun = time.perf_counter()
             x = node.run(x)
             spent += time.perf_counter() - begun
-            for index in node.ends:
-                features[index].append(x.float().cpu())
-                seconds[index] += spent
+            for key, reading in node.reads.items():
+                vectors.setdefault(key, []).append(reading(x).float().cpu())
+                seconds[key] = seconds.get(key, 0.0) + spent
             for child in node.children.values():
                 descend(child, x, spent)
 
@@ -84,7 +100,20 @@ class PrefixTree:
                     for root in self._roots.values():
                         descend(root, chunk, 0.0)
         # Joined outside of inference mode, these are ordinary tensors again, on which a head can be fitted and trained.
-        return [Outcome(torch.cat(portions), spent) for portions, spent in zip(features, seconds, strict=True)]
+        return {key: (torch.cat(portions), seconds[key]) for key, portions in vectors.items()}
+
+
+def keys_of_reads(candidate: Candidate) -> tuple[str, ...]:
+    """What each tap of a candidate is of: the same for those that read the same, in any process."""
+    keys = []
+    for read in candidate.reads:
+        front: list[list[object]] = []
+        for step, piece in islice(pieces_of(candidate.ways[read.way]), read.num_pieces):
+            if piece == step.first:
+                front.append([])
+            front[-1] = [step.source, step.first, piece + 1, step.key]
+        keys.append(key_of(front, read.statistics))
+    return tuple(keys)
 
 
 def outcomes(
@@ -95,33 +124,48 @@ def outcomes(
     journal: Answers,
     on_batch: Callable[[int], None],
 ) -> list[Outcome]:
-    """As `PrefixTree.run`, but what the journal has of a batch is taken from there, and what it has not recorded.
+    """What candidates give for batches of images; what the journal has of a batch is taken from there.
 
-    `on_batch` is called with the number of images after each batch.
+    What it has not is recorded. `on_batch` is called with the number of images after each batch.
 
     Raises:
         JournalError: If the journal was begun with other images, or in other batches.
         CalibrationError: If there are no images.
     """
-    keys = [candidate.key for candidate in candidates]
+    keys_of_candidates = [keys_of_reads(candidate) for candidate in candidates]
+    reads: dict[str, tuple[Way, int, tuple[Statistic, ...]]] = {}
+    for candidate, of_one in zip(candidates, keys_of_candidates, strict=True):
+        for key, (way, num_pieces, statistics) in zip(of_one, candidate.reads, strict=True):
+            reads.setdefault(key, (candidate.ways[way], num_pieces, statistics))
+    keys = list(reads)
 
     @lru_cache(maxsize=1)
     def tree_of(places: tuple[int, ...]) -> PrefixTree:
-        return PrefixTree([candidates[place] for place in places], parts)
+        tree = PrefixTree(parts)
+        for place in places:
+            tree.add(keys[place], *reads[keys[place]])
+        return tree
 
     def run(batch: Tensor, places: Sequence[int]) -> list[Answer]:
-        tree = tree_of(tuple(places))
-        return [Answer(outcome.seconds, {"features": outcome.features}) for outcome in tree.run([batch])]
+        results = tree_of(tuple(places)).run([batch])
+        return [Answer(seconds, {"vector": x}) for x, seconds in (results[keys[place]] for place in places)]
 
     answers: list[list[Answer]] = []
     for number, batch in enumerate(images):
         content = tensors_hash([batch])
         journal.agree({f"selection images, batch {number}": [list(batch.shape), content]})
-        answers.append(journal.recall_all([["features", number, content, key] for key in keys], partial(run, batch)))
+        answers.append(journal.recall_all([["tap", number, content, key] for key in keys], partial(run, batch)))
         on_batch(len(batch))
     if not answers:
         raise CalibrationError("There are no images to run the candidates on.")
-    return [
-        Outcome(torch.cat([answer.tensors["features"] for answer in of_one]), sum(answer.value for answer in of_one))
-        for of_one in zip(*answers, strict=True)
-    ]
+    vectors: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    for key, of_one_tap in zip(keys, zip(*answers, strict=True), strict=True):
+        vectors[key] = torch.cat([answer.tensors["vector"] for answer in of_one_tap])
+        seconds[key] = sum(answer.value for answer in of_one_tap)
+    results = []
+    for candidate, of_one in zip(candidates, keys_of_candidates, strict=True):
+        last = {read.way: key for read, key in zip(candidate.reads, of_one, strict=True)}
+        spent = sum(seconds[key] for key in last.values())
+        results.append(Outcome(tuple(vectors[key] for key in of_one), of_one, candidate.recipe.head_blocks, spent))
+    return results

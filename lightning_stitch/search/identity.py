@@ -33,6 +33,7 @@ def search_identity(
         "sources": {part.name: source_identity(part) for part in parts},
         "strategy": repr(strategy) if ours else name,
         "budget": dataclasses.asdict(settings.limits),
+        "sizes": settings.smaller_shapes(parts[0].image_shape),
         "ridge": settings.ridge,
         "bias": settings.bias,
     }

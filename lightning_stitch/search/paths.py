@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError, nearest
 from lightning_stitch.recipe import FragmentRef
+from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.space import SearchSpace
-from lightning_stitch.stitching import Candidate, Segmented, is_bridgeable
+from lightning_stitch.stitching import Candidate, Segmented, Step, is_bridgeable
 
 
 def unmodified(space: SearchSpace) -> list[Candidate]:
@@ -29,7 +31,7 @@ def self_stitched(space: SearchSpace) -> Iterator[Candidate]:
 
 
 def early_exits(space: SearchSpace) -> list[Candidate]:
-    """Every source ended at each of its cuts that varies, averaged over that cut's positions.
+    """Every source ended at each of its cuts that varies.
 
     Those that do not keep the budget are left out and counted.
     """
@@ -45,6 +47,24 @@ def early_exits(space: SearchSpace) -> list[Candidate]:
             else:
                 exits.append(candidate)
     return exits
+
+
+def on_smaller_images(
+    parts: Sequence[Segmented], costs: CompositionCosts, budget: Budget, *, before: Sequence[Segmented]
+) -> list[Candidate]:
+    """Every source on a smaller image, whole and ended at each of its cuts, that keeps a budget.
+
+    `parts` are the sources at these sizes, which stand behind those `before` them among the sources at hand.
+    """
+    candidates = []
+    for index, part in enumerate(parts):
+        ends = range(1 if costs.early_exits else len(part.pieces), len(part.pieces) + 1)
+        for last in ends:
+            cost = costs.run(index, 0, last)
+            if budget.allows(cost):
+                way = (Step(len(before) + index, 0, last),)
+                candidates.append(Candidate.of("smaller image", [way], [*before, *parts], cost, {"cka_product": 1.0}))
+    return candidates
 
 
 def follow(space: SearchSpace, fragments: Sequence[FragmentRef]) -> Candidate:

@@ -1,72 +1,145 @@
-"""Order candidates by what they gave on the selection images."""
+"""Order candidates by what they gave on the selection images.
+
+All goes by Gram matrices, rows x rows: that of a readout is the sum over its taps, each feature standardised and each
+tap's statistics weighing the same, so that no candidate runs again and a candidate of thousands of features costs what
+one of ten does. What several candidates read alike is summed once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads import DEFAULT_STRENGTHS, comparable_columns, count_of, fit_ridge_head, task_of
-from lightning_stitch.maths import centre_rows, linear_cka, loo_ridge, r2
+from lightning_stitch.heads import (
+    DEFAULT_STRENGTHS,
+    class_temperature,
+    comparable_columns,
+    task_of,
+)
+from lightning_stitch.maths import block_gram, cka_of_grams, loo_ridge_of_gram, r2
+from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.stitching import Batch, Candidate
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
+MAX_ROWS = 1024
+"""Most images that a ranking goes by, drawn by seed: leave-one-out of so many takes a quarter of a second."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SelectionData:
     """What a ranking may look at.
 
     Attributes:
-        features: Each candidate's features of the selection images.
+        outcomes: What each candidate gave of the selection images.
         targets: Their targets, None where there are none: class indices (images,), integers 0 and 1 (images x labels),
             or floats (images,) or (images x numbers).
-        own_features: For each candidate the features that its last source, unmodified, gives of the same images.
+        last_sources: For each candidate the name of the source that its first way ends in.
+        sources: What each source, unmodified, gave of the same images, by name.
         num_classes: Number of classes, labels or numbers; None without targets.
+        errors: Where a ranking leaves, by a candidate's number, each image's squared error (images,) when it is left
+            out, as a share of the targets' variance: their sum is 1 - R2.
     """
 
-    features: Sequence[Tensor]
+    outcomes: Sequence[Outcome]
     targets: Tensor | None
-    own_features: Sequence[Tensor]
+    last_sources: Sequence[str]
+    sources: Mapping[str, Outcome]
     num_classes: int | None
+    errors: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def features(self) -> list[Tensor]:
+        """Each candidate's features of the selection images, raw, all taps side by side."""
+        return [outcome.features for outcome in self.outcomes]
+
+    @property
+    def own_features(self) -> list[Tensor]:
+        """For each candidate the features that its last source, unmodified, gives."""
+        return [self.sources[name].features for name in self.last_sources]
+
+    def grams(self) -> Iterator[tuple[int, Tensor]]:
+        """Each candidate's number with its readout's Gram matrix, in an order in which few are held at once."""
+        return grams_of(self.outcomes)
+
+    @cached_property
+    def source_grams(self) -> dict[str, Tensor]:
+        """The Gram matrix of each source, by name."""
+        names = list(self.sources)
+        return {names[number]: gram for number, gram in grams_of(list(self.sources.values()))}
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The targets as columns whose R2 says something (`comparable_columns`)."""
+        if self.targets is None:
+            raise CalibrationError(MISSING_LABELS)
+        return comparable_columns(self.targets, num_classes=self.num_classes)
+
+    @cached_property
+    def softened(self) -> Tensor:
+        """The softened label of each image (images x classes), float64: `by_loo_soft_r2`."""
+        predictions = []
+        for name, gram in self.source_grams.items():
+            with _naming([name]):
+                predictions += predict_left_out(gram, self.columns)
+        return (self.columns + torch.stack(predictions).mean(0)) / 2
 
 
 Ranking = Callable[[Sequence[Candidate], SelectionData], Sequence[Mapping[str, float]]]
 """Gives each candidate's scores by name; the first name decides, the others break ties; more is better."""
 
 
+def grams_of(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, Tensor]]:
+    """The number and the Gram matrix (images x images, float64) of each outcome, those that begin alike in a row."""
+    sums: list[tuple[str, Tensor]] = []  # of the taps so far
+    for number in sorted(range(len(outcomes)), key=lambda number: outcomes[number].keys):
+        outcome = outcomes[number]
+        if outcome.blocks is None:
+            x = outcome.features.double()
+            yield number, (x - x.mean(0)) @ (x - x.mean(0)).T
+            continue
+        common = 0
+        while common < min(len(sums), len(outcome.keys)) and sums[common][0] == outcome.keys[common]:
+            common += 1
+        del sums[common:]
+        widths = iter(outcome.blocks)
+        for place, (key, x) in enumerate(zip(outcome.keys, outcome.vectors, strict=True)):
+            blocks = x.split(_take(widths, x.shape[1]), dim=1)
+            if place >= common:
+                gram = torch.stack([block_gram(block) for block in blocks]).sum(0)
+                sums.append((key, gram if not sums else sums[-1][1] + gram))
+        yield number, sums[-1][1]
+
+
+def _take(widths: Iterator[int], total: int) -> list[int]:
+    """The next widths that make up a total."""
+    taken: list[int] = []
+    while sum(taken) < total:
+        taken.append(next(widths))
+    return taken
+
+
 def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
     """Leave-one-out R2 of softened labels, then of the labels, then accuracy and negative log-loss.
 
-    An image's softened label is the mean of its own and of what ridge heads on the sources' own features say of it when
+    An image's softened label is the mean of its own and of what ridge heads on the sources' own readouts say of it when
     they have not seen it. Few labels are noisy targets; what the sources make of all the others is less so (as in
     knowledge distillation, Hinton et al. 2015), and unlike agreement it leaves out what the task has no use for. It
     favours the sources a little, whose own words they are. Numbers are standardised, and softened likewise; for them
     and for several labels R2 alone breaks ties.
     """
-    scores = by_loo_r2(candidates, selection)
-    soft = softened_labels(candidates, selection)
-    return [
-        {"loo_soft_r2": r2(predict_left_out(features, soft), soft), **score}
-        for features, score in zip(selection.features, scores, strict=True)
-    ]
-
-
-def softened_labels(candidates: Sequence[Candidate], selection: SelectionData) -> Tensor:
-    """The softened label of each image (images x classes), float64."""
-    assert selection.targets is not None  # or there would be no scores
-    labels = comparable_columns(selection.targets, num_classes=selection.num_classes)
-    predictions = []
-    for name, features in _source_features(candidates, selection).items():
-        with _naming([name]):
-            predictions.append(predict_left_out(features, labels))
-    return (labels + torch.stack(predictions).mean(0)) / 2
+    scores: dict[int, dict[str, float]] = {}
+    for number, gram in selection.grams():
+        scores[number], selection.errors[number] = soft_scores(gram, selection)
+    return [scores[number] for number in range(len(candidates))]
 
 
 def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -74,38 +147,61 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
 
     Accuracy counts on which side of a boundary an image falls; this counts how far, and needs no temperature.
     """
-    if selection.targets is None:
-        raise CalibrationError(MISSING_LABELS)
-    count = selection.num_classes if selection.num_classes is not None else count_of(selection.targets)
-    ranked = []
-    for features in selection.features:
-        _, fit = fit_ridge_head(features, selection.targets, num_classes=count, task=task_of(selection.targets))
-        scores = {"loo_r2": fit.loo_r2}
-        if fit.loo_accuracy is not None and fit.loo_log_loss is not None:
-            scores |= {"loo_accuracy": fit.loo_accuracy, "neg_loo_log_loss": -fit.loo_log_loss}
-        ranked.append(scores)
-    return ranked
+    scores: dict[int, dict[str, float]] = {}
+    for number, gram in selection.grams():
+        (predictions,) = predict_left_out(gram, selection.columns)
+        scores[number] = _label_scores(predictions, selection)
+        selection.errors[number] = _errors(predictions, selection.columns)
+    return [scores[number] for number in range(len(candidates))]
+
+
+def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
+    """The scores of `by_loo_soft_r2` of one readout, and each image's squared error (images,)."""
+    predictions, softened = predict_left_out(gram, selection.columns, selection.softened)
+    errors = _errors(softened, selection.softened)
+    return {"loo_soft_r2": 1 - float(errors.sum()), **_label_scores(predictions, selection)}, errors
+
+
+def _label_scores(predictions: Tensor, selection: SelectionData) -> dict[str, float]:
+    """R2 of what a ridge head says of each image left out; of classes accuracy and log-loss, too."""
+    columns = selection.columns
+    scores = {"loo_r2": r2(predictions, columns)}
+    assert selection.targets is not None  # or there would be no columns
+    if task_of(selection.targets) == "multiclass":
+        classes = columns.argmax(1)
+        logits = class_temperature(predictions, columns) * predictions
+        accuracy = (predictions.argmax(1) == classes).double().mean()
+        scores |= {"loo_accuracy": float(accuracy), "neg_loo_log_loss": -float(F.cross_entropy(logits, classes))}
+    return scores
+
+
+def _errors(predictions: Tensor, columns: Tensor) -> Tensor:
+    """Each image's squared error (images,), as a share of the columns' variance."""
+    return (predictions - columns).square().sum(1) / (columns - columns.mean(0)).square().sum()
 
 
 def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
-    """Leave-one-out R2 of all sources' own features together, predicted from a candidate's; then its agreement.
+    """Leave-one-out R2 of all sources' own readouts together, predicted from a candidate's; then its agreement.
 
     Each source weighs the same. One reference for all candidates makes those comparable that end in different sources:
-    what several sources see in an image counts more than what one of them sees alone. Without labels nothing shows
-    that a candidate is better than every source, so none scores higher than the best of them. "agreement" is the
-    debiased CKA of a candidate's features with its last source's own, of which a source has 1.
+    what several sources see in an image counts more than what one of them sees alone. Each image's reference is
+    predicted from the others, so that a wide readout has no advantage of its width. Without labels nothing shows that a
+    candidate is better than every source, so none scores higher than the best of them. "agreement" is the debiased CKA
+    of a candidate's readout with its last source's own, of which a source has 1.
     """
-    sources = _source_features(candidates, selection)
+    sources = selection.source_grams
     reference = _reference(sources)
-    scores = []
-    for candidate, features, of_source in zip(candidates, selection.features, selection.own_features, strict=True):
+    scores: dict[int, dict[str, float]] = {}
+    for number, gram in selection.grams():
         with _naming(sources):
-            explained = r2(predict_left_out(features, reference), reference)
-        with _naming([_last_source(candidate)]):
-            scores.append({"consensus": explained, "agreement": float(linear_cka(features, of_source))})
-    of_sources = (score["consensus"] for score, c in zip(scores, candidates, strict=True) if c.kind == "source")
-    best = max(of_sources, default=math.inf)
-    return [{**score, "consensus": min(score["consensus"], best)} for score in scores]
+            (predictions,) = predict_left_out(gram, reference)
+        selection.errors[number] = _errors(predictions, reference)
+        last = selection.last_sources[number]
+        with _naming([last]):
+            agreement = float(cka_of_grams(gram, sources[last]))
+        scores[number] = {"consensus": 1 - float(selection.errors[number].sum()), "agreement": agreement}
+    best = max((scores[n]["consensus"] for n, c in enumerate(candidates) if c.kind == "source"), default=math.inf)
+    return [{**scores[n], "consensus": min(scores[n]["consensus"], best)} for n in range(len(candidates))]
 
 
 def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -137,32 +233,25 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
     return RANKINGS[name]
 
 
-def _source_features(candidates: Sequence[Candidate], selection: SelectionData) -> dict[str, Tensor]:
-    """Features of the sources in which candidates end, by name."""
-    return {_last_source(c): features for c, features in zip(candidates, selection.own_features, strict=True)}
-
-
-def _reference(sources: Mapping[str, Tensor]) -> Tensor:
-    """Features of sources side by side, each of them centred and of the same total variance; leading directions only.
-
-    A rotation of the columns changes no sum of squares, so that few columns hold (nearly) all that thousands do.
-    """
-    centred = []
-    for name, features in sources.items():
-        with _naming([name]):
-            x = centre_rows(features, estimator="biased").rows.double()
-        centred.append(x / torch.linalg.vector_norm(x))
-    joined = torch.cat(centred, dim=1)
-    if len(joined) > joined.shape[1]:
-        return joined @ torch.linalg.eigh(joined.T @ joined).eigenvectors[:, -_REFERENCE_DIRECTIONS:]
-    squares, directions = torch.linalg.eigh(joined @ joined.T)
+def _reference(grams: Mapping[str, Tensor]) -> Tensor:
+    """Leading directions (images x directions) of all sources' readouts, each of the same total variance."""
+    together = torch.stack([_centred(gram) / _centred(gram).trace() for gram in grams.values()]).sum(0)
+    squares, directions = torch.linalg.eigh(together)
     return (directions * squares.clamp_min(0).sqrt())[:, -_REFERENCE_DIRECTIONS:]
 
 
-def predict_left_out(features: Tensor, target: Tensor) -> Tensor:
-    """Each image's target as ridge regression on the others predicts it, at the strength of least squared error."""
-    fit = loo_ridge(features, target, strengths=DEFAULT_STRENGTHS)
-    return fit.predictions[int((fit.predictions - target).square().sum((1, 2)).argmin())]
+def _centred(gram: Tensor) -> Tensor:
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def predict_left_out(gram: Tensor, *targets: Tensor) -> list[Tensor]:
+    """Each image's targets as ridge regression on the others predicts them, at the strengths of least squared error."""
+    fit = loo_ridge_of_gram(gram, torch.cat(targets, dim=1), strengths=DEFAULT_STRENGTHS)
+    predictions = fit.predictions.split([columns.shape[1] for columns in targets], dim=2)
+    return [
+        of_all[int((of_all - columns).square().sum((1, 2)).argmin())]
+        for of_all, columns in zip(predictions, targets, strict=True)
+    ]
 
 
 @contextmanager
@@ -175,10 +264,6 @@ def _naming(sources: Iterable[str]) -> Iterator[None]:
         raise CalibrationError(
             f"Agreement with the features of source {names} on the selection images: {error}"
         ) from error
-
-
-def _last_source(candidate: Candidate) -> str:
-    return candidate.recipe.fragments[-1].source
 
 
 def require_labels(batches: Iterable[Batch]) -> Iterable[Batch]:

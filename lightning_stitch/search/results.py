@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from lightning_stitch.errors import BudgetError
 from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.evaluation import Outcome
-from lightning_stitch.search.ranking import Ranking, SelectionData, find_ranking
+from lightning_stitch.search.ranking import MAX_ROWS, Ranking, SelectionData, find_ranking
 from lightning_stitch.search.stopping import Stopped
 from lightning_stitch.stitching import Candidate, Kind
 
@@ -41,6 +42,8 @@ class Ranked:
         scores: What the ranking measured on the selection images, by name.
         features: Width of its output.
         seconds: Wall time of running it over the selection images.
+        errors: Each selection image's squared error when it is left out, as the ranking's first score has it (images,),
+            so that two candidates are compared image by image; None: the ranking did not say.
         activation_bytes: Most bytes of activations alive at once in the assembled network (`network_cost`); None: no
             limit asked for it, or another limit was not kept.
         latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.search.latency`);
@@ -51,6 +54,7 @@ class Ranked:
     scores: dict[str, float]
     features: int
     seconds: float
+    errors: Tensor | None = field(default=None, repr=False, compare=False)
     activation_bytes: float | None = None
     latency_ms: float | None = None
 
@@ -65,6 +69,13 @@ class Ranked:
         recipe = dataclasses.replace(recipe, scores={**recipe.scores, measure: value})
         candidate = dataclasses.replace(self.candidate, recipe=recipe)
         return dataclasses.replace(self, candidate=candidate, **{measure: value})  # type: ignore[arg-type]
+
+    def gain_over(self, rival: Ranked) -> tuple[float, float]:
+        """By how much it errs less than another, and the standard error of that over the images; 0 and 0: unknown."""
+        if self.errors is None or rival.errors is None:
+            return 0.0, 0.0
+        gains = rival.errors - self.errors
+        return float(gains.sum()), float(gains.std()) * math.sqrt(len(gains))
 
     @property
     def judged_by(self) -> str:
@@ -192,32 +203,60 @@ def rank(
     ranking: str | Ranking,
     num_classes: int | None,
     rejected: Counter[str],
-) -> list[Ranked]:
+) -> tuple[list[Ranked], SelectionData]:
     """Candidates, every source as it is among them, by what they gave on the selection images, best first.
 
     Those whose features tell no images apart are left out and counted in `rejected`. `labels` are the targets
-    (`SelectionData`); `num_classes` None: as many as they say.
+    (`SelectionData`); `num_classes` None: as many as they say. Gives, too, what the ranking looked at.
     """
     pairs = list(zip(candidates, outcomes, strict=True))
-    of_sources = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
     usable = [(c, outcome) for c, outcome in pairs if c.kind == "source" or _is_usable(outcome.features)]
     if len(usable) < len(pairs):
         rejected["features not finite or constant on the selection images"] = len(pairs) - len(usable)
     selection = SelectionData(
-        features=[outcome.features for _, outcome in usable],
+        outcomes=[outcome for _, outcome in usable],
         targets=labels,
-        own_features=[of_sources[c.recipe.fragments[-1].source] for c, _ in usable],
+        last_sources=[_last_source(c) for c, _ in usable],
+        sources={_last_source(c): outcome for c, outcome in pairs if c.kind == "source"},
         num_classes=num_classes if num_classes is not None or labels is None else count_of(labels),
     )
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
     ranked = []
-    for (candidate, outcome), score in zip(usable, scores, strict=True):
-        figures = {name: float(value) for name, value in score.items()}
-        recipe = dataclasses.replace(candidate.recipe, scores={**figures, **candidate.recipe.scores})
-        candidate = dataclasses.replace(candidate, recipe=recipe)
-        ranked.append(Ranked(candidate, figures, outcome.features.shape[1], outcome.seconds))
+    for number, ((candidate, outcome), score) in enumerate(zip(usable, scores, strict=True)):
+        ranked.append(rank_one(candidate, score, outcome, selection.errors.get(number)))
+    return in_order(ranked), selection
+
+
+def rank_one(candidate: Candidate, scores: Mapping[str, float], outcome: Outcome, errors: Tensor | None) -> Ranked:
+    """A candidate with its scores, which its recipe gets, too."""
+    figures = {name: float(value) for name, value in scores.items()}
+    recipe = dataclasses.replace(candidate.recipe, scores={**figures, **candidate.recipe.scores})
+    candidate = dataclasses.replace(candidate, recipe=recipe)
+    return Ranked(candidate, figures, sum(x.shape[1] for x in outcome.vectors), outcome.seconds, errors)
+
+
+def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Candidates by their scores, best first."""
     # Equal scores keep the order of the search, in which the sources come first: a tie is no win over a source.
     return sorted(ranked, key=lambda r: tuple(-value for value in r.scores.values()))
+
+
+def draw_rows(outcomes: Sequence[Outcome], labels: Tensor | None, seed: int) -> tuple[list[Outcome], Tensor | None]:
+    """Outcomes and labels of at most `MAX_ROWS` of the images, drawn by the seed, in their order."""
+    count = len(outcomes[0].vectors[0])
+    if count <= MAX_ROWS:
+        return list(outcomes), labels
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS].sort().values
+    drawn: dict[int, Tensor] = {}  # a tensor that several candidates share stays one
+    for outcome in outcomes:
+        drawn |= {id(x): x[rows] for x in outcome.vectors if id(x) not in drawn}
+    fewer = [dataclasses.replace(outcome, vectors=tuple(drawn[id(x)] for x in outcome.vectors)) for outcome in outcomes]
+    return fewer, None if labels is None else labels[rows]
+
+
+def _last_source(candidate: Candidate) -> str:
+    end = next(tap.fragment for tap in reversed(candidate.recipe.taps))
+    return candidate.recipe.fragments[end].source
 
 
 def measure_candidates(
@@ -284,7 +323,22 @@ def choose(
 
 
 def _best(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
-    return fitting[0] if budget.min_score is None else min(fitting, key=lambda r: r.candidate.cost.macs)
+    """The first; of those that cannot be told from it one that sees larger images; with a least score the cheapest."""
+    if budget.min_score is not None:
+        return min(fitting, key=lambda r: r.candidate.cost.macs)
+    best = fitting[0]
+    for r in fitting[1:]:
+        gain, error = best.gain_over(r)
+        if _pixels(r) > _pixels(best) and gain <= error:
+            best = r
+    return best
+
+
+def _pixels(r: Ranked) -> int:
+    """Pixels of the smallest image that a candidate sees."""
+    recipe = r.candidate.recipe
+    roots = [fragment for fragment in recipe.fragments if fragment.parent is None]
+    return min(math.prod(root.image_size or recipe.input_size[1:]) for root in roots)
 
 
 def _objection(r: Ranked, budget: Budget) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.io import Answer, Answers, Carried, Deferred, Spool, carry
-from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec
+from lightning_stitch.recipe import StitchSpec
 from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
 from lightning_stitch.search.scoring import Scorer
 from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
@@ -27,7 +27,6 @@ from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import (
     Calibrated,
     Candidate,
-    GlobalAverage,
     Grid,
     Kind,
     Segmented,
@@ -175,34 +174,22 @@ class SearchSpace:
 
     # -- completing --------------------------------------------------------------------------------------------------
 
-    def complete(self, state: State, *, kind: Kind = "stitched") -> Candidate:
-        """The network that runs a state's source to its end."""
+    def complete(self, state: State, *, kind: Kind | None = None) -> Candidate:
+        """The network that runs a state's source to its end; of stitched ones the kind follows from their sources."""
         return self._candidate(state, len(self.sources[state.source].parts.pieces), kind)
 
     def exit(self, state: State, cut: int) -> Candidate:
-        """The network that ends early, at a cut of a state's source, averaged over that cut's positions."""
-        average = GlobalAverage(self.sources[state.source].parts.cuts[cut])
-        return self._candidate(state, cut + 1, "early exit", average)
+        """The network that ends early, at a cut of a state's source."""
+        return self._candidate(state, cut + 1, "early exit")
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
-    def _candidate(self, state: State, last: int, kind: Kind, average: GlobalAverage | None = None) -> Candidate:
-        steps = state.steps_to(last)
+    def _candidate(self, state: State, last: int, kind: Kind | None) -> Candidate:
+        way = state.steps_to(last)
         cost = state.cost + self.costs.run(state.source, state.entry, last)
-        sources = [self.sources[step.source].parts for step in steps]
-        recipe = Recipe.chain(
-            tuple({part.name: part.source.ref for part in sources}.values()),
-            [
-                FragmentRef(part.name, part.ends[step.first], part.ends[step.last])
-                for part, step in zip(sources, steps, strict=True)
-            ],
-            [step.spec for step in steps[1:]],
-            num_features=sources[-1].width_at(last),
-            input_size=sources[0].image_shape,
-            averaged=average is not None,
-            scores={"cka_product": state.product, "params": cost.params, "macs": cost.macs},
-        )
-        return Candidate(recipe, kind, steps, cost, average)
+        kind = kind or ("stitched" if len({step.source for step in way}) > 1 else "shortened")
+        parts = [source.parts for source in self.sources]
+        return Candidate.of(kind, [way], parts, cost, {"cka_product": state.product})
 
     def _objection(
         self, state: State, cut: int, s: int, r: int, used: frozenset[tuple[int, int]], filters: Filters

@@ -22,23 +22,28 @@ _MODES = ("bilinear", "bicubic", "nearest")
 class Preprocess(nn.Module):
     """Images in [0, 1], (batch, channels, height, width), to what a source was trained on.
 
-    Images keep their size unless the source accepts only its own; then they are resized with anti-aliasing.
+    Images keep their size unless another is named or the source accepts only its own; then they are resized with
+    anti-aliasing.
+
+    Args:
+        preprocessing: How the source wants its images.
+        size: (height, width) to resize them to; None: as above.
     """
 
     traced_whole = True
     mean: Tensor
     std: Tensor
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.size = preprocessing.input_size[1:] if preprocessing.fixed_size else None
+        self.size = preprocessing.input_size[1:] if preprocessing.fixed_size else size
         self.mode = preprocessing.interpolation if preprocessing.interpolation in _MODES else "bicubic"
         # Not in the state dict: the recipe holds them.
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Resize where the size is fixed, then normalise."""
+        """Resize where there is a size, then normalise."""
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = functional.interpolate(images, self.size, mode=self.mode, antialias=self.mode != "nearest")
         return (images - self.mean) / self.std

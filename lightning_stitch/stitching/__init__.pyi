@@ -1,23 +1,26 @@
 from .activations import Calibrated, Grid, calibrate, centred_or_none, positions, rows_on_grids, rows_to_fit
 from .calibration import Calibration, saved_settings, settings_identity, source_identity
-from .candidates import Candidate, Kind, Step
+from .candidates import Candidate, Kind, Read, Step, Way, piece_keys, pieces_of, tree_of
 from .fitting import fit_stitch, stitch_from_fit
 from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
 from .images import Batch, WithoutLabels, images_of, read_images, store_images
 from .segments import Segmented, chunks, segment
-from .stitches import GlobalAverage, Stitch, is_bridgeable, stitch_spec
+from .stitches import Stitch, is_bridgeable, stitch_spec
+from .taps import Reading
 
 __all__ = [
     "Batch",
     "Calibrated",
     "Calibration",
     "Candidate",
-    "GlobalAverage",
     "Grid",
     "Kind",
+    "Read",
+    "Reading",
     "Segmented",
     "Step",
     "Stitch",
+    "Way",
     "WithoutLabels",
     "calibrate",
     "centred_or_none",
@@ -28,6 +31,8 @@ __all__ = [
     "fold_into_producer",
     "images_of",
     "is_bridgeable",
+    "piece_keys",
+    "pieces_of",
     "positions",
     "read_images",
     "rows_on_grids",
@@ -40,4 +45,5 @@ __all__ = [
     "stitch_from_fit",
     "stitch_spec",
     "store_images",
+    "tree_of",
 ]

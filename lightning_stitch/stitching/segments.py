@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 from lightning_stitch.cost import Cost
 from lightning_stitch.cutting import Cut, CutGraph
+from lightning_stitch.recipe import Statistic
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Preprocess, Source, cut_source
+from lightning_stitch.stitching.taps import statistics_of
 
 # Below glibc's largest threshold (32 MB) for keeping freed memory instead of giving it back.
 _CHUNK_BYTES = 20 * 2**20
@@ -32,6 +34,7 @@ class Segmented:
         costs: Parameters and multiply-accumulates of each piece.
         preprocess: Images in [0, 1] to the source's own view.
         image_shape: (channels, height, width) of these images.
+        taps: What is read of each cut that a network passes; None: nothing.
     """
 
     source: Source
@@ -42,6 +45,7 @@ class Segmented:
     costs: list[Cost]
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
+    taps: list[tuple[Statistic, ...] | None]
 
     @property
     def name(self) -> str:
@@ -73,6 +77,13 @@ class Segmented:
             return self.cuts[piece - 1].channels
         return self.graph.output_features() if self.end is None else self.graph.find(self.end).channels
 
+    def statistics_at(self, piece: int, *, is_end: bool) -> tuple[Statistic, ...] | None:
+        """What is read behind a piece; None: nothing. At the end of a network something is."""
+        if piece == len(self.cuts):
+            return ()
+        average: tuple[Statistic, ...] = () if self.cuts[piece].grid is None else ("mean",)
+        return self.taps[piece] if self.taps[piece] is not None or not is_end else average
+
     def cost_between(self, first: int, last: int) -> Cost:
         """Cost of the pieces from one index up to, not including, another."""
         return sum(self.costs[first:last], Cost(0, 0))
@@ -88,14 +99,17 @@ def chunks(images: Tensor, images_at_once: int) -> Sequence[Tensor]:
     return images.split(images_at_once) if images.device.type == "cpu" else (images,)
 
 
-def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int]) -> Segmented:
-    """Take a source apart at its cuts for images of a shape.
+def segment(
+    source: Source, settings: CalibrationSettings, image_shape: tuple[int, int, int], *, resize: bool = False
+) -> Segmented:
+    """Take a source apart at its cuts for images of a shape, to which they are resized if need be.
 
     A CutError says that it cannot be cut, has no feature vector to end at, or does not take such images.
     """
     graph, cuts, end = cut_source(source, settings, image_shape)
     pairs = list(pairwise([None, *(cut.name for cut in cuts), end]))
     pieces = [graph.fragment(a, b, share=True).eval() for a, b in pairs]
+    tapped = _names_of_taps(graph, cuts, settings)
     return Segmented(
         source=source,
         graph=graph,
@@ -103,6 +117,17 @@ def segment(source: Source, settings: CalibrationSettings, image_shape: tuple[in
         end=end,
         pieces=pieces,
         costs=[Cost(sum(p.numel() for p in graph.parameters(a, b)), graph.macs(a, b)) for a, b in pairs],
-        preprocess=Preprocess(source.preprocessing),
+        preprocess=Preprocess(source.preprocessing, image_shape[1:] if resize else None),
         image_shape=image_shape,
+        taps=[statistics_of(cut) if cut.name in tapped else None for cut in cuts],
     )
+
+
+def _names_of_taps(graph: CutGraph, cuts: Sequence[Cut], settings: CalibrationSettings) -> set[str]:
+    """The cuts of a source that are read when a network passes them."""
+    offered = {cut.name for cut in cuts}
+    if settings.until == "output" or settings.readout == "last":
+        return set()
+    if settings.readout == "all":
+        return offered & {cut.name for cut in graph.cuts("blocks")} or offered
+    return offered & set(settings.readout)

@@ -45,30 +45,6 @@ def is_bridgeable(sender: Cut, receiver: Cut) -> bool:
     return sender.format != "vector" or receiver.format == "vector"
 
 
-class GlobalAverage(nn.Module):
-    """A cut's activation averaged over its positions (batch, channels): what a network that ends early gives.
-
-    Prefix tokens are left out; a vector stays as it is.
-    """
-
-    traced_whole = True
-
-    def __init__(self, cut: Cut) -> None:
-        super().__init__()
-        self.format = cut.format
-        self.num_prefix_tokens = cut.num_prefix_tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean of each channel."""
-        if self.format == "tokens":
-            return x[:, self.num_prefix_tokens :].mean(1)
-        return x if self.format == "vector" else x.mean((2, 3) if self.format == "NCHW" else (1, 2))
-
-    def extra_repr(self) -> str:
-        """One line for print(network)."""
-        return self.format
-
-
 class Stitch(nn.Module):
     """What joins one fragment's output to the next one's input.
 

@@ -61,7 +61,7 @@ class ClassifierPlace:
         """Give the classifier the network, a head that is fitted to its features, and the data's class names."""
         module = self.module
         with torch.inference_mode(False):
-            head = self.head_settings.fit(features, targets)
+            head = self.head_settings.fit(features, targets, network.recipe.head_blocks)
         module.install(network.to(module.device), head.to(module.device))
         if module.class_names is None and self.head_settings.name != "none":
             module.class_names = data.class_names

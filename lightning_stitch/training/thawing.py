@@ -71,17 +71,18 @@ def parameter_groups(
 
     Groups have a "name" ("head", "stitch_2" which leads into "fragment_2", ...) and an "lr_factor": 1 for the head,
     for heads inside the network and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for a
-    fragment with at most k fragments behind it. A parameter that several fragments share is in the first one's group.
+    run of fragments with at most k stitches behind it. A parameter that several fragments share is in the first one's group.
     """
     for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
         if not 0 <= factor < torch.inf:
             raise StitchError(f"{name} is {factor}; give a finite number of at least 0, such as 0.1.")
     members: list[tuple[str, list[nn.Module], float]] = [("head", [head, network.heads], 1.0)]
-    for index in range(len(network.fragments)):
-        members.append((f"stitch_{index + 1}", stitch_layers(network, index), 1.0))
-    for index, fragment in enumerate(network.fragments):
-        factor = backbone_lr_factor * fragment_lr_decay ** network.recipe.num_behind[index]
-        members.append((f"fragment_{index + 1}", [fragment], factor))
+    runs = network.recipe.runs
+    for number, run in enumerate(runs, start=1):
+        members.append((f"stitch_{number}", stitch_layers(network, run.fragments[0]), 1.0))
+    for number, run in enumerate(runs, start=1):
+        factor = backbone_lr_factor * fragment_lr_decay ** network.recipe.num_behind[run.fragments[0]]
+        members.append((f"fragment_{number}", [network.fragments[index] for index in run.fragments], factor))
     grouped: set[nn.Parameter] = set()
     groups = []
     for name, modules, factor in members:

@@ -1,0 +1,127 @@
+"""Compositions side by side, with one joint head: greedy forward selection by leave-one-out gain.
+
+Nothing runs for it. The Gram matrix of a joint readout is that of what was chosen so far plus those of the taps that
+are new, so that adding a source, an exit, a smaller image or a stitched tail is judged in one decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice, takewhile
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.cost import Budget, Cost
+from lightning_stitch.search.evaluation import Outcome, keys_of_reads
+from lightning_stitch.search.ranking import SelectionData, grams_of, soft_scores
+from lightning_stitch.search.results import Ranked, rank_one
+from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
+
+_MOST_OF_A_KIND = 4  # additions that are tried of one source, from its cheapest to its best
+
+
+def side_by_side(
+    ranked: Sequence[Ranked],
+    selection: SelectionData,
+    outcomes: Mapping[str, Outcome],
+    parts: Sequence[Segmented],
+    budget: Budget,
+    *,
+    max_roots: int,
+) -> list[Ranked]:
+    """The best candidate that keeps a budget, with one more beside it, and one more, as long as each is worth it.
+
+    An addition is worth it where it lowers the squared error of the images left out by more than one standard error of
+    that over the images. Of those that cannot be told from the best one, by one standard error, the cheapest is taken.
+
+    Args:
+        ranked: Candidates, best first.
+        selection: What they were ranked by, with labels.
+        outcomes: What they gave, by their keys.
+        parts: The sources that their steps refer to.
+        budget: Limits that all keep.
+        max_roots: Most candidates side by side.
+    """
+    allowed = [r for r in ranked if r.candidate.kind != "self-stitched" and budget.allows(r.candidate.cost)]
+    if not allowed or allowed[0].errors is None:
+        return []
+    best, found = allowed[0], []
+    outcome = outcomes[best.candidate.key]
+    for _ in range(max_roots - 1):
+        trials = []
+        for addition in _additions(allowed, best.candidate):
+            candidate = _join(best.candidate, addition.candidate, parts)
+            if candidate is None or not budget.allows(candidate.cost):
+                continue
+            joint = _join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
+            gram = next(gram for _, gram in grams_of([joint]))
+            trials.append((rank_one(candidate, *_swap(soft_scores(gram, selection), joint)), joint))
+        worth = [(r, joint) for r, joint in trials if r.gain_over(best)[0] > r.gain_over(best)[1]]
+        if not worth:
+            break
+        first = max((r for r, _ in worth), key=lambda r: r.gain_over(best)[0])
+        alike = [(r, joint) for r, joint in worth if first.gain_over(r)[0] <= first.gain_over(r)[1]]
+        best, outcome = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
+        found.append(best)
+    return found
+
+
+def _swap(scored: tuple[dict[str, float], Tensor], outcome: Outcome) -> tuple[dict[str, float], Outcome, Tensor]:
+    return scored[0], outcome, scored[1]
+
+
+def _additions(ranked: Sequence[Ranked], chosen: Candidate) -> list[Ranked]:
+    """What may stand beside a composition: of each source and kind of image some that nothing cheaper beats."""
+    fronts: dict[tuple[object, ...], list[Ranked]] = {}
+    begun = {(way[0].source, len(way) > 1) for way in chosen.ways}
+    for r in sorted(ranked, key=lambda r: (r.candidate.cost.macs, -r.score)):
+        steps = r.candidate.steps
+        if len(steps) == 1 and any(steps[0].source == source for source, _ in begun):
+            continue  # a longer or shorter part of what is there
+        front = fronts.setdefault(tuple(step.source for step in steps), [])
+        if not front or r.score > front[-1].score:
+            front.append(r)
+    additions: list[Ranked] = []
+    for front in fronts.values():
+        places = torch.linspace(0, len(front) - 1, min(len(front), _MOST_OF_A_KIND)).round().int().tolist()
+        additions += [front[place] for place in places]
+    return additions
+
+
+def _join(first: Candidate, second: Candidate, parts: Sequence[Segmented]) -> Candidate | None:
+    """Two candidates as one, their common front once; None where one of them has all that the other has."""
+    if set(keys_of_reads(second)) <= set(keys_of_reads(first)):
+        return None
+    ways = list(dict.fromkeys((*first.ways, *second.ways)))
+    product = math.prod(spec.cka or 1.0 for way in ways for step in way if (spec := step.spec) is not None)
+    cost = first.cost + second.cost + _shared_cost(first.ways, second.ways, parts)
+    return Candidate.of("side by side", ways, parts, cost, {"cka_product": product})
+
+
+def _shared_cost(first: Sequence[Way], second: Sequence[Way], parts: Sequence[Segmented]) -> Cost:
+    """What is counted twice of the fronts that ways have in common, below 0."""
+    shared = Cost(0, 0)
+    for way in second:
+        lengths = [_common_length(piece_keys(way), piece_keys(rival)) for rival in first]
+        for step, piece in islice(pieces_of(way), max(lengths)):
+            part = parts[step.source]
+            shared = shared + part.cost_between(piece, piece + 1)
+            if piece == step.first and step.spec is not None:
+                before = way[way.index(step) - 1]
+                pieces = parts[before.source].pieces[before.last - 1], part.pieces[piece]
+                shared = shared + Cost(*stitch_cost(step.spec, *pieces, step.spec.placement))
+    return Cost(-shared.params, -shared.macs)
+
+
+def _common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _join_outcomes(first: Outcome, second: Outcome, candidate: Candidate) -> Outcome:
+    """What two candidates gave together, in the order of the joint one's taps."""
+    vectors = dict(zip((*second.keys, *first.keys), (*second.vectors, *first.vectors), strict=True))
+    keys = keys_of_reads(candidate)
+    seconds = first.seconds + second.seconds
+    return Outcome(tuple(vectors[key] for key in keys), keys, candidate.recipe.head_blocks, seconds)
