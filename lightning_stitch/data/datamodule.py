@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision.datasets import ImageFolder
 
 from lightning_stitch._lightning import SourcePreparer, check_same_namespace, pl
@@ -36,9 +36,10 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     | set | what it is for | how it is drawn |
     |---|---|---|
-    | calibration | fit stitches, score CKA; labels unused | at random |
-    | train | fit the head, fine-tune | stratified by class where there are classes |
-    | selection (= val) | rank candidates | `val` where given, else stratified out of `train` |
+    | calibration | fit stitches, score CKA, fit the head | at random |
+    | train | rank candidates, fit the head, fine-tune | stratified by class where there are classes |
+    | selection (= val) | the same, but for fine-tuning, which it validates | `val` where given, else stratified out of |
+    | | | `train` |
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
     Exactly one of `train`, `image_folder` and `datamodule` says where the images come from. The draws depend on `seed`
@@ -175,6 +176,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         """The train set in a fixed order, for a head that is solved rather than trained."""
         return self._make_loader("train")
 
+    def labelled_dataloader(self, *parts: str) -> DataLoader:
+        """The images of some sets ("calibration", "train", "selection") in a row, in a fixed order."""
+        return self._make_loader(*parts)
+
     def calibration_dataloader(self) -> DataLoader:
         """The calibration set in a fixed order; labels come along and are not to be used."""
         return self._make_loader("calibration")
@@ -224,11 +229,11 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.setup()
         return {part: len(images) for part, images in self._parts.items()}
 
-    def _make_loader(self, part: str, *, shuffle: bool = False) -> DataLoader:
+    def _make_loader(self, *parts: str, shuffle: bool = False) -> DataLoader:
         self.setup()
         # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
         generator = torch.Generator().manual_seed(self._seed)
-        images = self._parts[part]
+        images: Any = self._parts[parts[0]] if len(parts) == 1 else ConcatDataset([self._parts[part] for part in parts])
         sampler = EpochShuffle(images, self._seed) if shuffle else None
         return DataLoader(
             images, batch_size=self.batch_size, sampler=sampler, generator=generator, **self._loader_options

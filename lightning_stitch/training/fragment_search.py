@@ -98,6 +98,9 @@ class FragmentSearch(pl.Callback):
         ranking: str = "auto",
         max_candidates: int = 64,
         exits: bool = True,
+        readout: str | list[str] = "all",
+        sizes: list[int] | None = None,
+        max_roots: int = 3,
         heal: bool = False,
         max_healed: int = 16,
         compare: bool = False,
@@ -120,6 +123,8 @@ class FragmentSearch(pl.Callback):
             bias=bias,
             max_candidates=max_candidates,
             exits=exits,
+            sizes=sizes,
+            max_roots=max_roots,
             heal=heal,
             max_healed=max_healed,
             time_limit=time_limit,
@@ -129,6 +134,7 @@ class FragmentSearch(pl.Callback):
             granularity=granularity,
             estimator=estimator,
             rows_per_image=rows_per_image,
+            readout=readout,
             seed=seed,
             keep_activations=keep_activations,
         )
@@ -316,7 +322,7 @@ class FragmentSearch(pl.Callback):
         if head.until == "output":
             # A class map of classes that the sources do not have is refused before they run.
             head.empty(pool.parts[0].graph.output_features())
-        selection = _batches(trainer, data.selection_dataloader())
+        selection = _batches(trainer, data.labelled_dataloader("train", "selection"))
         if self.search_settings.ranking == "auto" and not head.needs_targets:
             selection = WithoutLabels(selection)
         settings = self.search_settings
@@ -338,7 +344,7 @@ class FragmentSearch(pl.Callback):
             self.comparison = compare(
                 pool,
                 result,
-                data.head_dataloader(),
+                data.labelled_dataloader(*_parts_for_head(trainer)),
                 data.test_dataloader(),
                 num_classes=head.num_classes,
                 head=head,
@@ -353,7 +359,7 @@ class FragmentSearch(pl.Callback):
         """Fit a candidate's head and give both to the module, the same on every rank."""
         assert self.pool is not None
         progress.start("head", None)
-        batches = _batches(trainer, data.head_dataloader())
+        batches = _batches(trainer, data.labelled_dataloader(*_parts_for_head(trainer)))
         if self.attribute is None and not place.head_settings.needs_targets:
             batches = list(islice(batches, 1))  # enough to see how wide the features are
         outcomes, targets = self.pool.outcomes([candidate], batches, progress=progress)
@@ -376,6 +382,11 @@ def _warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
                 f"follow train() and eval().",
                 stacklevel=2,
             )
+
+
+def _parts_for_head(trainer: pl.Trainer) -> tuple[str, ...]:
+    """The sets that a head is fitted on: all that have labels, but for the one that validates training to come."""
+    return ("train", "calibration") if trainer.max_epochs != 0 else ("train", "selection", "calibration")
 
 
 def _batches(trainer: pl.Trainer, loader: Any) -> Any:
