@@ -31,7 +31,8 @@ class CalibrationSettings:
         readout: What is read of a network: "all", the mean and standard deviation over positions at the end of every
             block that it passes, and its final vector (of tokens the prefix tokens, too); "last", the final vector
             alone (the paper's; of a network that ends early the mean); or a list of cut names, read besides the final
-            vector. Networks that end at an output give that alone.
+            vector. Networks that end at an output give that alone. (None, for `FragmentSearch`: "all", but "last" where
+            the module has no head, or where a head of its own learns the features.)
         seed: Of the sampled positions.
         keep_activations: Where activations of the calibration images wait to be carried on while a search lasts: on
             "disk" (an unnamed temporary file, so that memory is rows x channels at any image size), or in "memory".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_stitch.errors import StitchError
 from lightning_stitch.heads.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
 from lightning_stitch.heads.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
-from lightning_stitch.heads.ridge import RidgeHead, fit_ridge_head
+from lightning_stitch.heads.ridge import RidgeFit, RidgeHead, fit_ridge_head
 from lightning_stitch.heads.targets import Task, count_of, task_of
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -113,21 +113,26 @@ class HeadSettings:
             return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
         return nn.Identity()
 
-    def fit(self, features: Tensor, targets: Tensor | None, blocks=None) -> nn.Module:
+    def fit(
+        self, features: Tensor, targets: Tensor | None, blocks: Sequence[int] | None = None
+    ) -> tuple[nn.Module, RidgeFit | None]:
         """The head, fitted in closed form on a network's outputs (rows x width), and targets where it needs them.
+
+        `blocks` are the widths of what the outputs are side by side (`Recipe.head_blocks`). Gives, too, what
+        leave-one-out says of a ridge head.
 
         Raises:
             CalibrationError: If features or targets cannot be used.
             StitchError: If there are no targets and the head needs them; likewise as `empty`.
         """
         if not self.needs_targets:
-            return self.empty(features.shape[1]).to(features.device)
+            return self.empty(features.shape[1]).to(features.device), None
         if targets is None:
             raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
-        options = {"num_classes": self.num_classes, "task": self.task, **self.options}
+        options = {"num_classes": self.num_classes, "task": self.task, "blocks": blocks, **self.options}
         if self.name == "knn":
-            return fit_neighbour_head(features, targets, **options)
-        return fit_ridge_head(features, targets, blocks=blocks, **options)[0]
+            return fit_neighbour_head(features, targets, **options), None
+        return fit_ridge_head(features, targets, **options)
 
 
 def fit_head(
@@ -137,6 +142,7 @@ def fit_head(
     *,
     task: str | None = None,
     num_classes: int | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> nn.Module:
     """Fit any of the heads, as `StitchedClassifier(head=...)` names them.
 
@@ -146,6 +152,7 @@ def fit_head(
         head: A name, or a mapping with "name" and options (`HeadSettings.of`).
         task: None: as the targets' dtype and shape say.
         num_classes: None: as many classes, labels or numbers as the targets say.
+        blocks: Widths of what the features are side by side, each of which counts alike (`Recipe.head_blocks`).
 
     Raises:
         CalibrationError: If features or targets cannot be used.
@@ -160,7 +167,7 @@ def fit_head(
     if targets is not None and num_classes is None and _name_and_options(head)[0] != "class_map":
         num_classes = max(2, count_of(targets)) if task_of(targets) == "multiclass" else count_of(targets)
     task = task or ("multiclass" if targets is None else task_of(targets))
-    return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets)
+    return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets, blocks)[0]
 
 
 def _name_and_options(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

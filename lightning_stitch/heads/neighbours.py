@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths import paired
+from lightning_stitch.maths import check_blocks, paired
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -112,6 +112,7 @@ def fit_neighbour_head(
     metric: Metric = "cosine",
     num_neighbours: int | None = None,
     temperature: float | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> NearestNeighbourHead:
     """Put labelled rows in a k-nearest-neighbour head; how many vote, and how sharply, is chosen by leave-one-out.
 
@@ -126,6 +127,7 @@ def fit_neighbour_head(
         metric: "cosine" or "euclidean".
         num_neighbours: How many rows vote; None: chosen.
         temperature: How much more the nearest count; None: chosen.
+        blocks: Widths of blocks of features that count alike, in a row; None: all features count alike.
 
     Raises:
         CalibrationError: If features or targets cannot be used (as `fit_ridge_head`), or fewer than 2 rows, or no more
@@ -151,6 +153,12 @@ def fit_neighbour_head(
     with torch.inference_mode(False), torch.no_grad():
         head = NearestNeighbourHead(features.shape[1], num_classes, task=task, metric=metric).to(features.device)
         z, mean, deviation = standardised(features)
+        if blocks is not None:
+            check_blocks(blocks, features.shape[1])
+            # Of the same mean square over all features as without blocks, which the temperatures are for.
+            widths = torch.tensor([float(width) for width in blocks for _ in range(width)]).to(deviation)
+            weight = (widths * len(blocks) / len(widths)).sqrt()
+            z, deviation = z / weight, deviation * weight
         head.rows, head.targets = z.float(), columns.float()
         head.mean, head.deviation = mean.float(), deviation.float()
         head._k, best_temperature = _least_loss(head, columns, num_neighbours, temperature)

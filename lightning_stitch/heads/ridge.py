@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads.score_calibration import class_temperature, label_calibration
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths import loo_ridge, r2, ridge_weights
+from lightning_stitch.maths import loo_ridge, r2
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""
@@ -63,6 +63,8 @@ class RidgeFit:
         loo_log_loss: Mean of -log(probability of a row's class, or of each of its labels' values) in nats, when it is
             left out; None for numbers.
         num_rows: Rows of the fit.
+        block_shares: Of each block of features its share of the variance of what is predicted for these rows: how far
+            its part of the prediction goes with the whole. They sum to 1; one may be below 0. Empty without blocks.
     """
 
     strength: float
@@ -71,6 +73,7 @@ class RidgeFit:
     loo_r2: float
     loo_log_loss: float | None
     num_rows: int
+    block_shares: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -91,6 +94,10 @@ def fit_ridge_head(
     own units. All is folded into weight and bias. Deterministic; runs in float64 on the features' device. The head's
     parameters can be trained on.
 
+    With blocks, what several taps read side by side, each feature is standardised on these rows and each block divided
+    by the root of its width, so that a wide one does not outweigh a narrow one; that is folded into weight and bias,
+    too. Memory is a few matrices of min(rows, features)^2 (`lightning_stitch.maths.left_out`).
+
     Args:
         features: Rows x features, any real dtype.
         targets: By the task: class indices (rows,), of an integer dtype, from 0 to num_classes - 1, of which at least
@@ -98,6 +105,7 @@ def fit_ridge_head(
         num_classes: Classes, labels or numbers, which is what the head gives; a class that does not occur scores 0.
         strengths: Ridge strengths to choose from; by default `DEFAULT_STRENGTHS`.
         task: "multiclass", "multilabel" or "regression".
+        blocks: Widths of the blocks of features, in a row; None: features are taken as they are.
 
     Returns:
         The head, on the features' device in training mode, and what leave-one-out says of it.
@@ -105,7 +113,7 @@ def fit_ridge_head(
     Raises:
         CalibrationError: If there are no rows, features have NaN or infinite values, features and targets differ in
             rows, a target is out of range, or only one class occurs, all labels agree, or a number does not vary.
-        StitchError: If strengths are empty or not positive.
+        StitchError: If strengths are empty or not positive, or the blocks are not the features' width together.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [0.2], [0.8], [0.9], [1.0]])
@@ -119,21 +127,10 @@ def fit_ridge_head(
     offset, factor = torch.zeros_like(columns[0]), torch.ones_like(columns[0])
     if task == "regression":
         columns, offset, factor = standardised(columns)
-    shift = scale = None
-    if blocks is not None:
-        features = features.double()
-        shift, dev = features.mean(0), features.std(0, correction=0)
-        scale = torch.where(dev > 1e-6, 1 / dev.clamp_min(1e-30), 0 * dev)
-        scale = (
-            scale
-            / torch.tensor(
-                [float(b) for b in blocks for _ in range(b)], dtype=torch.float64, device=scale.device
-            ).sqrt()
-        )
-        features = (features - shift) * scale
-    loo = loo_ridge(features, columns, strengths=DEFAULT_STRENGTHS if strengths is None else strengths)
-    best = int((loo.predictions - columns).square().sum((1, 2)).argmin())
-    scores = loo.predictions[best]
+    strengths = DEFAULT_STRENGTHS if strengths is None else strengths
+    loo = loo_ridge(features, columns, strengths=strengths, blocks=blocks)
+    strength = loo.strengths[int(loo.squared_errors.sum(1).argmin())]
+    scores = loo.left_out(strength)
     temperature = accuracy = log_loss = None
     if task == "multiclass":
         temperature = class_temperature(scores, columns)
@@ -143,16 +140,23 @@ def fit_ridge_head(
     elif task == "multilabel":
         factor, offset = label_calibration(scores, columns)
         log_loss = F.binary_cross_entropy_with_logits(factor * scores + offset, columns).item()
-    strength = loo.strengths[best]
-    solution = ridge_weights(loo, strength=strength)
+    solution = loo.weights(strength)
     assert solution.bias is not None
     # A search may run in inference mode, whose tensors can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         head = RidgeHead(features.shape[1], num_classes).to(features.device)
-        weight, bias = solution.weight * factor[:, None], solution.bias * factor + offset
-        if scale is not None:
-            weight = weight * scale
-            bias = bias - weight @ shift
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
-    return head, RidgeFit(strength, temperature, accuracy, r2(scores, columns), log_loss, len(columns))
+        head.weight.copy_(solution.weight * factor[:, None])
+        head.bias.copy_(solution.bias * factor + offset)
+    shares = () if blocks is None else _block_shares(features, solution.weight, blocks)
+    return head, RidgeFit(strength, temperature, accuracy, r2(scores, columns), log_loss, len(columns), shares)
+
+
+def _block_shares(features: Tensor, weight: Tensor, blocks: Sequence[int]) -> tuple[float, ...]:
+    """Each block's share of the variance of what a linear map predicts: its part's covariance with the whole."""
+    parts = [
+        x.double() @ w.T for x, w in zip(features.split(list(blocks), 1), weight.split(list(blocks), 1), strict=True)
+    ]
+    whole = sum(parts[1:], parts[0])
+    whole = whole - whole.mean(0)
+    total = whole.square().sum().item()
+    return tuple((part * whole).sum().item() / total if total else 0.0 for part in parts)

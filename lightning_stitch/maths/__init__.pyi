@@ -1,16 +1,19 @@
 from .cka import CentredRows, RowBank, centre_rows, cka_of_grams, cka_with_many, linear_cka, row_bank
 from .cka_metric import LinearCKA
-from .regression import AffineMap, loo_ridge, r2, ridge_least_squares, ridge_weights
+from .left_out import Scaling, block_gram, centre_gram, check_blocks, loo_ridge, loo_ridge_of_gram
+from .regression import AffineMap, r2, ridge_least_squares
 from .rows import paired
-from .tmp_gram import block_gram, loo_ridge_of_gram
 
 __all__ = [
     "AffineMap",
     "CentredRows",
     "LinearCKA",
     "RowBank",
+    "Scaling",
     "block_gram",
+    "centre_gram",
     "centre_rows",
+    "check_blocks",
     "cka_of_grams",
     "cka_with_many",
     "linear_cka",
@@ -19,6 +22,5 @@ __all__ = [
     "paired",
     "r2",
     "ridge_least_squares",
-    "ridge_weights",
     "row_bank",
 ]

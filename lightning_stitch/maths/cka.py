@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.left_out import centre_gram
 from lightning_stitch.maths.rows import centred, check_varies, paired, rows
 from lightning_stitch.settings import Estimator
 
@@ -45,7 +46,7 @@ def linear_cka(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> Te
 
 def cka_of_grams(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> Tensor:
     """`linear_cka` of two activations from their Gram matrices (rows x rows, float64), centred here."""
-    x, y = (gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean() for gram in (x, y))
+    x, y = centre_gram(x), centre_gram(y)
     _check_num_rows(len(x), estimator)
     d, e = x.diagonal(), y.diagonal()
     hsic = _hsic((x * y).sum(), d @ e, d.sum(), e.sum(), len(x), estimator)

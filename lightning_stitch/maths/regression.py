@@ -1,4 +1,4 @@
-"""Linear regression in closed form: ridge least squares, and leave-one-out ridge for many strengths at once.
+"""Linear regression in closed form: ridge least squares, and how much a prediction explains.
 
 Rows are samples (images, pixels, tokens), columns are channels. Inputs are of any real dtype; sums run in float64 on
 the input's device.
@@ -6,7 +6,6 @@ the input's device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,60 +88,6 @@ class _Regression:
     basis: Tensor
     eigenvalues: Tensor
     projected: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LooRidge:
-    """Ridge regression for a grid of strengths; `ridge_weights` makes the map for any one, `scale` times it the lambda.
-
-    `predictions` (strengths x n x k, float64) holds row i as predicted from all rows but i.
-    """
-
-    strengths: tuple[float, ...]
-    predictions: Tensor
-    scale: float
-    problem: _Regression
-
-
-def loo_ridge(features: Tensor, targets: Tensor, *, strengths: Sequence[float]) -> LooRidge:
-    """Exact leave-one-out predictions of ridge regression (n x d to n x k), intercept free, from one decomposition.
-
-    lambda = strength * trace(X'X) / min(n - 1, d) of all rows, relative to the mean eigenvalue of the centred features.
-    With H = 11'/n + U diag(s / (s + lambda)) U', the residual of a row left out is (y - Hy)_i / (1 - h_ii).
-
-    Raises:
-        CalibrationError: If either is not 2-D or has NaN or infinite values, or they differ in rows or have under two.
-        StitchError: If there are no strengths, or one is not a positive finite number.
-    """
-    _check_strengths(strengths)
-    features, targets = paired(features, targets, ("features", "targets"))
-    n, d = features.shape
-    if n < 2:
-        raise CalibrationError("Leaving one row out needs at least 2 rows; found 1.")
-    problem = _regression(features, targets, centre=True)
-    scale = problem.eigenvalues.sum().item() / min(n - 1, d)
-    u, uy = problem.basis, problem.projected
-    # 1 - s / (s + lambda) is written lambda / (s + lambda), so that nothing cancels where the fit nearly interpolates.
-    penalties = scale * targets.new_tensor(list(strengths))[:, None]
-    shrinkage = penalties / (problem.eigenvalues + penalties)
-    residual = targets - problem.mean_y - u @ uy + torch.einsum("nr,grk->gnk", u, shrinkage[:, :, None] * uy)
-    slack = (1 - 1 / n - u.square().sum(1)).clamp_min(0) + shrinkage @ u.square().T
-    return LooRidge(tuple(strengths), targets - residual / slack[:, :, None], scale, problem)
-
-
-def ridge_weights(fit: LooRidge, *, strength: float) -> AffineMap:
-    """The map fitted on all rows with one strength, of the grid or not.
-
-    Raises:
-        StitchError: If the strength is not a positive finite number.
-    """
-    _check_strengths([strength])
-    return _affine_map(fit.problem, strength * fit.scale, bias=True)
-
-
-def _check_strengths(strengths: Sequence[float]) -> None:
-    if not strengths or not all(0 < strength < torch.inf for strength in strengths):
-        raise StitchError(f"Ridge strengths must be one or more positive finite numbers; found {list(strengths)}.")
 
 
 def _regression(x: Tensor, y: Tensor, *, centre: bool) -> _Regression:

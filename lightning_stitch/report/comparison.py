@@ -127,7 +127,7 @@ def compare(
     evaluations = []
     for finalist, outcome, seen in zip(chosen, outcomes, tested, strict=True):
         begun = time.perf_counter()
-        fitted = head.fit(outcome.features, labels, outcome.blocks)
+        fitted, _ = head.fit(outcome.features, labels, outcome.blocks)
         seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
         with torch.no_grad():
             probabilities = fitted(seen.features).softmax(dim=-1)

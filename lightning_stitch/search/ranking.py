@@ -25,7 +25,7 @@ from lightning_stitch.heads import (
     comparable_columns,
     task_of,
 )
-from lightning_stitch.maths import block_gram, cka_of_grams, loo_ridge_of_gram, r2
+from lightning_stitch.maths import block_gram, centre_gram, cka_of_grams, loo_ridge_of_gram, r2
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.stitching import Batch, Candidate
 
@@ -235,23 +235,19 @@ def find_ranking(ranking: str | Ranking, *, labelled: bool) -> Ranking:
 
 def _reference(grams: Mapping[str, Tensor]) -> Tensor:
     """Leading directions (images x directions) of all sources' readouts, each of the same total variance."""
-    together = torch.stack([_centred(gram) / _centred(gram).trace() for gram in grams.values()]).sum(0)
+    together = torch.stack([centred / centred.trace() for centred in map(centre_gram, grams.values())]).sum(0)
     squares, directions = torch.linalg.eigh(together)
     return (directions * squares.clamp_min(0).sqrt())[:, -_REFERENCE_DIRECTIONS:]
-
-
-def _centred(gram: Tensor) -> Tensor:
-    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def predict_left_out(gram: Tensor, *targets: Tensor) -> list[Tensor]:
     """Each image's targets as ridge regression on the others predicts them, at the strengths of least squared error."""
     fit = loo_ridge_of_gram(gram, torch.cat(targets, dim=1), strengths=DEFAULT_STRENGTHS)
-    predictions = fit.predictions.split([columns.shape[1] for columns in targets], dim=2)
-    return [
-        of_all[int((of_all - columns).square().sum((1, 2)).argmin())]
-        for of_all, columns in zip(predictions, targets, strict=True)
-    ]
+    predictions, widths = [], [columns.shape[1] for columns in targets]
+    for place, errors in enumerate(fit.squared_errors.split(widths, dim=1)):
+        of_all = fit.left_out(fit.strengths[int(errors.sum(1).argmin())])
+        predictions.append(of_all.split(widths, dim=1)[place])
+    return predictions
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning_stitch._lightning import pl
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError, nearest
-from lightning_stitch.heads import HeadSettings
-from lightning_stitch.maths import ridge_least_squares
+from lightning_stitch.heads import DEFAULT_STRENGTHS, HeadSettings
+from lightning_stitch.maths import Scaling, loo_ridge
 from lightning_stitch.networks import (
     HOOK,
     StitchedBackbone,
@@ -76,6 +76,15 @@ class BackbonePlace:
         return self.present.recipe if isinstance(self.present, StitchedBackbone) else None
 
     @property
+    def readout(self) -> str:
+        """What is read of a network by default: all depths where a closed-form map stands behind it, else the last."""
+        present = self.present
+        if isinstance(present, StitchedBackbone) and present.announces_width:
+            return "all" if self.head_attribute is not None else "last"
+        is_empty = isinstance(present, StitchedBackbone) and present.network is None
+        return "last" if is_empty or hasattr(self.module, HOOK) else "all"
+
+    @property
     def train_mode(self) -> bool:
         """Whether the network follows `train()` while it is trained."""
         return isinstance(self.present, StitchedBackbone) and self.present.train_mode
@@ -116,7 +125,8 @@ class BackbonePlace:
         Raises:
             StitchError: If what the attribute holds gives no vectors for such images, or the head does not fit them.
         """
-        backbone, projection = self._prepare_backbone(features, batches, data)
+        blocks = network.recipe.head_blocks
+        backbone, projection = self._prepare_backbone(features, blocks, batches, data)
         with torch.no_grad():
             vectors = features if projection is None else projection(features.clone())
         self._warn_of_loading(backbone)
@@ -125,7 +135,7 @@ class BackbonePlace:
         backbone.install(network, projection)
         announce(self.module, backbone)
         if self.head_attribute is not None:
-            fitted = self.head_settings.fit(vectors, targets)
+            fitted, _ = self.head_settings.fit(vectors, targets, blocks if projection is None else None)
             self._find_head(backbone.num_features).load_state_dict({"weight": fitted.weight, "bias": fitted.bias})
 
     def agree(self, strategy: Any) -> None:
@@ -152,7 +162,7 @@ class BackbonePlace:
         )
 
     def _prepare_backbone(
-        self, features: Tensor, batches: Iterable[Any], data: CalibrationDataModule
+        self, features: Tensor, blocks: Sequence[int] | None, batches: Iterable[Any], data: CalibrationDataModule
     ) -> tuple[StitchedBackbone, nn.Linear | None]:
         """The backbone to fill, and the layer from the features to its width; None: their width is right."""
         present = self.present
@@ -160,11 +170,12 @@ class BackbonePlace:
             if present.announces_width:
                 return present, None
             if present.network is None:
-                return present, fit_width(features, present.num_features)
+                return present, fit_width(features, present.num_features, blocks)
         elif hasattr(self.module, HOOK):
             return StitchedBackbone(), None
         vectors = self._present_features(batches, data)
-        imitation = ridge_least_squares(features, vectors.to(features.device))
+        fit = loo_ridge(features, vectors.to(features.device), strengths=DEFAULT_STRENGTHS, blocks=blocks)
+        imitation = fit.weights(fit.strengths[int(fit.squared_errors.sum(1).argmin())])
         assert imitation.bias is not None
         backbone = present if isinstance(present, StitchedBackbone) else StitchedBackbone(vectors.shape[1])
         return backbone, _make_linear(imitation.weight, imitation.bias)
@@ -234,20 +245,22 @@ def _build_from(attribute: str, module: nn.Module, state_dict: Mapping[str, Any]
 
 
 @torch.no_grad()
-def fit_width(features: Tensor, width: int) -> nn.Linear | None:
+def fit_width(features: Tensor, width: int, blocks: Sequence[int] | None = None) -> nn.Linear | None:
     """The linear layer that brings features (images x their width) to another width; None where they have it.
 
-    Fewer: the first principal components, not scaled. More: all features, and zeros.
+    Fewer: the first principal components, not scaled, of the features as a head weighs them in blocks. More: all
+    features, and zeros.
     """
     num_features = features.shape[1]
     if width == num_features:
         return None
     if width > num_features:
         return _make_linear(torch.eye(width, num_features), torch.zeros(width))
-    rows = features.double()
-    mean = rows.mean(0)
-    directions = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors.flip(1)[:, :width].T
-    return _make_linear(directions, -directions @ mean)
+    scaling = Scaling.of(features, blocks)
+    directions = torch.linalg.svd(scaling.apply(features), full_matrices=False).Vh[:width] * scaling.scale
+    # Of fewer images than components there are no more directions.
+    weight = torch.cat([directions, directions.new_zeros(width - len(directions), num_features)])
+    return _make_linear(weight, -weight @ scaling.mean)
 
 
 def _make_linear(weight: Tensor, bias: Tensor) -> nn.Linear:

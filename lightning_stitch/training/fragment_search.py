@@ -98,7 +98,7 @@ class FragmentSearch(pl.Callback):
         ranking: str = "auto",
         max_candidates: int = 64,
         exits: bool = True,
-        readout: str | list[str] = "all",
+        readout: str | list[str] | None = None,
         sizes: list[int] | None = None,
         max_roots: int = 3,
         heal: bool = False,
@@ -134,10 +134,11 @@ class FragmentSearch(pl.Callback):
             granularity=granularity,
             estimator=estimator,
             rows_per_image=rows_per_image,
-            readout=readout,
+            readout="all" if readout is None else readout,
             seed=seed,
             keep_activations=keep_activations,
         )
+        self.chooses_readout = readout is None
         self.compare = compare
         self.fractions = tuple(fractions)
         self.pool: Pool | None = None
@@ -313,10 +314,13 @@ class FragmentSearch(pl.Callback):
         progress: Progress,
     ) -> SearchResult:
         head = place.head_settings
+        settings_of_pool = without_strangers(self.settings_until(head.until), [source.name for source in sources])
+        if self.chooses_readout:
+            settings_of_pool = replace(settings_of_pool, readout=place.readout)
         self.pool = pool = Pool(
             sources,
             data.image_shape,
-            settings=without_strangers(self.settings_until(head.until), [source.name for source in sources]),
+            settings=settings_of_pool,
             device=trainer.strategy.root_device,
         )
         if head.until == "output":

@@ -32,6 +32,11 @@ class ClassifierPlace:
         return self.module.recipe
 
     @property
+    def readout(self) -> str:
+        """All depths; where there is no head the last, which is what others take for a network's features."""
+        return "last" if self.head_settings.name == "none" else "all"
+
+    @property
     def train_mode(self) -> bool:
         """The classifier's."""
         return self.module.train_mode
@@ -61,7 +66,9 @@ class ClassifierPlace:
         """Give the classifier the network, a head that is fitted to its features, and the data's class names."""
         module = self.module
         with torch.inference_mode(False):
-            head = self.head_settings.fit(features, targets, network.recipe.head_blocks)
+            head, fit = self.head_settings.fit(features, targets, network.recipe.head_blocks)
+            if fit is not None and fit.block_shares:
+                network.recipe = network.recipe.with_shares(fit.block_shares)
         module.install(network.to(module.device), head.to(module.device))
         if module.class_names is None and self.head_settings.name != "none":
             module.class_names = data.class_names

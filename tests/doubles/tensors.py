@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -40,3 +46,21 @@ def related(n: int, cx: int, cy: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     x = common @ normal(3, cx, seed=seed + 1) + 0.5 * normal(n, cx, seed=seed + 2)
     y = common @ normal(3, cy, seed=seed + 3) + 0.5 * normal(n, cy, seed=seed + 4)
     return x, y
+
+
+@contextmanager
+def largest_made() -> Iterator[list[int]]:
+    """Numbers of each tensor that is made meanwhile."""
+    sizes: list[int] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            # A view makes nothing.
+            sizes.extend(x.numel() for x in tensors if x.untyped_storage().data_ptr() not in given)
+            return result
+
+    with Recorder():
+        yield sizes

@@ -47,7 +47,7 @@ def test_every_head_is_rebuilt_from_plain_settings_and_its_state_dict(
 ) -> None:
     count = None if targets is None else 3 if targets.ndim == 1 else targets.shape[1]
     settings = HeadSettings.of(head, task=task, num_classes=count)
-    fitted = settings.fit(FEATURES, targets)
+    fitted, _ = settings.fit(FEATURES, targets)
     assert type(fitted) is kind
     plain = json.loads(json.dumps(settings.plain))
     again = HeadSettings.of(plain, task=task, num_classes=settings.num_classes or None)
@@ -81,7 +81,7 @@ def test_a_class_map_knows_its_classes_and_ends_at_the_output_without_labels() -
     assert (settings.until, settings.needs_targets) == ("output", False)
     p = FEATURES.softmax(1)
     torch.testing.assert_close(
-        settings.fit(FEATURES, None)(FEATURES).softmax(1),
+        settings.fit(FEATURES, None)[0](FEATURES).softmax(1),
         torch.stack([p[:, :3].sum(1), p[:, 4:].sum(1), p[:, 3]], 1),
     )
     for name in set(HEADS) - {"class_map"}:

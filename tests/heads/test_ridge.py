@@ -179,3 +179,49 @@ def test_what_cannot_be_fitted_is_named(features: Tensor, targets: Tensor, words
 def test_strengths_must_be_positive() -> None:
     with pytest.raises(StitchError, match="Ridge strengths must be one or more positive finite numbers"):
         fit_ridge_head(ROWS, LABELS, num_classes=2, strengths=[])
+
+
+def planted(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Three features that tell the class, between two wide blocks of loud noise; in blocks of 400, 3 and 400."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(n) % 3
+    told = F.one_hot(targets, 3) + 0.5 * torch.randn(n, 3, generator=generator)
+    loud = 30 * torch.randn(n, 800, generator=generator) + 100
+    return torch.cat([loud[:, :400], told, loud[:, 400:]], dim=1), targets
+
+
+@pytest.mark.parametrize("n", [60, 1200])
+def test_a_narrow_block_is_heard_among_wide_ones_and_its_share_says_so(n: int) -> None:
+    (features, targets), (others, answers) = planted(n), planted(300, seed=1)
+    blocks = (400, 3, 400)
+    head, fit = fit_ridge_head(features, targets, num_classes=3, blocks=blocks)
+    deaf, _ = fit_ridge_head(features, targets, num_classes=3)
+    accuracy, without = ((h(others).argmax(1) == answers).float().mean().item() for h in (head, deaf))
+    assert accuracy > max(0.7, without + 0.1 * (n < 803))
+    assert sum(fit.block_shares) == pytest.approx(1)
+    assert max(fit.block_shares) == fit.block_shares[1] > 0.5
+
+
+def test_a_head_on_blocks_is_one_on_features_scaled_by_hand() -> None:
+    features, targets = blobs(50, 12, 3, spread=2.0)
+    blocks = (4, 8)
+    z = (features - features.mean(0)) / features.std(0, correction=0)
+    z = torch.cat([z[:, :4] / 2, z[:, 4:] / 8**0.5], dim=1)
+    head, fit = fit_ridge_head(features, targets, num_classes=3, blocks=blocks)
+    reference, expected = fit_ridge_head(z, targets, num_classes=3)
+    torch.testing.assert_close(head(features), reference(z), atol=1e-4, rtol=1e-4)
+    assert (fit.strength, fit.loo_accuracy) == (expected.strength, expected.loo_accuracy)
+    assert fit.loo_r2 == pytest.approx(expected.loo_r2, abs=1e-6)
+    assert expected.block_shares == ()
+    with pytest.raises(StitchError, match="blocks= are the widths of all 12 features"):
+        fit_ridge_head(features, targets, num_classes=3, blocks=(4, 7))
+
+
+def test_shares_are_covariances_with_the_whole_prediction() -> None:
+    features, targets = blobs(50, 12, 3, spread=2.0)
+    head, fit = fit_ridge_head(features, targets, num_classes=3, blocks=(4, 8))
+    weight = head.weight.detach()
+    parts = [features[:, :4] @ weight[:, :4].T, features[:, 4:] @ weight[:, 4:].T]
+    whole = parts[0] + parts[1] - (parts[0] + parts[1]).mean(0)
+    shares = [float((part * whole).sum() / whole.square().sum()) for part in parts]
+    assert fit.block_shares == pytest.approx(shares, abs=1e-4)
