@@ -109,9 +109,9 @@ def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], words: str) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.update(schema=3), "has schema 3; this version of lightning_stitch reads schema 2. Upgrade"),
+        (lambda p: p.update(schema=4), "has schema 4; this version of lightning_stitch reads schema 3. Upgrade"),
         (lambda p: p.pop("schema"), "has schema None"),
-        (lambda p: p.pop("fragments"), "no recipe of schema 2: .*'fragments'"),
+        (lambda p: p.pop("fragments"), "no recipe of schema 3: .*'fragments'"),
         (lambda p: p["sources"][0].pop("preprocessing"), "'preprocessing'"),
         (lambda p: p["fragments"][1].pop("start"), "start"),
         (lambda p: p.update(weights=[]), "weights"),

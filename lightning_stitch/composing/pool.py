@@ -367,11 +367,9 @@ class Pool:
         return [*self.parts, *chain.from_iterable(self._smaller.values())]
 
     @property
-    def graphs(self) -> dict[tuple[str, tuple[int, int] | None], CutGraph]:
-        """The cut graph of each source at each size; None: the pool's."""
-        sizes: dict[tuple[str, tuple[int, int] | None], CutGraph]
-        sizes = {(part.name, part.image_shape[1:]): part.graph for part in self.all_parts}
-        return sizes | {(part.name, None): part.graph for part in self.parts}
+    def graphs(self) -> dict[str, CutGraph]:
+        """The cut graph of each source, by name."""
+        return {part.name: part.graph for part in self.parts}
 
     def _costs(self, settings: SearchSettings) -> tuple[CompositionCosts, CompositionCosts | None]:
         """What compositions cost, and sources on smaller images; refuses a budget that none can keep."""

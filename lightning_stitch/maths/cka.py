@@ -48,6 +48,9 @@ def cka_of_grams(x: Tensor, y: Tensor, *, estimator: Estimator = "debiased") -> 
     """`linear_cka` of two activations from their Gram matrices (rows x rows, float64), centred here."""
     x, y = centre_gram(x), centre_gram(y)
     _check_num_rows(len(x), estimator)
+    for name, gram in (("x", x), ("y", y)):
+        if not gram.diagonal().sum() > 0:
+            raise CalibrationError(f"{name} is constant: its {len(gram)} rows are equal up to rounding.")
     d, e = x.diagonal(), y.diagonal()
     hsic = _hsic((x * y).sum(), d @ e, d.sum(), e.sum(), len(x), estimator)
     self_x = _self_similarity(x.square().sum(), d @ d, d.sum(), len(x), estimator, "x")

@@ -96,14 +96,12 @@ class StitchedNetwork(nn.Module):
         Raises:
             RecipeError: If a source cannot be rebuilt, or its architecture no longer has the recipe's cuts.
         """
-        graphs: dict[tuple[str, ImageSize], CutGraph] = {}
-        networks: dict[str, CutGraph] = {}
-        for name, size in dict.fromkeys(sizes_of(recipe)):
-            ref = recipe.source(name)
-            shape = view_size(ref.preprocessing, (recipe.input_size[0], *(size or recipe.input_size[1:])))
-            if name not in networks:
-                networks[name] = CutGraph(build_architecture(ref, trust_factory=trust_factory), shape)
-            graphs[name, size] = networks[name].at(shape)
+        graphs = {}
+        for ref in (recipe.source(name) for name in dict.fromkeys(fragment.source for fragment in recipe.fragments)):
+            network = build_architecture(ref, trust_factory=trust_factory)
+            sizes = [size for name, size in sizes_of(recipe) if name == ref.name]
+            shape = recipe.input_size if None in sizes else (recipe.input_size[0], *(sizes[0] or ()))
+            graphs[ref.name] = CutGraph(network, view_size(ref.preprocessing, shape))
         return assemble(recipe, graphs)
 
     def save_pretrained(
@@ -224,7 +222,7 @@ def sizes_of(recipe: Recipe) -> list[tuple[str, ImageSize]]:
 
 def assemble(
     recipe: Recipe,
-    graphs: Mapping[tuple[str, ImageSize], CutGraph],
+    graphs: Mapping[str, CutGraph],
     stitches: Sequence[Stitch | None] | None = None,
     tensors: Sequence[Mapping[str, Tensor]] | None = None,
     heads: Sequence[nn.Module] | None = None,
@@ -233,7 +231,7 @@ def assemble(
 
     Args:
         recipe: The structure.
-        graphs: The cut graph of each source at each size, by both. Their parameters are copied: once for each run of
+        graphs: The cut graph of each source, by name, at any size. Their parameters are copied: once for each run of
             fragments, or, where the recipe shares weights, once for all fragments of the source.
         stitches: What leads into each fragment, explicit where it is fitted; None: all numbers are zero.
         tensors: For each fragment the parameters and buffers, by their names in the source, that differ from its.
@@ -249,7 +247,8 @@ def assemble(
     fragments: list[fx.GraphModule] = []
     runs = {index: number for number, run in enumerate(recipe.runs) for index in run.fragments}
     try:
-        of_fragments = [graphs[key] for key in sizes_of(recipe)]
+        at_sizes = {key: _graph_at(recipe, *key, graphs[key[0]]) for key in dict.fromkeys(sizes_of(recipe))}
+        of_fragments = [at_sizes[key] for key in sizes_of(recipe)]
         for index, (ref, graph, stitch, changed) in enumerate(
             zip(recipe.fragments, of_fragments, stitches, tensors, strict=True)
         ):
@@ -267,6 +266,12 @@ def assemble(
         raise RecipeError(f"The recipe does not fit its sources: {error}") from error
     network = StitchedNetwork(recipe, entries, fragments, taps, _empty_heads(recipe) if heads is None else heads)
     return network.to(reference_tensor(network.fragments).device).eval()
+
+
+def _graph_at(recipe: Recipe, name: str, size: ImageSize, graph: CutGraph) -> CutGraph:
+    """A source's graph for images of a size."""
+    shape = recipe.input_size if size is None else (recipe.input_size[0], *size)
+    return graph.at(view_size(recipe.source(name).preprocessing, shape))
 
 
 def _tap_module(tap: Tap, recipe: Recipe, graph: CutGraph) -> nn.Module:

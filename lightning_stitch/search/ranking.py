@@ -25,7 +25,7 @@ from lightning_stitch.heads import (
     comparable_columns,
     task_of,
 )
-from lightning_stitch.maths import block_gram, centre_gram, cka_of_grams, loo_ridge_of_gram, r2
+from lightning_stitch.maths import block_gram, centre_gram, centre_rows, cka_of_grams, loo_ridge_of_gram, r2
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.stitching import Batch, Candidate
 
@@ -73,6 +73,9 @@ class SelectionData:
     @cached_property
     def source_grams(self) -> dict[str, Tensor]:
         """The Gram matrix of each source, by name."""
+        for name, outcome in self.sources.items():
+            with _naming([name]):
+                centre_rows(outcome.features, estimator="biased")  # which says what cannot be compared with
         names = list(self.sources)
         return {names[number]: gram for number, gram in grams_of(list(self.sources.values()))}
 
@@ -149,9 +152,7 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
     """
     scores: dict[int, dict[str, float]] = {}
     for number, gram in selection.grams():
-        (predictions,) = predict_left_out(gram, selection.columns)
-        scores[number] = _label_scores(predictions, selection)
-        selection.errors[number] = _errors(predictions, selection.columns)
+        scores[number], selection.errors[number] = label_scores(gram, selection)
     return [scores[number] for number in range(len(candidates))]
 
 
@@ -160,6 +161,12 @@ def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float
     predictions, softened = predict_left_out(gram, selection.columns, selection.softened)
     errors = _errors(softened, selection.softened)
     return {"loo_soft_r2": 1 - float(errors.sum()), **_label_scores(predictions, selection)}, errors
+
+
+def label_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
+    """The scores of `by_loo_r2` of one readout, and each image's squared error (images,)."""
+    (predictions,) = predict_left_out(gram, selection.columns)
+    return _label_scores(predictions, selection), _errors(predictions, selection.columns)
 
 
 def _label_scores(predictions: Tensor, selection: SelectionData) -> dict[str, float]:
@@ -258,7 +265,7 @@ def _naming(sources: Iterable[str]) -> Iterator[None]:
     except CalibrationError as error:
         names = " and ".join(map(repr, sources))
         raise CalibrationError(
-            f"Agreement with the features of source {names} on the selection images: {error}"
+            f"Agreement with the readout of source {names} on the selection images: {error}"
         ) from error
 
 

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
 
 import torch
-from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
-from lightning_stitch.search.ranking import SelectionData, grams_of, soft_scores
+from lightning_stitch.search.ranking import SelectionData, grams_of, label_scores, soft_scores
 from lightning_stitch.search.results import Ranked, rank_one
 from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
 
@@ -47,7 +46,8 @@ def side_by_side(
     allowed = [r for r in ranked if r.candidate.kind != "self-stitched" and budget.allows(r.candidate.cost)]
     if not allowed or allowed[0].errors is None:
         return []
-    best, found = allowed[0], []
+    best, chosen = allowed[0], []
+    score = soft_scores if "loo_soft_r2" in best.scores else label_scores
     outcome = outcomes[best.candidate.key]
     for _ in range(max_roots - 1):
         trials = []
@@ -57,19 +57,16 @@ def side_by_side(
                 continue
             joint = _join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
             gram = next(gram for _, gram in grams_of([joint]))
-            trials.append((rank_one(candidate, *_swap(soft_scores(gram, selection), joint)), joint))
+            scores, errors = score(gram, selection)
+            trials.append((rank_one(candidate, scores, joint, errors), joint))
         worth = [(r, joint) for r, joint in trials if r.gain_over(best)[0] > r.gain_over(best)[1]]
         if not worth:
             break
         first = max((r for r, _ in worth), key=lambda r: r.gain_over(best)[0])
         alike = [(r, joint) for r, joint in worth if first.gain_over(r)[0] <= first.gain_over(r)[1]]
         best, outcome = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
-        found.append(best)
-    return found
-
-
-def _swap(scored: tuple[dict[str, float], Tensor], outcome: Outcome) -> tuple[dict[str, float], Outcome, Tensor]:
-    return scored[0], outcome, scored[1]
+        chosen.append(best)
+    return chosen
 
 
 def _additions(ranked: Sequence[Ranked], chosen: Candidate) -> list[Ranked]:

@@ -120,7 +120,7 @@ def quarters(selection: SelectionData) -> list[SelectionData]:
     assert selection.targets is not None
     order = torch.randperm(len(selection.targets), generator=torch.Generator().manual_seed(0))
     return [
-        SelectionData(
+        selection_of(
             [features[chosen] for features in selection.features],
             selection.targets[chosen],
             [features[chosen] for features in selection.own_features],

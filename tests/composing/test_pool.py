@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from doubles.outcomes import selection_of
 from doubles.pools import path
 from doubles.progress import Recorder
 from doubles.references import sums_of
@@ -39,6 +40,7 @@ def sources() -> list[Source]:
 
 
 def pool_of(*found: Source, **settings: object) -> Pool:
+    settings = {"readout": "last", **settings}
     return Pool(found or sources(), SHAPE, settings=CalibrationSettings(**settings))  # type: ignore[arg-type]
 
 
@@ -49,7 +51,7 @@ def pool() -> Pool:
 
 @pytest.fixture(scope="module")
 def result(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION)
+    return pool.search([CALIBRATION], SELECTION, max_roots=1)
 
 
 def never() -> Iterator[Tensor]:
@@ -65,7 +67,7 @@ def records(result: SearchResult) -> list[tuple[object, ...]]:
 def test_the_result_is_in_the_order_of_its_scores(pool: Pool, result: SearchResult) -> None:
     kinds = [r.candidate.kind for r in result.ranked]
     assert (kinds.count("source"), kinds.count("self-stitched")) == (2, 2)
-    assert kinds.count("stitched") > 4
+    assert kinds.count("stitched") + kinds.count("shortened") > 4
     scores = [tuple(r.scores.values()) for r in result.ranked]
     assert scores == sorted(scores, reverse=True)
     for kind, best in (
@@ -81,14 +83,14 @@ def test_the_result_is_in_the_order_of_its_scores(pool: Pool, result: SearchResu
 
 @pytest.mark.parametrize("ranking", ["auto", *RANKINGS])
 def test_scores_are_those_of_the_assembled_networks(pool: Pool, ranking: str) -> None:
-    result = pool.search([CALIBRATION], SELECTION, ranking=ranking, max_candidates=4)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=ranking, max_candidates=4)
     candidates = [ranked.candidate for ranked in result.ranked]
     networks = [pool.assemble(candidate) for candidate in candidates]
     with torch.no_grad():
         features = [network(IMAGES) for network in networks]
     last = [candidate.recipe.fragments[-1].source for candidate in candidates]
     own = {name: x for name, x, c in zip(last, features, candidates, strict=True) if c.kind == "source"}
-    selection = SelectionData(features, LABELS, [own[name] for name in last], 3)
+    selection = selection_of(features, LABELS, [own[name] for name in last], 3)
     expected = find_ranking(ranking, labelled=True)(candidates, selection)
     for ranked, network, x, scores in zip(result.ranked, networks, features, expected, strict=True):
         assert ranked.scores == pytest.approx(scores, abs=1e-3)
@@ -131,17 +133,17 @@ def test_a_users_ranking_sees_features_labels_and_the_sources_own_features(pool:
             assert own is selection.features[last]
         return [{"neg_macs": -candidate.cost.macs} for candidate in candidates]
 
-    result = pool.search([CALIBRATION], SELECTION, ranking=smallest)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=smallest)
     assert [r.candidate.cost.macs for r in result.ranked] == sorted(r.candidate.cost.macs for r in result.ranked)
     assert seen[0].num_classes == 3
     assert torch.equal(seen[0].targets, LABELS)
     assert result.best.scores == {"neg_macs": float(-result.best.candidate.cost.macs)}
-    result = pool.search([CALIBRATION], SELECTION, ranking=smallest, num_classes=5)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=smallest, num_classes=5)
     assert seen[1].num_classes == 5
 
 
 def test_ties_go_to_the_sources(pool: Pool) -> None:
-    result = pool.search([CALIBRATION], SELECTION, ranking=lambda cs, _: [{"same": 1.0}] * len(cs))
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=lambda cs, _: [{"same": 1.0}] * len(cs))
     assert result.best is result.best_source is result.ranked[0]
     assert [r.candidate.kind for r in result.ranked[:4]] == ["source", "source", "self-stitched", "self-stitched"]
     assert not result.beat_best_source
@@ -163,7 +165,7 @@ def prefer(*order: str) -> object:
 def test_the_result_says_plainly_whether_a_candidate_beat_the_best_source(pool: Pool) -> None:
     macs = {source.name: source.cost.macs for source in pool.parts}
     assert macs["b"] < macs["a"]
-    won = pool.search([CALIBRATION], SELECTION, ranking=prefer("stitched b", "source a"))  # type: ignore[arg-type]
+    won = pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=prefer("stitched b", "source a"))  # type: ignore[arg-type]
     assert won.beat_best_source
     assert won.summary().startswith("The best candidate (stitched, ")
     assert "has wish -0.0000 on the selection images, the best source (a, " in won.summary()
@@ -184,16 +186,16 @@ def test_the_result_says_plainly_whether_a_candidate_beat_the_best_source(pool: 
     behind = pool.search(
         [CALIBRATION],
         SELECTION,
-        ranking=prefer("source a", "stitched b"),  # type: ignore[arg-type]
+        ranking=prefer("source a", "shortened b"),  # type: ignore[arg-type]
         budget=budget,
     )
-    assert behind.best.candidate.kind == "stitched"
+    assert behind.best.candidate.kind == "shortened"
     assert not behind.beat_best_source
-    assert "but is over the budget; the best within it (stitched, " in behind.summary()
+    assert "but is over the budget; the best within it (shortened, " in behind.summary()
 
 
 @pytest.mark.parametrize("measure", ["params", "macs"])
-@pytest.mark.parametrize(("exits", "kind"), [(True, "early exit"), (False, "stitched")])
+@pytest.mark.parametrize(("exits", "kind"), [(True, "early exit"), (False, "shortened")])
 def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_is_refused(
     measure: str, exits: bool, kind: str
 ) -> None:
@@ -202,7 +204,7 @@ def test_a_budget_of_exactly_the_cheapest_compositions_cost_is_met_and_one_less_
     costs = CompositionCosts(pool.parts, bias=True, max_fragments=3, early_exits=exits)
     least, words = costs.cheapest(measure)
     enough, less = (Budget(**{f"max_{measure}": limit}) for limit in (least, least - 1))
-    met = pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=enough, exits=exits)
+    met = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=strategy, budget=enough, exits=exits)
     assert met.best.candidate.kind == kind
     assert getattr(met.best.candidate.cost, measure) == least
     assert met.rejected["over the budget"] > 0
@@ -221,7 +223,9 @@ def test_a_budget_that_the_search_does_not_reach_names_the_cheapest_found(pool: 
     with pytest.raises(
         BudgetError, match=r"within the budget \(at most .* M MACs\); the cheapest it found has 0\.00 M"
     ):
-        pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=Budget(max_macs=least), exits=False)
+        pool.search(
+            [CALIBRATION], SELECTION, max_roots=1, strategy=strategy, budget=Budget(max_macs=least), exits=False
+        )
 
 
 @pytest.mark.parametrize("strategy", [Beam(), DepthFirst(threshold=0, edge_threshold=0)])
@@ -247,7 +251,9 @@ def test_the_same_input_gives_the_same_result_whatever_the_global_random_state(s
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_the_batch_size_changes_no_score(pool: Pool, result: SearchResult, batch_size: int) -> None:
     again = pool.search(
-        CALIBRATION.split(batch_size), zip(IMAGES.split(batch_size), LABELS.split(batch_size), strict=True)
+        CALIBRATION.split(batch_size),
+        zip(IMAGES.split(batch_size), LABELS.split(batch_size), strict=True),
+        max_roots=1,
     )
     assert [path(r.candidate) for r in again.ranked] == [path(r.candidate) for r in result.ranked]
     for one, other in zip(again.ranked, result.ranked, strict=True):
@@ -266,16 +272,16 @@ def test_every_image_goes_once_through_each_source(pool: Pool) -> None:
 
 
 def test_depth_first_does_not_pass_a_self_stitched_source_off_as_a_stitchnet(pool: Pool) -> None:
-    result = pool.search([CALIBRATION], SELECTION, strategy=DepthFirst(threshold=0, edge_threshold=0))
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=DepthFirst(threshold=0, edge_threshold=0))
     paths = [str(path(r.candidate)) for r in result.ranked]
     assert len(set(paths)) == len(paths)
     assert result.rejected["a source stitched to itself, which is a candidate already"] > 0
 
 
 def test_no_more_candidates_than_asked_for_are_ranked(pool: Pool) -> None:
-    result = pool.search([CALIBRATION], SELECTION, max_candidates=3)
-    assert [r.candidate.kind for r in result.ranked].count("stitched") == 3
-    assert pool.search([CALIBRATION], SELECTION, max_candidates=0).best_stitched is None
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, max_candidates=3)
+    assert sum(r.candidate.kind in ("stitched", "shortened") for r in result.ranked) == 3
+    assert pool.search([CALIBRATION], SELECTION, max_roots=1, max_candidates=0).best_stitched is None
 
 
 class Root(nn.Module):
@@ -291,7 +297,7 @@ def test_a_network_whose_features_are_useless_is_counted_and_not_ranked() -> Non
     fragile = live(shake(nn.Sequential(*layers, Root(), nn.Conv2d(5, 5, 1), *rooted[5:]), 0), "fragile")
     given = [sources()[0], fragile]
     pool = pool_of(*given, granularity={"fragile": ["3"], "a": "blocks"})
-    result = pool.search([CALIBRATION], SELECTION)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1)
     assert result.rejected["features not finite or constant on the selection images"] > 0
     assert {r.candidate.kind for r in result.ranked} >= {"source", "stitched"}
     assert all(math.isfinite(value) for r in result.ranked for value in r.scores.values())
@@ -383,13 +389,13 @@ def test_progress_is_told_stage_by_stage(pool: Pool, selection: DataLoader, tota
     recorder = Recorder()
     result = pool.search([CALIBRATION], selection, max_candidates=5, progress=recorder)
     assert recorder.stages == [("calibrating", 2, 2), ("composing", 5, 5), ("ranking", total, 40)]
-    assert [r.candidate.kind for r in result.ranked].count("stitched") == 5
+    assert sum(r.candidate.kind in ("stitched", "shortened") for r in result.ranked) == 5
 
 
 def test_seconds_are_those_of_the_search_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr("lightning_stitch.progress.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     pool = pool_of()
-    first, second = (pool.search([CALIBRATION], SELECTION, max_candidates=1).seconds for _ in range(2))
+    first, second = (pool.search([CALIBRATION], SELECTION, max_roots=1, max_candidates=1).seconds for _ in range(2))
     # The cutting in the constructor and the costs of the search are one stage.
     assert first == second == {"cut": 2.0, "calibrate": 1.0, "search": 1.0, "rank": 1.0}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from doubles.outcomes import run_all
 from doubles.pools import space_of
 from doubles.references import counted_bytes
 from doubles.small_sources import donor, live, shake
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.recipe import Preprocessing
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.space import Filters
 from lightning_stitch.sources.views import Preprocess
 
@@ -138,7 +138,7 @@ def test_a_receiver_may_view_what_a_stitch_gives_in_another_order_of_memory(send
         for edge in space.edges(state, cut, x, Filters(min_cka=-9, min_product=-9)):
             if edge.source == 1:
                 candidate = space.complete(space.enter(edge, x))
-                (outcome,) = PrefixTree([candidate], parts).run([images])
+                (outcome,) = run_all([candidate], parts, [images])
                 assert outcome.features.shape == (3, 10)
                 entered += parts[1].cuts[edge.receiver].format == "NCHW"
     assert entered > 3

@@ -26,7 +26,7 @@ def pair(seed: int = 1) -> list[Source]:
 
 
 def new_pool(sources: list[Source] | None = None, **settings: Any) -> Pool:
-    return Pool(sources or pair(), SHAPE, settings=CalibrationSettings(**settings))
+    return Pool(sources or pair(), SHAPE, settings=CalibrationSettings(**{"readout": "last", **settings}))
 
 
 BEAM = Beam(max_upsampling=math.inf)
@@ -34,7 +34,14 @@ BEAM = Beam(max_upsampling=math.inf)
 
 def search(pool: Pool, **options: Any) -> SearchResult:
     return pool.search(
-        **{"calibration": [CALIBRATION], "selection": SELECTION, "strategy": BEAM, "max_candidates": 12, **options}
+        **{
+            "calibration": [CALIBRATION],
+            "selection": SELECTION,
+            "strategy": BEAM,
+            "max_candidates": 12,
+            "max_roots": 1,
+            **options,
+        }
     )
 
 

@@ -36,7 +36,7 @@ def space_of(
     max_fragments: int = 16,
 ) -> SearchSpace:
     """Sources cut, calibrated on one batch and ready to be searched."""
-    settings = settings or CalibrationSettings()
+    settings = settings or CalibrationSettings(readout="last")
     parts = [segment(source, settings, tuple(images.shape[1:])) for source in sources]
     costs = CompositionCosts(parts, bias=bias, max_fragments=max_fragments)
     return SearchSpace(
@@ -47,7 +47,11 @@ def space_of(
 @cache
 def calibrated_pool(*architectures: str) -> Pool:
     """Donors cut everywhere and calibrated on digits of 32 pixels."""
-    pool = Pool([donor(name) for name in architectures], (3, 32, 32), settings=CalibrationSettings(granularity="all"))
+    pool = Pool(
+        [donor(name) for name in architectures],
+        (3, 32, 32),
+        settings=CalibrationSettings(granularity="all", readout="last"),
+    )
     pool.calibrate([digits(32, 32)[0]])
     return pool
 
@@ -59,8 +63,8 @@ def composed(*fragments: tuple[str, str | None, str | None], share_weights: bool
 
 
 def path(candidate: Candidate) -> list[tuple[str, str | None, str | None]]:
-    """A candidate's fragments as (source, start, end)."""
-    return [(ref.source, ref.start, ref.end) for ref in candidate.recipe.fragments]
+    """A candidate's runs as (source, start, end)."""
+    return [(run.ref.source, run.ref.start, run.ref.end) for run in candidate.recipe.runs]
 
 
 @contextmanager
@@ -93,7 +97,7 @@ def bare_candidate(source: str = "a", product: float = 1.0, kind: Kind = "stitch
         input_size=(3, 8, 8),
         scores={"cka_product": product},
     )
-    return Candidate(recipe, kind, (), Cost(1, 1))
+    return Candidate(recipe, kind, ((),), (), Cost(1, 1))
 
 
 def references(space: SearchSpace) -> list[Candidate]:

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from doubles.outcomes import assembled, run_all
 from doubles.pools import references, space_of
 from doubles.small_sources import live, shake
 from doubles.tensors import digits, noise
@@ -14,9 +15,7 @@ from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting.copies import with_tensors
 from lightning_stitch.healing.healer import Healer
 from lightning_stitch.healing.trials import run_layerwise
-from lightning_stitch.networks.network import assemble
 from lightning_stitch.recipe import FragmentRef, Recipe
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.paths import follow
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
@@ -54,7 +53,7 @@ def amplified(candidate: Candidate, factor: float) -> Candidate:
     stitch = type(step.stitch)(spec)
     stitch.load_state_dict({name: factor * x for name, x in step.stitch.state_dict().items()})
     steps = (*candidate.steps[:-1], dataclasses.replace(step, stitch=stitch))
-    return dataclasses.replace(candidate, steps=steps)
+    return dataclasses.replace(candidate, ways=(tuple(steps),))
 
 
 def healer() -> Healer:
@@ -62,8 +61,7 @@ def healer() -> Healer:
 
 
 def outputs(candidate: Candidate, where: SearchSpace) -> Tensor:
-    tree = PrefixTree([candidate], [source.parts for source in where.sources])
-    return tree.run([IMAGES])[0].features
+    return run_all([candidate], [source.parts for source in where.sources], [IMAGES])[0].features
 
 
 # -- changing some tensors -------------------------------------------------------------------------------------------
@@ -123,9 +121,7 @@ def test_a_healed_network_is_assembled_with_its_numbers(share_weights: bool) -> 
     candidate = healer().heal(amplified(stitched(*fragments), 4.0))
     assert candidate.recipe.healed
     recipe = Recipe.from_dict(dataclasses.replace(candidate.recipe, share_weights=share_weights).to_dict())
-    graphs = {s.name: s.parts.graph for s in space().sources}
-    stitches = [step.stitch for step in candidate.steps]
-    network = assemble(recipe, graphs, stitches, [step.tensors for step in candidate.steps])
+    network = assembled(candidate, [source.parts for source in space().sources], recipe)
     with torch.no_grad():
         assert torch.allclose(network(IMAGES), outputs(candidate, space()), atol=1e-4)
     assert "healed behind its stitches" in network.describe()

@@ -62,7 +62,7 @@ def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (lambda own: own["recipe"]["sources"][0]["preprocessing"].update(gamma=2.2), r"cannot be used: .*'gamma'"),
         (lambda own: own["recipe"].update(schema=99), r"recipe has schema 99"),
         (lambda own: own.pop("recipe"), r"recipe has schema None"),
-        (lambda own: own["recipe"].pop("fragments"), r"no recipe of schema 2: .*'fragments'"),
+        (lambda own: own["recipe"].pop("fragments"), r"no recipe of schema 3: .*'fragments'"),
         (lambda own: own.pop("weights"), r"malformed: kind or weights"),
         (lambda own: own.update(kind="other"), r"malformed: kind or weights"),
         (lambda own: own["weights"].update(sha256="0" * 64), r"not the file that its config.json was written with"),

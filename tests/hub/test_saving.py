@@ -60,7 +60,7 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     own = config["lightning_stitch"]
     assert own["recipe"] == model.recipe.to_dict()
-    assert own["recipe"]["schema"] == 2
+    assert own["recipe"]["schema"] == 3
     assert [source["preprocessing"]["mean"] for source in own["recipe"]["sources"]] == [
         list(ref.preprocessing.mean) for ref in model.recipe.sources
     ]

@@ -212,7 +212,8 @@ def test_the_replaced_backbone_sees_images_as_it_is_used_to(tmp_path: Path) -> N
         std=STD,
     )
     trainer(tmp_path, search("model.encoder")).fit(Watched(), normalised)
-    expected = (torch.cat([batch for batch, _ in data.head_dataloader()]) - mean) / std
+    labelled = data.labelled_dataloader("train", "selection", "calibration")
+    expected = (torch.cat([batch for batch, _ in labelled]) - mean) / std
     torch.testing.assert_close(torch.cat(seen), expected)
 
 
@@ -236,7 +237,8 @@ def test_the_head_can_be_fitted_with_no_step_of_training(tmp_path: Path) -> None
     assert run.global_step == 0
     backbone = model.backbone.eval()
     with torch.no_grad():
-        features, labels = zip(*((backbone(batch), labels) for batch, labels in data.head_dataloader()), strict=True)
+        labelled = data.labelled_dataloader("train", "selection", "calibration")
+        features, labels = zip(*((backbone(batch), labels) for batch, labels in labelled), strict=True)
         fitted, _ = fit_ridge_head(torch.cat(features), torch.cat(labels), num_classes=3)
     torch.testing.assert_close(model.head.weight, fitted.weight, rtol=1e-3, atol=1e-4)
     assert run.validate(model, data, verbose=False)[0]["val_accuracy"] > 0.6

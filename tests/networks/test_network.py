@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from doubles.outcomes import assembled, run_all
 from doubles.pools import references, space_of
 from doubles.references import sums_of
 from doubles.small_sources import donor, live, plain, shake
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError
 from lightning_stitch.networks.network import StitchedNetwork, assemble
-from lightning_stitch.recipe import Recipe
-from lightning_stitch.search.evaluation import PrefixTree
+from lightning_stitch.recipe import FragmentRef, Recipe
 from lightning_stitch.search.space import Filters, SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
@@ -26,8 +26,7 @@ IMAGES = digits(8, 64)[0]
 
 
 def network_of(space: SearchSpace, candidate: Candidate) -> StitchedNetwork:
-    graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
+    return assembled(candidate, [source.parts for source in space.sources])
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +165,7 @@ def test_describe_says_what_the_network_is_made_of() -> None:
     assert one is not None
     assert two is not None
     described = network_of(space, candidate).describe()
-    cost = f"{candidate.cost} at 16x16".partition(", ")[2]
+    cost = f"{candidate.cost} at 16x16; gives 4 features".partition(", ")[2]
     assert described.splitlines() == [
         "Stitched network of 3 fragments",
         "  a: image .. 0, 0.000 M parameters",
@@ -175,6 +174,7 @@ def test_describe_says_what_the_network_is_made_of() -> None:
         f"    stitch 9x1 -> 8x1 (vector -> vector), folded into the layer behind; CKA {two.cka:.3f}, "
         f"held-out R2 {two.r2:.3f}",
         "  a: 2 .. output, 0.000 M parameters",
+        "    read at output: 4 features",
         f"  {candidate.cost.params / 1e6:.3f} M parameters, {cost}",
         f"  cka_product {candidate.cka_product:.4g}",
     ]
@@ -185,10 +185,10 @@ def test_describe_of_an_unmodified_source_is_one_fragment(space: SearchSpace) ->
     lines = network_of(space, source).describe().splitlines()
     assert lines[0] == "Stitched network of 1 fragment"
     assert lines[1].startswith("  test_resnet: image .. global_pool, ")
-    assert re.search(r"M parameters, [0-9.]+ M MACs at 64x64$", lines[2])
+    assert re.search(r"M parameters, [0-9.]+ M MACs at 64x64; gives 96 features$", lines[3])
     recipe = dataclasses.replace(source.recipe, scores={**source.recipe.scores, "activation_bytes": 1_250_000})
     lines = network_of(space, dataclasses.replace(source, recipe=recipe)).describe().splitlines()
-    assert re.search(r"M MACs, 1\.25 MB of activations at 64x64$", lines[2])
+    assert re.search(r"M MACs, 1\.25 MB of activations at 64x64; gives 96 features$", lines[3])
 
 
 @pytest.mark.parametrize(("position", "placement"), [(0, "producer"), (1, "consumer")])
@@ -196,7 +196,7 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
     layers = [nn.Conv2d(3, 5, 3, stride=2, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
     source = live(shake(nn.Sequential(*layers, *head), 0), "net")
-    settings = CalibrationSettings(granularity=("1", "2"), rows_per_image=256)
+    settings = CalibrationSettings(granularity=("1", "2"), rows_per_image=256, readout="last")
     space = space_of([source], noise(12, 3, 16, 16), settings=settings, ridge=0.0)
     stitched = references(space)[1]
     spec = stitched.recipe.stitches[position]
@@ -206,15 +206,17 @@ def test_folded_stitches_leave_no_layer_behind(position: int, placement: str) ->
     assert list(network.entries[position + 1].parameters()) == []
     with torch.no_grad():
         images = noise(6, 3, 16, 16, seed=3)
-        expected = PrefixTree([stitched], [space.sources[0].parts]).run([images])[0].features
+        expected = run_all([stitched], [space.sources[0].parts], [images])[0].features
         torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(network(images), source.module[:7]((images - 0.4) / 0.3), rtol=1e-3, atol=1e-4)
 
 
 def test_a_fragment_that_goes_on_in_its_own_source_needs_no_stitch() -> None:
     source = plain("a", (5, 6, 8), seed=0)
-    recipe = references(space_of([source], noise(6, 3, 16, 16)))[1].recipe
-    network = assemble(recipe.with_stitches([None] * len(recipe.fragments)), {"a": source.graph})
+    end = source.graph.find("2")
+    halves = [FragmentRef("a", None, "1"), FragmentRef("a", "1", end.name)]
+    recipe = Recipe.chain((source.ref,), halves, [None], num_features=8, input_size=(3, 16, 16))
+    network = assemble(recipe, {"a": source.graph})
     images = noise(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(network(images), source.graph.fragment(None, "2")(network.entries[0](images)))

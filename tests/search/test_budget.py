@@ -23,6 +23,7 @@ from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, SearchResult
 from lightning_stitch.search.strategies import Beam, DepthFirst
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
@@ -114,21 +115,25 @@ def test_a_budget_in_words(budget: Budget, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    return Pool([plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=1, strides=(2, 2, 1))], SHAPE)
+    return Pool(
+        [plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=1, strides=(2, 2, 1))],
+        SHAPE,
+        settings=CalibrationSettings(readout="last"),
+    )
 
 
 @pytest.fixture(scope="module")
 def free(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING)
+    return pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING)
 
 
 def stitched(result: SearchResult) -> list[Ranked]:
-    return [r for r in result.ranked if r.candidate.kind == "stitched"]
+    return [r for r in result.ranked if r.candidate.kind in ("stitched", "shortened")]
 
 
 def composed(result: SearchResult) -> list[Ranked]:
     """All but the sources as they are and self-stitched, which are returned budget or no."""
-    return [r for r in result.ranked if r.candidate.kind in ("stitched", "early exit")]
+    return [r for r in result.ranked if r.candidate.kind in ("stitched", "shortened", "early exit")]
 
 
 def recipes(ranked: Sequence[Ranked]) -> list[dict[str, object]]:
@@ -164,7 +169,7 @@ def test_what_is_returned_is_what_keeps_the_limits_of_all_that_there_is(
         cost = ranked.candidate.cost
         return all(getattr(cost, limit.removeprefix("max_")) <= most for limit, most in limits.items())
 
-    found = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=Budget(**limits))
+    found = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=Budget(**limits))
     expected = [r for r in free.ranked if keeps(r)]
     assert len(free.ranked) > 20
     assert len(composed(free)) - len(stitched(free)) == sum(len(part.cuts) for part in pool.parts)
@@ -183,7 +188,9 @@ def test_a_search_without_a_limit_on_latency_repeats(
     pool: Pool, free: SearchResult, strategy: Beam | DepthFirst, seed: int
 ) -> None:
     budget = Budget(**random_limits(free, seed), min_score=0.3)
-    first, second = (pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=budget) for _ in range(2))
+    first, second = (
+        pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=strategy, budget=budget) for _ in range(2)
+    )
     assert recipes(first.ranked) == recipes(second.ranked)
     assert first.rejected == second.rejected
 
@@ -222,11 +229,13 @@ def by_macs(candidates: Sequence[Candidate], selection: SelectionData) -> list[d
 def test_with_a_least_score_the_cheapest_that_reaches_it_is_the_best(
     pool: Pool, share: float, limits: dict[str, float]
 ) -> None:
-    found = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, ranking=by_macs, budget=Budget(**limits))
+    found = pool.search(
+        [CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, ranking=by_macs, budget=Budget(**limits)
+    )
     within = [r for r in found.ranked if Budget(**limits).allows(r.candidate.cost)]
     least = sorted(r.scores["size"] for r in within)[int(share * len(within))]
     budget = Budget(**limits, min_score=least)
-    result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, ranking=by_macs, budget=budget)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, ranking=by_macs, budget=budget)
     assert result.best.candidate.cost.macs == least * 1e6
     reaching = [r for r in within if r.scores["size"] >= least]
     assert recipes(composed(result)) == recipes([r for r in composed(found) if r in reaching])
@@ -246,18 +255,24 @@ def test_of_equally_cheap_ones_the_better_is_the_best(exits: bool, end: str) -> 
     def later(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
         return [{"place": float(index)} for index, _ in enumerate(candidates)]
 
-    pool = Pool([plain(name, (4, 7, 12), seed=seed) for seed, name in enumerate("abc")], SHAPE)
+    pool = Pool(
+        [plain(name, (4, 7, 12), seed=seed) for seed, name in enumerate("abc")],
+        SHAPE,
+        settings=CalibrationSettings(readout="last"),
+    )
     options = {"ranking": later, "strategy": NO_STITCHES, "budget": Budget(min_score=1), "exits": exits}
-    result = pool.search([CALIBRATION], SELECTION, **options)  # type: ignore[arg-type]
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, **options)  # type: ignore[arg-type]
     assert path(result.best.candidate) == [("c", None, end)]
 
 
 def test_a_score_that_nothing_reaches_names_the_best_that_keeps_the_other_limits(pool: Pool) -> None:
     budget = Budget(max_macs=pool.parts[1].cost.macs, min_score=99)
-    kept = pool.search([CALIBRATION], SELECTION, ranking=by_macs, budget=Budget(max_macs=budget.max_macs)).best
+    kept = pool.search(
+        [CALIBRATION], SELECTION, max_roots=1, ranking=by_macs, budget=Budget(max_macs=budget.max_macs)
+    ).best
     words = f"within the budget ({budget}): the highest size is {kept.scores['size']:.4f} ({kept.candidate.kind}, "
     with pytest.raises(BudgetError, match=re.escape(f"{words}{kept.candidate.cost}). Lower min_score")):
-        pool.search([CALIBRATION], SELECTION, ranking=by_macs, budget=budget)
+        pool.search([CALIBRATION], SELECTION, max_roots=1, ranking=by_macs, budget=budget)
 
 
 # -- activation bytes ------------------------------------------------------------------------------------------------
@@ -265,7 +280,9 @@ def test_a_score_that_nothing_reaches_names_the_best_that_keeps_the_other_limits
 
 @pytest.fixture(scope="module")
 def weighed(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=Budget(max_activation_bytes=1e9))
+    return pool.search(
+        [CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=Budget(max_activation_bytes=1e9)
+    )
 
 
 def test_under_a_limit_on_activation_bytes_assembled_networks_are_measured(
@@ -288,7 +305,7 @@ def test_what_holds_too_many_activations_when_measured_is_left_out(
 ) -> None:
     figures = sorted({r.activation_bytes for r in weighed.ranked if r.activation_bytes is not None})
     budget = Budget(max_activation_bytes=figures[int(share * len(figures))])
-    found = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+    found = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=budget)
 
     def keeps(r: Ranked) -> bool:
         return r.activation_bytes is not None and r.activation_bytes <= budget.limits["activation_bytes"]
@@ -307,7 +324,7 @@ def test_where_all_hold_too_many_activations_the_leanest_is_named(pool: Pool, we
     budget = Budget(max_activation_bytes=least - 1)
     words = rf"that were measured, the leanest is over it \(.*, {least / 1e6:.4g} MB of activations\)\. Raise max_activ"
     with pytest.raises(BudgetError, match=words):
-        pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+        pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=budget)
 
 
 def test_fewer_activation_bytes_than_the_image_has_are_refused_before_one_is_read(pool: Pool) -> None:
@@ -324,7 +341,7 @@ def clocked(*, cold: float = 0.0) -> Pool:
         timed("slow", (8, 9, 10), (1, 10, 1), cold=cold),
         timed("fast", (8, 9, 12), (1, 1, 1), seed=1, cold=cold),
     )
-    return Pool([slow, fast], SHAPE)
+    return Pool([slow, fast], SHAPE, settings=CalibrationSettings(readout="last"))
 
 
 def crosses_the_slow_block(ranked: Ranked) -> bool:
@@ -337,11 +354,11 @@ def test_what_is_too_slow_by_estimate_is_not_walked_and_the_rest_is_measured(
 ) -> None:
     pool, recorder = clocked(), Recorder()
     budget = Budget(max_latency_ms=6)
-    result = pool.search([CALIBRATION], SELECTION, strategy=strategy, budget=budget, progress=recorder)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=strategy, budget=budget, progress=recorder)
     assert len(stitched(result)) > 3
     for r in result.ranked:
         if crosses_the_slow_block(r):
-            assert r.candidate.kind != "stitched"
+            assert r.candidate.kind not in ("stitched", "shortened")
             assert r.latency_ms is None
         else:
             pieces = sum(step.last - step.first for step in r.candidate.steps)
@@ -358,7 +375,7 @@ def test_what_is_too_slow_by_estimate_is_not_walked_and_the_rest_is_measured(
 
 def test_what_measures_slower_than_its_estimate_is_turned_down(clock: Clock) -> None:
     # Going over from one network to another costs 20 ms more than either alone.
-    result = clocked(cold=20).search([CALIBRATION], SELECTION, budget=Budget(max_latency_ms=13))
+    result = clocked(cold=20).search([CALIBRATION], SELECTION, max_roots=1, budget=Budget(max_latency_ms=13))
     assert not any(crosses_over(r) for r in result.ranked)
     assert result.rejected["over the latency budget when measured"] > 3
     assert all(r.latency_ms is not None and r.latency_ms <= 13 for r in stitched(result))
@@ -374,7 +391,7 @@ def test_where_all_measure_too_slow_the_fastest_is_named(clock: Clock, exits: bo
     words = rf"that were measured, the fastest is over it \({fastest} ms for one image\)"
     budget = Budget(max_latency_ms=limit)
     with pytest.raises(BudgetError, match=words):
-        clocked().search([CALIBRATION], SELECTION, strategy=NO_STITCHES, budget=budget, exits=exits)
+        clocked().search([CALIBRATION], SELECTION, max_roots=1, strategy=NO_STITCHES, budget=budget, exits=exits)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +424,7 @@ def test_pieces_are_measured_once_for_all_searches_of_a_pool(clock: Clock) -> No
 def test_a_least_score_and_a_latency_hold_together(clock: Clock) -> None:
     pool = clocked()
     budget = Budget(max_latency_ms=6, min_score=0.4)
-    result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=budget)
     fitting = [r for r in result.ranked if r.reaches(0.4) and r.latency_ms is not None]
     assert result.best.candidate.cost.macs == min(r.candidate.cost.macs for r in fitting)
     # What does not reach the score is not worth a measurement.
@@ -418,10 +435,10 @@ def test_a_least_score_and_a_latency_hold_together(clock: Clock) -> None:
 def test_latencies_are_there_by_the_real_clock_too_and_only_where_they_are_asked_for(pool: Pool) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    result = pool.search([CALIBRATION], SELECTION, budget=Budget(max_latency_ms=1e9), max_candidates=3)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, budget=Budget(max_latency_ms=1e9), max_candidates=3)
     assert all(r.latency_ms is not None and r.latency_ms > 0 for r in result.ranked)
     assert all(r.candidate.cost.latency_ms > 0 for r in result.ranked)
     assert torch.equal(torch.get_rng_state(), before)
-    without = pool.search([CALIBRATION], SELECTION, max_candidates=3)
+    without = pool.search([CALIBRATION], SELECTION, max_roots=1, max_candidates=3)
     assert all(r.latency_ms is None and r.candidate.cost.latency_ms == 0 for r in without.ranked)
     assert [path(r.candidate) for r in without.ranked] == [path(r.candidate) for r in result.ranked]

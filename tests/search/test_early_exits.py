@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from doubles.outcomes import assembled, run_all
 from doubles.pools import path, space_of
 from doubles.references import sums_of
 from doubles.small_sources import donor, live, plain, shake
@@ -18,9 +19,8 @@ from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_activation_bytes
 from lightning_stitch.errors import BudgetError
-from lightning_stitch.networks.network import StitchedNetwork, assemble
+from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.paths import early_exits
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.settings import CalibrationSettings
@@ -71,13 +71,12 @@ KINDS: dict[str, tuple[Callable[[], Source], str, Callable[[Tensor], Tensor]]] =
 
 @cache
 def space(kind: str) -> SearchSpace:
-    settings = CalibrationSettings(granularity="all", rows_per_image=16)
+    settings = CalibrationSettings(granularity="all", rows_per_image=16, readout="last")
     return space_of([KINDS[kind][0]()], CALIBRATION, settings=settings)
 
 
-def assembled(space: SearchSpace, candidate: Candidate) -> StitchedNetwork:
-    graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
+def network_of(space: SearchSpace, candidate: Candidate) -> StitchedNetwork:
+    return assembled(candidate, [source.parts for source in space.sources])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +89,7 @@ def test_an_early_exit_gives_what_the_networks_own_module_gives_averaged_by_hand
     with torch.no_grad():
         source.source.module.eval()(source.preprocess(IMAGES))
         hook.remove()
-        found = assembled(space(kind), candidate)(IMAGES)
+        found = network_of(space(kind), candidate)(IMAGES)
     assert seen[0].ndim == {"N": 4, "t": 3, "v": 2, "w": 4}[kind[0]]
     torch.testing.assert_close(found, average(seen[0]), rtol=1e-4, atol=1e-5)
 
@@ -100,10 +99,11 @@ def test_every_exit_runs_costs_and_is_recorded_as_the_assembled_network(kind: st
     found, parts = early_exits(space(kind)), space(kind).sources[0].parts
     assert [path(c) for c in found] == [[(parts.name, None, cut.name)] for cut in parts.cuts]
     assert all(c.kind == "early exit" and c.cka_product == 1 for c in found)
-    assert all(tap.statistics == ("mean",) for c in found for tap in c.recipe.taps)
-    outcomes = PrefixTree(found, [parts]).run(IMAGES.split(2))
+    grids = [cut.grid for cut in parts.cuts]
+    assert [tap.statistics for c in found for tap in c.recipe.taps] == [("mean",) if grid else () for grid in grids]
+    outcomes = run_all(found, [parts], IMAGES.split(2))
     for candidate, outcome, cut in zip(found, outcomes, parts.cuts, strict=True):
-        network = assembled(space(kind), candidate)
+        network = network_of(space(kind), candidate)
         cost = candidate.cost
         assert sums_of(network, (3, SIZE, SIZE)) == cost
         assert candidate.recipe.scores.items() >= {"params": cost.params, "macs": cost.macs}.items()
@@ -116,7 +116,7 @@ def test_every_exit_runs_costs_and_is_recorded_as_the_assembled_network(kind: st
 
 
 def test_the_average_can_be_what_needs_the_most_memory() -> None:
-    networks = [assembled(space("wide"), candidate) for candidate in early_exits(space("wide"))]
+    networks = [network_of(space("wide"), candidate) for candidate in early_exits(space("wide"))]
     assert max(network_activation_bytes(network, (3, SIZE, SIZE)) for network in networks) == 2 * 4 * 8192
 
 
@@ -126,7 +126,7 @@ def test_a_recipe_and_a_state_dict_rebuild_an_early_exit_bit_for_bit(architectur
     size = source.preprocessing.input_size[1]
     space = space_of([source], noise(6, 3, size, size))
     for candidate in early_exits(space)[1::3]:
-        network = assembled(space, candidate)
+        network = network_of(space, candidate)
         recipe = Recipe.from_dict(json.loads(json.dumps(candidate.recipe.to_dict())))
         assert recipe == candidate.recipe
         rebuilt = StitchedNetwork.from_recipe(recipe)
@@ -139,7 +139,7 @@ def test_a_recipe_and_a_state_dict_rebuild_an_early_exit_bit_for_bit(architectur
 
 def test_a_stitched_network_can_end_early_too() -> None:
     sources = [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1, strides=(2, 2, 1))]
-    settings = CalibrationSettings(rows_per_image=256)
+    settings = CalibrationSettings(rows_per_image=256, readout="last")
     space = space_of(sources, noise(12, 3, 16, 16), settings=settings)
     state = space.starts()[0]
     activation = dict(space.walk(state))[0]
@@ -148,27 +148,30 @@ def test_a_stitched_network_can_end_early_too() -> None:
     candidate = space.exit(space.enter(edge, activation), 1)
     assert path(candidate) == [("a", None, "0"), ("b", "0", "1")]
     assert candidate.cka_product == edge.cka
-    network = assembled(space, candidate)
+    network = network_of(space, candidate)
     assert sums_of(network, (3, 16, 16)) == candidate.cost
-    (outcome,) = PrefixTree([candidate], [source.parts for source in space.sources]).run([noise(3, 3, 16, 16)])
+    (outcome,) = run_all([candidate], [source.parts for source in space.sources], [noise(3, 3, 16, 16)])
     with torch.no_grad():
         torch.testing.assert_close(network(noise(3, 3, 16, 16)), outcome.features, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("NCHW", "    ends early here, averaged over positions"), ("vector", "    ends early here")],
+    [("NCHW", "    read at layer2: 48 features"), ("vector", "    read at 3: 6 features")],
 )
 def test_describe_says_that_the_network_ends_early_and_where(kind: str, words: str) -> None:
     _, name, _ = KINDS[kind]
     (candidate,) = (c for c in early_exits(space(kind)) if c.recipe.fragments[0].end == name)
     source = candidate.recipe.fragments[0].source
-    lines = assembled(space(kind), candidate).describe().splitlines()
+    lines = network_of(space(kind), candidate).describe().splitlines()
     assert lines[0] == "Stitched network of 1 fragment"
     assert lines[1].startswith(f"  {source}: image .. {name}, ")
     assert lines[2] == words
-    assert lines[3].endswith(f"M parameters, {candidate.cost.macs / 1e6:.1f} M MACs at 32x32")
-    assert candidate.recipe.path == f"{source}: image .. {name} (ends early)"
+    assert lines[3].endswith(
+        f"M parameters, {candidate.cost.macs / 1e6:.1f} M MACs at 32x32; gives {candidate.recipe.num_features} features"
+    )
+    ends = " (ends early)" if kind == "NCHW" else ""
+    assert candidate.recipe.path == f"{source}: image .. {name}{ends}"
 
 
 # -- in a search -----------------------------------------------------------------------------------------------------
@@ -206,8 +209,8 @@ def test_a_cut_that_does_not_vary_is_no_exit() -> None:
 
 def test_exits_are_candidates_unless_that_is_switched_off() -> None:
     pool = Pool(sources(), (3, SIZE, SIZE))
-    assert kinds(pool) == {"source", "self-stitched", "early exit", "stitched"}
-    assert kinds(pool, exits=False) == {"source", "self-stitched", "stitched"}
+    assert kinds(pool, max_roots=1) - {"shortened"} == {"source", "self-stitched", "early exit", "stitched"}
+    assert kinds(pool, exits=False, max_roots=1) - {"shortened"} == {"source", "self-stitched", "stitched"}
 
 
 def test_networks_that_end_at_an_output_have_no_exits() -> None:
@@ -226,7 +229,8 @@ def test_the_product_of_ckas_does_not_rank_exits_which_have_no_stitch() -> None:
 
 def test_a_network_that_ends_before_any_weights_is_assembled() -> None:
     layers = [nn.AvgPool2d(2), nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
-    pool = Pool([live(nn.Sequential(*layers), "pooled", size=SIZE)], (3, SIZE, SIZE))
+    settings = CalibrationSettings(readout="last")
+    pool = Pool([live(nn.Sequential(*layers), "pooled", size=SIZE)], (3, SIZE, SIZE), settings=settings)
     result = pool.search([CALIBRATION], [noise(8, 3, SIZE, SIZE)])
     bare = next(r.candidate for r in result.ranked if r.candidate.kind == "early exit" and not r.candidate.cost.params)
     network = pool.assemble(bare)

@@ -59,7 +59,7 @@ PAIRS = {
 
 
 def pool_of(*sources: Source, images: Tensor, **settings: object) -> Pool:
-    pool = Pool(sources, (3, SIZE, SIZE), settings=CalibrationSettings(**settings))  # type: ignore[arg-type]
+    pool = Pool(sources, (3, SIZE, SIZE), settings=CalibrationSettings(**{"readout": "last", **settings}))  # type: ignore[arg-type]
     pool.calibrate(images.split(8))
     return pool
 
@@ -174,7 +174,7 @@ def test_a_stitch_folds_behind_a_layer_norm_where_that_is_exact(
 def test_sources_of_different_native_sizes_meet_on_one_calibration_set(size: int) -> None:
     free = live(plain("free", (5, 6, 8), seed=0).module, "free", size=32)
     sources = [vit("fixed", patch=8, width=48), free]
-    pool = Pool(sources, (3, size, size), settings=CalibrationSettings(rows_per_image=16))
+    pool = Pool(sources, (3, size, size), settings=CalibrationSettings(rows_per_image=16, readout="last"))
     pool.calibrate([noise(8, 3, size, size)])
     assert [part.graph.input_size for part in pool.parts] == [(3, SIZE, SIZE), (3, size, size)]
     for one, other in (("fixed", "free"), ("free", "fixed")):
@@ -188,7 +188,7 @@ def test_sources_of_different_native_sizes_meet_on_one_calibration_set(size: int
 
 def small_pool() -> Pool:
     sources = [plain("a", (5, 6, 8), seed=0), plain("b", (4, 7, 9), seed=1)]
-    pool = Pool(sources, (3, 16, 16))
+    pool = Pool(sources, (3, 16, 16), settings=CalibrationSettings(readout="last"))
     pool.calibrate([noise(8, 3, 16, 16)])
     return pool
 
@@ -263,13 +263,13 @@ def test_a_vector_leads_to_no_grid() -> None:
 def test_what_does_not_vary_cannot_be_stitched() -> None:
     flat = plain("flat", (5, 6, 8), seed=0)
     flat.module[0][0].weight.data.zero_()  # type: ignore[index,union-attr]
-    pool = Pool([flat, plain("b", (4, 7, 9), seed=1)], (3, 16, 16))
+    pool = Pool([flat, plain("b", (4, 7, 9), seed=1)], (3, 16, 16), settings=CalibrationSettings(readout="last"))
     pool.calibrate([noise(8, 3, 16, 16)])
     with pytest.raises(CalibrationError, match="from '0' of 'b' to '0' of 'flat': one of the two does not vary"):
         pool.stitch([("b", None, "0"), ("flat", "0", None)])
 
 
 def test_a_pool_is_calibrated_first() -> None:
-    pool = Pool([plain("a", (5, 6, 8), seed=0)], (3, 16, 16))
+    pool = Pool([plain("a", (5, 6, 8), seed=0)], (3, 16, 16), settings=CalibrationSettings(readout="last"))
     with pytest.raises(CalibrationError, match="Calibrate the pool first"):
         pool.stitch([("a", None, None)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from doubles.outcomes import selection_of
 from doubles.pools import bare_candidate as candidate
 from doubles.references import left_out_predictions, left_out_r2
 from doubles.small_sources import plain
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.progress import Silent, num_images
-from lightning_stitch.search.ranking import RANKINGS, SelectionData
+from lightning_stitch.search.ranking import RANKINGS
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate
 from lightning_stitch.stitching.images import WithoutLabels
 
@@ -32,7 +34,7 @@ def columns(targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("targets", [LABELS, NUMBERS, NUMBERS[:, 0]])
 def test_labels_and_numbers_are_ranked_by_leave_one_out_r2_each_number_counting_alike(targets: Tensor) -> None:
-    selection = SelectionData(FEATURES, targets, [FEATURES[0]] * 2, None)
+    selection = selection_of(FEATURES, targets, [FEATURES[0]] * 2, None)
     expected = [left_out_r2(x, columns(targets).numpy()) for x in FEATURES]
     scores = RANKINGS["loo_r2"](CANDIDATES, selection)
     assert [list(score) for score in scores] == [["loo_r2"]] * 2
@@ -42,7 +44,7 @@ def test_labels_and_numbers_are_ranked_by_leave_one_out_r2_each_number_counting_
 
 @pytest.mark.parametrize("targets", [LABELS, NUMBERS])
 def test_labels_and_numbers_are_softened_by_what_the_sources_say(targets: Tensor) -> None:
-    selection = SelectionData(FEATURES, targets, [FEATURES[0]] * 2, targets.shape[1])
+    selection = selection_of(FEATURES, targets, [FEATURES[0]] * 2, targets.shape[1])
     y = columns(targets).numpy()
     soft = (y + left_out_predictions(FEATURES[0], y)) / 2
     scores = RANKINGS["loo_soft_r2"](CANDIDATES, selection)
@@ -52,7 +54,11 @@ def test_labels_and_numbers_are_softened_by_what_the_sources_say(targets: Tensor
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_a_search_finds_the_networks_whose_features_say_most_of_such_targets(task: str) -> None:
-    pool = Pool([plain("a", (8, 9, 10), seed=0), plain("b", (4, 4, 4), seed=1)], (3, 16, 16))
+    pool = Pool(
+        [plain("a", (8, 9, 10), seed=0), plain("b", (4, 4, 4), seed=1)],
+        (3, 16, 16),
+        settings=CalibrationSettings(readout="last"),
+    )
     images, classes = digits(60, 16, first=40)
     bits = torch.stack([classes % 2, classes // 5, (classes == 3).long()], 1)
     targets = bits if task == "multilabel" else classes.float() * 100

@@ -16,6 +16,7 @@ from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search.results import Ranked, SearchResult, choose, measure_candidates
 from lightning_stitch.search.strategies import Beam, DepthFirst
+from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate
 
 SHAPE = (3, 16, 16)
@@ -34,7 +35,7 @@ def random_result(seed: int) -> SearchResult:
         size = draw.randrange(9)
         params, macs, activation_bytes = (size + draw.randrange(4) for _ in range(3))
         scores = {"accuracy": (size + draw.randrange(5)) // 2 / 6, "certainty": draw.randrange(3) / 2}
-        candidate = Candidate(recipe, "source", (), Cost(params, macs))
+        candidate = Candidate(recipe, "source", ((),), (), Cost(params, macs))
         found.append(Ranked(candidate, scores, features=1, seconds=0.0, activation_bytes=activation_bytes))
     found.sort(key=lambda r: tuple(-value for value in r.scores.values()))
     return choose(found, Budget(), rejected={}, seconds={}, num_selection_labels=0)
@@ -107,12 +108,16 @@ def test_only_what_keeps_the_other_limits_is_measured_and_what_is_over_one_no_fu
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    return Pool([plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=1, strides=(2, 2, 1))], SHAPE)
+    return Pool(
+        [plain("a", (8, 9, 10), seed=0), plain("b", (4, 7, 12), seed=1, strides=(2, 2, 1))],
+        SHAPE,
+        settings=CalibrationSettings(readout="last"),
+    )
 
 
 @pytest.fixture(scope="module")
 def free(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING)
+    return pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING)
 
 
 @pytest.mark.parametrize("min_score", [None, 0.5])
@@ -127,9 +132,9 @@ def test_a_budget_afterwards_gives_what_a_search_under_it_gives(
     found = free.within(budget)
     if found is None:
         with pytest.raises(BudgetError):
-            pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+            pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=budget)
         return
-    again = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=budget)
+    again = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=budget)
     assert found.candidate.recipe == again.best.candidate.recipe
     if again.best_stitched is not None and min_score is None:
         stitched = free.within(budget, kind="stitched")
@@ -171,7 +176,7 @@ def test_activation_bytes_are_there_where_a_search_measured_them(pool: Pool, fre
     with pytest.raises(BudgetError, match=words):
         free.within(Budget(max_activation_bytes=1e9))
     limited = Budget(max_activation_bytes=1e9, max_macs=free.best_source.candidate.cost.macs - 1)
-    result = pool.search([CALIBRATION], SELECTION, strategy=EVERYTHING, budget=limited)
+    result = pool.search([CALIBRATION], SELECTION, max_roots=1, strategy=EVERYTHING, budget=limited)
     figures = [r.activation_bytes for r in result.ranked]
     assert None in figures  # of the source that is over the limit on MACs
     least = min(figure for figure in figures if figure is not None)
@@ -182,7 +187,7 @@ def test_a_limit_on_latency_needs_a_search_that_measured_it(free: SearchResult, 
     with pytest.raises(BudgetError, match=r"measured no latencies; search with a budget that limits max_latency_ms"):
         free.within(Budget(max_latency_ms=10))
     slow, fast = timed("slow", (8, 9, 10), (1, 10, 1)), timed("fast", (8, 9, 12), (1, 1, 1), seed=1)
-    result = Pool([slow, fast], SHAPE).search(
+    result = Pool([slow, fast], SHAPE, settings=CalibrationSettings(readout="last")).search(
         [CALIBRATION], SELECTION, strategy=Beam(), budget=Budget(max_latency_ms=6)
     )
     found = result.within(Budget(max_latency_ms=2.5))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from doubles.outcomes import run_all
 from doubles.pools import path, references, space_of
 from doubles.small_sources import donor, live, plain, shake
 from doubles.tensors import digits, noise
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
@@ -43,8 +43,7 @@ def rows_on(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
 
 
 def run(space: SearchSpace, candidates: list[Candidate], images: Tensor) -> list[Tensor]:
-    tree = PrefixTree(candidates, [source.parts for source in space.sources])
-    return [outcome.features for outcome in tree.run([images])]
+    return [outcome.features for outcome in run_all(candidates, [source.parts for source in space.sources], [images])]
 
 
 def entered(space: SearchSpace, source: int, cut: int, receiver: tuple[int, int]) -> tuple[Edge, Carried, State]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from doubles.outcomes import assembled, run_all
 from doubles.pools import path, references, space_of
 from doubles.small_sources import donor, images_seen, plain
 from doubles.tensors import digits, noise
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import StitchError
-from lightning_stitch.networks.network import assemble
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.search.space import SearchSpace
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
@@ -39,9 +38,8 @@ def paper_space(**options: object) -> SearchSpace:
     return space_of(pair(), IMAGES, settings=PAPER, bias=False, ridge=0.0, **options)  # type: ignore[arg-type]
 
 
-def assembled(space: SearchSpace, candidate: Candidate) -> nn.Module:
-    graphs = {source.name: source.parts.graph for source in space.sources}
-    return assemble(candidate.recipe, graphs, [step.stitch for step in candidate.steps])
+def network_of(space: SearchSpace, candidate: Candidate) -> nn.Module:
+    return assembled(candidate, [source.parts for source in space.sources])
 
 
 def recipes(candidates: list[Candidate]) -> list[dict[str, object]]:
@@ -122,7 +120,7 @@ def test_depth_first_is_the_papers_procedure(span: int, threshold: float, edge_t
         )
     assert len(expected) > 1
     assert [[(space.sources[s.source].name, s.first) for s in c.steps] for c in found] == [e[0] for e in expected]
-    outcomes = PrefixTree(found, [source.parts for source in space.sources]).run([IMAGES])
+    outcomes = run_all(found, [source.parts for source in space.sources], [IMAGES])
     for candidate, outcome, (_, ckas, product, features) in zip(found, outcomes, expected, strict=True):
         assert [stitch and stitch.cka for stitch in candidate.recipe.stitches] == pytest.approx(ckas, abs=1e-6)
         assert candidate.cka_product == pytest.approx(product, abs=1e-6)
@@ -300,9 +298,9 @@ def test_candidates_cost_and_compute_what_the_assembled_network_does(
 ) -> None:
     found = [*references(timm_space), *strategy(timm_space)]
     images = digits(6, 64, first=50)[0]
-    outcomes = PrefixTree(found, [source.parts for source in timm_space.sources]).run([images])
+    outcomes = run_all(found, [source.parts for source in timm_space.sources], [images])
     for candidate, outcome in zip(found, outcomes, strict=True):
-        network = assembled(timm_space, candidate)
+        network = network_of(timm_space, candidate)
         cost = network_cost(network, (3, 64, 64))
         assert (candidate.recipe.scores["params"], candidate.recipe.scores["macs"]) == (cost.params, cost.macs)
         assert (candidate.cost.params, candidate.cost.macs) == (cost.params, cost.macs)
