@@ -101,8 +101,8 @@ def joints_table(result: ls.SearchResult) -> Table:
         if ranked.candidate.kind == "stitched":
             spec = recipe.stitches[0]
             table.add_row(
-                recipe.fragments[0].end,
-                recipe.fragments[1].start,
+                recipe.runs[0].ref.end,
+                recipe.runs[1].ref.start,
                 f"{spec.in_format} {spec.in_channels} -> {spec.out_format} {spec.out_channels}, {spec.placement}",
                 f"{spec.cka:.3f}",
                 f"{spec.r2:.3f}",

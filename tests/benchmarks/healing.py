@@ -166,7 +166,7 @@ def distilled(pool: Pool, candidate: Candidate, learning_rate: float) -> tuple[f
         torch.nn.functional.mse_loss(receiver(fed[index]), wanted[index]).backward()
         optimizer.step()
     tensors = {name: x.detach() for name, x in receiver.named_parameters()}
-    found = dataclasses.replace(candidate, steps=(first, dataclasses.replace(last, tensors=tensors)))
+    found = candidate.with_steps((first, dataclasses.replace(last, tensors=tensors)))
     seconds = time.perf_counter() - begun
     return held_out_r2(found, pool.calibration.sources, held_out), seconds, found
 

@@ -109,7 +109,9 @@ def answers(pool: Pool, candidates: Sequence[Candidate], task: Task) -> np.ndarr
     count = sum(len(batch) for _, batch in task.head)
     correct = []
     for outcome in outcomes:
-        head, _ = fit_ridge_head(outcome.features[:count], labels[:count], num_classes=task.num_classes)
+        head, _ = fit_ridge_head(
+            outcome.features[:count], labels[:count], num_classes=task.num_classes, blocks=outcome.blocks
+        )
         with torch.no_grad():
             correct.append(head(outcome.features[count:]).argmax(1) == labels[count:])
     return torch.stack(correct).numpy()
@@ -119,11 +121,16 @@ def quarters(selection: SelectionData) -> list[SelectionData]:
     """Four random draws of 64 images, none in two of them."""
     assert selection.targets is not None
     order = torch.randperm(len(selection.targets), generator=torch.Generator().manual_seed(0))
+
+    def at(outcome: Outcome, chosen: Tensor) -> Outcome:
+        return dataclasses.replace(outcome, vectors=tuple(x[chosen] for x in outcome.vectors))
+
     return [
-        selection_of(
-            [features[chosen] for features in selection.features],
+        SelectionData(
+            [at(outcome, chosen) for outcome in selection.outcomes],
             selection.targets[chosen],
-            [features[chosen] for features in selection.own_features],
+            selection.last_sources,
+            {name: at(outcome, chosen) for name, outcome in selection.sources.items()},
             selection.num_classes,
         )
         for chosen in order.split(FEW)[:4]

@@ -27,7 +27,7 @@ from lightning_stitch import (
     compose,
     network_cost,
 )
-from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal_into_folds
+from lightning_stitch.composing.cross_fitting import cross_fitted_vectors, deal_into_folds
 from lightning_stitch.heads.ridge import fit_ridge_head
 
 IMAGES, LABELS = digits(40, 32, classes=3)
@@ -196,14 +196,20 @@ def test_no_image_is_judged_through_a_stitch_that_was_fitted_on_it() -> None:
     pool.calibrate([MINE])
     front, back = pool.parts[0], pool.parts[1]
     candidate = pool.stitch([(front.name, None, front.cuts[1].name), (back.name, back.cuts[1].name, None)])
-    first = cross_fitted_features(
-        candidate, pool.calibration.sources, pool.settings, fold_of=torch.arange(24) % 4, ridge=1e-3
+    first = torch.cat(
+        cross_fitted_vectors(
+            candidate, pool.calibration.sources, pool.settings, fold_of=torch.arange(24) % 4, ridge=1e-3
+        ),
+        dim=1,
     )
     changed = MINE.clone()
     changed[5] = 1 - changed[5]
     pool.calibrate([changed])
-    second = cross_fitted_features(
-        candidate, pool.calibration.sources, pool.settings, fold_of=torch.arange(24) % 4, ridge=1e-3
+    second = torch.cat(
+        cross_fitted_vectors(
+            candidate, pool.calibration.sources, pool.settings, fold_of=torch.arange(24) % 4, ridge=1e-3
+        ),
+        dim=1,
     )
     same_fold = torch.arange(24) % 4 == 5 % 4
     same_fold[5] = False
@@ -219,8 +225,9 @@ def test_cross_fitted_features_are_those_of_networks_fitted_on_the_other_images(
     path = [("a", None, "0"), ("b", "1", None)]
     pool.calibrate([MINE])
     candidate = pool.stitch(path, ridge=1e-2)
-    found = cross_fitted_features(
-        candidate, pool.calibration.sources, settings, fold_of=torch.arange(24) % 3, ridge=1e-2
+    found = torch.cat(
+        cross_fitted_vectors(candidate, pool.calibration.sources, settings, fold_of=torch.arange(24) % 3, ridge=1e-2),
+        dim=1,
     )
     for fold in range(3):
         own = torch.arange(24) % 3 == fold

@@ -59,7 +59,8 @@ def classifier(head: str = "ridge", task: str = "multiclass", *, kind: str = "ne
     with torch.no_grad():
         features = network()(images)
     model.install(
-        copy.deepcopy(network()), HeadSettings.of(settings, task=task, num_classes=num_classes).fit(features, targets)
+        copy.deepcopy(network()),
+        HeadSettings.of(settings, task=task, num_classes=num_classes).fit(features, targets)[0],
     )
     return model.eval()
 

@@ -81,13 +81,12 @@ def recipe_of(
 def built(source: Source, recipe: Recipe, numbers: Callable[[Stitch], None]) -> StitchedNetwork:
     """The recipe on the source's weights, with numbers of the test's in its stitches."""
     stitches = []
-    for spec in recipe.stitches:
-        stitch = None if spec is None else Stitch(replace(spec, placement="explicit"))
+    for fragment in recipe.fragments:
+        stitch = None if fragment.stitch is None else Stitch(replace(fragment.stitch, placement="explicit"))
         if stitch is not None:
             numbers(stitch)
         stitches.append(stitch)
-    assert recipe.input_size is not None
-    return assemble(recipe, {source.name: source.graph.at(recipe.input_size)}, [None, *stitches])
+    return assemble(recipe, {source.name: source.graph.at(recipe.input_size)}, stitches)
 
 
 def pass_on(stitch: Stitch) -> None:

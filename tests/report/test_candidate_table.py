@@ -39,7 +39,7 @@ def test_there_is_a_row_for_each_candidate_with_its_place_costs_and_scores(resul
 
 def test_fragments_are_in_words(result: SearchResult) -> None:
     for row, r in zip(candidate_rows(result), result.ranked, strict=True):
-        words = [f"{f.source}: {f.start or 'image'} .. {f.end}" for f in r.candidate.recipe.fragments]
+        words = [f"{f.source}: {f.start or 'image'} .. {f.end}" for f in (run.ref for run in r.candidate.recipe.runs)]
         assert row["path"] == " -> ".join(words) + " (ends early)" * (row["kind"] == "early exit")
     paths = {row["path"] for row in candidate_rows(result)}
     assert len(paths) == len(result.ranked)

@@ -76,7 +76,7 @@ def test_the_head_that_the_module_asks_for_is_fitted_and_comes_back_from_a_check
     run = trainer(tmp_path, callback)
     run.fit(model, data)
     assert callback.result is not None
-    assert callback.result.num_selection_labels == 60
+    assert callback.result.num_selection_labels == 150
     (found,) = run.test(model, data, verbose=False)
     assert found[f"test_{metric}"] > 0.65  # 0.5 and less for a guess, 0 for R2 and Pearson's correlation
 
@@ -134,7 +134,7 @@ def test_a_ranking_by_labels_can_be_asked_for_with_a_class_map(tmp_path: Path) -
     callback = search(ranking="loo_r2")
     trainer(tmp_path, callback).fit(StitchedClassifier(head=ANIMALS), digits())
     assert callback.result is not None
-    assert callback.result.num_selection_labels == 60
+    assert callback.result.num_selection_labels == 150
     assert next(iter(callback.result.best.scores)) == "loo_r2"
 
 

@@ -1,0 +1,193 @@
+"""What readouts are worth: heads on every depth against heads on the last features, over random splits.
+
+    python examples/prepare_solar_cells.py
+    python tests/benchmarks/readouts.py elpv solar_cells --image-size 128 --markdown elpv.md
+    python tests/benchmarks/readouts.py digits --markdown digits.md
+
+One pool is calibrated on 32 images that are in no split, and searched for candidates; their taps run once over all
+other images. Then, for each split and each number of labels, candidates are ranked by leave-one-out on the labelled
+images, the search's own rules choose, the head is fitted on the same images, and the others test it. Nothing is chosen
+by test images. Differences are against the closed-form head on the last features of the best source, which is chosen by
+leave-one-out, too; intervals are 95 % over splits (paired, Student's t). Splits of one data set share images: the
+intervals are for this data set, and those of many labels a little too narrow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from ranking_tasks import Task, handwritten_digits, solar_cells
+from scipy.stats import t as student
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from lightning_stitch import Budget, CalibrationSettings, Pool
+from lightning_stitch.heads import fit_ridge_head
+from lightning_stitch.progress import Silent
+from lightning_stitch.search.evaluation import Outcome, keys_of_reads
+from lightning_stitch.search.results import Ranked, choose, in_order, rank
+from lightning_stitch.search.sides import side_by_side
+from lightning_stitch.stitching.candidates import Candidate
+
+LAST = "best source, last features"
+
+
+def at_rows(outcome: Outcome, rows: Tensor) -> Outcome:
+    return dataclasses.replace(outcome, vectors=tuple(x[rows] for x in outcome.vectors))
+
+
+def last_features(outcome: Outcome) -> Outcome:
+    """What heads read before readouts."""
+    return dataclasses.replace(outcome, vectors=outcome.vectors[-1:], keys=outcome.keys[-1:], blocks=None)
+
+
+def scores_of(outcome: Outcome, labels: Tensor, train: Tensor, test: Tensor, num_classes: int) -> tuple[float, float]:
+    """Accuracy and AUROC of a closed-form head on the train rows, on the test rows."""
+    features = outcome.features
+    head, _ = fit_ridge_head(features[train], labels[train], num_classes=num_classes, blocks=outcome.blocks)
+    with torch.no_grad():
+        probabilities = head(features[test]).softmax(1)
+    accuracy = float((probabilities.argmax(1) == labels[test]).float().mean())
+    scores = probabilities[:, 1] if num_classes == 2 else probabilities
+    return accuracy, float(roc_auc_score(labels[test], scores, multi_class="ovr"))
+
+
+def choices(
+    pool: Pool, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], labels: Tensor, num_classes: int
+) -> dict[str, Ranked]:
+    """What is chosen by labelled images alone, by row of the table."""
+    ranked, selection = rank(candidates, outcomes, labels, ranking="auto", num_classes=num_classes, rejected=Counter())
+    by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
+    cheapest = min(part.cost.macs for part in pool.parts)
+    rows: dict[str, Ranked] = {"best source, all depths": next(r for r in ranked if r.candidate.kind == "source")}
+    rows["best StitchNet"] = next(r for r in ranked if r.candidate.kind == "stitched")
+    for name, limit in (("chosen, no budget", math.inf), ("third", cheapest / 3), ("sixth", cheapest / 6)):
+        budget = Budget() if limit == math.inf else Budget(max_macs=limit)
+        fitting = [r for r in ranked if limit < math.inf or r.candidate.kind != "smaller image"]
+        if not any(budget.allows(r.candidate.cost) for r in fitting):
+            continue
+        sides = side_by_side(fitting, selection, by_key, pool.all_parts, budget, max_roots=3)
+        result = choose(in_order([*fitting, *sides]), budget, rejected={}, seconds={}, num_selection_labels=len(labels))
+        rows[name if limit == math.inf else f"chosen, {name} of the cheapest source's MACs"] = result.best
+    return rows
+
+
+def half_width(differences: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean over splits."""
+    count = len(differences)
+    return float(student.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+
+
+def measure(task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    """The table of one task, in Markdown."""
+    begun = time.perf_counter()
+    shape = tuple(task.calibration[0][0].shape[1:])
+    pool = Pool(task.sources, shape, settings=CalibrationSettings())  # type: ignore[arg-type]
+    found = pool.search(
+        [images for images, _ in task.calibration], task.selection, sizes=list(sizes), max_roots=1, exits=True
+    )
+    candidates = [r.candidate for r in found.ranked if r.candidate.kind != "self-stitched"]
+    everything = [*task.selection, *task.head, *task.test]
+    outcomes, targets = pool.outcomes(candidates, everything, progress=Silent())
+    assert targets is not None
+    taps = time.perf_counter() - begun
+    lines = []
+    for num_labels in labels:
+        figures: dict[str, list[tuple[float, float, float]]] = {}
+        for split in range(splits):
+            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(split))
+            train, test = order[:num_labels], order[num_labels:]
+            if len(targets[train].unique()) < task.num_classes:
+                raise ValueError(f"split {split} of {num_labels} labels lacks a class")
+
+            def score(outcome: Outcome, rows: tuple[Tensor, Tensor] = (train, test)) -> tuple[float, float]:
+                return scores_of(outcome, targets, *rows, task.num_classes)
+
+            of_train = [at_rows(outcome, train) for outcome in outcomes]
+            chosen = choices(pool, candidates, of_train, targets[train], task.num_classes)
+            figures.setdefault(LAST, []).append(best_last(candidates, outcomes, targets, train, score, task))
+            for name, ranked in chosen.items():
+                (outcome,) = joined([ranked.candidate], candidates, outcomes)
+                figures.setdefault(name, []).append((*score(outcome), ranked.candidate.cost.macs / 1e6))
+        lines += table(figures, num_labels, len(targets) - num_labels)
+    print(f"{taps:.0f} s for {len(candidates)} candidates' taps, {time.perf_counter() - begun:.0f} s in all")
+    return lines
+
+
+def best_last(
+    candidates: Sequence[Candidate],
+    outcomes: Sequence[Outcome],
+    targets: Tensor,
+    train: Tensor,
+    score: Callable[[Outcome], tuple[float, float]],
+    task: Task,
+) -> tuple[float, float, float]:
+    """The closed-form head on the last features of the source that is best by leave-one-out."""
+    sources = [(c, last_features(o)) for c, o in zip(candidates, outcomes, strict=True) if c.kind == "source"]
+    fits = [fit_ridge_head(o.features[train], targets[train], num_classes=task.num_classes)[1] for _, o in sources]
+    best = max(range(len(sources)), key=lambda number: fits[number].loo_r2)
+    return (*score(sources[best][1]), sources[best][0].cost.macs / 1e6)
+
+
+def joined(chosen: Sequence[Candidate], candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """What candidates gave, of which some stand side by side."""
+    vectors = {key: x for outcome in outcomes for key, x in zip(outcome.keys, outcome.vectors, strict=True)}
+    results = []
+    for candidate in chosen:
+        keys = keys_of_reads(candidate)
+        results.append(Outcome(tuple(vectors[key] for key in keys), keys, candidate.recipe.head_blocks, 0.0))
+    return results
+
+
+def table(figures: dict[str, list[tuple[float, float, float]]], num_labels: int, num_test: int) -> list[str]:
+    lines = [
+        f"**{num_labels} labels**, {len(figures[LAST])} splits, {num_test} test images",
+        "",
+        "| | M MACs | accuracy | AUROC | difference in accuracy, points | in AUROC |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in figures.items():
+        accuracy, auroc, macs = (statistics.mean(column) for column in zip(*rows, strict=True))
+        words = f"| {name} | {macs:.0f} | {accuracy:.3f} | {auroc:.3f} |"
+        for column, factor in ((0, 100), (1, 1)):
+            differences = [factor * (row[column] - base[column]) for row, base in zip(rows, figures[LAST], strict=True)]
+            half = half_width(differences)
+            digits = 1 if factor == 100 else 3
+            words += f" {statistics.mean(differences):+.{digits}f} +- {half:.{digits}f} |" if name != LAST else " |"
+        lines.append(words)
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["elpv", "digits"])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("solar_cells"))
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--labels", type=int, nargs="*")
+    parser.add_argument("--test-images", type=int, default=1024)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    if options.task == "elpv":
+        task = solar_cells(options.folder, image_size=options.image_size, test_images=options.test_images)
+        sizes = [size for size in (160, 128, 96, 64) if size < options.image_size]
+    else:
+        task, sizes = handwritten_digits(other_questions=True), []
+    labels = options.labels or ([32, 128, 512] if options.task == "elpv" else [128, 384])
+    lines = measure(task, splits=options.splits, labels=labels, sizes=sizes)
+    print("\n".join(lines))
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
