@@ -30,9 +30,11 @@ import numpy as np
 import torch
 from ranking_statistics import noise_ceiling, spearman, spearman_interval
 from ranking_tasks import EveryKind, Task, handwritten_digits, solar_cells
+from torch import Tensor
 
 from lightning_stitch import Beam, Pool, fit_ridge_head
 from lightning_stitch.progress import Silent
+from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.search.ranking import NEED_LABELS, RANKINGS, SelectionData
 from lightning_stitch.stitching.candidates import Candidate
 
