@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.cka_processes import related, run_process
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -15,13 +16,6 @@ from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.maths.cka_metric import LinearCKA
 
 BEFORE_UPDATE = "ignore:The ``compute`` method of metric LinearCKA was called before"
-
-
-def related(n: int, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 5, generator=generator)
-    y = x @ torch.randn(5, 7, generator=generator) + torch.randn(n, 7, generator=generator)
-    return x + offset, y - offset
 
 
 def updated(x: Tensor, y: Tensor, *, batch_size: int = 8, estimator: str = "debiased") -> LinearCKA:
@@ -132,33 +126,9 @@ def test_what_cannot_be_used_is_named() -> None:
         updated(x, y, estimator="unbiased").compute()
 
 
-def _process(rank: int, folder: str) -> None:
-    """One of two processes; the rows are shared out in three ways."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    x, y = related(40, offset=1000)
-    values = []
-    for first in (20, 33, 40):  # rank 0 has the first rows, rank 1 the others, which may be none
-        own = slice(first) if rank == 0 else slice(first, None)
-        metric = LinearCKA()
-        if len(x[own]):
-            metric.update(x[own], y[own])
-            metric.update(x[own], y[own])
-            metric.reset()
-            metric.update(x[own], y[own])
-        values.append(float(metric.compute()))
-    # After a value over all processes, each goes on with its own rows.
-    metric = LinearCKA()
-    for part in (slice(rank, 20, 2), slice(20 + rank, None, 2)):
-        metric.update(x[part], y[part])
-        values.append(float(metric.compute()))
-    torch.save(values, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
     x, y = related(40, offset=1000)
     whole = float(linear_cka(x, y))
     expected = [whole, whole, whole, float(linear_cka(x[:20], y[:20])), whole]
