@@ -260,7 +260,6 @@ def test_dead_hub_fails_at_once_and_importing_sources_imports_no_library_of_mode
     run = subprocess.run(
         [sys.executable, "-c", DEAD_HUB],
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"},
-        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
