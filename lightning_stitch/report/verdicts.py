@@ -117,13 +117,11 @@ class Verdict:
         """Whether it is worth it, and why."""
         if self.guessing is not None:
             return f"Not worth it: {guessing_in_words(self.contender, self.guessing)}"
-        reason = {
-            "better": "more accurate",
-            "equivalent": "as accurate",
-            "worse": "less accurate",
-            "undecided": "more test images would be needed to tell the two apart",
-        }[self.word]
-        return f"{'Worth it' if self.worth_it else 'Not worth it'}: {reason}{self._at_cost()}."
+        if self.word == "undecided":
+            told_by = "the test images" if self.num_splits == 1 else "these splits"
+            return f"Not worth it so far: {told_by} cannot tell the two apart, more would{self._at_cost('; it takes')}."
+        reason = {"better": "more accurate", "equivalent": "as accurate", "worse": "less accurate"}[self.word]
+        return f"{'Worth it' if self.worth_it else 'Not worth it'}: {reason}{self._at_cost(', for')}."
 
     def record(self) -> Record:
         """All of it as a flat mapping of plain JSON values, the sentence included."""
@@ -144,14 +142,14 @@ class Verdict:
             return ""
         return f"right on {self.accuracy:.3f} against {self.accuracy - self.difference:.3f}, "
 
-    def _at_cost(self) -> str:
+    def _at_cost(self, words: str) -> str:
         if self.contender_cost is None or self.rival_cost is None:
             return ""
         ratio = self._cost_ratio
         if ratio == 1:
-            return f", for as many {self.cost_unit}"
-        times = f"{100 * ratio:.2g} %" if ratio < 0.995 else f"{ratio:.3g} times"
-        return f", for {times} of its {self.cost_unit}" if ratio < 0.995 else f", for {times} its {self.cost_unit}"
+            return f"{words} as many {self.cost_unit}"
+        times = f"{100 * ratio:.2g} % of" if ratio < 0.995 else f"{ratio:.3g} times"
+        return f"{words} {times} its {self.cost_unit}"
 
     def _evidence(self) -> str:
         points = f"{100 * self.margin:g} point{'' if self.margin == 0.01 else 's'}"
@@ -282,8 +280,8 @@ def judge_splits(
         contender=contender,
         word=_word(mean, p_value, p_equivalence),
         difference=mean,
-        low=mean - half,
-        high=mean + half,
+        low=max(-1.0, mean - half),
+        high=min(1.0, mean + half),
         p_value=p_value,
         p_equivalence=p_equivalence,
         margin=margin,

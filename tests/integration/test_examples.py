@@ -122,7 +122,7 @@ def test_the_configuration_runs_and_writes_its_table(
     assert {row["kind"] for row in rows} - {"shortened"} == {"source", "self-stitched", "stitched", "early exit"}
     record = json.loads((folder / "comparison.json").read_text())
     assert all(verdict["sentence"] for verdict in record["verdicts"])
-    assert "orth it: " in record["verdict"]
+    assert "orth it" in record["verdict"]
     with (folder / "candidates.csv").open() as file:
         assert len(list(csv.DictReader(file))) > len(rows)
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
