@@ -9,6 +9,7 @@ from .hub import CardDetails, Publication, publish
 from .maths import LinearCKA, linear_cka
 from .networks import StitchedBackbone, StitchedNetwork, restore_backbones
 from .recipe import FragmentRef, Preprocessing, Recipe
+from .report import Verdict, judge_splits
 from .search import Beam, DepthFirst, SearchResult
 from .settings import CalibrationSettings
 from .sources import Preflight, Source, load_source, load_sources, preflight
@@ -34,6 +35,8 @@ __all__ = [
     "CardDetails",
     "compare_methods",
     "FineTuning",
+    "Verdict",
+    "judge_splits",
     "Pool",
     "shrink",
     "SearchResult",

@@ -4,12 +4,13 @@ In reading order:
 
 - `methods.py`: `compare_methods`: what each method is, and the table of all
 - `contenders.py`: the classifiers that are set side by side, and what making each of them took
-- `finetuning.py`: `FineTuning`: fine-tuning as a practitioner does it, the best epoch by the selection images kept
+- `finetuning.py`: `FineTuning`: fine-tuning as a practitioner does it
+- `linear_probe.py`: logistic regression on features
 - `flops.py`: seconds, and floating-point operations counted as they happen
 - `tables.py`: the table on the console, and what its seconds and FLOPs count (`COUNTED`)
 
 **Chosen on the selection images, always**: the source (by the loss of its linear probe; for all other methods of its
-closed-form head), epoch, learning rate and StitchNet. Test images choose nothing. Labels are those of train and
+closed-form head), learning rate, penalty and StitchNet. Test images choose nothing. Labels are those of train and
 selection images together, the same for every method. Parameters, MACs and latency are of the whole classifier.
 
 **The StitchNet** is the best one of the search, also where the search itself would rather take a source or an early
@@ -21,7 +22,7 @@ Example:
     >>> from lightning_stitch.baselines import METHODS, FineTuning
     >>> "StitchNet" in METHODS and "full fine-tuning" in METHODS
     True
-    >>> finetuning = FineTuning(epochs=10, learning_rates=[1e-4, 5e-4])  # both are tried, and both count
+    >>> finetuning = FineTuning(epochs=20, learning_rates=[1e-4, 5e-4])  # both are tried, and both count
     >>> compare_methods(search, data, finetuning=finetuning, directory="methods")  # doctest: +SKIP
 """
 

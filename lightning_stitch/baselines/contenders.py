@@ -14,8 +14,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Flips, Trained, train_best
+from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Trained, train_best
 from lightning_stitch.baselines.flops import Meter, Spent
+from lightning_stitch.baselines.linear_probe import fit_logistic
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork
@@ -34,9 +35,11 @@ Method = Literal[
     "StitchNet, fine-tuned",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
+# Those that are judged, against all others. Sources side by side belong here.
+COMPOSED: frozenset[Method] = frozenset(("StitchNet", "StitchNet, fine-tuned"))
 
-# A head's loss on the selection images, the head, and how its training went, if it was trained.
-_Fit = tuple[float, nn.Module, Trained | None]
+# A head's loss on the selection images, the head, and the penalty it was fitted with, if one was chosen.
+_Fit = tuple[float, nn.Module, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Contender:
         name: What the network is: its source, or its fragments.
         spent: What making it took.
         selection_loss: Mean cross-entropy on the selection images, in nats, by which it was chosen; None: by none.
-        trained: How its training went; None: it was not trained.
+        learning_rate: The network's, or that of the head alone, in training; None: it was not trained.
+        penalty: The linear probe's.
         source: Which source it is, by its place; None: it is composed.
         search_choice: What the search ranked first, where that is no StitchNet; None otherwise.
     """
@@ -57,7 +61,8 @@ class Contender:
     name: str
     spent: Spent
     selection_loss: float | None = None
-    trained: Trained | None = None
+    learning_rate: float | None = None
+    penalty: float | None = None
     source: int | None = None
     search_choice: str | None = None
 
@@ -146,43 +151,31 @@ class Contenders:
     def _closed_form(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
             head, _ = fit_ridge_head(*train.tensors, num_classes=self.data.num_classes)
-            features, labels = selection.tensors
-            with torch.no_grad():
-                return float(functional.cross_entropy(head(features), labels)), head, None
+            return _loss(head, selection), head, None
 
         return self._best_source(fit)
 
     def _linear_probe(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
-            def batches(rows: TensorDataset, *, shuffle: bool = False) -> DataLoader:
-                generator = torch.Generator().manual_seed(self.seed)
-                return DataLoader(rows, batch_size=self.data.batch_size, shuffle=shuffle, generator=generator)
-
-            probe = Classifier(nn.Identity(), self._linear(train.tensors[0].shape[1]))
-            trained = train_best(
-                probe,
-                partial(batches, train, shuffle=True),
-                batches(selection),
-                self.finetuning,
-                learning_rates=self.finetuning.head_learning_rates,
-                epochs=self.finetuning.probe_epochs,
-                seed=self.seed,
-                trainer_options=self.trainer_options,
-            )
-            return trained.loss, probe.head, trained
+            fits: list[_Fit] = []
+            for penalty in self.finetuning.probe_penalties:
+                head = fit_logistic(*train.tensors, num_classes=self.data.num_classes, penalty=penalty)
+                fits.append((_loss(head, selection), head, penalty))
+            return min(fits, key=lambda each: each[0])
 
         return self._best_source(fit)
 
+    # What reads more than the last features, ends earlier or sees smaller images is chosen likewise: by a fit on rows
+    # of `_features` that hold all that the sources' one pass gives.
     def _best_source(self, fit: Callable[[TensorDataset, TensorDataset], _Fit]) -> Contender:
         """The source whose head has the least loss on the selection images, the first of them where several have."""
         train, selection, spent = self._features
         with Meter() as meter:
             fits = [fit(*rows) for rows in zip(train, selection, strict=True)]
         source = min(range(len(fits)), key=lambda index: fits[index][0])
-        loss, head, trained = fits[source]
-        return Contender(
-            self._network(source), head, self.parts[source].name, spent + meter.spent, loss, trained, source=source
-        )
+        loss, head, penalty = fits[source]
+        name = self.parts[source].name
+        return Contender(self._network(source), head, name, spent + meter.spent, loss, penalty=penalty, source=source)
 
     def _finetuned(self, *, head_alone: bool = False, closed_form: bool = False) -> Contender:
         start = self._closed_form
@@ -190,24 +183,24 @@ class Contenders:
         network = self._network(start.source).requires_grad_(not head_alone)
         num_features = self._features[0][start.source].tensors[0].shape[1]
         head = copy.deepcopy(start.head) if closed_form else self._linear(num_features)
+        rate = self.finetuning.head_learning_rate
+        model = Classifier(network, head, head_learning_rate=None if closed_form else rate)
         with Meter() as meter:
-            trained = self._train(Classifier(network, head), head_alone=head_alone)
+            trained = self._train(model, learning_rates=(rate,) if head_alone else self.finetuning.learning_rates)
+        spent = start.spent + meter.spent
         return Contender(
-            network, head, start.name, start.spent + meter.spent, trained.loss, trained, source=start.source
+            network, head, start.name, spent, trained.loss, learning_rate=trained.learning_rate, source=start.source
         )
 
-    def _train(self, model: pl.LightningModule, *, head_alone: bool = False) -> Trained:
-        settings = self.finetuning
+    def _train(self, model: pl.LightningModule, *, learning_rates: Sequence[float]) -> Trained:
         return train_best(
             model,
             self.data.train_dataloader,
             self.data.selection_dataloader(),
-            settings,
-            learning_rates=settings.head_learning_rates if head_alone else settings.learning_rates,
-            epochs=settings.epochs,
+            self.finetuning,
+            learning_rates=learning_rates,
             seed=self.seed,
             trainer_options=self.trainer_options,
-            callbacks=[Flips()] if settings.flips else [],
         )
 
     # -- composed ----------------------------------------------------------------------------------------------------
@@ -237,10 +230,21 @@ class Contenders:
     def _stitched_finetuned(self) -> Contender:
         model, contender = self._stitched
         with Meter() as meter:
-            trained = self._train(model)
+            trained = self._train(model, learning_rates=self.finetuning.learning_rates)
         assert model.network is not None
         assert model.head is not None
-        spent = contender.spent + meter.spent
         return replace(
-            contender, network=model.network, head=model.head, spent=spent, selection_loss=trained.loss, trained=trained
+            contender,
+            network=model.network,
+            head=model.head,
+            spent=contender.spent + meter.spent,
+            selection_loss=trained.loss,
+            learning_rate=trained.learning_rate,
         )
+
+
+@torch.no_grad()
+def _loss(head: nn.Module, rows: TensorDataset) -> float:
+    """Mean cross-entropy."""
+    features, labels = rows.tensors
+    return float(functional.cross_entropy(head(features), labels))

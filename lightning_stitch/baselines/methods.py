@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import METHODS, Contender, Contenders, Method
+from lightning_stitch.baselines.contenders import COMPOSED, METHODS, Contender, Contenders, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.plots import check_can_plot, plot_methods
 from lightning_stitch.baselines.tables import COUNTED
@@ -19,7 +21,7 @@ from lightning_stitch.cutting import network_cost
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
 from lightning_stitch.progress import Progress, Silent
-from lightning_stitch.report import Evaluation, score
+from lightning_stitch.report import MARGIN, Evaluation, Verdict, check_margin, in_words, judge, score
 from lightning_stitch.search import network_latency
 from lightning_stitch.sources import load_sources
 from lightning_stitch.tables import Record, write_records
@@ -32,6 +34,7 @@ def compare_methods(
     *,
     methods: Sequence[Method] = METHODS,
     finetuning: FineTuning | None = None,
+    margin: float = MARGIN,
     directory: str | Path = "methods",
     plot: bool = True,
     seed: int = 0,
@@ -42,8 +45,8 @@ def compare_methods(
 
     | method | what it is |
     |---|---|
-    | linear probe | on each source's frozen features, computed once, a linear layer is trained; the best source stays |
-    | closed-form head | the same with the ridge head of `fit_ridge_head`: no back-propagation |
+    | linear probe | logistic regression on each source's last features, computed once; the best source stays |
+    | closed-form head | the same with the ridge head of `fit_ridge_head` |
     | head-only fine-tuning | a linear layer, trained through the frozen network |
     | full fine-tuning | network and linear layer; BatchNorm statistics stay |
     | closed-form head, fine-tuned | the same, beginning with the closed-form head |
@@ -54,9 +57,12 @@ def compare_methods(
     methods.csv and methods.json after each method, so that a run which is stopped keeps what it has; methods.png shows
     accuracy against training FLOPs.
 
+    The StitchNets are judged against every other method on the same test images (`report.judge`), at the cost of
+    training FLOPs: their rows say in "verdict" whether they were worth it, methods.json has each verdict's figures.
+
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
     `cpu_seconds` and `flops` of all that the method took (`baselines.tables.COUNTED`); `labels`; the classifier's
-    `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate` and `epoch`,
+    `params`, `macs` and `latency_ms` for one image, head included; and `selection_loss`, `learning_rate` and `penalty`,
     where it has them.
 
     Args:
@@ -64,6 +70,7 @@ def compare_methods(
         data: The images.
         methods: Which methods to compare.
         finetuning: How networks and heads are trained; None: `FineTuning()`.
+        margin: The least difference in accuracy that counts in verdicts.
         directory: Where the files go; the search's candidates.csv, too.
         plot: Whether to draw methods.png, with matplotlib.
         seed: Of the heads' first weights and of flips; the data module has its own, for split and order.
@@ -92,6 +99,7 @@ def compare_methods(
         raise StitchError(
             f"compare_methods tells classes apart, one label for each image; the data have task={data.task!r}."
         )
+    check_margin(margin)
     if plot:
         check_can_plot()
     finetuning, progress = finetuning or FineTuning(), progress or Silent()
@@ -99,6 +107,8 @@ def compare_methods(
     place = {"default_root_dir": str(directory), "accelerator": "auto", "devices": 1}
     options = {**quiet, **place, **(trainer_options or {})}
     rows: list[Record] = []
+    tested: dict[Method, _Tested] = {}
+    verdicts: list[Record] = []
     with isolate_rng(), quiet_trainers():
         device = _one_device(options)
         data.prepare_data()
@@ -122,8 +132,14 @@ def compare_methods(
         # In the table's order, whatever shares the StitchNet comes before what trains it.
         for method in [name for name in METHODS if name in methods]:
             progress.start(method, None)
-            rows.append(_row(method, contenders.make(method), data, device, seed))
-            write_records(rows, Path(directory) / "methods", counted=COUNTED, settings=settings)
+            tested[method] = _test(method, contenders.make(method), data, device)
+            rows.append(_row(tested[method], seed))
+            # The composed ones come last, when all rivals are there.
+            if method in COMPOSED and (account := _judge(method, tested, margin)):
+                rows[-1]["verdict"] = in_words(account)
+                verdicts += [verdict.record() for verdict in account]
+            about = {"counted": COUNTED, "verdicts": verdicts, "settings": settings}
+            write_records(rows, Path(directory) / "methods", **about)
     if plot:
         plot_methods(rows, Path(directory) / "methods.png")
     return rows
@@ -139,7 +155,17 @@ def _one_device(options: dict[str, Any]) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _row(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device, seed: int) -> Record:
+@dataclass(frozen=True, slots=True)
+class _Tested:
+    """A contender, what it said of the test images, with their labels, and its latency in milliseconds."""
+
+    contender: Contender
+    evaluation: Evaluation
+    targets: Tensor
+    latency_ms: float
+
+
+def _test(method: Method, contender: Contender, data: CalibrationDataModule, device: torch.device) -> _Tested:
     classifier = nn.Sequential(contender.network, contender.head).to(device).eval()
     cost = network_cost(classifier, data.image_shape)
     probabilities, labels = [], []
@@ -148,23 +174,57 @@ def _row(method: Method, contender: Contender, data: CalibrationDataModule, devi
             probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
             labels.append(targets)
     num_labels = data.summary["train"] + data.summary["selection"]
+    sources = {fragment.source for fragment in getattr(getattr(contender.network, "recipe", None), "fragments", ())}
     evaluation = Evaluation(
-        method, "source", torch.cat(probabilities), cost.params, cost.macs, contender.spent.seconds, num_labels
+        method,
+        "method",
+        torch.cat(probabilities),
+        cost.params,
+        cost.macs,
+        contender.spent.seconds,
+        num_labels,
+        label=f"{method} (of one source: {contender.name})" if len(sources) == 1 else None,
     )
+    return _Tested(contender, evaluation, torch.cat(labels), network_latency(classifier, data.image_shape, device))
+
+
+def _judge(method: Method, tested: dict[Method, _Tested], margin: float) -> list[Verdict]:
+    """A method against all that are not composed, those first that the selection images say more for."""
+    rivals = sorted((name for name in tested if name not in COMPOSED), key=lambda name: _selection_loss(tested[name]))
+    judged = tested[method]
+    return [
+        dataclasses.replace(
+            judge(tested[rival].evaluation, judged.evaluation, judged.targets, margin=margin),
+            contender_cost=judged.contender.spent.flops,
+            rival_cost=tested[rival].contender.spent.flops,
+            cost_unit="training FLOPs",
+        )
+        for rival in rivals
+    ]
+
+
+def _selection_loss(tested: _Tested) -> float:
+    loss = tested.contender.selection_loss
+    return math.inf if loss is None else loss
+
+
+def _row(tested: _Tested, seed: int) -> Record:
+    contender, evaluation = tested.contender, tested.evaluation
     return {
-        "method": method,
+        "method": evaluation.name,
         "network": contender.name,
-        **score(evaluation, torch.cat(labels)),
+        **score(evaluation, tested.targets),
         "seconds": contender.spent.seconds,
         "cpu_seconds": contender.spent.cpu_seconds,
         "flops": contender.spent.flops,
-        "labels": num_labels,
-        "params": cost.params,
-        "macs": cost.macs,
-        "latency_ms": network_latency(classifier, data.image_shape, device),
+        "labels": evaluation.labels,
+        "params": evaluation.params,
+        "macs": evaluation.macs,
+        "latency_ms": tested.latency_ms,
         "selection_loss": contender.selection_loss,
-        "learning_rate": None if contender.trained is None else contender.trained.learning_rate,
-        "epoch": None if contender.trained is None else contender.trained.epoch,
+        "learning_rate": contender.learning_rate,
+        "penalty": contender.penalty,
         "search_choice": contender.search_choice,
         "seed": seed,
+        "verdict": None,
     }

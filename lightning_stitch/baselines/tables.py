@@ -12,7 +12,7 @@ from lightning_stitch.tables import Record, print_table, with_interval
 COUNTED = (
     "Seconds and FLOPs are of everything from loaded sources to the finished classifier. All methods on a source count "
     "the choice of it: one pass of every source over the train and selection images, and a head on each. Trained ones "
-    "count every epoch, forward, backward and the passes over the selection images, for every learning rate tried. "
+    "count every epoch, forward and backward, and a pass over the selection images, for every learning rate tried. "
     "StitchNet counts the whole search (cutting, calibration, CKAs, solves, ranking) and the head; what is fine-tuned "
     "counts what it starts from. Loading the sources, test images and measuring latency count for none. Labels are "
     "those of the train and selection images, which all methods use alike; test images choose nothing."
@@ -20,7 +20,9 @@ COUNTED = (
 
 
 def print_methods(rows: Sequence[Record], *, title: str, console: Console | None = None) -> None:
-    """Print the rows of `compare_methods` and what is counted, to standard output where no console is named.
+    """Print the rows of `compare_methods`, their verdicts and what is counted.
+
+    To standard output where no console is named.
 
     Raises:
         StitchError: If there are no rows.
@@ -39,4 +41,5 @@ def print_methods(rows: Sequence[Record], *, title: str, console: Console | None
         }
         for row in rows
     ]
-    print_table(cells, title=title, notes=["", Text(COUNTED)], console=console)
+    verdicts = [Text(row["verdict"]) for row in rows if row["verdict"] is not None]
+    print_table(cells, title=title, notes=["", *verdicts, Text(COUNTED)], console=console)

@@ -21,7 +21,10 @@ from lightning_stitch.sources import CombinedLicence, combine_licences, hub_repo
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-_COLUMNS = ("name", "kind", "budget", "accuracy", "balanced_accuracy", "auroc", "params", "macs", "seconds", "labels")
+_COLUMNS = (
+    *("name", "kind", "sources", "budget", "accuracy", "balanced_accuracy", "auroc"),
+    *("params", "macs", "seconds", "labels", "verdict"),
+)
 _HEADINGS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "params": "M params", "macs": "M MACs"}
 _METHOD = """Composed by lightning_stitch (`pip install lightning-stitch`) after StitchNet (Teerapittayanon, Comiter, \
 McDanel and Kung, [arXiv 2301.01947](https://arxiv.org/abs/2301.01947)): fragments of pre-trained networks are joined \

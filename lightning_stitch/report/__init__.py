@@ -2,7 +2,11 @@
 
 In reading order:
 
-- `evaluation.py`: a network on test images, with intervals and costs, and one sentence on whether it was worth it
+- `evaluation.py`: a network on test images: scores with intervals, and costs
+- `paired_tests.py`: tests of two networks on the same images
+- `verdicts.py`: better, equivalent, worse or undecided, and whether it is worth it
+- `kinds.py`: what kinds of networks there are, and what they are called
+- `finalists.py`: which networks are compared
 - `comparison.py`: chosen networks beside all sources, same head and labels, on test images that chose nothing
 - `tables.py`: tables of a comparison and of a search's candidates: on the console, as CSV and as JSON
 - `predictions.py`: predictions as rows of a table, CSV or JSON lines

@@ -2,83 +2,55 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_stitch.composing import Pool
-from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
-from lightning_stitch.report.evaluation import Evaluation, verdict
+from lightning_stitch.report.evaluation import Evaluation, correct
+from lightning_stitch.report.finalists import Finalist, finalists
+from lightning_stitch.report.kinds import RIVALS, is_composition, kind_of, label_of, rival_group, row_name, sources_of
 from lightning_stitch.report.tables import comparison_table
+from lightning_stitch.report.verdicts import (
+    MARGIN,
+    Verdict,
+    check_margin,
+    guessing_in_words,
+    guessing_share,
+    in_short,
+    in_words,
+    judge,
+)
 from lightning_stitch.search import SearchResult
-from lightning_stitch.stitching import Candidate
 from lightning_stitch.tables import Record
 
 Loader = Iterable[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Finalist:
-    """A network that goes into the table, chosen without test images under a budget (in words).
-
-    `search_seconds` is the wall time of what led to it, the head apart; `search_labels` are those used in choosing it.
-    """
-
-    name: str
-    candidate: Candidate
-    budget: str | None
-    search_seconds: float
-    search_labels: int
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
-    """The rows of `comparison_table`, the `verdict` on whether a StitchNet beat the best source, and unmet budgets.
+    """What chosen networks did on test images, beside what the sources allow without composing.
 
-    A budget is unmet, in words, where no StitchNet keeps it.
+    Attributes:
+        rows: Those of `comparison_table`; where a network is judged, "verdict" says it in a few words.
+        verdicts: On what the search chose, unless that is a source as it is, and on every composition of several
+            sources, against the best source, and against the best of each kind of network of one source alone that
+            takes no more MACs.
+        sentence: Whether it was worth it.
+        unmet: The budgets, in words, that no StitchNet keeps.
     """
 
     rows: list[Record]
+    verdicts: tuple[Verdict, ...]
     sentence: str
     unmet: tuple[str, ...]
-
-
-def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Finalist], tuple[str, ...]]:
-    """Every source, every self-stitched source, and the best StitchNet and early exit under each share of the budget.
-
-    Shares are of the smallest source's MACs. Returned are the finalists, and the budgets that no StitchNet keeps.
-    """
-    spent = sum(result.seconds.values())
-    prepared = result.seconds["cut"] + result.seconds["calibrate"]
-    labels = result.num_selection_labels
-    chosen = []
-    for kind in ("source", "self-stitched"):
-        for ranked in result.ranked:
-            candidate = ranked.candidate
-            if candidate.kind == kind:
-                name = candidate.recipe.fragments[0].source
-                chosen.append(Finalist(name, candidate, None, prepared if kind == "self-stitched" else 0.0, 0))
-    smallest = min(r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "source")
-    limits = [("no budget", math.inf), *((f"<= {share:.0%} of MACs", share * smallest) for share in fractions)]
-    unmet = []
-    for words, limit in limits:
-        budget = Budget(max_macs=limit)
-        stitched, exit = result.within(budget, kind="stitched"), result.within(budget, kind="early exit")
-        if stitched is None:
-            unmet.append(words if limit < math.inf else "any budget")
-        else:
-            chosen.append(Finalist("StitchNet", stitched.candidate, words, spent, labels))
-        if exit is not None:
-            name = exit.candidate.recipe.fragments[0].source
-            chosen.append(Finalist(name, exit.candidate, f"early exit, {words}", spent, labels))
-    return chosen, tuple(unmet)
 
 
 def compare(
@@ -90,10 +62,11 @@ def compare(
     num_classes: int,
     head: HeadSettings | None = None,
     fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
+    margin: float = MARGIN,
     num_resamples: int = 1000,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Fit the same closed-form head on every finalist and evaluate all of them on the test images.
+    """Fit the same closed-form head on every finalist, evaluate all of them on the test images, and judge.
 
     Args:
         pool: The pool that was searched, its sources still at hand.
@@ -102,17 +75,19 @@ def compare(
         test: Batches of (images, labels) that nothing else has touched.
         num_classes: Number of classes.
         head: The head, for classes; None: ridge.
-        fractions: Shares of the smallest source's MACs under which the best StitchNet is shown.
+        fractions: Shares of the smallest source's MACs under which the best networks are shown.
+        margin: The least difference in accuracy that counts (`judge`).
         num_resamples: Bootstrap resamples of the test images.
         progress: Where to show progress.
 
     Raises:
         CalibrationError: If a part has no labels; a class map needs them for the test images only.
-        StitchError: If the head is not one for classes.
+        StitchError: If the head is not one for classes, or the margin is not from 0 to 1.
     """
     head = head or HeadSettings.of("ridge", num_classes=num_classes)
     if head.task != "multiclass" or head.name == "none":
         raise StitchError(f"The comparison tells classes apart; found head={head.name!r} with task={head.task!r}.")
+    check_margin(margin)
     progress = progress or Silent()
     chosen, unmet = finalists(result, fractions)
     candidates = [finalist.candidate for finalist in chosen]
@@ -135,8 +110,8 @@ def compare(
         candidate = finalist.candidate
         evaluations.append(
             Evaluation(
-                name=finalist.name,
-                kind=candidate.kind,
+                name=row_name(candidate),
+                kind=kind_of(candidate),
                 probabilities=probabilities,
                 params=candidate.cost.params,
                 macs=candidate.cost.macs,
@@ -144,10 +119,89 @@ def compare(
                 labels=num_labels + finalist.search_labels,
                 cka_product=candidate.cka_product if candidate.recipe.stitches else None,
                 budget=finalist.budget,
+                sources=sources_of(candidate.recipe),
+                label=label_of(candidate),
             )
         )
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
-    best = result.best_source.candidate.recipe.fragments[0].source
-    source = next(e for e in evaluations if (e.kind, e.name) == ("source", best))
-    stitched = next((e for e in evaluations if e.kind == "stitched"), None)
-    return Comparison(rows, verdict(source, stitched, targets, num_resamples=num_resamples), unmet)
+    judged = _Judged(chosen, evaluations, targets, result, margin)
+    for contender in judged.contenders:
+        rows[contender]["verdict"] = in_short(judged.verdicts[contender])
+    verdicts = tuple(verdict for account in judged.verdicts.values() for verdict in account)
+    return Comparison(rows, verdicts, judged.sentence(), unmet)
+
+
+class _Judged:
+    """Who is judged against whom, and what is said of it."""
+
+    def __init__(
+        self,
+        chosen: Sequence[Finalist],
+        evaluations: Sequence[Evaluation],
+        targets: Tensor,
+        result: SearchResult,
+        margin: float,
+    ) -> None:
+        self.chosen = chosen
+        self.evaluations = evaluations
+        self.targets = targets
+        # Numbers of the finalists as the selection images rank them.
+        place = {id(ranked.candidate): place for place, ranked in enumerate(result.ranked)}
+        self.ranking = sorted(range(len(chosen)), key=lambda n: place[id(chosen[n].candidate)])
+        numbers = {id(finalist.candidate): n for n, finalist in enumerate(chosen)}
+        self.choice = numbers[id(result.best.candidate)]
+        self.best_source = numbers[id(result.best_source.candidate)]
+        composed = [n for n in self.ranking if is_composition(chosen[n].candidate)]
+        news = [] if self.choice == self.best_source else [self.choice]
+        self.contenders = list(dict.fromkeys(news + composed))
+        self.verdicts = {
+            contender: [
+                judge(evaluations[rival], evaluations[contender], targets, margin=margin)
+                for rival in self.rivals(contender)
+            ]
+            for contender in self.contenders
+        }
+
+    def allowed(self, contender: int) -> list[int]:
+        """Networks of one source alone that take no more MACs, as the selection images rank them."""
+        limit = self.chosen[contender].macs
+        return [
+            n
+            for n in self.ranking
+            if n != contender and self.evaluations[n].kind in RIVALS and self.chosen[n].macs <= limit
+        ]
+
+    def rivals(self, contender: int) -> list[int]:
+        """The best of each kind that takes no more MACs, and the best source, whatever it takes."""
+        best: dict[Any, int] = {}
+        for n in self.allowed(contender):
+            best.setdefault(rival_group(self.chosen[n].candidate), n)
+        return [n for n in self.ranking if n in best.values() or n == self.best_source]
+
+    def share(self, evaluation: Evaluation) -> float:
+        """Accuracy on the test images."""
+        return float(correct(evaluation, self.targets).mean())
+
+    def sentence(self) -> str:
+        """Of what the search chose, and of the best composition of several sources."""
+        parts = []
+        if self.choice == self.best_source:
+            source = self.evaluations[self.best_source]
+            parts.append(
+                f"The search chose {source.label}, the best source, as it is: right on {self.share(source):.3f}."
+            )
+            guessing = guessing_share(source, self.targets)
+            if guessing is not None:
+                parts.append(guessing_in_words(str(source.label), guessing))
+        composed = [n for n in self.contenders if is_composition(self.chosen[n].candidate)]
+        for contender in dict.fromkeys(self.contenders[:1] + composed[:1]):
+            parts.append(in_words(self.verdicts[contender]))
+            right, told = self.share(self.evaluations[contender]), self.rivals(contender)
+            others = [self.evaluations[n] for n in self.allowed(contender) if n not in told]
+            ahead = [other for other in others if self.share(other) > right]
+            if ahead:
+                words = ", ".join(f"{e.label} ({e.macs / 1e6:.3g} M MACs)" for e in ahead)
+                parts.append(f"Ahead of it in the table for no more MACs: {words}.")
+        if not composed:
+            parts.append("No composition of several sources was found that keeps the budget.")
+        return " ".join(parts)

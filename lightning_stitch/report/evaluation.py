@@ -1,4 +1,4 @@
-"""Honest comparison tables: every network with its intervals and costs, and one sentence on whether it was worth it."""
+"""What one network did on the test images: its scores, with their intervals, and its costs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.stitching import Kind
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
-_SIGNIFICANT = 0.05
 # Entries of one resamples x images block: 32 MB in float64.
 _BLOCK = 4_000_000
 
@@ -24,21 +22,23 @@ class Evaluation:
 
     Attributes:
         name: Name in the table.
-        kind: Whether it is a source, a source stitched to itself, a source that ends early, or a stitched network.
+        kind: What it is made of (`report.kinds`).
         probabilities: Class probabilities, images x classes, floating point, on any device.
         params: Number of parameters.
         macs: Multiply-accumulates of one image.
         seconds: Wall time that it took to make (search, stitches, head).
         labels: Number of labelled images that were used to make it.
         cka_product: Product of the CKAs of its stitches.
-        budget: The budget it keeps, in words, such as "<= 50 % of smallest source".
+        budget: The budgets under which it was chosen, in words, such as "<= 50% of MACs".
+        sources: The sources that its fragments come from.
+        label: What sentences call it; None: its name.
 
     Raises:
         StitchError: If a probability is not finite.
     """
 
     name: str
-    kind: Kind
+    kind: str
     probabilities: Tensor
     params: int
     macs: int
@@ -46,6 +46,8 @@ class Evaluation:
     labels: int
     cka_product: float | None = None
     budget: str | None = None
+    sources: tuple[str, ...] = ()
+    label: str | None = None
 
     def __post_init__(self) -> None:
         """Check the probabilities."""
@@ -85,7 +87,7 @@ def score(
         >>> score(sure, torch.tensor([0, 1] * 9))["auroc_low"]
         1.0
     """
-    targets = _valid_targets(targets, evaluation)
+    targets = valid_targets(targets, evaluation)
     probabilities = evaluation.probabilities.detach().double().cpu()
     everything = torch.ones(1, len(targets), dtype=torch.double)
     points = _metrics(probabilities, targets, everything)
@@ -99,41 +101,8 @@ def score(
     return result
 
 
-def verdict(
-    source: Evaluation, stitched: Evaluation | None, targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
-) -> str:
-    """One sentence: is the stitched network better than the source, worse, or inside the noise?
-
-    Both are compared on the same images by the exact two-sided McNemar test (McNemar 1947, "Note on the sampling error
-    of the difference between correlated proportions or percentages"). The interval of the difference in accuracy is the
-    paired percentile bootstrap, 95 %. Arguments are as in `score`; `source` is the best unmodified one by the selection
-    set, and `stitched` the network chosen, None where none was.
-
-    Raises:
-        StitchError: If targets and probabilities do not fit each other.
-    """
-    targets = _valid_targets(targets, source)
-    right = _correct(source, targets)
-    if stitched is None:
-        return (
-            f"No stitched network was chosen, because none fits the budget or none beat the sources on the selection "
-            f"set: {source.name} stays, right on {right.mean():.3f} of {len(targets)} test images."
-        )
-    targets = _valid_targets(targets, stitched)
-    gain = _correct(stitched, targets) - right
-    won, lost = int((gain > 0).sum()), int((gain < 0).sum())
-    p = _mcnemar(won, lost)
-    low, high = _interval(torch.cat([w @ gain for w in _resamples(len(gain), num_resamples, seed)]) / len(gain))
-    difference = float(gain.mean())
-    word = "inside the noise" if p >= _SIGNIFICANT else "better" if difference > 0 else "worse"
-    return (
-        f"{stitched.name} against {source.name} is {word}: {100 * difference:+.1f} points of accuracy "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}) on {len(gain)} test images, of which {won} only the "
-        f"stitched network and {lost} only the source got right (exact McNemar test, p = {p:.3g})."
-    )
-
-
-def _valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
+def valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
+    """Targets as int64 on the CPU, refused with a StitchError where they do not fit the probabilities."""
     num_images, num_classes = evaluation.probabilities.shape
     low, high = targets.aminmax()
     if targets.shape != (num_images,) or targets.is_floating_point() or low < 0 or high >= num_classes:
@@ -145,7 +114,8 @@ def _valid_targets(targets: Tensor, evaluation: Evaluation) -> Tensor:
     return targets.detach().long().cpu()
 
 
-def _correct(evaluation: Evaluation, targets: Tensor) -> Tensor:
+def correct(evaluation: Evaluation, targets: Tensor) -> Tensor:
+    """1.0 for each image that is classified right, else 0.0."""
     return (evaluation.probabilities.detach().cpu().argmax(1) == targets).double()
 
 
@@ -168,13 +138,13 @@ def _interval(values: Tensor) -> tuple[float, float]:
 def _metrics(probabilities: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Each metric under every row of weights (resamples x images); NaN where it is undefined."""
     num_classes = probabilities.shape[1]
-    correct = (probabilities.argmax(1) == targets).double()
+    right = (probabilities.argmax(1) == targets).double()
     members = torch.nn.functional.one_hot(targets, num_classes).double()
-    recalls = (weights @ (members * correct[:, None])) / (weights @ members)
+    recalls = (weights @ (members * right[:, None])) / (weights @ members)
     classes = [1] if num_classes == 2 else targets.unique().tolist()
     curves = [_auroc(probabilities[:, c], targets == c, weights) for c in classes]
     return {
-        "accuracy": weights @ correct / weights.sum(1),
+        "accuracy": weights @ right / weights.sum(1),
         "balanced_accuracy": recalls.nanmean(1),
         "auroc": torch.stack(curves).nanmean(0),
     }
@@ -192,10 +162,3 @@ def _auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     beaten = (below[:, (ends - sizes)[group]] + below[:, ends[group]]) / 2
     wins = weights[:, positive]
     return (wins * beaten).sum(1) / (wins.sum(1) * below[:, -1])
-
-
-def _mcnemar(won: int, lost: int) -> float:
-    """Two-sided exact p-value of `won` successes in `won + lost` tosses of a fair coin."""
-    tosses = won + lost
-    tail = sum(math.comb(tosses, k) for k in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2**tosses)

@@ -11,6 +11,8 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_stitch.report.evaluation import METRICS, Evaluation, score
+from lightning_stitch.report.kinds import kind_of
+from lightning_stitch.report.verdicts import Verdict
 from lightning_stitch.search import SearchResult
 from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
 
@@ -18,7 +20,9 @@ from lightning_stitch.tables import Record, print_table, with_interval, write_cs
 def comparison_table(
     evaluations: Sequence[Evaluation], targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
 ) -> list[Record]:
-    """One flat row per network, of plain strings, numbers and None: its name, kind and budget, `score`, its costs.
+    """One flat row per network, of plain strings, numbers and None.
+
+    It has the name, kind, sources and budgets, `score`, the costs, and a verdict: None, for whoever judges to fill in.
 
     Raises:
         StitchError: If targets and probabilities do not fit each other.
@@ -27,6 +31,7 @@ def comparison_table(
         {
             "name": e.name,
             "kind": e.kind,
+            "sources": " + ".join(e.sources),
             "budget": e.budget,
             **score(e, targets, num_resamples=num_resamples, seed=seed),
             "params": e.params,
@@ -34,13 +39,14 @@ def comparison_table(
             "seconds": e.seconds,
             "labels": e.labels,
             "cka_product": e.cka_product,
+            "verdict": None,
         }
         for e in evaluations
     ]
 
 
 def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, console: Console | None = None) -> None:
-    """Print the rows of `comparison_table` and the `verdict`, to standard output where no console is named.
+    """Print the rows of `comparison_table` and the verdict, to standard output where no console is named.
 
     The column CKA is the product of the CKAs; an empty column is left out.
 
@@ -54,21 +60,31 @@ def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, conso
 
 
 def write_comparison(
-    rows: Sequence[Record], sentence: str, directory: str | Path, *, settings: Mapping[str, Any] | None = None
+    rows: Sequence[Record],
+    sentence: str,
+    directory: str | Path,
+    *,
+    verdicts: Sequence[Verdict] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
-    """Write `comparison.csv` and `comparison.json` (with the settings of the run) in a directory; returns their paths.
+    """Write `comparison.csv` and `comparison.json` in a directory; returns their paths.
+
+    The JSON file has the sentence as "verdict", each verdict's figures as "verdicts", and the settings of the run.
 
     The directory is made if it does not exist; files that are there are replaced.
 
     Raises:
         StitchError: As `write_records`.
     """
-    return write_records(rows, Path(directory) / "comparison", verdict=sentence, settings=dict(settings or {}))
+    about = {"verdict": sentence, "verdicts": [v.record() for v in verdicts], "settings": dict(settings or {})}
+    return write_records(rows, Path(directory) / "comparison", **about)
 
 
 def _cells(row: Record) -> dict[str, str]:
+    # Under the name what it does not say.
+    about = [row["kind"], row["sources"], row["budget"]]
     return {
-        "network": f"{row['name']}\n {row['budget'] or row['kind']}",
+        "network": "\n ".join(dict.fromkeys(filter(None, [row["name"], *about]))),
         **{metric.replace("_", " ").replace("auroc", "AUROC"): with_interval(row, metric) for metric in METRICS},
         "M params": f"{row['params'] / 1e6:.2f}",
         "M MACs": f"{row['macs'] / 1e6:.1f}",
@@ -89,7 +105,7 @@ def candidate_rows(result: SearchResult) -> list[Record]:
     return [
         {
             "place": place,
-            "kind": r.candidate.kind,
+            "kind": kind_of(r.candidate),
             "path": r.candidate.recipe.path,
             "params": r.candidate.cost.params,
             "macs": r.candidate.cost.macs,

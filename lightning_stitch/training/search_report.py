@@ -46,5 +46,7 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
             "rejected": result.rejected,
             "num_candidates": len(result.ranked),
         }
-        paths = write_comparison(comparison.rows, sentence, Path(log_dir), settings=settings)
+        paths = write_comparison(
+            comparison.rows, sentence, Path(log_dir), verdicts=comparison.verdicts, settings=settings
+        )
         print(f"The table is in {paths[0]} and {paths[1]}.")

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
 from lightning_stitch._lightning import pl
 from lightning_stitch.baselines import plots
-from lightning_stitch.baselines.contenders import METHODS
+from lightning_stitch.baselines.contenders import COMPOSED, METHODS
 from lightning_stitch.errors import BudgetError, CalibrationError, SourceError, StitchError
 
-TINY = FineTuning(epochs=2, probe_epochs=4)
+TINY = FineTuning(epochs=2, learning_rates=(1e-4,))
 MEASURED = ("seconds", "cpu_seconds", "latency_ms")
 
 
@@ -44,8 +44,9 @@ def test_every_method_has_a_complete_row_on_the_same_labels(rows: list[dict[str,
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
         assert all(row[name] > 0 for name in (*MEASURED, "flops", "params", "macs"))
-        trained = row["method"] not in ("closed-form head", "StitchNet")
-        assert (row["epoch"] is not None) is (row["learning_rate"] is not None) is trained
+        assert (row["learning_rate"] is not None) is ("fine-tun" in row["method"])
+        assert (row["penalty"] is not None) is (row["method"] == "linear probe")
+        assert (row["verdict"] is not None) is (row["method"] in COMPOSED)
         assert ("->" in row["network"]) is row["method"].startswith("StitchNet")
 
 
@@ -72,6 +73,21 @@ def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) ->
     record = json.loads((folder / "methods.json").read_text())
     assert record["rows"] == rows
     assert record["settings"]["sources"] == ["a", "b"]
+    rivals = [method for method in METHODS if method not in COMPOSED]
+    for method in COMPOSED:
+        (row,) = (row for row in rows if row["method"] == method)
+        # Two sources of three blocks: what the search finds best is made of one of them alone, and is called that.
+        name = f"{method} (of one source: {row['network']})"
+        account = {verdict["rival"]: verdict for verdict in record["verdicts"] if verdict["contender"] == name}
+        assert sorted(account) == sorted(rivals)
+        for rival in rivals:
+            (other,) = (row for row in rows if row["method"] == rival)
+            verdict = account[rival]
+            assert verdict["difference"] == pytest.approx(row["accuracy"] - other["accuracy"])
+            assert (verdict["contender_cost"], verdict["rival_cost"]) == (row["flops"], other["flops"])
+            assert verdict["cost_unit"] == "training FLOPs"
+        assert row["verdict"].startswith(f"{method} (")
+        assert "orth it" in row["verdict"]
     assert record["settings"]["finetuning"]["epochs"] == 2
     assert record["settings"]["images"] == {"calibration": 12, "train": 40, "selection": 20, "test": 60}
 
@@ -100,10 +116,10 @@ def test_test_images_choose_nothing(tmp_path: Path) -> None:
     tests = [bright_halves(60, left=left, right=0.5 - left, seed=2) for left in (0.0, 0.5)]
     search = FragmentSearch([half_blind("right"), half_blind("left")], max_candidates=4, exits=False)
     data = [CalibrationDataModule(train, choosing, test, calibration_samples=12) for test in tests]
-    recipe = FineTuning(epochs=1, probe_epochs=40, head_learning_rates=(0.1,))
+    recipe = FineTuning(epochs=1, learning_rates=(1e-4,))
     found = [compared(tmp_path, search=search, data=one, finetuning=recipe) for one in data]
     for unlike, like in zip(*found, strict=True):
-        for name in ("method", "network", "selection_loss", "epoch", "flops"):
+        for name in ("method", "network", "selection_loss", "penalty", "flops"):
             assert unlike[name] == like[name]
     closed_form = METHODS.index("closed-form head")
     assert found[0][closed_form]["accuracy"] < found[1][closed_form]["accuracy"] - 0.2
@@ -136,10 +152,12 @@ def test_a_run_that_is_stopped_keeps_the_rows_that_it_has(tmp_path: Path) -> Non
 
 def test_learning_rates_reach_training(tmp_path: Path) -> None:
     method = ["full fine-tuning"]
-    (plain,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=(1e-2,)))
-    both = FineTuning(epochs=2, learning_rates=(1e-6, 1e-2))
-    (chosen,) = compared(tmp_path, methods=method, finetuning=both)
-    assert (chosen["learning_rate"], chosen["selection_loss"]) == (1e-2, plain["selection_loss"])
+    alone = {}
+    for rates in ((1e-6,), (1e-2,), (1e-6, 1e-2)):
+        (row,) = compared(tmp_path, methods=method, finetuning=FineTuning(epochs=2, learning_rates=rates))
+        alone[rates] = (row["selection_loss"], row["learning_rate"])
+    assert alone[(1e-6, 1e-2)] == min(alone[(1e-6,)], alone[(1e-2,)])
+    assert alone[(1e-6,)] != alone[(1e-2,)]
 
 
 class Plain(pl.LightningDataModule):
@@ -155,6 +173,7 @@ class Plain(pl.LightningDataModule):
         ({"methods": "StitchNet"}, StitchError, "methods must be some of"),
         ({"data": Plain()}, StitchError, "needs train, selection and test images in a CalibrationDataModule; found P"),
         ({"data": three_digits(task="none")}, StitchError, "tells classes apart, one label for each image"),
+        ({"margin": -1}, StitchError, "margin is a difference in accuracy, from 0 to 1"),
         ({"search": "resnet18"}, StitchError, "takes a FragmentSearch, whose sources all use; found str"),
         ({"search": FragmentSearch([])}, SourceError, "Expected a list of sources"),
         ({"search": FragmentSearch(["test_resnte"])}, SourceError, "1 of 1 sources cannot be used"),

@@ -54,7 +54,7 @@ def from_example(name: str, folder: Path, images: Path) -> Path:
     return path
 
 
-SMALL = ["--finetuning.epochs", "1", "--finetuning.probe_epochs", "2"]
+SMALL = ["--finetuning.epochs", "1", "--finetuning.probe_penalties", "[2]"]
 
 
 @pytest.mark.parametrize("name", ["compare_solar_cells", "solar_cells"])
@@ -73,8 +73,10 @@ def test_compare_takes_the_configuration_of_fit(
     assert f"{folder / 'methods.csv'}" in printed.replace("\n", "")
     assert (folder / "methods.png").stat().st_size > 10_000
     recipe = json.loads((folder / "methods.json").read_text())["settings"]["finetuning"]
-    assert (recipe["epochs"], recipe["probe_epochs"]) == (1, 2)
-    assert recipe["learning_rates"] == ([1e-4, 5e-4] if name == "compare_solar_cells" else [1e-4])
+    assert (recipe["epochs"], recipe["probe_penalties"]) == (1, [2])
+    assert recipe["learning_rates"] == ([1e-4, 1e-3] if name == "compare_solar_cells" else [1e-4, 3e-4, 1e-3])
+    assert all(" ".join(row["verdict"].split()) in " ".join(printed.split()) for row in rows if row["verdict"])
+    assert [row["method"] for row in rows if row["verdict"]] == ["StitchNet", "StitchNet, fine-tuned"]
 
 
 def test_methods_and_the_plot_can_be_chosen_on_the_command_line(tmp_path: Path, image_folder: Path) -> None:

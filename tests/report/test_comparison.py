@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.errors import CalibrationError
+from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.progress import Silent
-from lightning_stitch.report.comparison import Comparison, compare, finalists
-from lightning_stitch.report.evaluation import Evaluation, verdict
+from lightning_stitch.report.comparison import Comparison, compare
+from lightning_stitch.report.evaluation import Evaluation
+from lightning_stitch.report.finalists import Finalist, finalists
+from lightning_stitch.report.kinds import kind_of, label_of, row_name
+from lightning_stitch.report.verdicts import in_short, in_words, judge
 from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)
@@ -50,39 +54,74 @@ def comparison(pool: Pool, result: SearchResult) -> Comparison:
     return compare(pool, result, loader("train"), loader("test"), num_classes=3, fractions=FRACTIONS, num_resamples=50)
 
 
+def budgets(row: dict[str, Any]) -> list[str]:
+    return [] if row["budget"] is None else row["budget"].split("; ")
+
+
 def test_the_table_holds_sources_self_stitched_sources_and_the_best_under_each_budget(
     result: SearchResult, comparison: Comparison
 ) -> None:
-    found = [(row["name"], row["kind"], row["budget"]) for row in comparison.rows]
-    assert sorted(found[:2]) == [(name, "source", None) for name in "ab"]
-    assert sorted(found[2:4]) == [(name, "self-stitched", None) for name in "ab"]
-    words = {"no budget": math.inf, "<= 150% of MACs": 1.5, "<= 75% of MACs": 0.75}
-    assert found[4::2] == [("StitchNet", "stitched", word) for word in words]
-    assert [row[1:] for row in found[5::2]] == [("early exit", f"early exit, {word}") for word in words]
+    first = [(row["name"], row["kind"], row["budget"]) for row in comparison.rows[:4]]
+    assert sorted(first[:2]) == [(name, "source", None) for name in "ab"]
+    assert sorted(first[2:]) == [(name, "self-stitched", None) for name in "ab"]
     assert comparison.unmet == ("<= 0% of MACs",)
+    words = {"no budget": math.inf, "<= 150% of MACs": 1.5, "<= 75% of MACs": 0.75}
     smallest = min(row["macs"] for row in comparison.rows[:2])
-    for row, share in zip(comparison.rows[4:], (share for share in words.values() for _ in range(2)), strict=True):
-        kept = [r.candidate for r in result.ranked if r.candidate.cost.macs <= share * smallest]
-        chosen = next(candidate for candidate in kept if candidate.kind == row["kind"])
-        assert (row["params"], row["macs"]) == (chosen.cost.params, chosen.cost.macs)
-        assert row["name"] == ("StitchNet" if row["kind"] == "stitched" else path(chosen)[0][0])
+    for word, share in words.items():
+        for kind in ("stitched", "shortened", "early exit"):
+            rows = [row for row in comparison.rows if row["kind"] == kind and word in budgets(row)]
+            kept = [r.candidate for r in result.ranked if r.candidate.cost.macs <= share * smallest]
+            chosen = next((candidate for candidate in kept if kind_of(candidate) == kind), None)
+            assert len(rows) == (chosen is not None) >= (kind != "shortened")
+            if chosen is None:
+                continue
+            (row,) = rows
+            assert (row["params"], row["macs"]) == (chosen.cost.params, chosen.cost.macs)
+            assert row["name"] == ("StitchNet" if kind == "stitched" else path(chosen)[0][0])
+
+
+def test_each_network_is_in_the_table_once_and_its_sources_are_told(
+    result: SearchResult, comparison: Comparison
+) -> None:
+    chosen, _ = finalists(result, FRACTIONS)
+    assert len({id(finalist.candidate) for finalist in chosen}) == len(chosen) == len(comparison.rows)
+    for finalist, row in zip(chosen, comparison.rows, strict=True):
+        sources = list(dict.fromkeys(source for source, _, _ in path(finalist.candidate)))
+        assert row["sources"] == " + ".join(sources)
+        assert (len(sources) > 1) is (row["kind"] == "stitched")
 
 
 @pytest.mark.parametrize("kind", ["stitched", "early exit"])
 def test_under_each_budget_stands_the_first_of_the_ranking_that_fits(pool: Pool, kind: str) -> None:
-    result = pool.search(
-        [CALIBRATION],
-        loader("selection"),
-        ranking=lambda candidates, _: [{"macs": float(c.cost.macs)} for c in candidates],
-    )
-    macs = [r.candidate.cost.macs for r in result.ranked if r.candidate.kind == kind]
+    result = by_macs(pool)
+    macs = [r.candidate.cost.macs for r in result.ranked if kind_of(r.candidate) == kind]
     smallest = min(part.cost.macs for part in pool.parts)
     fractions = (1.2, 0.9, 0.7, 0.4, 1e-6)
     chosen, unmet = finalists(result, fractions)
     expected = [max((m for m in macs if m <= share * smallest), default=0) for share in (math.inf, *fractions)]
-    assert [f.candidate.cost.macs for f in chosen if f.candidate.kind == kind] == [m for m in expected if m]
+    under_budgets = [f.macs for f in chosen if kind_of(f.candidate) == kind and not str(f.budget).startswith("<= MACs")]
+    assert sorted(under_budgets) == sorted({m for m in expected if m})
     assert len(set(expected)) > 2
     assert kind == "early exit" or len(unmet) == expected.count(0) > 0
+
+
+def by_macs(pool: Pool) -> SearchResult:
+    """A search that ranks the largest network first."""
+    return pool.search(
+        [CALIBRATION],
+        loader("selection"),
+        ranking=lambda candidates, _: [{"macs": float(c.cost.macs)} for c in candidates],
+    )
+
+
+def test_the_best_exit_of_no_more_macs_than_a_stitchnet_is_there_too(pool: Pool) -> None:
+    result = by_macs(pool)
+    chosen, _ = finalists(result, (0.9, 0.7))
+    for finalist in (f for f in chosen if kind_of(f.candidate) == "stitched"):
+        macs = [r.candidate.cost.macs for r in result.ranked if kind_of(r.candidate) == "early exit"]
+        expected = max((m for m in macs if m <= finalist.macs), default=None)
+        there = [f.macs for f in chosen if kind_of(f.candidate) == "early exit" and f.macs <= finalist.macs]
+        assert max(there, default=None) == expected
 
 
 def test_rows_are_what_the_assembled_network_and_its_own_head_give(
@@ -105,6 +144,7 @@ def test_rows_are_what_the_assembled_network_and_its_own_head_give(
         without = row["kind"] in ("source", "early exit")
         assert row["cka_product"] == (None if without else finalist.candidate.cka_product)
         assert row["labels"] == len(labels) + (60 if row["budget"] else 0)
+        assert (row["name"], row["kind"]) == (row_name(finalist.candidate), kind_of(finalist.candidate))
         assert row["seconds"] > 0
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         accuracies.append(row["accuracy"])
@@ -116,30 +156,78 @@ def test_seconds_of_a_stitchnet_hold_the_search_and_of_a_source_do_not(
     result: SearchResult, comparison: Comparison
 ) -> None:
     by_kind = {row["kind"]: row["seconds"] for row in comparison.rows}
-    assert min(by_kind["stitched"], by_kind["early exit"]) > sum(result.seconds.values())
+    assert min(by_kind["stitched"], by_kind["early exit"], by_kind["shortened"]) > sum(result.seconds.values())
     assert by_kind["self-stitched"] > result.seconds["cut"] + result.seconds["calibrate"]
     chosen, _ = finalists(result, ())
-    assert [f.search_seconds for f in chosen if f.candidate.kind == "source"] == [0, 0]
+    assert [f.search_seconds for f in chosen if kind_of(f.candidate) == "source"] == [0, 0]
 
 
-def test_the_sentence_is_the_paired_test_of_the_best_source_and_the_best_stitchnet(
+def evaluations_of(pool: Pool, chosen: Sequence[Finalist]) -> list[Evaluation]:
+    candidates = [finalist.candidate for finalist in chosen]
+    fitted, labels = pool.outcomes(candidates, loader("train"), progress=Silent())
+    seen, _ = pool.outcomes(candidates, loader("test"), progress=Silent())
+    assert labels is not None
+    evaluations = []
+    for candidate, train, test in zip(candidates, fitted, seen, strict=True):
+        head, _ = fit_ridge_head(train.features, labels, num_classes=3)
+        probabilities = head(test.features).softmax(-1).detach()
+        name, cost = label_of(candidate), candidate.cost
+        evaluations.append(Evaluation(name, kind_of(candidate), probabilities, cost.params, cost.macs, 0.0, 0))
+    return evaluations
+
+
+def test_compositions_are_judged_against_the_best_of_each_kind_of_no_more_macs_and_the_best_source(
     pool: Pool, result: SearchResult, comparison: Comparison
 ) -> None:
     targets = PARTS["test"][1]
-    assert result.best_stitched is not None
-    evaluations = []
-    for kind, ranked in (("source", result.best_source), ("stitched", result.best_stitched)):
-        candidate = ranked.candidate
-        (fitted,), labels = pool.outcomes([candidate], loader("train"), progress=Silent())
-        (seen,), _ = pool.outcomes([candidate], loader("test"), progress=Silent())
-        assert labels is not None
-        head, _ = fit_ridge_head(fitted.features, labels, num_classes=3)
-        name = path(candidate)[0][0] if kind == "source" else "StitchNet"
-        probabilities = head(seen.features).softmax(-1).detach()
-        evaluations.append(
-            Evaluation(name, kind, probabilities, candidate.cost.params, candidate.cost.macs, 0.0, 0)  # type: ignore[arg-type]
-        )
-    assert comparison.sentence == verdict(*evaluations, targets, num_resamples=50)
+    chosen, _ = finalists(result, FRACTIONS)
+    evaluations = {id(f.candidate): e for f, e in zip(chosen, evaluations_of(pool, chosen), strict=True)}
+    ranked = [r.candidate for r in result.ranked if id(r.candidate) in evaluations]
+    composed = [c for c in ranked if kind_of(c) == "stitched"]
+    assert composed
+    for candidate in composed:
+        rivals = {id(result.best_source.candidate)}
+        for kind in ("source", "shortened", "early exit"):
+            fitting = (c for c in ranked if kind_of(c) == kind and c.cost.macs <= candidate.cost.macs)
+            rivals |= {id(c) for c in (next(fitting, None),) if c is not None}
+        contender = evaluations[id(candidate)]
+        expected = [judge(evaluations[id(c)], contender, targets) for c in ranked if id(c) in rivals]
+        found = [v for v in comparison.verdicts if (v.contender, v.contender_cost) == (contender.name, contender.macs)]
+        assert found == expected
+        assert len(found) > 1
+        (row,) = (r for r, f in zip(comparison.rows, chosen, strict=True) if f.candidate is candidate)
+        assert row["verdict"] == in_short(expected)
+    judged = {(v.contender, v.contender_cost) for v in comparison.verdicts}
+    assert [row["verdict"] is not None for row in comparison.rows].count(True) == len(judged)
+
+
+def test_the_sentence_tells_of_the_searchs_choice_and_of_the_best_composition(
+    result: SearchResult, comparison: Comparison
+) -> None:
+    first = next(r.candidate for r in result.ranked if kind_of(r.candidate) == "stitched")
+    for candidate in [first] if result.best is result.best_source else [result.best.candidate, first]:
+        account = [
+            v
+            for v in comparison.verdicts
+            if (v.contender, v.contender_cost) == (label_of(candidate), candidate.cost.macs)
+        ]
+        assert in_words(account) in comparison.sentence
+    chose_source = f"The search chose {label_of(result.best.candidate)}, the best source, as it is: right on 0."
+    assert (chose_source in comparison.sentence) is (result.best is result.best_source)
+
+
+def test_an_exit_in_the_table_that_is_ahead_is_named(pool: Pool) -> None:
+    """The test labels are what the smallest exit says, which the selection images put last."""
+    result = by_macs(pool)
+    chosen, _ = finalists(result, FRACTIONS)
+    evaluations = evaluations_of(pool, chosen)
+    exit = min((e for e in evaluations if e.kind == "early exit"), key=lambda e: e.macs)
+    test = DataLoader(TensorDataset(PARTS["test"][0], exit.probabilities.argmax(1)), batch_size=32)
+    found = compare(pool, result, loader("train"), test, num_classes=3, fractions=FRACTIONS, num_resamples=9)
+    first = next(v for v in found.verdicts if v.contender.startswith("StitchNet"))
+    assert exit.name not in {v.rival for v in found.verdicts if v.contender_cost == first.contender_cost}
+    words = found.sentence.split("Ahead of it in the table for no more MACs: ")[1]
+    assert f"{exit.name} ({exit.macs / 1e6:.3g} M MACs)" in words
 
 
 class Counting(Dataset):
@@ -170,7 +258,7 @@ def test_test_labels_choose_nothing(pool: Pool, result: SearchResult, comparison
     images, labels = PARTS["test"]
     shuffled = DataLoader(TensorDataset(images, labels.roll(1)), batch_size=32)
     other = compare(pool, result, loader("train"), shuffled, num_classes=3, fractions=FRACTIONS, num_resamples=50)
-    chosen = ("name", "kind", "budget", "params", "macs", "cka_product")
+    chosen = ("name", "kind", "sources", "budget", "params", "macs", "cka_product")
     assert [[row[c] for c in chosen] for row in other.rows] == [[row[c] for c in chosen] for row in comparison.rows]
     assert [row["accuracy"] for row in other.rows] != [row["accuracy"] for row in comparison.rows]
 
@@ -180,7 +268,24 @@ def test_a_search_without_stitchnets_says_so(pool: Pool) -> None:
     found = compare(pool, result, loader("train"), loader("test"), num_classes=3, num_resamples=9)
     assert found.unmet == ("any budget", "<= 75% of MACs", "<= 50% of MACs", "<= 33% of MACs")
     assert [row["kind"] for row in found.rows] == ["source"] * 2 + ["self-stitched"] * 2
-    assert found.sentence.startswith("No stitched network was chosen")
+    assert not any("StitchNet" in verdict.contender for verdict in found.verdicts)
+    assert found.sentence.endswith("No composition of several sources was found that keeps the budget.")
+
+
+def test_what_is_no_better_than_guessing_is_called_that(pool: Pool, result: SearchResult) -> None:
+    images, labels = PARTS["test"]
+    random = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    test = DataLoader(TensorDataset(images, random), batch_size=32)
+    found = compare(pool, result, loader("train"), test, num_classes=3, num_resamples=9)
+    assert "no better than always guessing the commonest class" in found.sentence
+    assert not any(verdict.worth_it for verdict in found.verdicts)
+
+
+def test_a_wider_margin_reaches_the_verdicts(pool: Pool, result: SearchResult) -> None:
+    found = compare(pool, result, loader("train"), loader("test"), num_classes=3, margin=0.6, num_resamples=9)
+    assert {verdict.word for verdict in found.verdicts} == {"equivalent"}
+    with pytest.raises(StitchError, match="margin is a difference in accuracy"):
+        compare(pool, result, [], [], num_classes=3, margin=1)
 
 
 @pytest.mark.parametrize("unlabelled", ["train", "test"])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
-from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_auroc
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.report.evaluation import Evaluation, score, verdict
+from lightning_stitch.report.evaluation import Evaluation, score
 from lightning_stitch.report.tables import comparison_table, print_comparison, write_comparison
+from lightning_stitch.report.verdicts import Verdict, judge
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 
@@ -127,41 +127,6 @@ def test_classes_that_are_absent_do_not_count():
     assert wide == pytest.approx(narrow, abs=1e-12)
 
 
-@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 0), (9, 3), (40, 60), (200, 130), (1500, 1400)])
-def test_the_verdict_is_the_exact_mcnemar_test(won, lost):
-    both = 50
-    targets = torch.arange(won + lost + both) % 2
-    place = torch.arange(len(targets))
-    stitched = evaluation(answers((place < won) | (place >= won + lost), targets), name="S")
-    source = evaluation(answers(place >= won, targets), name="R", kind="source")
-    sentence = verdict(source, stitched, targets, num_resamples=200)
-    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    assert f"p = {p:.3g})" in sentence
-    assert f"{100 * (won - lost) / len(targets):+.1f} points" in sentence
-    assert f"{won} only the stitched network and {lost} only the source" in sentence
-    assert ("inside the noise" in sentence) == (p >= 0.05)
-    assert ("S against R is better" in sentence) == (p < 0.05 and won > lost)
-    assert ("S against R is worse" in sentence) == (p < 0.05 and won < lost)
-
-
-def test_the_interval_of_the_difference_is_paired():
-    targets = torch.arange(1000) % 2
-    right = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.6
-    better = right.clone()
-    better[(~right).nonzero()[:20]] = True
-    sentence = verdict(evaluation(answers(right, targets)), evaluation(answers(better, targets)), targets)
-    # Twenty gains of 1000 are binomial: 1.2 to 2.9; unpaired, 0 would lie inside.
-    low, high = (float(x) for x in sentence.split("interval ")[1].split(")")[0].split(" to "))
-    assert (low, high) == (pytest.approx(1.2, abs=0.21), pytest.approx(2.9, abs=0.21))
-
-
-def test_a_verdict_without_a_stitched_network_says_so():
-    targets, probabilities = predictions(100, 2)
-    sentence = verdict(evaluation(probabilities, name="resnet", kind="source"), None, targets)
-    assert sentence.startswith("No stitched network was chosen")
-    assert f"right on {accuracy_score(targets, probabilities.argmax(1)):.3f} of 100 test images" in sentence
-
-
 @pytest.fixture
 def comparison():
     targets, probabilities = predictions(100, 2)
@@ -173,25 +138,28 @@ def comparison():
             name="a network of fragments with quite a long name of its own",
             cka_product=0.505,
             budget="<= 50 % of smallest source",
+            sources=("a", "b"),
             params=138_357_544,
             macs=15_500_000_000,
         ),
     ]
-    return comparison_table(networks, targets, num_resamples=50), verdict(networks[0], networks[2], targets)
+    return comparison_table(networks, targets, num_resamples=50), judge(networks[0], networks[2], targets)
 
 
 def test_rows_are_flat_and_plain(comparison):
     rows, _ = comparison
     scores = [metric + end for metric in METRICS for end in ("", "_low", "_high")]
-    columns = ["name", "kind", "budget", *scores, "params", "macs", "seconds", "labels", "cka_product"]
+    costs = ["params", "macs", "seconds", "labels", "cka_product"]
+    columns = ["name", "kind", "sources", "budget", *scores, *costs, "verdict"]
     assert [list(row) for row in rows] == [columns] * 3
     assert {type(value) for row in rows for value in row.values()} == {str, int, float, type(None)}
     assert (rows[2]["cka_product"], rows[2]["macs"], rows[1]["budget"]) == (0.505, 15_500_000_000, None)
+    assert [row["sources"] for row in rows] == ["", "", "a + b"]
 
 
 @pytest.mark.parametrize("width", [120, 60])
 def test_the_printed_table_keeps_its_width_and_its_numbers(comparison, width):
-    rows, sentence = comparison
+    rows, sentence = comparison[0], str(comparison[1])
     file = io.StringIO()
     print_comparison(
         rows, sentence, title="Solar [cells]", console=Console(file=file, width=width, force_terminal=True)
@@ -208,7 +176,7 @@ def test_the_printed_table_keeps_its_width_and_its_numbers(comparison, width):
 
 
 def test_a_table_in_a_pipe_is_not_squeezed(comparison, capsys):
-    rows, sentence = comparison
+    rows, sentence = comparison[0], str(comparison[1])
     print_comparison(rows, sentence, title="Solar cells")
     printed = capsys.readouterr().out
     assert f"{rows[2]['auroc']:.3f} [{rows[2]['auroc_low']:.2f}, {rows[2]['auroc_high']:.2f}]" in printed
@@ -217,7 +185,7 @@ def test_a_table_in_a_pipe_is_not_squeezed(comparison, capsys):
 
 
 def test_columns_without_a_value_are_left_out(comparison, capsys):
-    rows, sentence = comparison
+    rows, sentence = comparison[0], str(comparison[1])
     print_comparison(rows, sentence, title="Solar cells")
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("CKA", "AUROC"))
@@ -228,11 +196,16 @@ def test_columns_without_a_value_are_left_out(comparison, capsys):
 
 
 def test_written_files_read_back(comparison, tmp_path):
-    rows, sentence = comparison
-    paths = write_comparison(rows, sentence, tmp_path / "new" / "folder", settings={"seed": 0, "sources": ["a", "b"]})
+    rows, sentence = comparison[0], str(comparison[1])
+    settings, verdicts = {"seed": 0, "sources": ["a", "b"]}, [comparison[1]]
+    paths = write_comparison(rows, sentence, tmp_path / "new" / "folder", verdicts=verdicts, settings=settings)
     assert [path.name for path in paths] == ["comparison.csv", "comparison.json"]
     record = json.loads(paths[1].read_text(encoding="utf-8"))
-    assert record == {"verdict": sentence, "settings": {"seed": 0, "sources": ["a", "b"]}, "rows": rows}
+    (told,) = record.pop("verdicts")
+    assert record == {"verdict": sentence, "settings": settings, "rows": rows}
+    assert told.pop("sentence") == sentence
+    assert told.pop("worth_it") is comparison[1].worth_it
+    assert Verdict(**told) == comparison[1]
     with paths[0].open(encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file))
     assert read == [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
@@ -243,7 +216,7 @@ def test_written_files_read_back(comparison, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, object()])
 def test_settings_that_json_cannot_hold_are_refused_before_anything_is_written(comparison, tmp_path, value):
     with pytest.raises(StitchError, match="plain JSON"):
-        write_comparison(*comparison, tmp_path / "out", settings={"value": value})
+        write_comparison(comparison[0], "", tmp_path / "out", settings={"value": value})
     assert not (tmp_path / "out").exists()
 
 
@@ -274,7 +247,7 @@ def test_targets_that_do_not_fit_are_refused_everywhere(targets, words):
     with pytest.raises(StitchError, match=words):
         comparison_table([other], targets)
     with pytest.raises(StitchError):
-        verdict(fits, other, targets)
+        judge(fits, other, targets)
 
 
 def test_an_empty_table_is_refused(tmp_path):

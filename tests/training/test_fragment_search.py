@@ -133,10 +133,12 @@ def test_comparison_is_printed_and_written_in_the_log_directory(
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows].count("source") == 2
     assert [row["kind"] for row in rows].count("self-stitched") == 2
-    assert next(row["budget"] for row in rows if row["kind"] == "stitched") == "no budget"
+    assert next(row["budget"] for row in rows if row["kind"] == "stitched").startswith("no budget")
     record = json.loads((tmp_path / "comparison.json").read_text())
     assert record["verdict"].startswith(callback.comparison.sentence)
     assert record["rows"] == callback.comparison.rows
+    assert record["verdicts"] == [verdict.record() for verdict in callback.comparison.verdicts]
+    assert callback.comparison.verdicts
     assert record["settings"]["seconds"].keys() == {"cut", "calibrate", "search", "rank"}
 
 

@@ -133,7 +133,11 @@ def test_the_card_has_the_table_of_the_search_that_composed_the_network(hub: Hub
     assert searching.comparison is not None
     card = hub.files(REPO)["README.md"].decode()
     assert searching.comparison.sentence in card
-    assert [row["name"] for row in searching.comparison.rows if f"| {row['name']} | {row['kind']} |" not in card] == []
+    lines = [line for line in card.splitlines() if line.startswith("| ")]
+    for row in searching.comparison.rows:
+        start, end = f"| {row['name']} | {row['kind']} | {row['sources']} |", f"| {row['verdict'] or '-'} |"
+        assert any(line.startswith(start) and line.endswith(end) for line in lines)
+    assert any(row["verdict"] for row in searching.comparison.rows)
 
 
 def test_a_module_of_ones_own_is_told_how_its_network_is_published(hub: HubDouble, tmp_path: Path) -> None:

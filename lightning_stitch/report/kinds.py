@@ -1,0 +1,58 @@
+"""What kinds of networks a comparison tells apart, and what they are called."""
+
+from __future__ import annotations
+
+from lightning_stitch.recipe import Recipe
+from lightning_stitch.stitching import Candidate
+
+# Kind -> the name of its row, and what sentences call it. `names` are those of its sources.
+_WORDS = {
+    "source": ("{names}", "{names}"),
+    "self-stitched": ("{names}", "{names} stitched to itself"),
+    "early exit": ("{names}", "{names} ended at {end}"),
+    "shortened": ("{names}", "{names} shortened"),
+    "stitched": ("StitchNet", "StitchNet of {names}"),
+    "side by side": ("side by side", "{names} side by side"),
+}
+# What is shown under every budget; the others are compared whatever they cost.
+UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit")
+# What a composition of several sources has to be better than, or as good as at a lower cost.
+RIVALS = ("source", "shortened", "early exit")
+
+
+def kind_of(candidate: Candidate) -> str:
+    """The candidate's kind; fragments of one source alone, stitched, are a shortened source and no StitchNet."""
+    is_shortened = candidate.kind == "stitched" and len(sources_of(candidate.recipe)) == 1
+    return "shortened" if is_shortened else candidate.kind
+
+
+def sources_of(recipe: Recipe) -> tuple[str, ...]:
+    """The sources that a network's fragments come from, each once, in forward order."""
+    return tuple(dict.fromkeys(fragment.source for fragment in recipe.fragments))
+
+
+def is_composition(candidate: Candidate) -> bool:
+    """Whether it is composed of several sources."""
+    return len(sources_of(candidate.recipe)) > 1
+
+
+def rival_group(candidate: Candidate) -> tuple[object, ...]:
+    """What has a best one of its own among rivals: the kind, the size of its images, and whether it has many taps."""
+    return kind_of(candidate), candidate.recipe.input_size, len(candidate.recipe.taps) > 1
+
+
+def row_name(candidate: Candidate) -> str:
+    """What the candidate's row in a table is called; rows have their kind and sources besides."""
+    return _fill(0, candidate)
+
+
+def label_of(candidate: Candidate) -> str:
+    """What sentences call the candidate, as "StitchNet of resnet and vit"."""
+    return _fill(1, candidate)
+
+
+def _fill(which: int, candidate: Candidate) -> str:
+    *others, last = sources_of(candidate.recipe)
+    names = f"{', '.join(others)} and {last}" if others else last
+    words = _WORDS[kind_of(candidate)][which]
+    return words.format(names=names, end=candidate.recipe.fragments[-1].end or "its output")
