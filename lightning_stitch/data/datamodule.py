@@ -38,8 +38,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     |---|---|---|
     | calibration | fit stitches, score CKA, fit the head | at random |
     | train | rank candidates, fit the head, fine-tune | stratified by class where there are classes |
-    | selection (= val) | the same, but for fine-tuning, which it validates | `val` where given, else stratified out of |
-    | | | `train` |
+    | selection (= val) | the same; fine-tuning it validates | `val` where given, else stratified out of `train` |
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
     Exactly one of `train`, `image_folder` and `datamodule` says where the images come from. The draws depend on `seed`

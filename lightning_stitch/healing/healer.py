@@ -75,7 +75,7 @@ class Healer:
         return candidates
 
     def finalists(self, candidates: Sequence[Candidate], count: int) -> list[int]:
-        """Which stitched networks are worth healing, by their place: of each size class in turn that of highest held-out R2.
+        """Which stitched networks are worth healing, by place: of each size class in turn that of highest held-out R2.
 
         A size class is a range of MACs relative to the cheapest source, between the shares `SIZE_CLASSES`. Healing
         raises skips more than it reorders them, but a skip explains less than any network of the sources' own size, so

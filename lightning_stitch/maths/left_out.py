@@ -9,8 +9,8 @@ Features may come in blocks (what several taps read, side by side). Then each fe
 deviation and each block by the root of its width, so that all blocks weigh the same and ZZ' is the sum of the blocks'
 own Gram matrices. What follows from these rows (means and deviations) stays when a row is left out.
 
-Memory: float64 matrices of min(n, d)^2, of which an eigendecomposition holds some three, and portions of the features of
-at most `PORTION` numbers; no copy of the features. Of n > d the sums are over rows, d x d, else over features, n x n.
+Memory: float64 matrices of min(n, d)^2, of which an eigendecomposition holds some three, and portions of the features
+of at most `PORTION` numbers; no copy of the features. Of n > d the sums are over rows, d x d, else over features, n x n.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class LooRidge:
         return torch.stack([self.left_out(strength) for strength in self.strengths])
 
     def left_out(self, strength: float) -> Tensor:
-        """Each row as predicted from all others (n x columns), float64, with one strength, of those asked for or not."""
+        """Each row as predicted from all others (n x columns), float64, with any strength."""
         check_strengths([strength])
         penalty = self._targets.new_tensor([strength * self.scale])
         return self._targets - torch.cat([residuals[0] for residuals in self._residuals(penalty)])

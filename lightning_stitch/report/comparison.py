@@ -16,7 +16,7 @@ from lightning_stitch.heads import HeadSettings
 from lightning_stitch.progress import Progress, Silent, num_images
 from lightning_stitch.report.evaluation import Evaluation, correct
 from lightning_stitch.report.finalists import Finalist, finalists
-from lightning_stitch.report.kinds import RIVALS, is_composition, kind_of, label_of, rival_group, row_name, sources_of
+from lightning_stitch.report.kinds import RIVALS, is_composition, label_of, rival_group, row_name, sources_of
 from lightning_stitch.report.tables import comparison_table
 from lightning_stitch.report.verdicts import (
     MARGIN,
@@ -64,6 +64,7 @@ def compare(
     fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
     margin: float = MARGIN,
     num_resamples: int = 1000,
+    includes_selection: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Fit the same closed-form head on every finalist, evaluate all of them on the test images, and judge.
@@ -78,6 +79,8 @@ def compare(
         fractions: Shares of the smallest source's MACs under which the best networks are shown.
         margin: The least difference in accuracy that counts (`judge`).
         num_resamples: Bootstrap resamples of the test images.
+        includes_selection: Whether the images for the heads include those that the search chose by, whose labels are
+            then not counted twice.
         progress: Where to show progress.
 
     Raises:
@@ -107,16 +110,16 @@ def compare(
         with torch.no_grad():
             probabilities = fitted(seen.features).softmax(dim=-1)
         num_labels = len(labels) if head.needs_targets and labels is not None else 0
-        candidate = finalist.candidate
+        candidate, used = finalist.candidate, finalist.search_labels
         evaluations.append(
             Evaluation(
                 name=row_name(candidate),
-                kind=kind_of(candidate),
+                kind=candidate.kind,
                 probabilities=probabilities,
                 params=candidate.cost.params,
                 macs=candidate.cost.macs,
                 seconds=seconds,
-                labels=num_labels + finalist.search_labels,
+                labels=max(num_labels, used) if includes_selection else num_labels + used,
                 cka_product=candidate.cka_product if candidate.recipe.stitches else None,
                 budget=finalist.budget,
                 sources=sources_of(candidate.recipe),

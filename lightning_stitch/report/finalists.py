@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_stitch.report.kinds import RIVALS, UNDER_BUDGETS, is_composition, kind_of, row_name
+from lightning_stitch.report.kinds import RIVALS, UNDER_BUDGETS, is_composition, row_name
 from lightning_stitch.search import Ranked, SearchResult
 from lightning_stitch.stitching import Candidate
 
@@ -49,15 +49,15 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
             chosen[id(candidate)] = replace(before, budget=f"{before.budget}; {words}")
 
     def best(kind: str, limit: float) -> Ranked | None:
-        fitting = (r for r in result.ranked if kind_of(r.candidate) == kind and r.candidate.cost.macs <= limit)
+        fitting = (r for r in result.ranked if r.candidate.kind == kind and r.candidate.cost.macs <= limit)
         return next(fitting, None)
 
     for kind in ("source", "self-stitched"):
         for ranked in result.ranked:
-            if kind_of(ranked.candidate) == kind:
+            if ranked.candidate.kind == kind:
                 seconds = prepared if kind == "self-stitched" else 0.0
                 chosen[id(ranked.candidate)] = Finalist(ranked.candidate, None, seconds, 0)
-    smallest = min(finalist.macs for finalist in chosen.values() if kind_of(finalist.candidate) == "source")
+    smallest = min(finalist.macs for finalist in chosen.values() if finalist.candidate.kind == "source")
     limits = [("no budget", math.inf), *((f"<= {share:.0%} of MACs", share * smallest) for share in fractions)]
     unmet: list[str] = []
     for words, limit in limits:

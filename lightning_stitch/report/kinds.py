@@ -10,20 +10,15 @@ _WORDS = {
     "source": ("{names}", "{names}"),
     "self-stitched": ("{names}", "{names} stitched to itself"),
     "early exit": ("{names}", "{names} ended at {end}"),
+    "smaller image": ("{names}", "{names} at {size} to {end}"),
     "shortened": ("{names}", "{names} shortened"),
     "stitched": ("StitchNet", "StitchNet of {names}"),
     "side by side": ("side by side", "{names} side by side"),
 }
 # What is shown under every budget; the others are compared whatever they cost.
-UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit")
+UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit", "smaller image")
 # What a composition of several sources has to be better than, or as good as at a lower cost.
-RIVALS = ("source", "shortened", "early exit")
-
-
-def kind_of(candidate: Candidate) -> str:
-    """The candidate's kind; fragments of one source alone, stitched, are a shortened source and no StitchNet."""
-    is_shortened = candidate.kind == "stitched" and len(sources_of(candidate.recipe)) == 1
-    return "shortened" if is_shortened else candidate.kind
+RIVALS = ("source", "shortened", "early exit", "smaller image")
 
 
 def sources_of(recipe: Recipe) -> tuple[str, ...]:
@@ -38,7 +33,12 @@ def is_composition(candidate: Candidate) -> bool:
 
 def rival_group(candidate: Candidate) -> tuple[object, ...]:
     """What has a best one of its own among rivals: the kind, the size of its images, and whether it has many taps."""
-    return kind_of(candidate), candidate.recipe.input_size, len(candidate.recipe.taps) > 1
+    return candidate.kind, _image_size(candidate.recipe), len(candidate.recipe.taps) > 1
+
+
+def _image_size(recipe: Recipe) -> str:
+    """The size of the images that the first fragment sees, as "96x96"."""
+    return "x".join(map(str, recipe.fragments[0].image_size or recipe.input_size[1:]))
 
 
 def row_name(candidate: Candidate) -> str:
@@ -54,5 +54,6 @@ def label_of(candidate: Candidate) -> str:
 def _fill(which: int, candidate: Candidate) -> str:
     *others, last = sources_of(candidate.recipe)
     names = f"{', '.join(others)} and {last}" if others else last
-    words = _WORDS[kind_of(candidate)][which]
-    return words.format(names=names, end=candidate.recipe.fragments[-1].end or "its output")
+    words = _WORDS[candidate.kind][which]
+    end = candidate.recipe.fragments[-1].end or "its output"
+    return words.format(names=names, end=end, size=_image_size(candidate.recipe))

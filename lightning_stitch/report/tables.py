@@ -11,7 +11,6 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_stitch.report.evaluation import METRICS, Evaluation, score
-from lightning_stitch.report.kinds import kind_of
 from lightning_stitch.report.verdicts import Verdict
 from lightning_stitch.search import SearchResult
 from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
@@ -105,7 +104,7 @@ def candidate_rows(result: SearchResult) -> list[Record]:
     return [
         {
             "place": place,
-            "kind": kind_of(r.candidate),
+            "kind": r.candidate.kind,
             "path": r.candidate.recipe.path,
             "params": r.candidate.cost.params,
             "macs": r.candidate.cost.macs,

@@ -353,6 +353,7 @@ class FragmentSearch(pl.Callback):
                 num_classes=head.num_classes,
                 head=head,
                 fractions=self.fractions,
+                includes_selection=trainer.max_epochs == 0,
                 progress=progress,
             )
         return result

@@ -71,7 +71,8 @@ def parameter_groups(
 
     Groups have a "name" ("head", "stitch_2" which leads into "fragment_2", ...) and an "lr_factor": 1 for the head,
     for heads inside the network and for the layers that hold stitches, backbone_lr_factor * fragment_lr_decay^k for a
-    run of fragments with at most k stitches behind it. A parameter that several fragments share is in the first one's group.
+    run of fragments with at most k stitches behind it. A parameter that several fragments share is in the first one's
+    group.
     """
     for name, factor in (("backbone_lr_factor", backbone_lr_factor), ("fragment_lr_decay", fragment_lr_decay)):
         if not 0 <= factor < torch.inf:

@@ -9,7 +9,6 @@ from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.report.kinds import kind_of
 from lightning_stitch.report.tables import candidate_rows, write_candidates
 from lightning_stitch.search.results import SearchResult
 
@@ -29,7 +28,7 @@ def test_there_is_a_row_for_each_candidate_with_its_place_costs_and_scores(resul
     assert [row["place"] for row in rows] == list(range(1, len(result.ranked) + 1))
     for row, r in zip(rows, result.ranked, strict=True):
         cost = r.candidate.cost
-        assert (row["kind"], row["params"], row["macs"]) == (kind_of(r.candidate), cost.params, cost.macs)
+        assert (row["kind"], row["params"], row["macs"]) == (r.candidate.kind, cost.params, cost.macs)
         assert (row["activation_bytes"], row["latency_ms"]) == (r.activation_bytes, r.latency_ms)
         assert {name: row[name] for name in r.scores} == r.scores
         assert row["on_pareto_macs"] == any(r is kept for kept in result.pareto("macs"))

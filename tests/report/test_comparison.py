@@ -22,7 +22,7 @@ from lightning_stitch.progress import Silent
 from lightning_stitch.report.comparison import Comparison, compare
 from lightning_stitch.report.evaluation import Evaluation
 from lightning_stitch.report.finalists import Finalist, finalists
-from lightning_stitch.report.kinds import kind_of, label_of, row_name
+from lightning_stitch.report.kinds import label_of, row_name
 from lightning_stitch.report.verdicts import in_short, in_words, judge
 from lightning_stitch.search.results import SearchResult
 
@@ -71,7 +71,7 @@ def test_the_table_holds_sources_self_stitched_sources_and_the_best_under_each_b
         for kind in ("stitched", "shortened", "early exit"):
             rows = [row for row in comparison.rows if row["kind"] == kind and word in budgets(row)]
             kept = [r.candidate for r in result.ranked if r.candidate.cost.macs <= share * smallest]
-            chosen = next((candidate for candidate in kept if kind_of(candidate) == kind), None)
+            chosen = next((candidate for candidate in kept if candidate.kind == kind), None)
             assert len(rows) == (chosen is not None) >= (kind != "shortened")
             if chosen is None:
                 continue
@@ -94,12 +94,12 @@ def test_each_network_is_in_the_table_once_and_its_sources_are_told(
 @pytest.mark.parametrize("kind", ["stitched", "early exit"])
 def test_under_each_budget_stands_the_first_of_the_ranking_that_fits(pool: Pool, kind: str) -> None:
     result = by_macs(pool)
-    macs = [r.candidate.cost.macs for r in result.ranked if kind_of(r.candidate) == kind]
+    macs = [r.candidate.cost.macs for r in result.ranked if r.candidate.kind == kind]
     smallest = min(part.cost.macs for part in pool.parts)
     fractions = (1.2, 0.9, 0.7, 0.4, 1e-6)
     chosen, unmet = finalists(result, fractions)
     expected = [max((m for m in macs if m <= share * smallest), default=0) for share in (math.inf, *fractions)]
-    under_budgets = [f.macs for f in chosen if kind_of(f.candidate) == kind and not str(f.budget).startswith("<= MACs")]
+    under_budgets = [f.macs for f in chosen if f.candidate.kind == kind and not str(f.budget).startswith("<= MACs")]
     assert sorted(under_budgets) == sorted({m for m in expected if m})
     assert len(set(expected)) > 2
     assert kind == "early exit" or len(unmet) == expected.count(0) > 0
@@ -117,10 +117,10 @@ def by_macs(pool: Pool) -> SearchResult:
 def test_the_best_exit_of_no_more_macs_than_a_stitchnet_is_there_too(pool: Pool) -> None:
     result = by_macs(pool)
     chosen, _ = finalists(result, (0.9, 0.7))
-    for finalist in (f for f in chosen if kind_of(f.candidate) == "stitched"):
-        macs = [r.candidate.cost.macs for r in result.ranked if kind_of(r.candidate) == "early exit"]
+    for finalist in (f for f in chosen if f.candidate.kind == "stitched"):
+        macs = [r.candidate.cost.macs for r in result.ranked if r.candidate.kind == "early exit"]
         expected = max((m for m in macs if m <= finalist.macs), default=None)
-        there = [f.macs for f in chosen if kind_of(f.candidate) == "early exit" and f.macs <= finalist.macs]
+        there = [f.macs for f in chosen if f.candidate.kind == "early exit" and f.macs <= finalist.macs]
         assert max(there, default=None) == expected
 
 
@@ -144,7 +144,7 @@ def test_rows_are_what_the_assembled_network_and_its_own_head_give(
         without = row["kind"] in ("source", "early exit")
         assert row["cka_product"] == (None if without else finalist.candidate.cka_product)
         assert row["labels"] == len(labels) + (60 if row["budget"] else 0)
-        assert (row["name"], row["kind"]) == (row_name(finalist.candidate), kind_of(finalist.candidate))
+        assert (row["name"], row["kind"]) == (row_name(finalist.candidate), finalist.candidate.kind)
         assert row["seconds"] > 0
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         accuracies.append(row["accuracy"])
@@ -159,7 +159,7 @@ def test_seconds_of_a_stitchnet_hold_the_search_and_of_a_source_do_not(
     assert min(by_kind["stitched"], by_kind["early exit"], by_kind["shortened"]) > sum(result.seconds.values())
     assert by_kind["self-stitched"] > result.seconds["cut"] + result.seconds["calibrate"]
     chosen, _ = finalists(result, ())
-    assert [f.search_seconds for f in chosen if kind_of(f.candidate) == "source"] == [0, 0]
+    assert [f.search_seconds for f in chosen if f.candidate.kind == "source"] == [0, 0]
 
 
 def evaluations_of(pool: Pool, chosen: Sequence[Finalist]) -> list[Evaluation]:
@@ -172,7 +172,7 @@ def evaluations_of(pool: Pool, chosen: Sequence[Finalist]) -> list[Evaluation]:
         head, _ = fit_ridge_head(train.features, labels, num_classes=3)
         probabilities = head(test.features).softmax(-1).detach()
         name, cost = label_of(candidate), candidate.cost
-        evaluations.append(Evaluation(name, kind_of(candidate), probabilities, cost.params, cost.macs, 0.0, 0))
+        evaluations.append(Evaluation(name, candidate.kind, probabilities, cost.params, cost.macs, 0.0, 0))
     return evaluations
 
 
@@ -183,12 +183,12 @@ def test_compositions_are_judged_against_the_best_of_each_kind_of_no_more_macs_a
     chosen, _ = finalists(result, FRACTIONS)
     evaluations = {id(f.candidate): e for f, e in zip(chosen, evaluations_of(pool, chosen), strict=True)}
     ranked = [r.candidate for r in result.ranked if id(r.candidate) in evaluations]
-    composed = [c for c in ranked if kind_of(c) == "stitched"]
+    composed = [c for c in ranked if c.kind == "stitched"]
     assert composed
     for candidate in composed:
         rivals = {id(result.best_source.candidate)}
         for kind in ("source", "shortened", "early exit"):
-            fitting = (c for c in ranked if kind_of(c) == kind and c.cost.macs <= candidate.cost.macs)
+            fitting = (c for c in ranked if c.kind == kind and c.cost.macs <= candidate.cost.macs)
             rivals |= {id(c) for c in (next(fitting, None),) if c is not None}
         contender = evaluations[id(candidate)]
         expected = [judge(evaluations[id(c)], contender, targets) for c in ranked if id(c) in rivals]
@@ -204,7 +204,7 @@ def test_compositions_are_judged_against_the_best_of_each_kind_of_no_more_macs_a
 def test_the_sentence_tells_of_the_searchs_choice_and_of_the_best_composition(
     result: SearchResult, comparison: Comparison
 ) -> None:
-    first = next(r.candidate for r in result.ranked if kind_of(r.candidate) == "stitched")
+    first = next(r.candidate for r in result.ranked if r.candidate.kind == "stitched")
     for candidate in [first] if result.best is result.best_source else [result.best.candidate, first]:
         account = [
             v

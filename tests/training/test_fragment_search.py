@@ -27,6 +27,7 @@ from lightning_stitch import (
     fit_ridge_head,
     network_cost,
 )
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.report.tables import candidate_rows
 
 

@@ -81,9 +81,10 @@ def test_the_head_that_the_module_asks_for_is_fitted_and_comes_back_from_a_check
     assert found[f"test_{metric}"] > 0.65  # 0.5 and less for a guess, 0 for R2 and Pearson's correlation
 
     assert model.network is not None
-    images, targets = joined(data.head_dataloader())
+    images, targets = joined(labelled(data))
     with torch.no_grad():
-        expected = fit_head(model.network.eval()(images), targets, head, num_classes=count)
+        blocks = model.network.recipe.head_blocks
+        expected = fit_head(model.network.eval()(images), targets, head, num_classes=count, blocks=blocks)
     assert model.head is not None
     assert expected.state_dict().keys() == model.head.state_dict().keys()
     torch.testing.assert_close(model(images), expected(model.network(images)), rtol=1e-3, atol=1e-3)
@@ -99,6 +100,11 @@ def test_the_head_that_the_module_asks_for_is_fitted_and_comes_back_from_a_check
     resumed = StitchedClassifier(count, head=head, task=task)
     run.test(resumed, data, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
     assert torch.equal(torch.cat(run.predict(resumed, data)), told)
+
+
+def labelled(data: Any) -> Any:
+    """All images that a head is fitted on where no training follows."""
+    return data.labelled_dataloader("train", "selection", "calibration")
 
 
 def test_a_class_map_sums_the_sources_own_classes_and_uses_no_label_at_all(tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_a_class_map_in_another_order_than_the_datas_classes_is_refused(tmp_path
         trainer(tmp_path, search()).fit(StitchedClassifier(head={**ANIMALS, "classes": classes}), data)
 
 
-@pytest.mark.parametrize(("head", "labels"), [("knn", 90), (ANIMALS, 0)])
+@pytest.mark.parametrize(("head", "labels"), [("knn", 166), (ANIMALS, 0)])
 def test_a_comparison_gives_all_networks_the_modules_head(tmp_path: Path, head: Any, labels: int) -> None:
     model, data, callback = StitchedClassifier(3, head=head), digits(), search(compare=True)
     run = trainer(tmp_path, callback)
@@ -238,9 +244,9 @@ def test_a_comparison_gives_all_networks_the_modules_head(tmp_path: Path, head: 
     (own,) = (row for row in sources if row["name"] == best.recipe.fragments[0].source)
     assert callback.pool is not None
     network = callback.pool.assemble(best).eval()
-    (images, targets), (test_images, test_targets) = joined(data.head_dataloader()), joined(data.test_dataloader())
+    (images, targets), (test_images, test_targets) = joined(labelled(data)), joined(data.test_dataloader())
     with torch.no_grad():
-        fitted = fit_head(network(images), targets, head, num_classes=3)
+        fitted = fit_head(network(images), targets, head, num_classes=3, blocks=best.recipe.head_blocks)
         right = (fitted(network(test_images)).argmax(1) == test_targets).double().mean()
     assert own["accuracy"] == pytest.approx(float(right))
 
