@@ -81,7 +81,7 @@ def test_the_head_is_the_closed_form_head_on_the_final_networks_features(budget:
     pool = Pool.prepare([donor("test_resnet"), donor("test_efficientnet")], (3, 32, 32), settings=settings)
     limit = None if budget is None else budget * min(part.cost.macs for part in pool.parts)
     found = compose(pool, MINE, MY_LABELS, budget=Budget(max_macs=limit))
-    assert found.result.best.candidate.kind == ("source" if budget is None else "stitched")
+    assert found.result.best.candidate.kind in (("source",) if budget is None else ("stitched", "shortened"))
     with torch.no_grad():
         features = found.network[0](MINE)
     expected, _ = fit_ridge_head(features, MY_LABELS, num_classes=3)
@@ -117,12 +117,13 @@ def test_a_stitched_network_for_classes_ends_in_its_last_sources_classifier() ->
     pool = Pool.prepare(sources, (3, 32, 32))
     limit = min(part.cost.macs for part in pool.parts) - 1
     found = compose(pool, MINE, classes=[1, 2], budget=Budget(max_macs=limit))
-    assert found.result.best.candidate.kind == "stitched"
+    assert found.result.best.candidate.kind in ("stitched", "shortened")
     assert found.network[0].recipe.fragments[-1].end is None
     last = next(part for part in pool.parts if part.name == found.network[0].recipe.fragments[-1].source)
     body = pool.assemble(found.result.best.candidate)
     with torch.no_grad():
-        expected = last.graph.fragment(last.end, None)(body(YOURS))[:, [1, 2]]
+        features = body(YOURS)[:, -body.recipe.taps[-1].num_features :]
+        expected = last.graph.fragment(last.end, None)(features)[:, [1, 2]]
         torch.testing.assert_close(found.network(YOURS), expected)
 
 
@@ -137,7 +138,7 @@ def test_the_network_keeps_the_budget(pool: Pool, share: float) -> None:
 
 def test_every_candidate_can_be_assembled_afterwards(pool: Pool) -> None:
     found = compose(pool, MINE, MY_LABELS)
-    assert {r.candidate.kind for r in found.result.ranked} == {"source", "early exit", "stitched"}
+    assert {r.candidate.kind for r in found.result.ranked} - {"shortened"} == {"source", "early exit", "stitched"}
     for ranked in found.result.ranked:
         network = pool.assemble(ranked.candidate)
         assert isinstance(network, StitchedNetwork)

@@ -25,6 +25,7 @@ from lightning_stitch.report.finalists import Finalist, finalists
 from lightning_stitch.report.kinds import label_of, row_name
 from lightning_stitch.report.verdicts import in_short, in_words, judge
 from lightning_stitch.search.results import SearchResult
+from lightning_stitch.settings import CalibrationSettings
 
 SHAPE = (3, 16, 16)
 CALIBRATION = 0.7 * digits(12, 16)[0] + 0.3 * noise(12, *SHAPE)
@@ -41,12 +42,16 @@ def loader(name: str, batch_size: int = 32) -> DataLoader:
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    return Pool([plain("a", (8, 9, 10), seed=0), plain("b", (4, 12, 12), seed=1)], SHAPE)
+    return Pool(
+        [plain("a", (8, 9, 10), seed=0), plain("b", (4, 12, 12), seed=1)],
+        SHAPE,
+        settings=CalibrationSettings(readout="last"),
+    )
 
 
 @pytest.fixture(scope="module")
 def result(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], loader("selection"))
+    return pool.search([CALIBRATION], loader("selection"), max_roots=1)
 
 
 @pytest.fixture(scope="module")
