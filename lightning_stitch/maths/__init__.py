@@ -6,7 +6,8 @@ reading order:
 - `rows.py`: rows of activations, checked, paired and centred
 - `cka.py`: linear CKA, debiased and biased, of whole, streamed and stored rows; its equations are in the docstring
 - `cka_metric.py`: the same as a torchmetrics `Metric`, streamed over batches and merged over processes
-- `regression.py`: ridge least squares, R2, and leave-one-out ridge for many strengths at once
+- `regression.py`: ridge least squares, and R2
+- `left_out.py`: leave-one-out ridge for many strengths at once, of features in blocks or of their Gram matrix
 
 Example:
     >>> import torch

@@ -10,7 +10,7 @@ deviation and each block by the root of its width, so that all blocks weigh the 
 own Gram matrices. What follows from these rows (means and deviations) stays when a row is left out.
 
 Memory: float64 matrices of min(n, d)^2, of which an eigendecomposition holds some three, and portions of the features
-of at most `PORTION` numbers; no copy of the features. Of n > d the sums are over rows, d x d, else over features, n x n.
+of at most `PORTION` numbers; no copy of the features. Of n > d the sums run over rows, d x d, else over features.
 """
 
 from __future__ import annotations

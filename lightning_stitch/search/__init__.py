@@ -8,7 +8,8 @@ In reading order:
 - `strategies.py`: `Beam`, networks of every size class from one search; `DepthFirst`, the StitchNet paper's search
 - `paths.py`: compositions along a given path: sources, self-stitched or not, early exits, what a user names
 - `evaluation.py`: many candidates over the same images at once, what they begin with alike run once
-- `ranking.py`: the order of candidates by what they gave on the selection images
+- `ranking.py`: the order of candidates by what they gave on the selection images, from Gram matrices of readouts
+- `sides.py`: compositions side by side with one joint head, by greedy forward selection
 - `results.py`: `SearchResult`: what was found, under which budget, and whether it was worth it
 - `latency.py`: how long one image takes, measured where the networks are to run
 - `stopping.py`: when a search stops composing before its strategy is through

@@ -9,7 +9,8 @@ order:
 - `stitches.py`: the stitch itself: bridge the format, resample to the receiver's grid, apply an affine map
 - `fitting.py`: fit it on what a running network sends and what the receiver was given in its own source
 - `folding.py`: fold its map into the layer before or behind it, where that is exact, and what it costs where
-- `candidates.py`: what a search proposes: complete networks, step by step
+- `taps.py`: what a composition reads of the activations that it passes
+- `candidates.py`: what a search proposes: complete compositions, as ways and taps and as trees of fragments
 - `calibration.py`: all that as one value, in memory or saved in a directory
 
 **What is scored is what runs.** The running network's activation is resampled to the receiver's grid as the final
