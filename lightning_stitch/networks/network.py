@@ -231,8 +231,8 @@ def assemble(
 
     Args:
         recipe: The structure.
-        graphs: The cut graph of each source, by name, at any size. Their parameters are copied: once for each run of
-            fragments, or, where the recipe shares weights, once for all fragments of the source.
+        graphs: The cut graph of each source, by name, at any size. Their parameters are copied: once for each fragment,
+            or, where the recipe shares weights, once for all fragments of the source.
         stitches: What leads into each fragment, explicit where it is fitted; None: all numbers are zero.
         tensors: For each fragment the parameters and buffers, by their names in the source, that differ from its.
         heads: The members' heads, where the recipe averages members that have one; None: their numbers are zero.
@@ -242,18 +242,15 @@ def assemble(
     """
     stitches = stitches or [None] * len(recipe.fragments)
     tensors = tensors or [{}] * len(recipe.fragments)
-    copies: dict[str | int, dict[int, Any]] = {}
+    copies: dict[str, dict[int, Any]] = {}
     entries: list[nn.Module] = []
     fragments: list[fx.GraphModule] = []
-    runs = {index: number for number, run in enumerate(recipe.runs) for index in run.fragments}
     try:
         at_sizes = {key: _graph_at(recipe, *key, graphs[key[0]]) for key in dict.fromkeys(sizes_of(recipe))}
         of_fragments = [at_sizes[key] for key in sizes_of(recipe)]
-        for index, (ref, graph, stitch, changed) in enumerate(
-            zip(recipe.fragments, of_fragments, stitches, tensors, strict=True)
-        ):
+        for ref, graph, stitch, changed in zip(recipe.fragments, of_fragments, stitches, tensors, strict=True):
             fragment = graph.fragment(ref.start, ref.end, share=True)
-            memo = copies.setdefault(ref.source if recipe.share_weights else runs[index], {})
+            memo = copies.setdefault(ref.source, {}) if recipe.share_weights else {}
             fragments.append(with_tensors(copy_module(fragment, memo), changed))
             if ref.parent is None:
                 entries.append(Preprocess(recipe.source(ref.source).preprocessing, ref.image_size))

@@ -231,9 +231,9 @@ def test_describe_tells_how_much_is_shared_and_counts_it_once(source: Source) ->
     in_common = num_parameters(shared.fragments[1])
     assert lines[0][-1] == (
         f"  {num_parameters(shared) / 1e6:.3f} M parameters ({in_common / 1e6:.3f} M of them shared by several "
-        f"fragments) at 16x16"
+        f"fragments) at 16x16; gives 5 features"
     )
-    assert lines[1][-1] == f"  {num_parameters(own) / 1e6:.3f} M parameters at 16x16"
+    assert lines[1][-1] == f"  {num_parameters(own) / 1e6:.3f} M parameters at 16x16; gives 5 features"
 
 
 # -- folds -----------------------------------------------------------------------------------------------------------
