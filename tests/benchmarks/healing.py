@@ -54,7 +54,7 @@ def measure(
 ) -> list[Row]:
     """One row for each share and method."""
     labelled = bool(task.head)
-    settings = CalibrationSettings(until="features" if labelled else "output")
+    settings = CalibrationSettings(until="features" if labelled else "output", readout="last")
     pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]), settings=settings)
     fractions = tuple(sorted({1.0, *shares}, reverse=True))
     result = pool.search(

@@ -10,8 +10,8 @@ from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
-from lightning_stitch.recipe import Recipe
 from lightning_stitch import Beam, CalibrationDataModule, FragmentSearch
+from lightning_stitch.recipe import Recipe
 
 SOURCES = [{"spec": f"test_{name}", "pretrained": False} for name in ("resnet", "efficientnet")]
 
