@@ -7,7 +7,7 @@ import pytest
 from doubles.pools import bare_candidate
 
 from lightning_stitch.recipe import FragmentRef, Recipe, StitchSpec, Tap
-from lightning_stitch.report.kinds import _WORDS, RIVALS, UNDER_BUDGETS, is_composition, kind_of, label_of, row_name
+from lightning_stitch.report.kinds import _WORDS, RIVALS, UNDER_BUDGETS, is_composition, label_of, row_name
 from lightning_stitch.stitching.candidates import Candidate
 
 STITCH = StitchSpec("NCHW", "NCHW", 4, 4, (8, 8), (8, 8))
@@ -32,26 +32,20 @@ def tail(name: str) -> FragmentRef:
 
 
 @pytest.mark.parametrize(
-    ("one", "kind", "name", "label"),
+    ("one", "name", "label"),
     [
-        (candidate("source", whole("a")), "source", "a", "a"),
-        (candidate("early exit", FragmentRef("a", None, "layer1")), "early exit", "a", "a ended at layer1"),
-        (candidate("stitched", whole("a"), tail("b")), "stitched", "StitchNet", "StitchNet of a and b"),
-        (candidate("stitched", whole("a"), tail("a")), "shortened", "a", "a shortened"),
-        (candidate("shortened", whole("a"), tail("a")), "shortened", "a", "a shortened"),
-        (candidate("self-stitched", whole("a"), tail("a")), "self-stitched", "a", "a stitched to itself"),
-        (
-            candidate("side by side", whole("a"), whole("b"), whole("c")),
-            "side by side",
-            "side by side",
-            "a, b and c side by side",
-        ),
+        (candidate("source", whole("a")), "a", "a"),
+        (candidate("early exit", FragmentRef("a", None, "layer1")), "a", "a ended at layer1"),
+        (candidate("stitched", whole("a"), tail("b")), "StitchNet", "StitchNet of a and b"),
+        (candidate("shortened", whole("a"), tail("a")), "a", "a shortened"),
+        (candidate("self-stitched", whole("a"), tail("a")), "a", "a stitched to itself"),
+        (candidate("side by side", whole("a"), whole("b"), whole("c")), "side by side", "a, b and c side by side"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_network_is_called_what_it_is_made_of(one: Candidate, kind: str, name: str, label: str) -> None:
-    assert (kind_of(one), row_name(one), label_of(one)) == (kind, name, label)
-    assert is_composition(one) is (kind in ("stitched", "side by side"))
+def test_a_network_is_called_what_it_is_made_of(one: Candidate, name: str, label: str) -> None:
+    assert (row_name(one), label_of(one)) == (name, label)
+    assert is_composition(one) is (one.kind in ("stitched", "side by side"))
 
 
 def test_every_kind_that_is_compared_has_words() -> None:
