@@ -76,9 +76,9 @@ def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) ->
     rivals = [method for method in METHODS if method not in COMPOSED]
     for method in COMPOSED:
         (row,) = (row for row in rows if row["method"] == method)
-        # Two sources of three blocks: what the search finds best is made of one of them alone, and is called that.
-        name = f"{method} (of one source: {row['network']})"
-        account = {verdict["rival"]: verdict for verdict in record["verdicts"] if verdict["contender"] == name}
+        # What is made of one source alone is called that.
+        names = (method, f"{method} (of one source: {row['network']})")
+        account = {verdict["rival"]: verdict for verdict in record["verdicts"] if verdict["contender"] in names}
         assert sorted(account) == sorted(rivals)
         for rival in rivals:
             (other,) = (row for row in rows if row["method"] == rival)
