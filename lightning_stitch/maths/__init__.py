@@ -6,7 +6,10 @@ reading order:
 - `rows.py`: rows of activations, checked, paired and centred
 - `cka.py`: linear CKA, debiased and biased, of whole, streamed and stored rows; its equations are in the docstring
 - `cka_metric.py`: the same as a torchmetrics `Metric`, streamed over batches and merged over processes
-- `regression.py`: ridge least squares, R2, and leave-one-out ridge for many strengths at once
+- `blocks.py`: readouts as blocks of features that count alike, and their Gram matrices
+- `decomposition.py`: what ridge regression needs of rows, from the smaller of their two Gram matrices
+- `regression.py`: ridge least squares, R2
+- `leave_one_out.py`: ridge for many strengths at once, from features or Gram matrices, judged on rows left out
 
 Example:
     >>> import torch

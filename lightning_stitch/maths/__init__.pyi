@@ -1,6 +1,9 @@
+from .blocks import block_gram
 from .cka import CentredRows, RowBank, centre_rows, cka_with_many, linear_cka, row_bank
 from .cka_metric import LinearCKA
-from .regression import AffineMap, loo_ridge, r2, ridge_least_squares, ridge_weights
+from .decomposition import AffineMap
+from .leave_one_out import loo_ridge, loo_ridge_of_gram, ridge_weights
+from .regression import r2, ridge_least_squares
 from .rows import paired
 
 __all__ = [
@@ -8,10 +11,12 @@ __all__ = [
     "CentredRows",
     "LinearCKA",
     "RowBank",
+    "block_gram",
     "centre_rows",
     "cka_with_many",
     "linear_cka",
     "loo_ridge",
+    "loo_ridge_of_gram",
     "paired",
     "r2",
     "ridge_least_squares",

@@ -1,4 +1,4 @@
-"""Linear regression in closed form: ridge least squares, and leave-one-out ridge for many strengths at once.
+"""Linear regression in closed form: ridge least squares, and how much a prediction explains.
 
 Rows are samples (images, pixels, tokens), columns are channels. Inputs are of any real dtype; sums run in float64 on
 the input's device.
@@ -6,35 +6,13 @@ the input's device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.blocks import Scaling
+from lightning_stitch.maths.decomposition import AffineMap, decompose
 from lightning_stitch.maths.rows import centred, paired
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AffineMap:
-    """The least-squares map y = weight x + bias: weight (out x in) and bias (out,), float64; no bias if fitted without.
-
-    `rank` counts the eigenvalues of the Gram matrix that were kept, `condition` is the largest over the smallest of
-    them, lambda added to both (1 if none was kept); both are None where they were not asked for. `ridge` is the lambda
-    that was used.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    rank: int | None
-    condition: float | None
-    ridge: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the map makes of x (rows x in, float64)."""
-        y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
 
 
 def ridge_least_squares(
@@ -63,8 +41,9 @@ def ridge_least_squares(
     x, y = paired(x, y)
     if not diagnose and ridge and x.shape[0] >= x.shape[1]:
         return _by_factorisation(x, y, ridge=ridge, bias=bias)
-    problem = _regression(x, y, centre=bias)
-    return _affine_map(problem, ridge * problem.eigenvalues.sum().item() / x.shape[1], bias=bias)
+    mean = x.mean(0) if bias else x.new_zeros(x.shape[1])
+    problem = decompose(x, y, Scaling(mean, torch.ones_like(mean)), centred=bias)
+    return problem.map_at(ridge * problem.eigenvalues.sum().item() / x.shape[1], bias=bias)
 
 
 def r2(prediction: Tensor, target: Tensor) -> float:
@@ -79,85 +58,8 @@ def r2(prediction: Tensor, target: Tensor) -> float:
     return 1 - ((prediction - target).square().sum() / centred(target, "the target").square().sum()).item()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Regression:
-    """x (n x d, centred) = basis (n x r) diag(sqrt(eigenvalues)) V'; projected (r x k) = basis' (y - mean_y)."""
-
-    x: Tensor
-    mean_x: Tensor
-    mean_y: Tensor
-    basis: Tensor
-    eigenvalues: Tensor
-    projected: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LooRidge:
-    """Ridge regression for a grid of strengths; `ridge_weights` makes the map for any one, `scale` times it the lambda.
-
-    `predictions` (strengths x n x k, float64) holds row i as predicted from all rows but i.
-    """
-
-    strengths: tuple[float, ...]
-    predictions: Tensor
-    scale: float
-    problem: _Regression
-
-
-def loo_ridge(features: Tensor, targets: Tensor, *, strengths: Sequence[float]) -> LooRidge:
-    """Exact leave-one-out predictions of ridge regression (n x d to n x k), intercept free, from one decomposition.
-
-    lambda = strength * trace(X'X) / min(n - 1, d) of all rows, relative to the mean eigenvalue of the centred features.
-    With H = 11'/n + U diag(s / (s + lambda)) U', the residual of a row left out is (y - Hy)_i / (1 - h_ii).
-
-    Raises:
-        CalibrationError: If either is not 2-D or has NaN or infinite values, or they differ in rows or have under two.
-        StitchError: If there are no strengths, or one is not a positive finite number.
-    """
-    _check_strengths(strengths)
-    features, targets = paired(features, targets, ("features", "targets"))
-    n, d = features.shape
-    if n < 2:
-        raise CalibrationError("Leaving one row out needs at least 2 rows; found 1.")
-    problem = _regression(features, targets, centre=True)
-    scale = problem.eigenvalues.sum().item() / min(n - 1, d)
-    u, uy = problem.basis, problem.projected
-    # 1 - s / (s + lambda) is written lambda / (s + lambda), so that nothing cancels where the fit nearly interpolates.
-    penalties = scale * targets.new_tensor(list(strengths))[:, None]
-    shrinkage = penalties / (problem.eigenvalues + penalties)
-    residual = targets - problem.mean_y - u @ uy + torch.einsum("nr,grk->gnk", u, shrinkage[:, :, None] * uy)
-    slack = (1 - 1 / n - u.square().sum(1)).clamp_min(0) + shrinkage @ u.square().T
-    return LooRidge(tuple(strengths), targets - residual / slack[:, :, None], scale, problem)
-
-
-def ridge_weights(fit: LooRidge, *, strength: float) -> AffineMap:
-    """The map fitted on all rows with one strength, of the grid or not.
-
-    Raises:
-        StitchError: If the strength is not a positive finite number.
-    """
-    _check_strengths([strength])
-    return _affine_map(fit.problem, strength * fit.scale, bias=True)
-
-
-def _check_strengths(strengths: Sequence[float]) -> None:
-    if not strengths or not all(0 < strength < torch.inf for strength in strengths):
-        raise StitchError(f"Ridge strengths must be one or more positive finite numbers; found {list(strengths)}.")
-
-
-def _regression(x: Tensor, y: Tensor, *, centre: bool) -> _Regression:
-    mean_x, mean_y = _means(x, y, centre=centre)
-    x = x - mean_x
-    wide = x.shape[0] <= x.shape[1]
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    first = int((eigenvalues <= eigenvalues[-1] * max(x.shape) * torch.finfo(torch.float64).eps).sum())
-    eigenvalues, vectors = eigenvalues[first:], vectors[:, first:]
-    basis = vectors if wide else x @ vectors / eigenvalues.sqrt()
-    return _Regression(x, mean_x, mean_y, basis, eigenvalues, basis.T @ (y - mean_y))
-
-
 def _by_factorisation(x: Tensor, y: Tensor, *, ridge: float, bias: bool) -> AffineMap:
-    mean_x, mean_y = _means(x, y, centre=bias)
+    mean_x, mean_y = (rows.mean(0) if bias else rows.new_zeros(rows.shape[1]) for rows in (x, y))
     x = x - mean_x
     gram = x.T @ x
     penalty = ridge * gram.trace().item() / len(gram)
@@ -165,14 +67,3 @@ def _by_factorisation(x: Tensor, y: Tensor, *, ridge: float, bias: bool) -> Affi
     gram.diagonal().add_(max(penalty, 1e-30))
     weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(gram)).T
     return AffineMap(weight, mean_y - weight @ mean_x if bias else None, None, None, penalty)
-
-
-def _means(x: Tensor, y: Tensor, *, centre: bool) -> tuple[Tensor, Tensor]:
-    return (x.mean(0), y.mean(0)) if centre else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
-
-
-def _affine_map(problem: _Regression, ridge: float, *, bias: bool) -> AffineMap:
-    s = problem.eigenvalues
-    weight = (problem.x.T @ (problem.basis @ (problem.projected / (s + ridge)[:, None]))).T
-    condition = ((s[-1] + ridge) / (s[0] + ridge)).item() if len(s) else 1.0
-    return AffineMap(weight, problem.mean_y - weight @ problem.mean_x if bias else None, len(s), condition, ridge)

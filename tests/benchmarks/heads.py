@@ -18,7 +18,8 @@ from torchmetrics.functional import auroc
 from lightning_stitch import CalibrationDataModule, fit_head, load_source
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.heads.targets import comparable_columns
-from lightning_stitch.maths.regression import loo_ridge, r2
+from lightning_stitch.maths.leave_one_out import loo_ridge
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.sources.source import Source
 from lightning_stitch.sources.views import Preprocess
 

@@ -37,7 +37,8 @@ from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResu
 from lightning_stitch.composing.shrinking import by_fidelity
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.healing.trials import divided, entered, held_out_r2
-from lightning_stitch.maths.regression import loo_ridge, r2, ridge_weights
+from lightning_stitch.maths.leave_one_out import loo_ridge, ridge_weights
+from lightning_stitch.maths.regression import r2
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.paths import early_exits

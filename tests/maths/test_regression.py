@@ -8,7 +8,8 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import r2_score
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.maths.regression import loo_ridge, r2, ridge_least_squares, ridge_weights
+from lightning_stitch.maths.leave_one_out import loo_ridge, ridge_weights
+from lightning_stitch.maths.regression import r2, ridge_least_squares
 
 GOOD = normal(8, 3)
 NAN = GOOD.clone()
