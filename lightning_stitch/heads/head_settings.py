@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -113,18 +113,21 @@ class HeadSettings:
             return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
         return nn.Identity()
 
-    def fit(self, features: Tensor, targets: Tensor | None) -> nn.Module:
+    def fit(self, features: Tensor, targets: Tensor | None, blocks: Sequence[int] | None = None) -> nn.Module:
         """The head, fitted in closed form on a network's outputs (rows x width), and targets where it needs them.
+
+        `blocks` are the widths of a readout's parts, which count alike (`fit_ridge_head`); only heads that are fitted
+        to features heed them.
 
         Raises:
             CalibrationError: If features or targets cannot be used.
-            StitchError: If there are no targets and the head needs them; likewise as `empty`.
+            StitchError: If there are no targets and the head needs them, or the blocks do not fit; likewise as `empty`.
         """
         if not self.needs_targets:
             return self.empty(features.shape[1]).to(features.device)
         if targets is None:
             raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
-        options = {"num_classes": self.num_classes, "task": self.task, **self.options}
+        options = {"num_classes": self.num_classes, "task": self.task, "blocks": blocks, **self.options}
         if self.name == "knn":
             return fit_neighbour_head(features, targets, **options)
         return fit_ridge_head(features, targets, **options)[0]
@@ -137,6 +140,7 @@ def fit_head(
     *,
     task: str | None = None,
     num_classes: int | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> nn.Module:
     """Fit any of the heads, as `StitchedClassifier(head=...)` names them.
 
@@ -146,10 +150,12 @@ def fit_head(
         head: A name, or a mapping with "name" and options (`HeadSettings.of`).
         task: None: as the targets' dtype and shape say.
         num_classes: None: as many classes, labels or numbers as the targets say.
+        blocks: Widths of consecutive blocks of features that are to count alike (`fit_ridge_head`); class maps and
+            "none" do not heed them.
 
     Raises:
         CalibrationError: If features or targets cannot be used.
-        StitchError: If a name or option is unknown, does not fit the task, or targets are missing.
+        StitchError: If a name or option is unknown, does not fit the task, targets are missing, or blocks do not fit.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
@@ -160,7 +166,7 @@ def fit_head(
     if targets is not None and num_classes is None and _name_and_options(head)[0] != "class_map":
         num_classes = max(2, count_of(targets)) if task_of(targets) == "multiclass" else count_of(targets)
     task = task or ("multiclass" if targets is None else task_of(targets))
-    return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets)
+    return HeadSettings.of(head, task=task, num_classes=num_classes).fit(features, targets, blocks)
 
 
 def _name_and_options(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

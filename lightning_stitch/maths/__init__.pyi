@@ -1,10 +1,10 @@
-from .blocks import block_gram
+from .blocks import block_gram, scale_of
 from .cka import CentredRows, RowBank, centre_rows, cka_with_many, linear_cka, row_bank
 from .cka_metric import LinearCKA
 from .decomposition import AffineMap
-from .leave_one_out import loo_ridge, loo_ridge_of_gram, ridge_weights
+from .leave_one_out import block_shares, loo_ridge, loo_ridge_of_gram, ridge_weights
 from .regression import r2, ridge_least_squares
-from .rows import paired
+from .rows import check_pair, portions
 
 __all__ = [
     "AffineMap",
@@ -12,14 +12,17 @@ __all__ = [
     "LinearCKA",
     "RowBank",
     "block_gram",
+    "block_shares",
     "centre_rows",
+    "check_pair",
     "cka_with_many",
     "linear_cka",
     "loo_ridge",
     "loo_ridge_of_gram",
-    "paired",
+    "portions",
     "r2",
     "ridge_least_squares",
     "ridge_weights",
     "row_bank",
+    "scale_of",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import StitchError
-from lightning_stitch.maths.rows import check_rows, portions, varies
+from lightning_stitch.maths.rows import THICK, check_rows, portions, varies
 
 _ALL = slice(None)
 
@@ -74,7 +74,7 @@ def block_gram(block: Tensor) -> Tensor:
 
     Where every feature varies, the mean of the rows' squared norms is 1. Sums of such matrices are those of blocks side
     by side (`loo_ridge_of_gram`). A feature that varies by no more than float32 rounding counts as 0. Beyond the result
-    (rows x rows) it takes one portion of 32 MiB.
+    (rows x rows) it takes one portion of columns, 256 or 2 MiB.
 
     Raises:
         CalibrationError: If the block is not 2-D, is empty, or has NaN or infinite values.
@@ -92,7 +92,7 @@ def gram_of_rows(features: Tensor, scaling: Scaling) -> Tensor:
     """Z Z' (rows x rows, float64), summed over portions of columns."""
     n, width = features.shape
     gram = scaling.mean.new_zeros(n, n)
-    for part in portions(width, n):
+    for part in portions(width, n, fewest=THICK):
         _add_lower(gram, scaling(features, columns=part))
     return _mirrored(gram)
 
@@ -101,7 +101,7 @@ def gram_of_features(features: Tensor, scaling: Scaling) -> Tensor:
     """Z' Z (features x features, float64), summed over portions of rows."""
     n, width = features.shape
     gram = scaling.mean.new_zeros(width, width)
-    for part in portions(n, width):
+    for part in portions(n, width, fewest=THICK):
         _add_lower(gram, scaling(features, part).T)
     return _mirrored(gram)
 

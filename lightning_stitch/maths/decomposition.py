@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.maths.blocks import Scaling, gram_of_features, gram_of_rows
-from lightning_stitch.maths.rows import portions
+from lightning_stitch.maths.rows import THICK, portions
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -72,13 +72,20 @@ class RidgeProblem:
         condition = ((s[-1] + ridge) / (s[0] + ridge)).item() if len(s) else 1.0
         return AffineMap(weight, self.mean_y - weight @ scaling.mean if bias else None, len(s), condition, ridge)
 
+    def contributions_at(self, ridge: float) -> Tensor:
+        """Of each feature (d,): the sum over columns of its part's covariance with the prediction, times n."""
+        s = self.eigenvalues[:, None]
+        fitted = s * self.projected / (s + ridge)  # U' of the predictions
+        weight, along = self._back(torch.cat([self.projected / (s + ridge), fitted], dim=1)).chunk(2, dim=1)
+        return (weight * along).sum(1)
+
     def _back(self, coefficients: Tensor) -> Tensor:
         """Z' U c (d x k) of coefficients c (r x k)."""
         features, scaling = self._whole()
         if not self.wide:
             return self.vectors @ (self.eigenvalues.sqrt()[:, None] * coefficients)
         dual = self.vectors @ coefficients
-        parts = portions(features.shape[1], len(features))
+        parts = portions(features.shape[1], len(features), fewest=THICK)
         return torch.cat([scaling(features, columns=part).T @ dual for part in parts])
 
     def _whole(self) -> tuple[Tensor, Scaling]:
@@ -100,7 +107,7 @@ def decompose(features: Tensor, targets: Tensor, scaling: Scaling, *, centred: b
         projected = vectors.T @ (y - mean_y)
     else:
         zy = y.new_zeros(d, y.shape[1])
-        for part in portions(n, d):
+        for part in portions(n, d, fewest=THICK):
             zy.addmm_(scaling(features, part).T, y[part] - mean_y)
         projected = vectors.T @ zy / eigenvalues.sqrt()[:, None]
     return RidgeProblem(features, scaling, mean_y, eigenvalues, vectors, projected, wide)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.maths.blocks import scale_of
+from lightning_stitch.maths.blocks import check_blocks, scale_of
 from lightning_stitch.maths.decomposition import AffineMap, RidgeProblem, decompose, decompose_gram
-from lightning_stitch.maths.rows import check_pair, portions
+from lightning_stitch.maths.rows import THICK, check_pair, portions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ def loo_ridge(
 
     lambda = strength * trace(Z'Z) / min(n - 1, d) of all rows, relative to the mean eigenvalue of the centred features.
     Decomposed is the smaller of Z'Z and ZZ', summed in float64 over portions: beyond features and targets it takes a
-    few matrices of min(n, d)^2 and portions of 32 MiB, however long and wide the features are.
+    few matrices of min(n, d)^2 and a portion of rows or columns (256, or 2 MiB), however long and wide features are.
 
     Args:
         features: Rows x features, any real dtype.
@@ -128,6 +128,26 @@ def ridge_weights(fit: LooRidge, *, strength: float) -> AffineMap:
     return fit.problem.map_at(strength * fit.scale)
 
 
+@torch.no_grad()
+def block_shares(fit: LooRidge, *, strength: float, blocks: Sequence[int]) -> tuple[float, ...]:
+    """How much each block of features contributes to the predictions of the fit's rows at one strength.
+
+    A share is the covariance of the block's part of a prediction with the whole, over the variance of the whole, each
+    summed over columns. They sum to 1 (all are 0 if predictions do not vary); that of a block which others outweigh
+    can be negative.
+
+    Raises:
+        StitchError: If the strength is not a positive finite number, the blocks do not fit the features, or the fit was
+            made from a Gram matrix.
+    """
+    _check_strengths([strength])
+    contributions = fit.problem.contributions_at(strength * fit.scale)
+    check_blocks(blocks, len(contributions))
+    sums = torch.stack([part.sum() for part in contributions.split(list(blocks))])
+    total = sums.sum()
+    return tuple((sums / total if total > 0 else torch.zeros_like(sums)).tolist())
+
+
 def _check_strengths(strengths: Sequence[float]) -> None:
     if not strengths or not all(0 < strength < torch.inf for strength in strengths):
         raise StitchError(f"Ridge strengths must be one or more positive finite numbers; found {list(strengths)}.")
@@ -153,7 +173,7 @@ def _residuals(problem: RidgeProblem, targets: Tensor, penalties: Sequence[float
     # 1 - s / (s + lambda) is written lambda / (s + lambda), so that nothing cancels where the fit nearly interpolates.
     lambdas = targets.new_tensor(penalties)[:, None]
     shrinkage = lambdas / (problem.eigenvalues + lambdas)
-    for part in portions(n, max(len(problem.vectors), len(penalties) * k)):
+    for part in portions(n, max(len(problem.vectors), len(penalties) * k), fewest=THICK):
         u = problem.basis(part)
         residual = targets[part] - problem.mean_y - u @ uy + torch.einsum("nr,grk->gnk", u, shrinkage[:, :, None] * uy)
         slack = (1 - 1 / n - u.square().sum(1)).clamp_min(0) + shrinkage @ u.square().T

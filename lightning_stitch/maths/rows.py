@@ -10,7 +10,9 @@ from torch import Tensor
 from lightning_stitch.errors import CalibrationError
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # a column whose deviations are a smaller share of its mean is constant
-_PORTION = 2**22  # numbers that are made float64 at once: 32 MiB
+_PORTION = 2**18  # numbers that are made float64 at once: 2 MiB, which stay in a core's cache
+THICK = 256
+"""Fewest rows or columns in a portion of a product with a large matrix, for it to be worth the pass over it."""
 
 
 def check_rows(x: Tensor, name: str) -> None:
@@ -35,9 +37,9 @@ def check_pair(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> Non
     check_rows(y, names[1])
 
 
-def portions(length: int, width: int) -> Iterator[slice]:
-    """Slices of something so long whose entries hold `width` numbers each: at most 32 MiB in float64, or one entry."""
-    step = max(1, _PORTION // width)
+def portions(length: int, width: int, *, fewest: int = 1) -> Iterator[slice]:
+    """Slices of a length whose entries hold `width` numbers each: 2 MiB of them in float64, or the `fewest` entries."""
+    step = max(fewest, _PORTION // width)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
