@@ -2,6 +2,7 @@ from .class_maps import class_map_from_names
 from .head_settings import HeadSettings, fit_head
 from .neighbours import NearestNeighbourHead
 from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
+from .ridge_learner import RidgeLearner
 from .targets import Task, comparable_columns, count_of, task_of
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "HeadSettings",
     "NearestNeighbourHead",
     "RidgeHead",
+    "RidgeLearner",
     "Task",
     "class_map_from_names",
     "comparable_columns",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -124,28 +124,28 @@ def fit_ridge_head(
     columns = target_columns(targets, task=task, num_classes=num_classes).to(features.device)
     if len(features) != len(columns):
         raise CalibrationError(f"Each row needs one target; found {len(features)} rows and {len(columns)} targets.")
-    regressed, mean, deviation = columns, torch.zeros_like(columns[0]), torch.ones_like(columns[0])
-    if task == "regression":
-        regressed, mean, deviation = standardised(columns)
+    regressed = standardised(columns)[0] if task == "regression" else columns
     loo = loo_ridge(features, regressed, strengths=DEFAULT_STRENGTHS if strengths is None else strengths, blocks=blocks)
     strength = loo.best_strength
     scores = loo.predict_left_out([strength])[0]
     calibration = calibrate(scores, regressed, task=task)
-    solution = ridge_weights(loo, strength=strength)
-    head = linear_head(solution, calibration, mean=mean, deviation=deviation)
+    if task == "regression":
+        _, mean, deviation = standardised(columns)
+        calibration = replace(calibration, factor=deviation, offset=mean)
+    head = linear_head(ridge_weights(loo, strength=strength), calibration)
     shares = (1.0,) if blocks is None else block_shares(loo, strength=strength, blocks=blocks)
     c = calibration
     fit = RidgeFit(strength, c.temperature, c.accuracy, r2(scores, regressed), c.log_loss, len(columns), shares)
     return head, fit
 
 
-def linear_head(solution: AffineMap, calibration: Calibration, *, mean: Tensor, deviation: Tensor) -> RidgeHead:
-    """The head of a regression on targets that had these means and deviations, its calibration folded in."""
+def linear_head(solution: AffineMap, calibration: Calibration) -> RidgeHead:
+    """The head of a regression, the calibration of its scores folded in."""
     assert solution.bias is not None
-    factor = calibration.factor * deviation
+    factor, offset = calibration.factor, calibration.offset
     # A search may run in inference mode, whose tensors can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         head = RidgeHead(solution.weight.shape[1], len(solution.weight)).to(solution.weight.device)
         head.weight.copy_(solution.weight * factor[:, None])
-        head.bias.copy_(solution.bias * factor + calibration.offset + mean)
+        head.bias.copy_(solution.bias * factor + offset)
     return head

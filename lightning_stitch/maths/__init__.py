@@ -10,6 +10,7 @@ reading order:
 - `decomposition.py`: what ridge regression needs of rows, from the smaller of their two Gram matrices
 - `regression.py`: ridge least squares, R2
 - `leave_one_out.py`: ridge for many strengths at once, from features or Gram matrices, judged on rows left out
+- `moments.py`: ridge at one known strength, while rows join and leave
 
 Example:
     >>> import torch

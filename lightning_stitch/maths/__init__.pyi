@@ -3,6 +3,7 @@ from .cka import CentredRows, RowBank, centre_rows, cka_with_many, linear_cka, r
 from .cka_metric import LinearCKA
 from .decomposition import AffineMap
 from .leave_one_out import block_shares, loo_ridge, loo_ridge_of_gram, ridge_weights
+from .moments import RidgeMoments, ridge_of_rows
 from .regression import r2, ridge_least_squares
 from .rows import check_pair, portions
 
@@ -10,6 +11,7 @@ __all__ = [
     "AffineMap",
     "CentredRows",
     "LinearCKA",
+    "RidgeMoments",
     "RowBank",
     "block_gram",
     "block_shares",
@@ -22,6 +24,7 @@ __all__ = [
     "portions",
     "r2",
     "ridge_least_squares",
+    "ridge_of_rows",
     "ridge_weights",
     "row_bank",
     "scale_of",

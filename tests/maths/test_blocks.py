@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.maths import blocks as blocks_module
-from lightning_stitch.maths import leave_one_out
+from lightning_stitch.maths import leave_one_out, rows
 from lightning_stitch.maths.blocks import block_gram
 from lightning_stitch.maths.leave_one_out import loo_ridge, loo_ridge_of_gram, ridge_weights
 
@@ -130,3 +130,24 @@ def test_gram_matrices_that_cannot_be_used_are_named() -> None:
         loo_ridge_of_gram(torch.eye(3), normal(3, 1), strengths=[])
     with pytest.raises(StitchError, match="gives no weights: fit them on the rows"):
         ridge_weights(loo_ridge_of_gram(torch.eye(3), normal(3, 1), strengths=[1.0]), strength=1.0)
+
+
+@pytest.mark.parametrize("blocks", [[250, 450], None])
+def test_the_smaller_gram_matrix_and_portions_change_nothing(
+    blocks: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, targets = normal(600, 250) + 5, normal(600, 2, seed=1)
+    padded = torch.cat([features, torch.zeros(600, 450)], 1)  # the same problem, but with more features than rows
+    tall = loo_ridge(features, targets, strengths=STRENGTHS, blocks=blocks and blocks[:1])
+    wide = loo_ridge(padded, targets, strengths=STRENGTHS, blocks=blocks)
+    monkeypatch.setattr(rows, "_PORTION", 2**12)
+    many = loo_ridge(features, targets, strengths=STRENGTHS, blocks=blocks and blocks[:1])
+    assert (tall.problem.wide, wide.problem.wide) == (False, True)
+    for strength in STRENGTHS:
+        expected = tall.predict_left_out([strength])
+        same = strength * tall.scale / wide.scale
+        torch.testing.assert_close(wide.predict_left_out([same]), expected, atol=1e-8, rtol=0)
+        torch.testing.assert_close(many.predict_left_out([strength]), expected, atol=1e-8, rtol=0)
+        weight = ridge_weights(tall, strength=strength).weight
+        torch.testing.assert_close(ridge_weights(wide, strength=same).weight[:, :250], weight, atol=1e-8, rtol=0)
+        torch.testing.assert_close(ridge_weights(many, strength=strength).weight, weight, atol=1e-8, rtol=0)
