@@ -13,7 +13,7 @@ reading order:
 
 Ridge is ahead at every number of labels that was tried, so it is the default (tests/benchmarks/README.md).
 
-**Readouts** are several vectors side by side. Heads are told their widths (`blocks=`), standardise every feature and let
+**Readouts** are vectors side by side. Heads are told their widths (`blocks=`), standardise every feature and let
 each block count alike; `RidgeFit.block_shares` says which of them decided.
 
 **Tasks** have their loss and metrics: accuracy and AUROC of classes; AUROC, average precision and F1 of labels;
