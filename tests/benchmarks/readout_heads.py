@@ -5,8 +5,8 @@ python tests/benchmarks/readout_heads.py
 Every way gives the head of the same rows of random features (three classes): `RidgeLearner` after an update, at its
 strength; a refit from nothing at that strength; a refit that chooses the strength anew; and scikit-learn's
 RidgeClassifierCV with as many strengths, on standardised features, which has no calibration. The ways take turns; of
-each the median CPU time is printed. Where blocks are scaled and features outnumber rows, most of an update is the rows' Gram
-matrix, as each new row moves every feature's deviation.
+each the median CPU time is printed. Where blocks are scaled and features outnumber rows, most of an update is the
+rows' Gram matrix, as each new row moves every feature's deviation.
 """
 
 from __future__ import annotations
