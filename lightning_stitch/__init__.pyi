@@ -4,7 +4,7 @@ from .cost import Budget, Cost
 from .cutting import Cut, CutGraph, network_cost
 from .data import CalibrationDataModule
 from .errors import BudgetError, CalibrationError, CutError, JournalError, RecipeError, SourceError, StitchError
-from .heads import RidgeHead, class_map_from_names, fit_head, fit_ridge_head
+from .heads import RidgeHead, RidgeLearner, class_map_from_names, fit_head, fit_ridge_head
 from .hub import CardDetails, Publication, publish
 from .maths import LinearCKA, linear_cka
 from .networks import StitchedBackbone, StitchedNetwork, restore_backbones
@@ -45,6 +45,7 @@ __all__ = [
     "Recipe",
     "FragmentRef",
     "RidgeHead",
+    "RidgeLearner",
     "fit_ridge_head",
     "fit_head",
     "class_map_from_names",

@@ -257,10 +257,7 @@ def _outcome(candidate: Candidate, vectors: Sequence[Tensor]) -> Outcome:
 
 def _fit_head(candidate: Candidate, sources: Sequence[Calibrated], targets: Tensor) -> nn.Module:
     """A ridge head on the final network's readout of the images."""
-    if len(candidate.steps) == 1:
-        vectors = _vectors_at_hand(candidate, sources)
-    else:
-        vectors = final_vectors(candidate, sources)
+    vectors = _vectors_at_hand(candidate, sources) if len(candidate.steps) == 1 else final_vectors(candidate, sources)
     features = _outcome(candidate, vectors).features
     blocks = candidate.recipe.head_blocks
     return fit_ridge_head(features, targets, num_classes=int(targets.max()) + 1, blocks=blocks)[0]

@@ -6,11 +6,15 @@ reading order:
 - `targets.py`: what images are to be told apart by: classes, several labels at once, or numbers
 - `ridge.py`: the default: a linear map by ridge regression, its strength chosen by leave-one-out
 - `score_calibration.py`: from scores to probabilities
+- `ridge_learner.py`: the same head while labelled rows come and go
 - `neighbours.py`: the k nearest labelled images vote
 - `class_maps.py`: new classes as groups of the classes that a source knows: no labels
 - `head_settings.py`: one description that a module, a search and a checkpoint share; `fit_head`
 
 Ridge is ahead at every number of labels that was tried, so it is the default (tests/benchmarks/README.md).
+
+**Readouts** are vectors side by side. Heads are told their widths (`blocks=`), standardise every feature and let
+each block count alike; `RidgeFit.block_shares` says which of them decided.
 
 **Tasks** have their loss and metrics: accuracy and AUROC of classes; AUROC, average precision and F1 of labels;
 squared and absolute error, R2 and, of a single number, Pearson's correlation. Searches rank by leave-one-out R2

@@ -2,6 +2,7 @@ from .class_maps import class_map_from_names
 from .head_settings import HeadSettings, fit_head
 from .neighbours import NearestNeighbourHead
 from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
+from .ridge_learner import RidgeLearner
 from .score_calibration import class_temperature
 from .targets import Task, comparable_columns, count_of, task_of
 
@@ -10,6 +11,7 @@ __all__ = [
     "HeadSettings",
     "NearestNeighbourHead",
     "RidgeHead",
+    "RidgeLearner",
     "Task",
     "class_map_from_names",
     "class_temperature",

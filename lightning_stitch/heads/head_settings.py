@@ -118,12 +118,12 @@ class HeadSettings:
     ) -> tuple[nn.Module, RidgeFit | None]:
         """The head, fitted in closed form on a network's outputs (rows x width), and targets where it needs them.
 
-        `blocks` are the widths of what the outputs are side by side (`Recipe.head_blocks`). Gives, too, what
-        leave-one-out says of a ridge head.
+        `blocks` are the widths of a readout's parts, which count alike (`fit_ridge_head`); only heads that are fitted
+        to features heed them. Gives, too, what leave-one-out says of a ridge head.
 
         Raises:
             CalibrationError: If features or targets cannot be used.
-            StitchError: If there are no targets and the head needs them; likewise as `empty`.
+            StitchError: If there are no targets and the head needs them, or the blocks do not fit; likewise as `empty`.
         """
         if not self.needs_targets:
             return self.empty(features.shape[1]).to(features.device), None
@@ -152,11 +152,12 @@ def fit_head(
         head: A name, or a mapping with "name" and options (`HeadSettings.of`).
         task: None: as the targets' dtype and shape say.
         num_classes: None: as many classes, labels or numbers as the targets say.
-        blocks: Widths of what the features are side by side, each of which counts alike (`Recipe.head_blocks`).
+        blocks: Widths of consecutive blocks of features that are to count alike (`fit_ridge_head`); class maps and
+            "none" do not heed them.
 
     Raises:
         CalibrationError: If features or targets cannot be used.
-        StitchError: If a name or option is unknown, does not fit the task, or targets are missing.
+        StitchError: If a name or option is unknown, does not fit the task, targets are missing, or blocks do not fit.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [0.9], [1.0]])

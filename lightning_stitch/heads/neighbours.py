@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths import check_blocks, paired
+from lightning_stitch.maths import check_pair, portions, scale_of
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -24,7 +25,8 @@ _ROWS_AT_ONCE = 1024
 class NearestNeighbourHead(nn.Module):
     """What the most similar of the labelled images say, empty until `fit_neighbour_head` or a state dict fills it.
 
-    Features are standardised by the labelled images' means and deviations. The similarity s of two rows of d features
+    Features are standardised by the labelled images' means and deviations; of several blocks of features each is scaled
+    so that all count alike and the mean square of a feature stays 1. The similarity s of two rows of d features
     is their cosine, or -|x - y|^2 / 2d, which is of the same scale. The k most similar images weigh exp(s / t), the
     weights summing to one (as in Wu et al. 2018, "Unsupervised feature learning via non-parametric instance
     discrimination"), and their targets are averaged. Averages p of classes and labels become (log-)odds of
@@ -37,7 +39,7 @@ class NearestNeighbourHead(nn.Module):
         rows: Buffer (images x in_features): the labelled images' standardised features, float32.
         targets: Buffer (images x num_classes): what they are, float32.
         mean: Buffer (in_features,): subtracted from features.
-        deviation: Buffer (in_features,): divides them.
+        factor: Buffer (in_features,): multiplies them; 0 where a feature does not vary.
         num_neighbours: Buffer (), int64: how many images vote.
         temperature: Buffer (): how much more the nearest count; the lower, the more.
 
@@ -54,7 +56,7 @@ class NearestNeighbourHead(nn.Module):
     rows: Tensor
     targets: Tensor
     mean: Tensor
-    deviation: Tensor
+    factor: Tensor
     num_neighbours: Tensor
     temperature: Tensor
 
@@ -69,7 +71,7 @@ class NearestNeighbourHead(nn.Module):
         self.register_buffer("rows", torch.zeros(0, in_features))
         self.register_buffer("targets", torch.zeros(0, num_classes))
         self.register_buffer("mean", torch.zeros(in_features))
-        self.register_buffer("deviation", torch.ones(in_features))
+        self.register_buffer("factor", torch.ones(in_features))
         self.register_buffer("num_neighbours", torch.tensor(0))
         self.register_buffer("temperature", torch.tensor(1.0))
         self._k = 0
@@ -82,7 +84,7 @@ class NearestNeighbourHead(nn.Module):
         """
         if not self._k:
             raise StitchError("This k-nearest-neighbour head holds no images yet: fit it, or load a state dict.")
-        similarity = _similarity((features - self.mean) / self.deviation, self.rows, self.metric)
+        similarity = _similarity((features - self.mean) * self.factor, self.rows, self.metric)
         nearest = similarity.topk(self._k, dim=1)
         weights = (nearest.values / self.temperature).softmax(dim=1)
         average = (weights[:, :, None] * self.targets[nearest.indices]).sum(1)
@@ -127,12 +129,13 @@ def fit_neighbour_head(
         metric: "cosine" or "euclidean".
         num_neighbours: How many rows vote; None: chosen.
         temperature: How much more the nearest count; None: chosen.
-        blocks: Widths of blocks of features that count alike, in a row; None: all features count alike.
+        blocks: Widths of consecutive blocks of features that are to count alike in similarities, however wide each is
+            (`fit_ridge_head`); None: every feature counts alike.
 
     Raises:
         CalibrationError: If features or targets cannot be used (as `fit_ridge_head`), or fewer than 2 rows, or no more
             than `num_neighbours`, are there.
-        StitchError: If an option is out of range.
+        StitchError: If an option is out of range, or blocks are not widths that sum to the features' number.
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.1], [0.9, 0.0]])
@@ -145,22 +148,20 @@ def fit_neighbour_head(
         raise StitchError(f"num_neighbours must be at least 1; found {num_neighbours}.")
     if temperature is not None and not 0 < temperature < torch.inf:
         raise StitchError(f"temperature must be a positive finite number; found {temperature}.")
-    features, _ = paired(features, columns, ("features", "targets"))
+    check_pair(features, columns, ("features", "targets"))
     voters = 1 if num_neighbours is None else num_neighbours
     if len(features) <= voters:
         needed = f"Leaving one row out, so that {voters} others vote, needs at least {voters + 1} rows"
         raise CalibrationError(f"{needed}; found {len(features)}.")
     with torch.inference_mode(False), torch.no_grad():
         head = NearestNeighbourHead(features.shape[1], num_classes, task=task, metric=metric).to(features.device)
-        z, mean, deviation = standardised(features)
-        if blocks is not None:
-            check_blocks(blocks, features.shape[1])
-            # Of the same mean square over all features as without blocks, which the temperatures are for.
-            widths = torch.tensor([float(width) for width in blocks for _ in range(width)]).to(deviation)
-            weight = (widths * len(blocks) / len(widths)).sqrt()
-            z, deviation = z / weight, deviation * weight
-        head.rows, head.targets = z.float(), columns.float()
-        head.mean, head.deviation = mean.float(), deviation.float()
+        blocks = [features.shape[1]] if blocks is None else blocks
+        scaling = scale_of(features, blocks)
+        scale = math.sqrt(features.shape[1] / len(blocks))  # makes the mean square of a feature 1 again
+        parts = portions(*features.shape)
+        head.rows = torch.cat([(scaling(features, part) * scale).float() for part in parts])
+        head.targets = columns.float()
+        head.mean, head.factor = scaling.mean.float(), (scaling.factor * scale).float()
         head._k, best_temperature = _least_loss(head, columns, num_neighbours, temperature)
         head.num_neighbours.fill_(head._k)
         head.temperature.fill_(best_temperature)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stitch.errors import CalibrationError
-from lightning_stitch.heads.score_calibration import class_temperature, label_calibration
+from lightning_stitch.heads.score_calibration import Calibration, calibrate
 from lightning_stitch.heads.targets import Task, standardised, target_columns
-from lightning_stitch.maths import loo_ridge, r2
+from lightning_stitch.maths import AffineMap, block_shares, loo_ridge, r2, ridge_weights
 
 DEFAULT_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 9))
 """Ridge strengths tried by default: 1e-5 to 1e4 of the mean eigenvalue of the features, two in each decade."""
@@ -63,8 +63,9 @@ class RidgeFit:
         loo_log_loss: Mean of -log(probability of a row's class, or of each of its labels' values) in nats, when it is
             left out; None for numbers.
         num_rows: Rows of the fit.
-        block_shares: Of each block of features its share of the variance of what is predicted for these rows: how far
-            its part of the prediction goes with the whole. They sum to 1; one may be below 0. Empty without blocks.
+        block_shares: How much each block of features contributes to the predictions (`maths.block_shares`): its share
+            of their variance over the rows, before calibration, numbers standardised. They sum to 1; without blocks all
+            features are one.
     """
 
     strength: float
@@ -73,7 +74,7 @@ class RidgeFit:
     loo_r2: float
     loo_log_loss: float | None
     num_rows: int
-    block_shares: tuple[float, ...] = ()
+    block_shares: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -92,11 +93,8 @@ def fit_ridge_head(
     numbers) is taken. Classes, one-hot, then get one temperature (`class_temperature`), labels a slope and
     an offset each (`label_calibration`), both on the leave-one-out scores; numbers are predicted in their
     own units. All is folded into weight and bias. Deterministic; runs in float64 on the features' device. The head's
-    parameters can be trained on.
-
-    With blocks, what several taps read side by side, each feature is standardised on these rows and each block divided
-    by the root of its width, so that a wide one does not outweigh a narrow one; that is folded into weight and bias,
-    too. Memory is a few matrices of min(rows, features)^2 (`lightning_stitch.maths.left_out`).
+    parameters can be trained on. For n rows of d features it takes, beyond features and targets, a few matrices of
+    min(n, d)^2, of n x num_classes, and one portion of rows or columns, all float64.
 
     Args:
         features: Rows x features, any real dtype.
@@ -105,7 +103,9 @@ def fit_ridge_head(
         num_classes: Classes, labels or numbers, which is what the head gives; a class that does not occur scores 0.
         strengths: Ridge strengths to choose from; by default `DEFAULT_STRENGTHS`.
         task: "multiclass", "multilabel" or "regression".
-        blocks: Widths of the blocks of features, in a row; None: features are taken as they are.
+        blocks: Widths of consecutive blocks of features, as the parts of a readout, that are to count alike: each
+            feature is standardised on these rows (left out if it varies by no more than rounding) and each block
+            divided by the root of its width. The head still reads raw features. None: features count as they are.
 
     Returns:
         The head, on the features' device in training mode, and what leave-one-out says of it.
@@ -113,7 +113,7 @@ def fit_ridge_head(
     Raises:
         CalibrationError: If there are no rows, features have NaN or infinite values, features and targets differ in
             rows, a target is out of range, or only one class occurs, all labels agree, or a number does not vary.
-        StitchError: If strengths are empty or not positive, or the blocks are not the features' width together.
+        StitchError: If strengths are empty or not positive, or blocks are not widths that sum to the features' number.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [0.2], [0.8], [0.9], [1.0]])
@@ -124,39 +124,28 @@ def fit_ridge_head(
     columns = target_columns(targets, task=task, num_classes=num_classes).to(features.device)
     if len(features) != len(columns):
         raise CalibrationError(f"Each row needs one target; found {len(features)} rows and {len(columns)} targets.")
-    offset, factor = torch.zeros_like(columns[0]), torch.ones_like(columns[0])
+    regressed = standardised(columns)[0] if task == "regression" else columns
+    loo = loo_ridge(features, regressed, strengths=DEFAULT_STRENGTHS if strengths is None else strengths, blocks=blocks)
+    strength = loo.best_strength
+    scores = loo.predict_left_out([strength])[0]
+    calibration = calibrate(scores, regressed, task=task)
     if task == "regression":
-        columns, offset, factor = standardised(columns)
-    strengths = DEFAULT_STRENGTHS if strengths is None else strengths
-    loo = loo_ridge(features, columns, strengths=strengths, blocks=blocks)
-    strength = loo.strengths[int(loo.squared_errors.sum(1).argmin())]
-    scores = loo.left_out(strength)
-    temperature = accuracy = log_loss = None
-    if task == "multiclass":
-        temperature = class_temperature(scores, columns)
-        factor = factor * temperature
-        accuracy = (scores.argmax(1) == columns.argmax(1)).double().mean().item()
-        log_loss = F.cross_entropy(temperature * scores, columns.argmax(1)).item()
-    elif task == "multilabel":
-        factor, offset = label_calibration(scores, columns)
-        log_loss = F.binary_cross_entropy_with_logits(factor * scores + offset, columns).item()
-    solution = loo.weights(strength)
+        _, mean, deviation = standardised(columns)
+        calibration = replace(calibration, factor=deviation, offset=mean)
+    head = linear_head(ridge_weights(loo, strength=strength), calibration)
+    shares = (1.0,) if blocks is None else block_shares(loo, strength=strength, blocks=blocks)
+    c = calibration
+    fit = RidgeFit(strength, c.temperature, c.accuracy, r2(scores, regressed), c.log_loss, len(columns), shares)
+    return head, fit
+
+
+def linear_head(solution: AffineMap, calibration: Calibration) -> RidgeHead:
+    """The head of a regression, the calibration of its scores folded in."""
     assert solution.bias is not None
+    factor, offset = calibration.factor, calibration.offset
     # A search may run in inference mode, whose tensors can never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        head = RidgeHead(features.shape[1], num_classes).to(features.device)
+        head = RidgeHead(solution.weight.shape[1], len(solution.weight)).to(solution.weight.device)
         head.weight.copy_(solution.weight * factor[:, None])
         head.bias.copy_(solution.bias * factor + offset)
-    shares = () if blocks is None else _block_shares(features, solution.weight, blocks)
-    return head, RidgeFit(strength, temperature, accuracy, r2(scores, columns), log_loss, len(columns), shares)
-
-
-def _block_shares(features: Tensor, weight: Tensor, blocks: Sequence[int]) -> tuple[float, ...]:
-    """Each block's share of the variance of what a linear map predicts: its part's covariance with the whole."""
-    parts = [
-        x.double() @ w.T for x, w in zip(features.split(list(blocks), 1), weight.split(list(blocks), 1), strict=True)
-    ]
-    whole = sum(parts[1:], parts[0])
-    whole = whole - whole.mean(0)
-    total = whole.square().sum().item()
-    return tuple((part * whole).sum().item() / total if total else 0.0 for part in parts)
+    return head

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_stitch.heads.targets import Task
+
 _TEMPERATURES = (1e-3, 1e3)  # scores lie around [0, 1]: nearly uniform probabilities up to nearly certain ones
 _BISECTIONS = 40
 _NEWTON_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Outputs = factor * scores + offset, each (columns,), float64; and what they say of the rows it was made of.
+
+    `temperature`, the classes' one factor, and `accuracy` are None but for classes, `log_loss` for numbers.
+    """
+
+    factor: Tensor
+    offset: Tensor
+    temperature: float | None
+    accuracy: float | None
+    log_loss: float | None
+
+
+def calibrate(scores: Tensor, columns: Tensor, *, task: Task) -> Calibration:
+    """The calibration of scores (rows x columns) of rows that they do not know, whose targets are the columns."""
+    factor, offset = torch.ones_like(columns[0]), torch.zeros_like(columns[0])
+    if task == "multiclass":
+        temperature = class_temperature(scores, columns)
+        accuracy = (scores.argmax(1) == columns.argmax(1)).double().mean().item()
+        log_loss = F.cross_entropy(temperature * scores, columns.argmax(1)).item()
+        return Calibration(temperature * factor, offset, temperature, accuracy, log_loss)
+    if task == "multilabel":
+        factor, offset = label_calibration(scores, columns)
+        log_loss = F.binary_cross_entropy_with_logits(factor * scores + offset, columns).item()
+        return Calibration(factor, offset, None, None, log_loss)
+    return Calibration(factor, offset, None, None, None)
 
 
 def class_temperature(scores: Tensor, one_hot: Tensor) -> float:

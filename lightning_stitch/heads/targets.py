@@ -24,42 +24,41 @@ def task_of(targets: Tensor) -> Task:
     return "multiclass" if targets.ndim == 1 else "multilabel"
 
 
-def target_columns(targets: Tensor, *, task: Task, num_classes: int) -> Tensor:
+def target_columns(targets: Tensor, *, task: Task, num_classes: int, varied: bool = True) -> Tensor:
     """Targets as what a regression predicts: rows x columns, float64; one-hot, 0 and 1, or the numbers themselves.
 
     They are `num_classes` classes by their indices (rows,), labels, 0 and 1 (rows x labels), or numbers (rows,) or
     (rows x numbers).
 
     Raises:
-        CalibrationError: If there are none, they are of another dtype or shape, or out of range; likewise if all rows
-            have the same class, the same labels, or a number that does not vary or is not finite.
+        CalibrationError: If there are none, they are of another dtype or shape, or out of range; likewise, if they must
+            be varied, if all rows have the same class, the same labels, or a number that does not vary; or if a number
+            is not finite.
     """
     if task == "multiclass":
-        return F.one_hot(_class_indices(targets, num_classes), num_classes).double()
-    columns = targets[:, None] if task == "regression" and targets.ndim == 1 else targets
-    if columns.ndim != 2 or columns.shape[1] != num_classes:
-        what = "labels, 0 or 1" if task == "multilabel" else "numbers"
-        raise CalibrationError(
-            f"Targets must be {num_classes} {what}, for each row (num_classes={num_classes}, task={task!r}); found "
-            f"{targets.dtype} of shape {tuple(targets.shape)}."
-        )
-    _require_rows(targets)
-    columns = columns.double()
-    if task == "multilabel":
-        if not ((columns == 0) | (columns == 1)).all():
-            raise CalibrationError("Labels must be 0 or 1, one column for each label; found other numbers.")
-        if not (columns != columns[0]).any():
-            raise CalibrationError(f"A head needs rows that differ; all {len(columns)} rows have the same labels.")
-        return columns
-    if not columns.isfinite().all():
-        bad = int((~columns.isfinite()).any(1).sum())
-        raise CalibrationError(f"Targets must be finite numbers; {bad} of {len(columns)} rows have NaN or infinity.")
-    constant = (columns == columns[0]).all(0).nonzero().flatten().tolist()
-    if constant:
-        raise CalibrationError(
-            f"A head needs numbers that vary; over {len(columns)} rows those of the columns {constant[:10]} do not."
-        )
+        columns = F.one_hot(_class_indices(targets, num_classes), num_classes).double()
+    else:
+        columns = _numbers(targets, task, num_classes)
+    if varied:
+        _require_variety(columns, task)
     return columns
+
+
+def _require_variety(columns: Tensor, task: Task) -> None:
+    vary, num_rows = (columns != columns[0]).any(0), len(columns)
+    if task == "regression":
+        constant = (~vary).nonzero().flatten().tolist()
+        if constant:
+            raise CalibrationError(
+                f"A head needs numbers that vary; over {num_rows} rows those of the columns {constant[:10]} do not."
+            )
+    elif not vary.any():
+        if task == "multilabel":
+            raise CalibrationError(f"A head needs rows that differ; all {num_rows} rows have the same labels.")
+        raise CalibrationError(
+            f"A head needs rows of at least two classes; all {num_rows} targets are {int(columns[0].argmax())}. "
+            f"Shuffle before taking a part of the images, or take more of them."
+        )
 
 
 def standardised(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,12 +99,25 @@ def _class_indices(targets: Tensor, num_classes: int) -> Tensor:
             f"Targets must lie from 0 to {num_classes - 1} (num_classes={num_classes}); found {classes[0]} to "
             f"{classes[-1]}."
         )
-    if len(classes) == 1:
-        raise CalibrationError(
-            f"A head needs rows of at least two classes; all {len(targets)} targets are {classes[0]}. "
-            f"Shuffle before taking a part of the images, or take more of them."
-        )
     return targets.long()
+
+
+def _numbers(targets: Tensor, task: Task, num_classes: int) -> Tensor:
+    columns = targets[:, None] if task == "regression" and targets.ndim == 1 else targets
+    if columns.ndim != 2 or columns.shape[1] != num_classes:
+        what = "labels, 0 or 1" if task == "multilabel" else "numbers"
+        raise CalibrationError(
+            f"Targets must be {num_classes} {what}, for each row (num_classes={num_classes}, task={task!r}); found "
+            f"{targets.dtype} of shape {tuple(targets.shape)}."
+        )
+    _require_rows(targets)
+    columns = columns.double()
+    if task == "multilabel" and not ((columns == 0) | (columns == 1)).all():
+        raise CalibrationError("Labels must be 0 or 1, one column for each label; found other numbers.")
+    if not columns.isfinite().all():
+        bad = int((~columns.isfinite()).any(1).sum())
+        raise CalibrationError(f"Targets must be finite numbers; {bad} of {len(columns)} rows have NaN or infinity.")
+    return columns
 
 
 def _require_rows(targets: Tensor) -> None:

@@ -6,8 +6,11 @@ reading order:
 - `rows.py`: rows of activations, checked, paired and centred
 - `cka.py`: linear CKA, debiased and biased, of whole, streamed and stored rows; its equations are in the docstring
 - `cka_metric.py`: the same as a torchmetrics `Metric`, streamed over batches and merged over processes
-- `regression.py`: ridge least squares, and R2
-- `left_out.py`: leave-one-out ridge for many strengths at once, of features in blocks or of their Gram matrix
+- `blocks.py`: readouts as blocks of features that count alike, and their Gram matrices
+- `decomposition.py`: what ridge regression needs of rows, from the smaller of their two Gram matrices
+- `regression.py`: ridge least squares, R2
+- `leave_one_out.py`: ridge for many strengths at once, from features or Gram matrices, judged on rows left out
+- `moments.py`: ridge at one known strength, while rows join and leave
 
 Example:
     >>> import torch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.maths.left_out import centre_gram
+from lightning_stitch.maths.blocks import centre_gram
 from lightning_stitch.maths.rows import centred, check_varies, paired, rows
 from lightning_stitch.settings import Estimator
 

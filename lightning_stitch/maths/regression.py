@@ -6,34 +6,13 @@ the input's device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.blocks import Scaling
+from lightning_stitch.maths.decomposition import AffineMap, decompose
 from lightning_stitch.maths.rows import centred, paired
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AffineMap:
-    """The least-squares map y = weight x + bias: weight (out x in) and bias (out,), float64; no bias if fitted without.
-
-    `rank` counts the eigenvalues of the Gram matrix that were kept, `condition` is the largest over the smallest of
-    them, lambda added to both (1 if none was kept); both are None where they were not asked for. `ridge` is the lambda
-    that was used.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    rank: int | None
-    condition: float | None
-    ridge: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the map makes of x (rows x in, float64)."""
-        y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
 
 
 def ridge_least_squares(
@@ -62,8 +41,9 @@ def ridge_least_squares(
     x, y = paired(x, y)
     if not diagnose and ridge and x.shape[0] >= x.shape[1]:
         return _by_factorisation(x, y, ridge=ridge, bias=bias)
-    problem = _regression(x, y, centre=bias)
-    return _affine_map(problem, ridge * problem.eigenvalues.sum().item() / x.shape[1], bias=bias)
+    mean = x.mean(0) if bias else x.new_zeros(x.shape[1])
+    problem = decompose(x, y, Scaling(mean, torch.ones_like(mean)), centred=bias)
+    return problem.map_at(ridge * problem.eigenvalues.sum().item() / x.shape[1], bias=bias)
 
 
 def r2(prediction: Tensor, target: Tensor) -> float:
@@ -78,31 +58,8 @@ def r2(prediction: Tensor, target: Tensor) -> float:
     return 1 - ((prediction - target).square().sum() / centred(target, "the target").square().sum()).item()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Regression:
-    """x (n x d, centred) = basis (n x r) diag(sqrt(eigenvalues)) V'; projected (r x k) = basis' (y - mean_y)."""
-
-    x: Tensor
-    mean_x: Tensor
-    mean_y: Tensor
-    basis: Tensor
-    eigenvalues: Tensor
-    projected: Tensor
-
-
-def _regression(x: Tensor, y: Tensor, *, centre: bool) -> _Regression:
-    mean_x, mean_y = _means(x, y, centre=centre)
-    x = x - mean_x
-    wide = x.shape[0] <= x.shape[1]
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    first = int((eigenvalues <= eigenvalues[-1] * max(x.shape) * torch.finfo(torch.float64).eps).sum())
-    eigenvalues, vectors = eigenvalues[first:], vectors[:, first:]
-    basis = vectors if wide else x @ vectors / eigenvalues.sqrt()
-    return _Regression(x, mean_x, mean_y, basis, eigenvalues, basis.T @ (y - mean_y))
-
-
 def _by_factorisation(x: Tensor, y: Tensor, *, ridge: float, bias: bool) -> AffineMap:
-    mean_x, mean_y = _means(x, y, centre=bias)
+    mean_x, mean_y = (rows.mean(0) if bias else rows.new_zeros(rows.shape[1]) for rows in (x, y))
     x = x - mean_x
     gram = x.T @ x
     penalty = ridge * gram.trace().item() / len(gram)
@@ -110,14 +67,3 @@ def _by_factorisation(x: Tensor, y: Tensor, *, ridge: float, bias: bool) -> Affi
     gram.diagonal().add_(max(penalty, 1e-30))
     weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(gram)).T
     return AffineMap(weight, mean_y - weight @ mean_x if bias else None, None, None, penalty)
-
-
-def _means(x: Tensor, y: Tensor, *, centre: bool) -> tuple[Tensor, Tensor]:
-    return (x.mean(0), y.mean(0)) if centre else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
-
-
-def _affine_map(problem: _Regression, ridge: float, *, bias: bool) -> AffineMap:
-    s = problem.eigenvalues
-    weight = (problem.x.T @ (problem.basis @ (problem.projected / (s + ridge)[:, None]))).T
-    condition = ((s[-1] + ridge) / (s[0] + ridge)).item() if len(s) else 1.0
-    return AffineMap(weight, problem.mean_y - weight @ problem.mean_x if bias else None, len(s), condition, ridge)

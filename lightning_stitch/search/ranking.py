@@ -251,8 +251,8 @@ def predict_left_out(gram: Tensor, *targets: Tensor) -> list[Tensor]:
     """Each image's targets as ridge regression on the others predicts them, at the strengths of least squared error."""
     fit = loo_ridge_of_gram(gram, torch.cat(targets, dim=1), strengths=DEFAULT_STRENGTHS)
     predictions, widths = [], [columns.shape[1] for columns in targets]
-    for place, errors in enumerate(fit.squared_errors.split(widths, dim=1)):
-        of_all = fit.left_out(fit.strengths[int(errors.sum(1).argmin())])
+    for place, errors in enumerate(fit.errors.split(widths, dim=1)):
+        of_all = fit.predict_left_out([fit.strengths[int(errors.sum(1).argmin())]])[0]
         predictions.append(of_all.split(widths, dim=1)[place])
     return predictions
 

@@ -16,7 +16,7 @@ from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import RecipeError, StitchError, nearest
 from lightning_stitch.heads import DEFAULT_STRENGTHS, HeadSettings
-from lightning_stitch.maths import Scaling, loo_ridge
+from lightning_stitch.maths import loo_ridge, ridge_weights, scale_of
 from lightning_stitch.networks import (
     HOOK,
     StitchedBackbone,
@@ -175,7 +175,7 @@ class BackbonePlace:
             return StitchedBackbone(), None
         vectors = self._present_features(batches, data)
         fit = loo_ridge(features, vectors.to(features.device), strengths=DEFAULT_STRENGTHS, blocks=blocks)
-        imitation = fit.weights(fit.strengths[int(fit.squared_errors.sum(1).argmin())])
+        imitation = ridge_weights(fit, strength=fit.best_strength)
         assert imitation.bias is not None
         backbone = present if isinstance(present, StitchedBackbone) else StitchedBackbone(vectors.shape[1])
         return backbone, _make_linear(imitation.weight, imitation.bias)
@@ -256,8 +256,8 @@ def fit_width(features: Tensor, width: int, blocks: Sequence[int] | None = None)
         return None
     if width > num_features:
         return _make_linear(torch.eye(width, num_features), torch.zeros(width))
-    scaling = Scaling.of(features, blocks)
-    directions = torch.linalg.svd(scaling.apply(features), full_matrices=False).Vh[:width] * scaling.scale
+    scaling = scale_of(features, blocks)
+    directions = torch.linalg.svd(scaling(features), full_matrices=False).Vh[:width] * scaling.factor
     # Of fewer images than components there are no more directions.
     weight = torch.cat([directions, directions.new_zeros(width - len(directions), num_features)])
     return _make_linear(weight, -weight @ scaling.mean)

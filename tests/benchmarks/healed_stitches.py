@@ -19,6 +19,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,12 @@ from healing_tasks import solar_cells
 from ranking_statistics import spearman
 from ranking_tasks import Task
 
-from lightning_stitch import Pool
+from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.healing.healer import Healer
 from lightning_stitch.healing.healing import heal
 from lightning_stitch.maths.regression import r2
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
-from lightning_stitch.search.evaluation import PrefixTree
 from lightning_stitch.stitching.candidates import Candidate
 
 EARLY, LATE, BEHIND_SKIP = "blocks.1", "blocks.4", "blocks.3"
@@ -51,7 +51,8 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def measure(task: Task) -> None:
-    pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]))
+    settings = CalibrationSettings(readout="last")
+    pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]), settings=settings)
     pool.calibrate(task.calibration)
     images = torch.cat([x for x, _ in task.calibration])
     names = [part.name for part in pool.parts]
@@ -65,7 +66,7 @@ def measure(task: Task) -> None:
     for name, sender, leave, receiver, enter in joints:
         plain = pool.stitch([(names[sender], None, leave), (names[receiver], enter, None)])
         healed, seconds = timed(healer.heal, plain)
-        _, bare = timed(PrefixTree([plain], pool.parts).run, [images])
+        _, bare = timed(partial(pool.outcomes, progress=Silent()), [plain], [images])
         before, after = (r2(features(pool, c, task), own[names[receiver]]) for c in (plain, healed))
         macs = plain.cost.macs / 1e6
         print(
@@ -75,7 +76,8 @@ def measure(task: Task) -> None:
 
 def skips(task: Task, low: float, high: float, *, count: int) -> list[Row]:
     """What healing gives networks of one stitch between two shares of the cheapest source's MACs."""
-    pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]))
+    settings = CalibrationSettings(readout="last")
+    pool = Pool(task.sources, tuple(task.calibration[0][0].shape[1:]), settings=settings)
     pool.calibrate(task.calibration)
     parts, cheapest = pool.parts, min(part.cost.macs for part in pool.parts)
     costs = CompositionCosts(parts, bias=True, max_fragments=2)

@@ -37,7 +37,7 @@ from lightning_stitch import Beam, Budget, CalibrationSettings, Pool, SearchResu
 from lightning_stitch.composing.shrinking import by_fidelity
 from lightning_stitch.heads.ridge import DEFAULT_STRENGTHS
 from lightning_stitch.healing.trials import divided, entered, held_out_r2
-from lightning_stitch.maths import loo_ridge, r2
+from lightning_stitch.maths import loo_ridge, r2, ridge_weights
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.paths import early_exits
@@ -181,8 +181,7 @@ def features(pool: Pool, candidates: Sequence[Candidate], task: Task) -> list[tu
 def read(mine: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The source's features of the test images as a regression on the calibration images reads them."""
     fit = loo_ridge(mine[0], own[0], strengths=DEFAULT_STRENGTHS)
-    errors = (fit.predictions - own[0]).square().sum((1, 2))
-    affine = fit.weights(fit.strengths[int(errors.argmin())])
+    affine = ridge_weights(fit, strength=fit.best_strength)
     return mine[2].double() @ affine.weight.T + affine.bias
 
 

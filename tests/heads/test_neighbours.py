@@ -163,21 +163,3 @@ def test_what_cannot_be_fitted_is_named(options: dict[str, Any], error: type[Exc
     features = options.pop("features", FEATURES)
     with pytest.raises(error, match=words):
         fit_neighbour_head(features, CLASSES, num_classes=3, **options)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_blocks_of_features_count_alike(metric: Metric) -> None:
-    blocks = (1, 5)
-    options: dict[str, Any] = {"num_classes": 3, "metric": metric, "num_neighbours": 5, "temperature": 0.2}
-    head = fit_neighbour_head(FEATURES, CLASSES, blocks=blocks, **options)
-    squares = head.rows.square().mean(0).split(blocks)
-    assert float(squares[0].sum()) == pytest.approx(float(squares[1].sum()), rel=1e-5)
-    assert float(head.rows.square().mean()) == pytest.approx(1, rel=1e-5)
-    alike = fit_neighbour_head(FEATURES, CLASSES, blocks=(1,) * 6, **options)
-    plain = fit_neighbour_head(FEATURES, CLASSES, **options)
-    torch.testing.assert_close(alike(QUERIES.float()), plain(QUERIES.float()))
-    restored = NearestNeighbourHead(6, 3, metric=metric)
-    restored.load_state_dict(head.state_dict())
-    torch.testing.assert_close(restored(QUERIES.float()), head(QUERIES.float()), rtol=0, atol=0)
-    with pytest.raises(StitchError, match="blocks= are the widths of all 6 features"):
-        fit_neighbour_head(FEATURES, CLASSES, blocks=(1, 4), **options)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from doubles.tensors import normal, related
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import r2_score
 
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.maths.leave_one_out import loo_ridge, ridge_weights
 from lightning_stitch.maths.regression import r2, ridge_least_squares
 
 GOOD = normal(8, 3)
@@ -130,3 +131,75 @@ def test_r2_says_what_it_cannot_use() -> None:
         r2(GOOD, GOOD[1:])
     with pytest.raises(CalibrationError, match="the prediction has NaN"):
         r2(NAN, GOOD)
+
+
+STRENGTHS = (1e-6, 1e-3, 0.1, 1.0, 100.0)
+
+
+@pytest.mark.parametrize(("n", "d", "rank"), [(15, 4, 4), (9, 20, 20), (8, 8, 8), (14, 10, 3), (2, 5, 5)])
+def test_leave_one_out_is_ridge_refitted_without_each_row(n: int, d: int, rank: int) -> None:
+    features = (normal(n, rank) @ normal(rank, d, seed=1) + 4).numpy()
+    targets = normal(n, 2, seed=2).numpy()
+    fit = loo_ridge(torch.from_numpy(features), torch.from_numpy(targets), strengths=STRENGTHS)
+    assert fit.predictions.shape == (len(STRENGTHS), n, 2)
+    centred = features - features.mean(0)
+    assert fit.scale == pytest.approx(np.square(centred).sum() / min(n - 1, d))
+    for strength, predictions in zip(STRENGTHS, fit.predictions.numpy(), strict=True):
+        for row in range(n):
+            others = np.arange(n) != row
+            model = Ridge(alpha=strength * fit.scale, solver="svd").fit(features[others], targets[others])
+            np.testing.assert_allclose(predictions[row], model.predict(features[row : row + 1])[0], atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 6), (12, 40)])
+def test_leave_one_out_errors_are_those_of_ridge_cv(n: int, d: int) -> None:
+    features, targets = related(n, d, 2)
+    fit = loo_ridge(features, targets, strengths=STRENGTHS)
+    penalties = [strength * fit.scale for strength in STRENGTHS]
+    reference = RidgeCV(penalties, store_cv_results=True).fit(features.numpy(), targets.numpy())
+    errors = (fit.predictions - targets).square()
+    np.testing.assert_allclose(errors.permute(1, 2, 0).numpy(), reference.cv_results_, rtol=1e-6, atol=1e-9)
+    assert penalties[int(errors.sum((1, 2)).argmin())] == pytest.approx(reference.alpha_)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 6), (12, 40)])
+def test_ridge_weights_are_those_of_all_rows(n: int, d: int) -> None:
+    features, targets = related(n, d, 2)
+    fit = loo_ridge(features + 5, targets, strengths=[1.0])
+    for strength in (1.0, 0.01):
+        solution = ridge_weights(fit, strength=strength)
+        reference = Ridge(alpha=strength * fit.scale).fit(features.numpy() + 5, targets.numpy())
+        assert solution.bias is not None
+        np.testing.assert_allclose(solution.weight.numpy(), reference.coef_, atol=1e-10)
+        np.testing.assert_allclose(solution.bias.numpy(), reference.intercept_, atol=1e-9)
+
+
+def test_a_row_that_alone_has_a_feature_is_predicted_from_the_others() -> None:
+    features = torch.cat([torch.zeros(9, 1), torch.ones(1, 1)])
+    targets = torch.cat([torch.zeros(9, 1), torch.full((1, 1), 50.0)])
+    fit = loo_ridge(features, targets, strengths=[1e-9])
+    assert float(fit.predictions[0, 9]) == pytest.approx(0, abs=1e-4)
+
+
+def test_constant_features_leave_the_mean_of_the_others() -> None:
+    targets = torch.tensor([[0.0], [3.0], [6.0]])
+    fit = loo_ridge(torch.ones(3, 2), targets, strengths=[1e-3, 1.0])
+    torch.testing.assert_close(fit.predictions[1, :, 0], torch.tensor([4.5, 3.0, 1.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("strengths", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf")]])
+def test_strengths_must_be_positive(strengths: list[float]) -> None:
+    with pytest.raises(StitchError, match="Ridge strengths must be one or more positive finite numbers; found"):
+        loo_ridge(GOOD, GOOD, strengths=strengths)
+    fit = loo_ridge(GOOD, GOOD, strengths=[1.0])
+    with pytest.raises(StitchError, match="positive finite"):
+        ridge_weights(fit, strength=strengths[-1] if strengths else 0.0)
+
+
+def test_leave_one_out_says_what_it_cannot_use() -> None:
+    with pytest.raises(CalibrationError, match="at least 2 rows; found 1"):
+        loo_ridge(GOOD[:1], GOOD[:1], strengths=[1.0])
+    with pytest.raises(CalibrationError, match="features has NaN or infinite values in 2 of its 8 rows"):
+        loo_ridge(NAN, GOOD, strengths=[1.0])
+    with pytest.raises(CalibrationError, match="features and targets must have the same number of rows"):
+        loo_ridge(GOOD, GOOD[1:], strengths=[1.0])

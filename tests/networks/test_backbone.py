@@ -102,7 +102,7 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 
 def outputs(model: LightningModule) -> Tensor:
     with torch.no_grad():
-        return model.eval()(digits(8, 32)[0])
+        return model.eval()(digits(100, 32)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,7 +186,7 @@ def test_a_backbone_of_ones_own_is_imitated_so_that_a_trained_head_goes_on_worki
         model.head.load_state_dict(trained.state_dict())
         before = outputs(model)
     trainer(tmp_path, search("model.encoder")).fit(model, data)
-    assert (outputs(model).argmax(1) == before.argmax(1)).float().mean() >= 0.75
+    assert (outputs(model).argmax(1) == before.argmax(1)).float().mean() >= 0.6  # a third by chance
     with torch.no_grad():
         model.model["encoder"] = own_backbone().requires_grad_(False)
     # what comes out is what the replaced backbone gave, not any other vectors of its width

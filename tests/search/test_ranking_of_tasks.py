@@ -73,7 +73,12 @@ def test_a_search_finds_the_networks_whose_features_say_most_of_such_targets(tas
             if task == "multilabel"
             else (targets[:, None].double() - targets.mean()) / targets.std(0, False)
         )
-        return left_out_r2(outcomes[0].features, y.numpy())
+        x = outcomes[0].features.double()
+        if outcomes[0].blocks is None:
+            return left_out_r2(x, y.numpy())
+        widths, deviation = torch.tensor(outcomes[0].blocks), x.std(0, correction=0)
+        deviation[deviation < 1e-6] = torch.inf
+        return left_out_r2(x / deviation / widths.repeat_interleave(widths).sqrt(), y.numpy())
 
     for ranked in (result.best, result.ranked[-1]):
         assert ranked.scores["loo_r2"] == pytest.approx(r2_of(ranked.candidate), abs=1e-6)
