@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -45,9 +47,9 @@ class Normalising(pl.LightningDataModule):
         return [DataLoader(self.test, batch_size=7)]
 
 
-def numbered(count, num_classes=2, labels=None, size=4):
-    """Grey float images whose every pixel tells their index: index / 1000."""
-    images = (torch.arange(count) / 1000).view(-1, 1, 1, 1).expand(count, 1, size, size).clone()
+def numbered(count, num_classes=2, labels=None, size=4, first=0):
+    """Grey float images whose every pixel tells their index: (first + index) / 1000."""
+    images = (torch.arange(first, first + count) / 1000).view(-1, 1, 1, 1).expand(count, 1, size, size).clone()
     return TensorDataset(images, torch.arange(count) % num_classes if labels is None else torch.as_tensor(labels))
 
 
@@ -61,9 +63,14 @@ def drawn(module, part):
     return (images[:, 0, 0, 0] * 1000).round().long().tolist(), labels
 
 
-def write_folder(root, counts, *, size=(6, 5), mode="RGB"):
+def write_folder(root, counts, *, size=(6, 5), mode="RGB", suffix=".png"):
+    """Folders of images, each of one colour but for three pixels, which tell its path."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            Image.new(mode, size, number if mode == "L" else (number, 0, 255)).save(root / name / f"{number}.png")
+            path = root / name / f"{number}{suffix}"
+            image = Image.new(mode, size, number if mode == "L" else (number, 0, 255))
+            for place, byte in enumerate(crc32(str(path).encode()).to_bytes(4, "big")[:3]):
+                image.putpixel((place, 0), byte if mode == "L" else (byte, 0, 255))
+            image.save(path)
     return str(root)
