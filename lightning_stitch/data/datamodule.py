@@ -266,7 +266,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             if self.trainer is not None:
                 self._datamodule.trainer = self.trainer
             sets = _borrow_datasets(self._datamodule)
-        datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        datasets = {name: sets[name] for name in ("train", "val", "test") if sets.get(name) is not None}
         for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise CalibrationError(

@@ -40,7 +40,7 @@ def select_drawn(loader: DataLoader, name: str) -> Any:
     out_of_range = next((index for index in indices if not -length <= index < length), None)
     if out_of_range is not None:
         raise CalibrationError(
-            f"The {type(sampler).__name__} of {name} draws image {out_of_range}, but its dataset holds {length}."
+            f"The sampler of {name} draws image {out_of_range}, but its dataset holds {length}."
         )
     unique = list(dict.fromkeys(index % length for index in indices))
     return dataset if sorted(unique) == list(range(length)) else Subset(dataset, unique)
