@@ -39,9 +39,7 @@ def select_drawn(loader: DataLoader, name: str) -> Any:
     indices = _read_indices(sampler, name, most=100 * length)
     out_of_range = next((index for index in indices if not -length <= index < length), None)
     if out_of_range is not None:
-        raise CalibrationError(
-            f"The sampler of {name} draws image {out_of_range}, but its dataset holds {length}."
-        )
+        raise CalibrationError(f"The sampler of {name} draws image {out_of_range}, but its dataset holds {length}.")
     unique = list(dict.fromkeys(index % length for index in indices))
     return dataset if sorted(unique) == list(range(length)) else Subset(dataset, unique)
 
