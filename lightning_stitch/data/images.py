@@ -189,7 +189,7 @@ def probe(
 
 def spread(length: int, count: int = 8) -> list[int]:
     """Up to `count` indices, spread evenly over so many items."""
-    return sorted({length * k // count for k in range(count)})
+    return sorted({length * k // count for k in range(count)}) if length else []
 
 
 def open_image(path: str) -> Image.Image:

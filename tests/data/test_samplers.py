@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doubles.data import drawn, numbered
+from doubles.data import Loaders, drawn, numbered
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -22,29 +22,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_stitch._lightning import pl
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.data.samplers import select_drawn
 from lightning_stitch.errors import CalibrationError
 
 PARTS = ("calibration", "train", "selection", "test")
-
-
-class Loaders(pl.LightningDataModule):
-    """A data module of given dataloaders."""
-
-    def __init__(self, train: DataLoader, val: DataLoader | None = None, test: DataLoader | None = None) -> None:
-        super().__init__()
-        self.loaders = {"train": train, "val": val, "test": test}
-
-    def train_dataloader(self) -> DataLoader | None:
-        return self.loaders["train"]
-
-    def val_dataloader(self) -> Any:
-        return self.loaders["val"] or []
-
-    def test_dataloader(self) -> Any:
-        return self.loaders["test"] or []
 
 
 class Balanced(Sampler):

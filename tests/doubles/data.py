@@ -47,6 +47,23 @@ class Normalising(pl.LightningDataModule):
         return [DataLoader(self.test, batch_size=7)]
 
 
+class Loaders(pl.LightningDataModule):
+    """A data module of given dataloaders."""
+
+    def __init__(self, train, val=None, test=None):
+        super().__init__()
+        self.loaders = {"train": train, "val": val, "test": test}
+
+    def train_dataloader(self):
+        return self.loaders["train"]
+
+    def val_dataloader(self):
+        return self.loaders["val"] or []
+
+    def test_dataloader(self):
+        return self.loaders["test"] or []
+
+
 def numbered(count, num_classes=2, labels=None, size=4, first=0):
     """Grey float images whose every pixel tells their index: (first + index) / 1000."""
     images = (torch.arange(first, first + count) / 1000).view(-1, 1, 1, 1).expand(count, 1, size, size).clone()
