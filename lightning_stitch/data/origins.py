@@ -23,7 +23,7 @@ class Origins:
     """The items of a dataset, taken apart through every `Subset` and `ConcatDataset`.
 
     Attributes:
-        datasets: Those at the bottom, each once.
+        datasets: Those at the bottom of which there are items, each once.
         which: For each item the place of its dataset among them, int64.
         indices: For each item its index in that dataset, int64.
     """
@@ -40,7 +40,7 @@ class Origins:
 def find_origins(dataset: Any) -> Origins:
     """Take a dataset apart."""
     if isinstance(dataset, ConcatDataset):
-        parts = [find_origins(part) for part in dataset.datasets]
+        parts = [find_origins(part) for part in dataset.datasets if len(part)]  # type: ignore[arg-type]
         bottom = list({id(base): base for part in parts for base in part.datasets}.values())
         place = {id(base): number for number, base in enumerate(bottom)}
         renumbered = [torch.tensor([place[id(base)] for base in part.datasets])[part.which] for part in parts]
@@ -48,7 +48,8 @@ def find_origins(dataset: Any) -> Origins:
     if isinstance(dataset, Subset):
         origins = find_origins(dataset.dataset)
         chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
-        return Origins(origins.datasets, origins.which[chosen], origins.indices[chosen])
+        used, which = origins.which[chosen].unique(return_inverse=True)
+        return Origins(tuple(origins.datasets[place] for place in used), which, origins.indices[chosen])
     return Origins((dataset,), torch.zeros(len(dataset), dtype=torch.int64), torch.arange(len(dataset)))
 
 
