@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from lightning_stitch._lightning import SourcePreparer, check_same_namespace, pl
+from lightning_stitch._lightning import SourcePreparer, check_same_namespace, isolate_rng, pl
 from lightning_stitch.data.class_names import number_classes
 from lightning_stitch.data.folders import list_first, open_class_folders
 from lightning_stitch.data.images import CheckedImages, Decoder, Items, probe
@@ -150,12 +150,14 @@ class CalibrationDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets together, whatever the stage; later calls do nothing."""
         if not self._parts:
-            self._draw_parts()
+            datasets = self._collect_datasets()
+            with isolate_rng():  # items may be drawn at random
+                self._draw_parts(datasets)
         if stage is not None:
             self._compare_ranks()
 
-    def _draw_parts(self) -> None:
-        datasets = self._collect_datasets()
+    def _draw_parts(self, datasets: dict[str, Items]) -> None:
+        """Read labels, compare images, draw."""
         self._image_shape = probe(datasets, self._decoder, {})
         labels = self._read_labels(datasets)
         plain = without_chance(datasets)

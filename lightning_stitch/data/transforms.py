@@ -15,7 +15,6 @@ from torchvision import transforms as v1
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
-from lightning_stitch._lightning import isolate_rng
 from lightning_stitch.data.images import image_of, naming_image, spread, to_channels_first
 
 _NAME = re.compile(r"^_?(\w+_)?(transforms?|augment\w*|aug|preprocess\w*)$")
@@ -166,10 +165,9 @@ def leave_out_random(transform: Any) -> Any:
 
 def _varies(dataset: Any, name: str) -> bool:
     """Whether a few images differ when they are drawn a second time."""
-    with isolate_rng():
-        for index in spread(len(dataset), _PROBES):
-            with naming_image(dataset, name, index):
-                first, second = (to_channels_first(image_of(dataset[index])).numpy() for _ in range(2))
-            if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
-                return True
+    for index in spread(len(dataset), _PROBES):
+        with naming_image(dataset, name, index):
+            first, second = (to_channels_first(image_of(dataset[index])).numpy() for _ in range(2))
+        if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
+            return True
     return False

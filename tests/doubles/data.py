@@ -80,12 +80,12 @@ def drawn(module, part):
     return (images[:, 0, 0, 0] * 1000).round().long().tolist(), labels
 
 
-def write_folder(root, counts, *, size=(6, 5), mode="RGB", suffix=".png"):
+def write_folder(root, counts, *, size=(6, 5), mode="RGB"):
     """Folders of images, each of one colour but for three pixels, which tell its path."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            path = root / name / f"{number}{suffix}"
+            path = root / name / f"{number}.png"
             image = Image.new(mode, size, number if mode == "L" else (number, 0, 255))
             for place, byte in enumerate(crc32(str(path).encode()).to_bytes(4, "big")[:3]):
                 image.putpixel((place, 0), byte if mode == "L" else (byte, 0, 255))
