@@ -7,10 +7,14 @@ import pytest
 import torch
 from doubles.data import drawn, write_folder
 from PIL import Image, features
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
 
 from lightning_stitch.data.datamodule import CalibrationDataModule
 from lightning_stitch.data.folders import image_suffixes
 from lightning_stitch.data.image_files import ImageFileSet, list_images
+from lightning_stitch.data.images import open_image
 from lightning_stitch.errors import CalibrationError
 
 
@@ -148,3 +152,18 @@ def test_images_are_upright_in_training_and_prediction_alike(tmp_path: Path, ori
     predicted, _ = ImageFileSet([file], (3, 16, 16))[0]
     torch.testing.assert_close(trained, upright, atol=0.02, rtol=0)
     assert torch.equal(trained, predicted)
+
+
+def test_a_dataset_whose_loader_leaves_images_turned_is_warned_of(tmp_path: Path) -> None:
+    for number in range(18):
+        path = tmp_path / ("cat", "dog")[number % 2] / f"{number}.png"
+        write_turned(path, 6)
+        image = Image.open(path)
+        image.putpixel((0, 0), (number, 0, 0))
+        image.save(path, exif=image.getexif())
+    turned = ImageFolder(str(tmp_path), ToTensor())
+    with pytest.warns(UserWarning, match=r"train gives images turned as the camera was held.*0\.png.*exif_transpose"):
+        CalibrationDataModule(turned, calibration_samples=4).setup()
+    upright = ImageFolder(str(tmp_path), ToTensor(), loader=open_image)
+    CalibrationDataModule(Subset(upright, range(18)), calibration_samples=4).setup()
+    CalibrationDataModule(ImageFolder(str(tmp_path)), calibration_samples=4).setup()
