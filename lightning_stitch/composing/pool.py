@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import CutGraph, network_activation_bytes
+from lightning_stitch.data import check_batch_labels
 from lightning_stitch.errors import CalibrationError, CutError, StitchError, nearest
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answer, Answers, Journal, Spool
@@ -251,6 +253,8 @@ class Pool:
         num_selected = num_images(selection)
         if settings.ranking in NEED_LABELS:
             selection = require_labels(selection)
+        if iter(selection) is not selection:  # a look at the first batch, where that does not use it up
+            deque(islice(check_batch_labels(selection, num_classes), 1))
         if calibration is None:
             self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
@@ -281,7 +285,9 @@ class Pool:
                 whole.release()
             with timed(self.seconds, "rank"):
                 progress.start("ranking", num_selected)
-                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=journal)
+                outcomes, labels = self.outcomes(
+                    candidates, selection, progress=progress, journal=journal, num_classes=num_classes
+                )
                 num_labels = 0 if labels is None else len(labels)
                 outcomes, labels = draw_rows(outcomes, labels, self.settings.seed)
                 ranking, rejected = settings.ranking, space.rejected
@@ -311,9 +317,11 @@ class Pool:
         *,
         progress: Progress,
         journal: Answers | None = None,
+        num_classes: int | None = None,
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
+        batches = check_batch_labels(batches, num_classes)
         images = read_images(batches, self.image_shape, self.device, labels)
         results = outcomes(candidates, self.all_parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return results, torch.cat(labels) if labels else None

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler
-from torchvision.datasets import ImageFolder
 
-from lightning_stitch._lightning import SourcePreparer, check_same_namespace, pl
-from lightning_stitch.data.images import CheckedImages, Decoder, Items, open_image, probe
-from lightning_stitch.data.labels import (
-    check_disjoint,
-    check_varied,
-    count_classes,
-    find_class_names,
-    mark_stratified,
-    read_targets,
-    to_count,
-)
-from lightning_stitch.data.target_values import DataTask, TargetReader
+from lightning_stitch._lightning import SourcePreparer, check_same_namespace, isolate_rng, pl
+from lightning_stitch.data.class_names import number_classes
+from lightning_stitch.data.folders import list_first, open_class_folders
+from lightning_stitch.data.images import CheckedImages, Decoder, Items, probe
+from lightning_stitch.data.labels import check_varied, mark_stratified, read_targets, to_count
+from lightning_stitch.data.origins import warn_of_turned_images
+from lightning_stitch.data.overlaps import Keys, check_disjoint, find_copies, fingerprint, image_keys
+from lightning_stitch.data.samplers import borrow_datasets
+from lightning_stitch.data.target_values import DataTask, TargetReader, TargetReaders
+from lightning_stitch.data.transforms import without_chance
 from lightning_stitch.errors import CalibrationError
 
 _DEFAULT_SHARE = 0.2
 
 
 class CalibrationDataModule(pl.LightningDataModule):
-    """Supply the calibration, train, selection and test sets; no image is in two of them.
+    """Supply the calibration, train, selection and test sets; no image is in two of them, as a copy either.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched
     network normalises inside), all of one size; targets as `task` says.
@@ -42,7 +40,8 @@ class CalibrationDataModule(pl.LightningDataModule):
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
     Exactly one of `train`, `image_folder` and `datamodule` says where the images come from. The draws depend on `seed`
-    and the datasets alone.
+    and the datasets alone. Copies of an image in `train` are left out, with a warning; random transforms act in
+    `train_dataloader` alone.
 
     Args:
         train: Labelled pool, items `(image, label)`. An image is a PIL image, a tensor (C x H x W or H x W) or a numpy
@@ -50,10 +49,11 @@ class CalibrationDataModule(pl.LightningDataModule):
             what `task` says.
         val: Selection set of the same kind.
         test: Test set of the same kind.
-        image_folder: A folder that holds `train` and, optionally, `val` (`valid`, `validation`) and `test`, each with
-            one folder of images per class; or that holds the class folders themselves.
+        image_folder: A folder that holds `train` and, optionally, `val` and `test`, under their usual names in any case
+            (`Training`, `train_set`, `valid`, `dev`, `testing`, ...), each with one folder of images per class; or that
+            holds the class folders themselves. Files are upright as their EXIF orientation says.
         datamodule: Another LightningDataModule; the datasets of its train, val and test dataloaders are used with
-            their transforms, its samplers and collate functions are not.
+            their transforms. Of its samplers only which images they choose counts; its collate functions are not used.
         image_size: Every image is resized to exactly this (height, width), one number meaning a square, by bilinear
             interpolation with antialiasing; the aspect ratio is not kept. None: the images are of one size already.
         calibration_samples: Images in the calibration set, at least 4.
@@ -68,9 +68,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         num_workers: Worker processes of each dataloader.
         pin_memory: Whether batches are put in page-locked memory.
         seed: Seed of the split and of the shuffling of `train_dataloader`.
-        task: What labels are. "multiclass": an integer, classes numbered from 0; batches int64, N. "multilabel": a
-            vector of 0 and 1; batches int64, N x labels. "regression": a number or a vector of numbers; batches
-            float32, N or N x numbers. "none": items are images, or their labels are ignored.
+        task: What labels are. "multiclass": an integer from 0, a name, or a one-hot vector; batches int64, N, numbered
+            as train has the classes, by name where datasets know names. "multilabel": a vector of 0 and 1; batches
+            int64, N x labels. "regression": a number or a vector of numbers; batches float32, N or N x numbers.
+            "none": items are images, or their labels are ignored.
 
     Raises:
         CalibrationError: From the constructor where the arguments contradict each other; from `setup` where folder,
@@ -151,45 +152,73 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets together, whatever the stage; later calls do nothing."""
-        if self._parts:
-            return
-        datasets = self._collect_datasets()
-        check_disjoint(datasets)
-        self._reader = TargetReader(self.task)
-        self._image_shape = probe(datasets, self._decoder, self._reader)
-        labels = self._read_labels(datasets["train"])
+        if not self._parts:
+            datasets = self._collect_datasets()
+            with isolate_rng():  # items may be drawn at random
+                self._draw_parts(datasets)
+        if stage is not None:
+            self._compare_ranks()
+
+    def _draw_parts(self, datasets: dict[str, Items]) -> None:
+        """Read labels, compare images, draw."""
+        self._image_shape = probe(datasets, self._decoder, {})
+        labels = self._read_labels(datasets)
+        warn_of_turned_images(datasets)
+        plain = without_chance(datasets)
+        probe(plain, self._decoder, self._readers, self._image_shape)
         explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in datasets}
-        indices = self._split(labels, [part for part in ("test", "selection") if part not in explicit])
-        indices |= {part: self._draw_subset(datasets[name], part) for part, name in explicit.items()}
-        self._parts = {
-            part: CheckedImages(datasets[name], name, indices[part], self._decoder, self._image_shape, self._reader)
-            for part in ("calibration", "train", "selection", "test")
-            for name in [explicit.get(part, "train")]
-        }
+        indices = {part: self._draw_subset(datasets[name], name, part) for part, name in explicit.items()}
+        keys = image_keys(datasets, self._decoder)
+        check_disjoint(datasets, keys)
+        indices |= self._split(labels, [part for part in ("test", "selection") if part not in explicit], keys["train"])
+        drawn_keys = []
+        for part in ("calibration", "train", "selection", "test"):
+            name = explicit.get(part, "train")
+            rest = (indices[part], self._decoder, self._image_shape, self._readers.get(name), self._class_names)
+            self._parts[part] = CheckedImages(plain[name], name, *rest)
+            if part == "train":
+                self._augmented = CheckedImages(datasets[name], name, *rest)
+            drawn_keys.append([keys[name][index] for index in indices[part].tolist()])
+        self._fingerprint = fingerprint(drawn_keys)
+
+    def _compare_ranks(self) -> None:
+        """Refuse sets that differ from rank to rank, once all of them have drawn theirs."""
+        trainer: Any = self.trainer
+        if trainer is None or trainer.world_size < 2:
+            return
+        alike = trainer.strategy.broadcast(self._fingerprint, src=0) == self._fingerprint
+        if not trainer.strategy.reduce_boolean_decision(alike, all=True):
+            raise CalibrationError(
+                f"The {trainer.world_size} processes have drawn different images, so that one of them tests on "
+                f"what another one trains on: the data are split or listed at random without a fixed seed. Give "
+                f"random_split a generator with a seed, or call seed_everything(seed) before anything is drawn."
+            )
 
     def train_dataloader(self) -> DataLoader:
-        """The train set, shuffled anew in every epoch, alike in a resumed run."""
-        return self._make_loader("train", shuffle=True)
+        """The train set, shuffled anew in every epoch, alike in a resumed run, with its random transforms."""
+        self.setup()
+        return self._make_loader(self._augmented, EpochShuffle(self._augmented, self._seed))
 
     def head_dataloader(self) -> DataLoader:
         """The train set in a fixed order, for a head that is solved rather than trained."""
-        return self._make_loader("train")
+        return self._load_part("train")
 
     def labelled_dataloader(self, *parts: str) -> DataLoader:
         """The images of some sets ("calibration", "train", "selection") in a row, in a fixed order."""
-        return self._make_loader(*parts)
+        self.setup()
+        return self._make_loader(ConcatDataset([self._parts[part] for part in parts]))
 
     def calibration_dataloader(self) -> DataLoader:
         """The calibration set in a fixed order; labels come along and are not to be used."""
-        return self._make_loader("calibration")
+        return self._load_part("calibration")
 
     def selection_dataloader(self) -> DataLoader:
         """The selection set in a fixed order."""
-        return self._make_loader("selection")
+        return self._load_part("selection")
 
     def test_dataloader(self) -> DataLoader:
         """The test set in a fixed order."""
-        return self._make_loader("test")
+        return self._load_part("test")
 
     val_dataloader = selection_dataloader  # a Trainer's validation chooses, too
     predict_dataloader = test_dataloader
@@ -228,12 +257,13 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.setup()
         return {part: len(images) for part, images in self._parts.items()}
 
-    def _make_loader(self, *parts: str, shuffle: bool = False) -> DataLoader:
+    def _load_part(self, part: str) -> DataLoader:
         self.setup()
+        return self._make_loader(self._parts[part])
+
+    def _make_loader(self, images: Dataset[Any], sampler: EpochShuffle | None = None) -> DataLoader:
         # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
         generator = torch.Generator().manual_seed(self._seed)
-        images: Any = self._parts[parts[0]] if len(parts) == 1 else ConcatDataset([self._parts[part] for part in parts])
-        sampler = EpochShuffle(images, self._seed) if shuffle else None
         return DataLoader(
             images, batch_size=self.batch_size, sampler=sampler, generator=generator, **self._loader_options
         )
@@ -242,12 +272,12 @@ class CalibrationDataModule(pl.LightningDataModule):
         """The datasets: "train" and, where there are such, "val" and "test"."""
         sets: Mapping[str, Any] = self._passed
         if self._image_folder is not None:
-            sets = _open_class_folders(Path(self._image_folder))
+            sets = open_class_folders(Path(self._image_folder))
         elif self._datamodule is not None:
             if self.trainer is not None:
                 self._datamodule.trainer = self.trainer
-            sets = _borrow_datasets(self._datamodule)
-        datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+            sets = borrow_datasets(self._datamodule)
+        datasets = {name: sets[name] for name in ("train", "val", "test") if sets.get(name) is not None}
         for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise CalibrationError(
@@ -258,25 +288,37 @@ class CalibrationDataModule(pl.LightningDataModule):
                 raise CalibrationError(f"{name} ({type(dataset).__name__}) holds no images.")
         return datasets
 
-    def _read_labels(self, train: Items) -> Tensor:
-        """What the draws go by, an integer for each image of train: its class, or 0 where there are no classes."""
-        self._class_names, self._num_classes = None, 0
-        if self.task == "none":
-            return torch.zeros(len(train), dtype=torch.int64)
-        targets = read_targets(train, "train", self._reader)
+    def _read_labels(self, datasets: Mapping[str, Items]) -> Tensor:
+        """What the draws go by, an integer for each image of train: its class, or 0 where there are no classes.
+
+        The readers of all datasets' targets are made on the way.
+        """
+        train = datasets["train"]
+        self._class_names, self._num_classes, self._readers = None, 0, {}
         if self.task == "multiclass":
-            self._class_names = find_class_names(train)
-            self._num_classes = count_classes(targets, self._class_names)
-            self._reader = TargetReader("multiclass", self._num_classes)
-            return targets
-        check_varied(targets)
-        self._num_classes = targets.shape[1] if targets.ndim == 2 else 1
-        self._reader = TargetReader(self.task, self._num_classes, targets.ndim == 1)
+            classes = number_classes(datasets)
+            self._class_names, self._num_classes, self._readers = classes.names, classes.count, classes.readers
+            return classes.labels
+        if self.task != "none":
+            values = read_targets(train, "train", TargetReaders.alike(TargetReader(self.task), train))
+            targets = torch.stack(cast("list[Tensor]", values))
+            check_varied(targets)
+            self._num_classes = targets.shape[1] if targets.ndim == 2 else 1
+            reader = TargetReader(self.task, self._num_classes, targets.ndim == 1)
+            self._readers = {name: TargetReaders.alike(reader, dataset) for name, dataset in datasets.items()}
         return torch.zeros(len(train), dtype=torch.int64)
 
-    def _split(self, labels: Tensor, drawn: list[str]) -> dict[str, Tensor]:
+    def _split(self, labels: Tensor, drawn: list[str], keys: Keys) -> dict[str, Tensor]:
         """Indices into the train pool of its disjoint parts: calibration, those `drawn`, train."""
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self._seed))
+        copies = find_copies(keys)
+        if copies:
+            warnings.warn(
+                f"{len(copies)} of the {len(labels)} images of train are copies of others and are left out, so that no "
+                f"image is in two sets: {list_first([str(copy) for copy in copies])}.",
+                stacklevel=3,
+            )
+            order = order[~torch.isin(order, torch.tensor(copies))]
         # At random, not by class: the method claims to need no labels here, so labels must not choose these images.
         indices = {"calibration": order[: self._calibration_samples]}
         rest = order[self._calibration_samples :]
@@ -285,10 +327,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         fewest = self._num_classes if self.task == "multiclass" else 2
         least = to_count(self._samples["train"] or fewest, len(rest))
         need = {"calibration": self._calibration_samples, **counts, "train": least}
-        if sum(need.values()) > len(labels):
+        if sum(need.values()) > len(order):
             raise CalibrationError(
                 f"{' + '.join(f'{count} {part}' for part, count in need.items())} images make {sum(need.values())}, "
-                f"but train holds {len(labels)}. Give more, or lower {', '.join(f'{part}_samples' for part in need)}."
+                f"but train holds {len(order)}. Give more, or lower {', '.join(f'{part}_samples' for part in need)}."
             )
         for part, count in counts.items():
             taken = mark_stratified(labels[rest], count, leave=1)
@@ -297,14 +339,15 @@ class CalibrationDataModule(pl.LightningDataModule):
             rest = rest[mark_stratified(labels[rest], least, leave=0)]
         missing = sorted(set(labels.tolist()) - set(labels[rest].tolist()))[:10]
         if missing:
+            named = missing if self._class_names is None else [self._class_names[label] for label in missing]
             raise CalibrationError(
-                f"The train set has no image of the classes {missing}, of which there are "
-                f"{[int((labels == label).sum()) for label in missing]} images in all. Give more of them, lower "
+                f"The train set has no image of the classes {named}, of which there are "
+                f"{[int((labels[order] == label).sum()) for label in missing]} images in all. Give more of them, lower "
                 f"calibration_samples, raise train_samples or set another seed."
             )
         return {**indices, "train": rest}
 
-    def _draw_subset(self, dataset: Items, part: str) -> Tensor:
+    def _draw_subset(self, dataset: Items, name: str, part: str) -> Tensor:
         """Indices into an explicit val or test set: all, or a stratified draw of the size asked for."""
         size, length = self._samples[part], len(dataset)
         count = length if size is None else to_count(size, length)
@@ -315,65 +358,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self._seed))
         if self.task != "multiclass":
             return order[:count]
-        return order[mark_stratified(read_targets(dataset, part, self._reader)[order], count, leave=0)]
-
-
-def _open_class_folders(root: Path) -> dict[str, ImageFolder]:
-    """Open the sets of an image folder, their labels numbered alike."""
-    if not root.is_dir():
-        raise CalibrationError(f"image_folder: {root} {'is not a folder' if root.exists() else 'does not exist'}.")
-    names = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-    parts = {name: root / folder for folder, name in names.items() if (root / folder).is_dir()}
-    nested = [name for name, path in parts.items() if any(child.is_dir() for child in path.iterdir())]
-    if nested and "train" not in nested:
-        raise CalibrationError(f"image_folder: {root} has class folders in {nested}, but none in train.")
-    folders = {}
-    for name, path in (parts if nested else {"train": root}).items():
-        try:
-            folders[name] = ImageFolder(str(path), loader=open_image)
-        except FileNotFoundError as error:
-            inside = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
-            raise CalibrationError(
-                f"image_folder: {path} should hold one folder of images for each class; it holds {len(inside)} "
-                f"entries {inside[:8]}. {error}"
-            ) from error
-    classes = folders["train"].class_to_idx
-    for name, folder in folders.items():
-        unknown = sorted(set(folder.classes) - set(classes))
-        if unknown:
-            raise CalibrationError(f"image_folder: {name} has the classes {unknown}, which train does not have.")
-        # ImageFolder numbers the classes of each folder on its own, so a class missing from val would shift the rest.
-        folder.samples = [(file, classes[folder.classes[label]]) for file, label in folder.samples]
-        folder.targets = [label for _, label in folder.samples]
-    return folders
-
-
-def _borrow_datasets(datamodule: pl.LightningDataModule) -> dict[str, Any]:
-    """Take the datasets behind another datamodule's train, val and test dataloaders."""
-    overridden = [
-        name
-        for name in ("train", "val", "test")
-        if getattr(type(datamodule), f"{name}_dataloader") is not getattr(pl.LightningDataModule, f"{name}_dataloader")
-    ]
-    # All setups come before the first dataset is taken: one that splits at random splits anew in each.
-    datamodule.setup("fit")
-    if "test" in overridden:
-        datamodule.setup("test")
-    datasets: dict[str, Any] = {}
-    for name in overridden:
-        loaders = getattr(datamodule, f"{name}_dataloader")()
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        if loaders in ([], [None]):
-            continue
-        if len(loaders) > 1 or not isinstance(loaders[0], DataLoader):
-            raise CalibrationError(
-                f"{type(datamodule).__name__}.{name}_dataloader() should return one DataLoader; found "
-                f"{[type(loader).__name__ for loader in loaders]}. Pass its datasets as train=, val= and test=."
-            )
-        datasets[name] = loaders[0].dataset
-    if "train" not in datasets:
-        raise CalibrationError(f"{type(datamodule).__name__} has no train_dataloader; pass its datasets as train=.")
-    return datasets
+        labels = torch.tensor(cast("list[int]", read_targets(dataset, name, self._readers[name])))
+        return order[mark_stratified(labels[order], count, leave=0)]
 
 
 _STRIDE = 1_000_003  # Keeps the epochs of one seed apart from those of its neighbours.

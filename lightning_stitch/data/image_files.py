@@ -3,51 +3,57 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lightning_stitch.data.folders import image_suffixes, is_hidden, list_first
 from lightning_stitch.data.images import Decoder, open_image
 from lightning_stitch.errors import CalibrationError
-
-_NUM_LISTED = 5
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
     """List the image files that paths name, each file once, as and where it was first named.
 
     Files are taken whatever their suffix; of folders the files with a suffix of an image, those in folders inside too,
-    sorted by name, without what begins with a dot. A path that does not exist or names no image is an error.
+    sorted by name, without hidden and system folders. Other files are left out with a warning. A path that does not
+    exist or names no image is an error.
     """
     if not paths:
         raise CalibrationError("No images were named; give image files, or folders of them.")
     missing = [str(path) for path in paths if not Path(path).exists()]
     if missing:
-        raise CalibrationError(f"{_list_first(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
+        raise CalibrationError(f"{list_first(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
     files: dict[Path, Path] = {}
+    left_out: list[str] = []
     for path in map(Path, paths):
-        for file in _find_images(path) if path.is_dir() else [path]:
+        for file in _find_images(path, left_out) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
+    if left_out:
+        warnings.warn(f"{len(left_out)} files that are no images are left out: {list_first(left_out)}.", stacklevel=2)
     return list(files.values())
 
 
-def _find_images(folder: Path) -> list[Path]:
+def _find_images(folder: Path, left_out: list[str]) -> list[Path]:
+    """The images in a folder; what else is there, and not hidden, is added to a list."""
     files: list[Path] = []
-    num_others = 0
+    others: list[str] = []
+    suffixes = image_suffixes()
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        images = [name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
         files += [Path(parent) / name for name in images]
-        num_others += len(names) - len(images)
+        others += [os.path.join(parent, name) for name in names if name not in images and not is_hidden(name)]
     if not files:
         raise CalibrationError(
-            f"The folder {folder} holds no images ({', '.join(IMG_EXTENSIONS)}); it holds {num_others} other files. A "
-            f"file with another suffix can be named itself."
+            f"The folder {folder} holds no images that Pillow reads; it holds {len(others)} other files. A file "
+            f"with another suffix can be named itself."
         )
+    left_out += sorted(others)
     return sorted(files, key=lambda file: file.parts)
 
 
@@ -63,7 +69,7 @@ def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[li
             (open_image(str(file)) if skip_unreadable else Image.open(file)).close()
         except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
             reasons[file] = f"{file}: {error}"
-    listed = _list_first(list(reasons.values()))
+    listed = list_first(list(reasons.values()))
     if reasons and not skip_unreadable:
         raise CalibrationError(
             f"{len(reasons)} of {len(files)} files cannot be read as images: {listed}. Mend, remove or skip them "
@@ -106,9 +112,3 @@ class ImageFileSet(Dataset):
             return self._decoder(image), index
         except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
             raise CalibrationError(f"The image {file} cannot be used: {error}.") from error
-
-
-def _list_first(names: Sequence[str]) -> str:
-    """Name the first few, and how many there are besides."""
-    rest = len(names) - _NUM_LISTED
-    return ", ".join(names[:_NUM_LISTED]) + (f" and {rest} more" if rest > 0 else "")

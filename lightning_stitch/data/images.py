@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, Subset
-from torchvision.datasets import DatasetFolder
+from torch.utils.data import Dataset
 
-from lightning_stitch.data.target_values import TargetReader, TargetValue
+from lightning_stitch.data.origins import find_file
+from lightning_stitch.data.target_values import TargetReaders, TargetValue
 from lightning_stitch.errors import CalibrationError
 
-_PROBES = 8
 # A bicubic resize overshoots by up to this much at sharp edges; a normalised image leaves [0, 1] by far more.
 _OVERSHOOT = 0.1
 
@@ -40,7 +40,8 @@ class CheckedImages(Dataset):
     indices: Tensor
     decoder: Decoder
     image_shape: tuple[int, ...] | None
-    targets: TargetReader
+    targets: TargetReaders | None
+    classes: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -48,25 +49,51 @@ class CheckedImages(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, TargetValue] | Tensor:
         """Read one image and its target, checked; an error names the image by its index and, where known, its file."""
         index = int(self.indices[position])
-        try:
+        with naming_image(self.dataset, self.name, index):
             item = self.dataset[index]
-            bare = not isinstance(item, tuple | list)
-            if self.targets.task == "none":
-                image, target = self.decoder(item if bare else item[0]), None
-            elif bare or len(item) < 2:
-                raise CalibrationError(f"an item is a pair (image, label); found a {type(item).__name__}")
-            else:
-                image, target = self.decoder(item[0]), self.targets(item[1])
+            image = self.decoder(image_of(item))
+            target = None if self.targets is None else self.targets(index, target_of(item))
             if self.image_shape is not None and image.shape != self.image_shape:
                 raise CalibrationError(
                     f"it is {tuple(image.shape)}, others are {self.image_shape} (channels, height, width); pass "
                     f"image_size= to resize all of them"
                 )
-        except (CalibrationError, OSError) as error:
-            base, indices = find_origin(self.dataset)
-            file = f" ({base.samples[int(indices[index])][0]})" if isinstance(base, DatasetFolder) else ""
-            raise CalibrationError(f"Image {index} of {self.name}{file}: {error}.") from error
         return image if target is None else (image, target)
+
+
+@contextmanager
+def naming_image(dataset: Any, name: str, index: int) -> Iterator[None]:
+    """Make any error of reading an image, whatever its decoder stumbles over, one that names image and file."""
+    try:
+        yield
+    except Exception as error:
+        file = find_file(dataset, index)
+        kind = "" if isinstance(error, CalibrationError | OSError) else f"{type(error).__name__}: "
+        raise CalibrationError(
+            f"Image {index} of {name}{'' if file is None else f' ({file})'}: {kind}{error}."
+        ) from error
+
+
+def image_of(item: Any) -> Any:
+    """The image in a dataset's item: the first of several values, or all of it."""
+    if isinstance(item, Mapping):
+        raise _no_pair(item)
+    return item[0] if isinstance(item, tuple | list) and item else item
+
+
+def target_of(item: Any) -> Any:
+    """The target in a dataset's item."""
+    if not isinstance(item, tuple | list) or len(item) < 2:
+        raise _no_pair(item)
+    return item[1]
+
+
+def _no_pair(item: Any) -> CalibrationError:
+    keys = f" with the keys {sorted(map(str, item))}" if isinstance(item, Mapping) else ""
+    return CalibrationError(
+        f"an item is a pair (image, label); found a {type(item).__name__}{keys}. Wrap the dataset in one whose "
+        f"__getitem__ returns such pairs, or pass task='none' for images without labels"
+    )
 
 
 class Decoder:
@@ -90,7 +117,7 @@ class Decoder:
 
     def __call__(self, image: Any) -> Tensor:
         """An image as it is read: float32 in [0, 1], channels x height x width."""
-        pixels = self._scale(_to_channels_first(image))
+        pixels = self.scale(image)
         low, high = (float(value) for value in pixels.aminmax())
         if not math.isfinite(low + high):
             raise CalibrationError("the image holds NaN or infinite values")
@@ -110,7 +137,11 @@ class Decoder:
             pixels = interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
         return pixels.clamp(0, 1)
 
-    def _scale(self, pixels: Tensor) -> Tensor:
+    def scale(self, image: Any) -> Tensor:
+        """An image in its own size and channels, float32, channels x height x width, a normalisation undone."""
+        if isinstance(image, Image.Image) and not len(image.getbands()) == self.num_channels == 4:
+            image = convert_upright(image)
+        pixels = to_channels_first(image)
         if pixels.dtype in (torch.uint8, torch.uint16):
             if self.mean is not None:
                 raise CalibrationError(f"mean= and std= undo a normalisation, but {pixels.dtype} images have none")
@@ -124,10 +155,10 @@ class Decoder:
         return pixels.float() * self.std + self.mean
 
 
-def _to_channels_first(image: Any) -> Tensor:
+def to_channels_first(image: Any) -> Tensor:
     """Bring a PIL image, an array (H x W x C or H x W) or a tensor (C x H x W or H x W) to C x H x W, dtype kept."""
     if isinstance(image, Image.Image):
-        image = np.array(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)))
+        image = np.array(image)
     if isinstance(image, np.ndarray):
         # The copy is writable, of positive strides and of native byte order, as torch wants it.
         pixels = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("=")))
@@ -142,28 +173,43 @@ def _to_channels_first(image: Any) -> Tensor:
     return pixels
 
 
-def probe(datasets: dict[str, Items], decoder: Decoder, targets: TargetReader) -> tuple[int, int, int]:
-    """Read a few images of each dataset, so that most errors come before the long work; return their shape."""
-    shape: tuple[int, ...] | None = None
+def probe(
+    datasets: Mapping[str, Items],
+    decoder: Decoder,
+    readers: Mapping[str, TargetReaders],
+    shape: tuple[int, ...] | None = None,
+) -> tuple[int, int, int]:
+    """Read a few items of each dataset, so that most errors come before the long work; return their images' shape."""
     for name, dataset in datasets.items():
-        for index in sorted({len(dataset) * k // _PROBES for k in range(_PROBES)}):
-            item = CheckedImages(dataset, name, torch.tensor([index]), decoder, shape, targets)[0]
+        for index in spread(len(dataset)):
+            item = CheckedImages(dataset, name, torch.tensor([index]), decoder, shape, readers.get(name))[0]
             shape = tuple((item if isinstance(item, Tensor) else item[0]).shape)
     return cast("tuple[int, int, int]", shape)
 
 
-def find_origin(dataset: Any) -> tuple[Any, Tensor]:
-    """Find the dataset under nested Subsets, and which of its items they keep."""
-    if not isinstance(dataset, Subset):
-        return dataset, torch.arange(len(dataset))
-    base, indices = find_origin(dataset.dataset)
-    return base, indices[torch.as_tensor(dataset.indices, dtype=torch.long)]
+def spread(length: int, count: int = 8) -> list[int]:
+    """Up to `count` indices, spread evenly over so many items."""
+    return sorted({length * k // count for k in range(count)}) if length else []
 
 
 def open_image(path: str) -> Image.Image:
-    """Open an image file as grey (8 or 16 bits) or RGB; torchvision's own loader makes 16-bit grey images white."""
+    """Open an image file upright, as grey (8 or 16 bits) or RGB.
+
+    torchvision's own loader makes 16-bit grey images white, and leaves them turned as the camera was held.
+    """
     with Image.open(path) as image:
         image.load()
-        if image.mode in ("I", "F"):
-            raise CalibrationError("its pixels are 32-bit numbers, whose black and white are not known")
-        return image if image.mode == "L" or image.mode.startswith("I;16") else image.convert("RGB")
+        return convert_upright(image)
+
+
+def convert_upright(image: Image.Image) -> Image.Image:
+    """An image of any mode as grey (8 or 16 bits) or RGB, turned as its EXIF orientation says."""
+    if image.mode in ("I", "F"):
+        raise CalibrationError(
+            f"its pixels are 32-bit numbers (mode {image.mode!r}), whose black and white are not known; scale them to "
+            f"0..255 and call .convert('L')"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("1", "LA", "La"):
+        return image.convert("L")
+    return image if image.mode == "L" or image.mode.startswith("I;16") else image.convert("RGB")

@@ -1,70 +1,120 @@
-"""Targets of datasets, and draws that are stratified by classes."""
+"""Targets of whole datasets, and draws that are stratified by classes."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_stitch.data.images import Items, find_origin
-from lightning_stitch.data.target_values import TargetReader
+from lightning_stitch.data.images import Items, naming_image, spread, target_of
+from lightning_stitch.data.origins import find_origins, find_wrapped
+from lightning_stitch.data.target_values import TargetReaders, TargetValue
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.progress import Bar, Silent, counted
+
+_LONG = 2000  # images that take seconds to decode
 
 
-def check_disjoint(datasets: dict[str, Items]) -> None:
-    """Refuse the same images under two names, as far as it can be seen without decoding them."""
-    for (name, dataset), (second_name, second) in combinations(datasets.items(), 2):
-        (base, indices), (second_base, second_indices) = find_origin(dataset), find_origin(second)
-        shared = int(torch.isin(indices, second_indices).sum()) if base is second_base else 0
-        if shared:
-            raise CalibrationError(f"{name} and {second_name} share {shared} images; they must be disjoint.")
+def show_progress(items: Sequence[int], stage: str) -> Iterator[int]:
+    """The same items, with a progress bar where they are many."""
+    with Bar(Console(stderr=True)) if len(items) > _LONG else Silent() as bar:
+        bar.start(stage, len(items))
+        yield from counted(items, bar)
 
 
-def read_targets(dataset: Items, name: str, reader: TargetReader) -> Tensor:
-    """Read every target of a dataset, images first: from its attributes if possible, else in a pass over its items."""
-    base, indices = find_origin(dataset)
-    attributes: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
+def read_targets(dataset: Items, name: str, readers: TargetReaders, *, most: int | None = None) -> list[TargetValue]:
+    """Read every target of a dataset: from what its parts store, where a few items agree with that, else from items.
+
+    `most` is how many classes there can be; a larger number is refused as soon as it is met.
+    """
+    origins = find_origins(dataset)
+    targets: dict[int, TargetValue] = {}
+    for number, base in enumerate(origins.datasets):
+        items = (origins.which == number).nonzero().flatten().tolist()
+        stored = _read_stored(base, origins.indices[origins.which == number].tolist(), readers.readers[number])
+        if stored is None:
+            continue
+        for place in spread(len(items)):
+            with naming_image(dataset, name, items[place]):
+                value = readers(items[place], target_of(dataset[items[place]]))
+            if not _same(value, stored[place]):
+                break
+        else:
+            targets |= dict(zip(items, stored, strict=True))
+    unread = [item for item in range(len(dataset)) if item not in targets]
+    first: Tensor | None = None
+    for item in [*targets, *show_progress(unread, f"labels of {name}")]:
+        with naming_image(dataset, name, item):
+            value = targets[item] if item in targets else readers(item, target_of(dataset[item]))
+            targets[item] = value
+            if isinstance(value, Tensor):
+                first = value if first is None else first
+                if value.shape != first.shape:
+                    shapes = tuple(value.shape), tuple(first.shape)
+                    raise CalibrationError(f"its target is of shape {shapes[0]}, that of others is {shapes[1]}")
+            elif most is not None and isinstance(value, int) and value >= most:
+                raise CalibrationError(
+                    f"it has label {value}, but {len(dataset)} images cannot be of {value + 1} classes. Number the "
+                    f"classes from 0 without gaps (target_transform), or give their names"
+                )
+    return [targets[item] for item in range(len(dataset))]
+
+
+def _read_stored(base: Any, indices: Sequence[int], reader: Callable[[Any], TargetValue]) -> list[TargetValue] | None:
+    """Read targets from an attribute of a dataset at the bottom, or of what it wraps; None where there are none."""
+    stored: list[Any] = [getattr(base, attribute, None) for attribute in ("targets", "labels")]
     if isinstance(base, TensorDataset):
-        attributes = list(base.tensors[1:2])
-    stored = next((a for a in attributes if hasattr(a, "__len__") and len(a) == len(base)), None)
-    if stored is None:
-        values = (dataset[index][1] for index in range(len(dataset)))
-    else:
-        entries = stored.tolist() if hasattr(stored, "tolist") else stored
-        transform = getattr(base, "target_transform", None) or (lambda label: label)
-        values = (transform(entries[index]) for index in indices.tolist())
-    targets: list[Tensor] = []
-    for index, value in enumerate(values):
+        stored = list(base.tensors[1:2])
+    transform = getattr(base, "target_transform", None) or (lambda target: target)
+    for entries in stored:
+        if not hasattr(entries, "__len__") or len(entries) != len(base):
+            continue
+        table = entries.to_numpy() if hasattr(entries, "to_numpy") else entries
+        table = table.tolist() if hasattr(table, "tolist") else table
         try:
-            target = torch.as_tensor(reader(value))
-            if targets and target.shape != targets[0].shape:
-                shapes = tuple(target.shape), tuple(targets[0].shape)
-                raise CalibrationError(f"its target is of shape {shapes[0]}, that of image 0 is {shapes[1]}")
-        except CalibrationError as error:
-            raise CalibrationError(f"Image {index} of {name}: {error}.") from error
-        targets.append(target)
-    return torch.stack(targets)
-
-
-def find_class_names(dataset: Items) -> list[str] | None:
-    """Names of the classes in the order of their labels; None where the dataset does not tell."""
-    base, _ = find_origin(dataset)
-    names = getattr(base, "classes", None)
-    if not names or not isinstance(names, list | tuple) or getattr(base, "target_transform", None) is not None:
+            return [reader(transform(table[index])) for index in indices]
+        except (CalibrationError, LookupError, TypeError, ValueError):
+            continue  # no targets, or other ones than the items have, which say themselves what is wrong
+    wrapped = find_wrapped(base)
+    if wrapped is None or getattr(base, "target_transform", None) is not None:
         return None
-    return [str(name) for name in names]
+    inner, inside = wrapped
+    origins = find_origins(inner)
+    if len(origins.datasets) > 1:
+        return None
+    return _read_stored(origins.datasets[0], [int(origins.indices[int(inside[index])]) for index in indices], reader)
 
 
-def count_classes(labels: Tensor, class_names: list[str] | None) -> int:
-    """Count the classes; refuse a single one, and numbers with gaps."""
-    present = labels.unique().tolist()
-    num_classes = max(len(class_names or ()), present[-1] + 1)
+def _same(first: TargetValue, second: TargetValue) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return type(first) is type(second) and first == second
+
+
+def count_classes(labels: Sequence[Any], class_names: list[str] | None) -> int:
+    """Count the classes; refuse a single one, and classes without an image or numbers with gaps."""
+    present = sorted(set(labels))
     if len(present) < 2:
         raise CalibrationError(
-            f"All {len(labels)} images of train have one label, {present[0]}; two classes are needed."
+            f"All {len(labels)} images of train have one label, {present[0]!r}; two classes are needed."
+        )
+    if class_names is not None:
+        missing = [name for name in class_names if name not in present]
+        if missing:
+            raise CalibrationError(
+                f"train has {len(class_names)} classes, but no image of {missing[:10]}. Give images of each, or leave "
+                f"those classes out of the dataset."
+            )
+        return len(class_names)
+    num_classes = present[-1] + 1
+    if present == list(range(1, num_classes)):
+        raise CalibrationError(
+            f"The labels of train go from 1 to {present[-1]}, but classes are numbered from 0. Subtract 1 "
+            f"(target_transform=lambda label: label - 1), here and in val and test."
         )
     if len(present) < num_classes:
         raise CalibrationError(

@@ -15,6 +15,9 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_stitch._lightning import pl
 from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.data.labels import read_targets
+from lightning_stitch.data.origins import find_origins
+from lightning_stitch.data.target_values import TargetReader, TargetReaders
 
 PARTS = ("calibration", "train", "selection", "test")
 
@@ -69,11 +72,11 @@ def test_numbers_and_shares_set_the_sizes():
 
 
 def test_explicit_sets_are_used_as_they_are_unless_a_size_is_given():
-    val = numbered(30)
-    test = numbered(40, labels=[0] * 30 + [1] * 10)
+    val = numbered(30, first=100)
+    test = numbered(40, labels=[0] * 30 + [1] * 10, first=200)
     module = CalibrationDataModule(numbered(50), val, test, calibration_samples=8, test_samples=0.5)
     assert module.summary == {"calibration": 8, "train": 42, "selection": 30, "test": 20}
-    assert drawn(module, "selection")[0] == list(range(30))
+    assert drawn(module, "selection")[0] == list(range(100, 130))
     assert drawn(module, "test")[1].sum() == 5
 
 
@@ -126,15 +129,19 @@ GREY = torch.from_numpy(PIXELS[..., 0]).float().expand(3, -1, -1) / 255
     ],
 )
 def test_every_kind_of_image_becomes_float_channels_first_in_the_unit_interval(image, expected):
-    module = CalibrationDataModule(Pairs([image] * 20, [0, 1] * 10), calibration_samples=4, batch_size=3)
-    images, targets = next(iter(module.calibration_dataloader()))
+    rest = [torch.full((3, 5, 7), number / 1000) for number in range(20)]
+    module = CalibrationDataModule(
+        Pairs(rest, [0, 1] * 10), test=Pairs([image] * 3, [0, 1, 0]), calibration_samples=4, batch_size=3
+    )
+    images, targets = next(iter(module.test_dataloader()))
     assert (images.dtype, targets.dtype, module.image_shape) == (torch.float32, torch.int64, (3, 5, 7))
     torch.testing.assert_close(images, expected.expand(3, -1, -1, -1).contiguous(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("image_size", [8, (8, 12), (30, 20)])
 def test_images_of_any_size_are_resized_to_exactly_one(image_size):
-    ramps = [torch.linspace(0, 1, width).expand(3, height, width) for height, width in [(20, 31), (50, 40)] * 10]
+    sizes = [(height + number, width) for number in range(10) for height, width in [(20, 31), (50, 40)]]
+    ramps = [torch.linspace(0, 1, width).expand(3, height, width) for height, width in sizes]
     module = CalibrationDataModule(Pairs(ramps, [0, 0, 1, 1] * 5), calibration_samples=4, image_size=image_size)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     assert module.image_shape == (3, height, width)
@@ -146,7 +153,10 @@ def test_images_of_any_size_are_resized_to_exactly_one(image_size):
 
 def test_antialiasing_agrees_with_pillow():
     pixels = np.random.default_rng(1).integers(0, 256, (64, 48, 3), dtype=np.uint8)
-    module = CalibrationDataModule(Pairs([pixels] * 20, [0, 1] * 10), calibration_samples=4, image_size=(16, 20))
+    rest = [np.full((3, 3, 3), number, dtype=np.uint8) for number in range(20)]
+    module = CalibrationDataModule(
+        Pairs(rest, [0, 1] * 10), test=Pairs([pixels], [0]), calibration_samples=4, image_size=(16, 20)
+    )
     resized = np.asarray(Image.fromarray(pixels).resize((20, 16), Image.Resampling.BILINEAR)) / 255
     image = next(iter(module.test_dataloader()))[0][0]
     assert np.abs(image.permute(1, 2, 0).numpy() - resized).max() < 1.5 / 255
@@ -180,25 +190,28 @@ def test_another_datamodule_lends_its_datasets():
 def test_labels_in_an_attribute_are_read_without_decoding_images(wrap, names):
     pool = Pairs([torch.full((1, 2, 2), i / 1000) for i in range(40)], [i % 2 for i in range(40)])
     setattr(pool, names, pool.answers)
-    module = CalibrationDataModule(wrap(pool), calibration_samples=4)
-    module.setup()
-    assert pool.reads == 8
-    indices, labels = drawn(module, "train")
-    assert labels.tolist() == [i % 2 for i in indices]
+    pool = wrap(pool)
+    labels = read_targets(pool, "train", TargetReaders.alike(TargetReader("multiclass"), pool))
+    assert labels == [pool[i][1] for i in range(len(pool))]
+    assert find_origins(pool).datasets[0].reads == 8 + len(pool)
+    module = CalibrationDataModule(pool, calibration_samples=4)
+    indices, drawn_labels = drawn(module, "train")
+    assert drawn_labels.tolist() == [i % 2 for i in indices]
 
 
 def test_labels_that_no_attribute_holds_are_read_in_one_pass():
-    pool = Pairs([torch.zeros(1, 2, 2)] * 40, [np.int64(0), torch.tensor(1)] * 20)
+    pool = Pairs(list(numbered(40).tensors[0]), [np.int64(0), torch.tensor(1)] * 20)
+    assert read_targets(pool, "train", TargetReaders.alike(TargetReader("multiclass"), pool)) == [0, 1] * 20
+    assert pool.reads == 40
     module = CalibrationDataModule(pool, calibration_samples=4)
-    module.setup()
-    assert (pool.reads, module.num_classes, module.class_names) == (48, 2, None)
+    assert (module.num_classes, module.class_names) == (2, None)
 
 
 def test_a_target_transform_applies_to_stored_labels():
-    pool = Pairs([torch.zeros(1, 2, 2)] * 40, [0, 1] * 20)
+    pool = Pairs(list(numbered(40).tensors[0]), [0, 1] * 20)
     pool.targets, pool.target_transform = ["cat", "dog"] * 20, ["cat", "dog"].index
-    module = CalibrationDataModule(pool, calibration_samples=4)
-    assert (module.num_classes, pool.reads) == (2, 8)
+    assert read_targets(pool, "train", TargetReaders.alike(TargetReader("multiclass"), pool)) == [0, 1] * 20
+    assert pool.reads == 8
 
 
 def test_a_folder_of_classes_is_split(tmp_path):
@@ -224,7 +237,7 @@ def test_grey_files_keep_one_channel_or_are_repeated_to_three(tmp_path, num_chan
     assert module.image_shape == (num_channels, 5, 6)
     values = torch.cat([images for images, _ in module.head_dataloader()])
     assert torch.equal(values, (values * 255).round() / 255)
-    assert values.max() <= 19 / 255
+    assert values[:, :, 1:].max() <= 19 / 255  # the first row tells the path
 
 
 def test_the_digits_of_scikit_learn():
@@ -270,7 +283,7 @@ def test_a_trainer_runs_every_stage_on_it(borrowed):
     if borrowed:
         module = CalibrationDataModule(datamodule=Normalising(), calibration_samples=10, mean=[0.4], std=[0.2])
     else:
-        module = CalibrationDataModule(numbered(60, 3), test=numbered(10, 3), calibration_samples=10)
+        module = CalibrationDataModule(numbered(60, 3), test=numbered(10, 3, first=90), calibration_samples=10)
     probe = Probe()
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = pl.Trainer(max_epochs=1, num_sanity_val_steps=0, accelerator="cpu", **quiet)
