@@ -182,8 +182,8 @@ class Journal(Answers):
         except (OSError, sqlite3.OperationalError, sqlite3.DataError) as error:
             if "locked" in str(error):
                 raise JournalError(
-                    f"The journal in {self.directory} is in use by another process. Wait for it, or name another "
-                    f"directory."
+                    f"The journal in {self.directory} is in use, by this process or another. Wait for it, or name "
+                    f"another directory."
                 ) from error
             raise JournalError(
                 f"The journal in {self.directory} cannot be written: {error}. Make room or name another directory; "

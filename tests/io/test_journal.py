@@ -393,7 +393,7 @@ def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
     assert holder.stdout is not None
     with holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(JournalError, match="is in use by another process"):
+        with pytest.raises(JournalError, match="is in use, by this process or another"):
             search(new_pool(), calibration=never(), journal=tmp_path)
         holder.kill()
     search(new_pool(), max_candidates=0, journal=os.fspath(tmp_path))
