@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -76,6 +77,8 @@ from lightning_stitch.stitching import (
 class Pool:
     """Sources cut for images of one shape, ready to be calibrated and searched.
 
+    Threads may share a prepared pool for `lightning_stitch.compose`; one search at a time uses a pool.
+
     Args:
         sources: The sources.
         image_shape: (channels, height, width) of the calibration images.
@@ -120,6 +123,7 @@ class Pool:
         self._smaller: dict[tuple[int, int, int], list[Segmented]] = {}
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
+        self._in_search = threading.Lock()
         self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
 
     @classmethod
@@ -243,7 +247,7 @@ class Pool:
         Raises:
             BudgetError: If no network keeps the budget; names the one that comes nearest, and its cost. Where that can
                 be known, it comes before any source runs; for a latency before any image is read.
-            StitchError: If the ranking is unknown; likewise.
+            StitchError: If the ranking is unknown; likewise. If the pool is in another search.
             CalibrationError: If images or labels cannot be used; likewise if a ranking by labels gets none.
             JournalError: If the journal is another search's, in use, or cannot be written; likewise but for images.
         """
@@ -257,9 +261,9 @@ class Pool:
             deque(islice(check_batch_labels(selection, num_classes), 1))
         if calibration is None:
             self._whole_calibration()
-        self.seconds = {"cut": self._cutting_seconds}
-        costs, smaller = self._costs(settings)
-        with Answers() if settings.journal is None else Journal(settings.journal) as journal:
+        with self._one_search(), Answers() if settings.journal is None else Journal(settings.journal) as journal:
+            self.seconds = {"cut": self._cutting_seconds}
+            costs, smaller = self._costs(settings)
             journal.agree(search_identity(self.parts, self.settings, settings, self.device))
             self._time_pieces(costs, smaller, settings.limits, journal)
             settings.limits.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
@@ -378,6 +382,15 @@ class Pool:
     def graphs(self) -> dict[str, CutGraph]:
         """The cut graph of each source, by name."""
         return {part.name: part.graph for part in self.parts}
+
+    @contextmanager
+    def _one_search(self) -> Iterator[None]:
+        if not self._in_search.acquire(blocking=False):
+            raise StitchError("This pool is in another search, of another thread. Wait for it, or make a second pool.")
+        try:
+            yield
+        finally:
+            self._in_search.release()
 
     def _costs(self, settings: SearchSettings) -> tuple[CompositionCosts, CompositionCosts | None]:
         """What compositions cost, and sources on smaller images; refuses a budget that none can keep."""

@@ -12,6 +12,8 @@ order:
 - `layouts.py`: how a cut's tensor is laid out (map NCHW or NHWC, tokens, vector), read off the operations around it
 - `granularity.py`: which cuts are worth offering
 - `copies.py`: copies of networks, and ones that share all but some tensors
+- `outlines.py`: the trace of a network without weights, over the one that it outlines
+- `random_numbers.py`: draws that neither move the process's random numbers nor are moved by them
 - `train_mode.py`: what a network does in train mode alone; its fragments always do what eval mode does
 
 `granularity=` is "blocks" (the default), "stages", "all", "reference" (the rule of the StitchNet authors' code) or a
@@ -21,6 +23,9 @@ Fragments run the eval graph in float32. What a source's Python does in train mo
 `CutGraph.train_mode_difference` tells, and a search warns of it before such fragments are trained with
 `train_mode=True`. Convolutions, matrix products, attention and recurrent layers are counted; operators without a
 formula are listed in `CutGraph.uncounted`.
+
+Any thread may trace, count or build at any time, and no other one notices. Those that want to trace at once wait for
+each other.
 
 Example:
     >>> from timm import create_model

@@ -1,17 +1,17 @@
-"""Copies of networks: deep ones of what has run already, ones that share all but some tensors, graphs of twins."""
+"""Copies of networks: deep ones of what has run already, and ones that share all but some tensors."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from itertools import chain
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-
-from lightning_stitch.cutting.tracing import FUNCTIONAL_DROPOUT, names_device
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -28,6 +28,20 @@ def copy_module(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
             if isinstance(x, Tensor) and not x.is_leaf and id(x) not in memo:
                 memo[id(x)] = x.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def copy_structure(module: _Module, parameters: Mapping[int, nn.Parameter] | None = None) -> _Module:
+    """A copy of modules, their buffers and the containers in their attributes, to run them as if nobody had.
+
+    Parameters are shared, or those that `parameters` has by the id of the module's own; so is what cannot be copied (a
+    lock, an open file).
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for x in tree_leaves(vars(part)):
+            if isinstance(x, nn.Parameter) or not isinstance(x, nn.Module | Tensor | set | partial | MethodType):
+                memo[id(x)] = x
+    return copy_module(module, {**memo, **(parameters or {})})
 
 
 def reference_tensor(module: nn.Module) -> Tensor:
@@ -53,34 +67,6 @@ def with_tensors(fragment: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.
         layer, _, last = name.rpartition(".")
         _set_tensor(variant.get_submodule(layer), last, tensors[name])
     return variant.train(fragment.training)
-
-
-def with_network(traced: fx.GraphModule, outline: nn.Module, network: nn.Module) -> fx.GraphModule | None:
-    """The trace of an outline over the network that it outlines, built alike but with weights; they share the graph.
-
-    None where the trace may hold what the network has otherwise: another structure, a number, a device.
-    """
-    tensors, counterparts = (
-        dict(chain(x.named_parameters(remove_duplicate=False), x.named_buffers(remove_duplicate=False)))
-        for x in (outline, network)
-    )
-    alike = str(outline) == str(network) and tensors.keys() == counterparts.keys()
-    if not alike or not all(_stands_for(x, counterparts[name]) for name, x in tensors.items()):
-        return None
-    if any(map(names_device, traced.graph.nodes)):
-        return None
-    root = copy.copy(network)
-    dropouts = {name: part for name, part in traced.named_children() if name.startswith(FUNCTIONAL_DROPOUT)}
-    root._modules = {**network._modules, **dropouts}
-    try:
-        return fx.GraphModule(root, traced.graph, class_name=type(network).__name__)
-    except AttributeError:
-        return None  # it reads a tensor that was made while the outline was traced
-
-
-def _stands_for(x: Tensor, y: Tensor) -> bool:
-    """Whether a trace with one tensor is one with the other: a trace may read the numbers of what has any."""
-    return (x.shape, x.dtype) == (y.shape, y.dtype) and (x.is_meta or (x.device == y.device and torch.equal(x, y)))
 
 
 def _find_caller(name: str, called: set[str]) -> str | None:

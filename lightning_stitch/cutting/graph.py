@@ -15,10 +15,11 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from lightning_stitch.cutting.copies import copy_module, with_network
+from lightning_stitch.cutting.copies import copy_module
 from lightning_stitch.cutting.dataflow import Dataflow
 from lightning_stitch.cutting.granularity import block_outputs, reference_inputs, with_weights_between
 from lightning_stitch.cutting.layouts import layout_of
+from lightning_stitch.cutting.outlines import with_network
 from lightning_stitch.cutting.probing import value_for_batch
 from lightning_stitch.cutting.tracing import follow_device, trace_somehow
 from lightning_stitch.cutting.train_mode import train_mode_difference

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,14 +17,15 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_stitch.cost import Cost, warn_of_uncounted
 from lightning_stitch.cutting.activation_memory import Allocations, Footprint, peak_bytes, tensors_in
-from lightning_stitch.cutting.tracing import left_as_it_was, trace_somehow
+from lightning_stitch.cutting.copies import copy_structure
+from lightning_stitch.cutting.tracing import trace_somehow
 from lightning_stitch.errors import CutError
 
 
@@ -59,9 +61,14 @@ class _Prober(fx.Interpreter):
     """Runs a graph on fake tensors and notes what every node yields, how many FLOPs it takes and how much memory."""
 
     def __init__(
-        self, module: fx.GraphModule, counter: FlopCounterMode, operators: UncountedOperators, allocations: Allocations
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        counter: FlopCounterMode,
+        operators: UncountedOperators,
+        allocations: Allocations,
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, graph=graph)
         self.extra_traceback = False  # torch.fx would add advice on its own tools to the error
         self.counter = counter
         self.operators = operators
@@ -112,27 +119,49 @@ def probe(traced: fx.GraphModule, input_size: tuple[int, int, int], *, batch_siz
     parameter = next(traced.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     dtype = torch.float32 if parameter is None else parameter.dtype
-    # What fails becomes a CutError; torch would print its traceback besides.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    # For gradients of parameters a run would keep activations, and copy what it then overwrites.
-    trained = [parameter for parameter in traced.parameters() if parameter.requires_grad]
-    try:
-        traced.requires_grad_(False)
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        operators, allocations = UncountedOperators(counter), Allocations()
-        # Gradient mode stays on: fake views of parameters cannot be made without.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with left_as_it_was(traced), torch.enable_grad(), fake, plain_attention(), allocations, operators, counter:
-            traced.eval()
-            images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
-            prober = _Prober(traced, counter, operators, allocations)
-            prober.run(images)
-    finally:
-        logger.disabled = was_disabled
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    operators, allocations = UncountedOperators(counter), Allocations()
+    attention = _PlainAttention()
+    prober = _Prober(_without_gradients(traced).eval(), traced.graph, counter, operators, allocations)
+    # Gradient mode stays on: fake views of parameters cannot be made without.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _unlogged(), torch.enable_grad(), fake, allocations, operators, counter, attention, BaseTorchFunctionMode():
+        images = torch.zeros((batch_size, *input_size), device=device, dtype=dtype)
+        prober.run(images)
     return prober.yields
+
+
+def _without_gradients(traced: fx.GraphModule) -> nn.Module:
+    """A copy of what a graph reads, whose parameters share memory with the network's and have no gradients.
+
+    For gradients a run would keep activations, and copy what it then overwrites. In the network itself they stay, and
+    so do the tensors that LeViT, EfficientFormer, ConViT and their kin cache in attributes as they run.
+    """
+    read = nn.Module()
+    read._modules, read._parameters, read._buffers = traced._modules, traced._parameters, traced._buffers
+    return copy_structure(read, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in traced.parameters()})
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from printing the traceback of what fails in this thread on fake tensors: it becomes a CutError."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_of_another(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_another)
+
+
+class _NoModules(nullcontext[None]):
+    """For torch's counter, which would hook every module of the process, to tell which ones its FLOPs are of."""
+
+    parents = frozenset({"Global"})
 
 
 def uncounted_work(yields: Mapping[fx.Node, Yield]) -> tuple[str, ...]:
@@ -242,19 +271,43 @@ FORMULAS = {
 }
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Run attention as matrix products.
+class _PlainAttention(TorchDispatchMode):
+    """Runs attention as matrix products, in this thread alone: torch's own switch, `sdpa_kernel`, is the process's.
 
     Which of its fused kernels runs depends on the device and on `requires_grad`, and some of them have no formula.
+    Those of whole layers, `torch.backends.mha`'s, do not run below any mode for functions of torch.
     """
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = getattr(func, "_overloadpacket", None)
+        if packet not in _FUSED_ATTENTION:
+            return func(*args, **kwargs)
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        output, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            *(given[name] for name in ("query", "key", "value")),
+            given.get("attn_bias", given.get("attn_mask")),
+            given.get("dropout_p", 0.0),
+            given.get("is_causal", False),
+            scale=given.get("scale"),
+        )
+        # What the fused kernels return beside it is for gradients.
+        return (output, *(output if "Tensor" in str(x.type) else 0 for x in func._schema.returns[1:]))
+
+
+_FUSED_ATTENTION = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math_for_mps",
+    )
+)
 
 
 class UncountedOperators(TorchDispatchMode):

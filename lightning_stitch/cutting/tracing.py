@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # has no public home
+from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 
+from lightning_stitch.cutting.copies import copy_structure
 from lightning_stitch.errors import CutError
 
 _PREFIX = "network"
@@ -36,7 +40,8 @@ _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
 }
 _DROPOUT_NAMES = frozenset(dropout.__name__ for dropout in _DROPOUTS)
 FUNCTIONAL_DROPOUT = "functional_dropout"
-_CACHES = (dict, list, set)
+# Functions are replaced in the modules that call them, where two tracers would undo each other's work.
+_ONE_AT_A_TIME = threading.RLock()
 _OURS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -90,8 +95,24 @@ for _operation in _AUGMENTED:
     setattr(_WritableProxy, f"__{_operation}__", lambda self, x, operation=_operation: write_into(self, operation, x))
 
 
+class _ThreadPatcher(_symbolic_trace._Patcher):
+    """torch.fx's replacements of `nn.Module`'s methods while it traces, but seen by the thread that traces alone."""
+
+    def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
+        method, thread = getattr(cls, name), threading.get_ident()
+
+        @functools.wraps(method)
+        def by_thread(*args: Any, **kwargs: Any) -> Any:
+            return (new_fn if threading.get_ident() == thread else method)(*args, **kwargs)
+
+        super().patch_method(cls, name, by_thread, deduplicate)
+
+
 class _ScopeTracer(fx.Tracer):
-    """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes."""
+    """torch.fx's tracer that keeps whole what must stay whole, and remembers which call made which nodes.
+
+    Other threads run as if there were none; those that want to trace, too, wait.
+    """
 
     def __init__(self, functions: Sequence[Callable[..., Any]] = ()) -> None:
         # timm lists what cannot be traced through; a network of timm's has loaded timm.layers already.
@@ -100,6 +121,28 @@ class _ScopeTracer(fx.Tracer):
         super().__init__(autowrap_functions=(*listed, *functions))
         self._whole: tuple[type, ...] = tuple(timm_layers.get_notrace_modules()) if timm_layers else ()
         self.calls: list[ModuleCall] = []
+        self._copies: dict[nn.Module, nn.Module] = {}
+
+    def trace_copy(self, network: nn.Module, *, training: bool) -> tuple[fx.Graph, nn.Module]:
+        """The graph of a network, traced in a copy that shares its parameters alone, and the copy with a root above.
+
+        LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run; proxies in the network's
+        own would break it, for good or for another thread.
+        """
+        copied = copy_structure(network)
+        # Closures in its attributes still refer to the network's own modules.
+        self._copies = dict(zip(network.modules(), copied.modules(), strict=True))
+        root = _OneInput(copied.train(training))
+        with _ONE_AT_A_TIME:
+            patcher = _symbolic_trace._Patcher
+            _symbolic_trace._Patcher = _ThreadPatcher  # type: ignore[misc]
+            try:
+                return self.trace(root), root
+            finally:
+                _symbolic_trace._Patcher = patcher  # type: ignore[misc]
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return super().path_of_module(self._copies.get(mod, mod))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _WritableProxy(node, self)
@@ -170,11 +213,8 @@ def trace(
         CutError: If it cannot be traced; the message names the operation that stopped it, and the reason.
     """
     tracer = tracer or _ScopeTracer()
-    root = _OneInput(network)
     try:
-        with left_as_it_was(network):
-            network.train(training)
-            graph = tracer.trace(root)
+        graph, root = tracer.trace_copy(network, training=training)
     except Exception as error:
         raise CutError(
             f"{type(network).__name__} cannot be traced: {type(error).__name__}: {error}{_describe_stop(error)}\n"
@@ -209,34 +249,6 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def left_as_it_was(network: nn.Module) -> Iterator[None]:
-    """Put back every module's modes, attributes, caches and buffers at the end.
-
-    LeViT, EfficientFormer, ConViT and their kin cache tensors in attributes as they run: proxies of a trace or fake
-    tensors of a dry run would break them for good.
-    """
-    in_memory = (buffer for buffer in network.buffers() if buffer.layout is torch.strided and not buffer.is_meta)
-    buffers = [(buffer, buffer.clone()) for buffer in in_memory]
-    before = [
-        (vars(module), dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, _CACHES)})
-        for module in network.modules()
-    ]
-    try:
-        yield
-    finally:
-        for now, attributes, contents in before:
-            now.clear()
-            now.update(attributes)
-            for name, content in contents.items():
-                cache = now[name]
-                cache.clear()
-                cache.extend(content) if isinstance(cache, list) else cache.update(content)
-        for buffer, saved in buffers:
-            if not torch.equal(buffer, saved):
-                buffer.copy_(saved)
 
 
 def _describe_stop(error: Exception) -> str:

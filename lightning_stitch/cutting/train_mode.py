@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from lightning_stitch.cutting.random_numbers import RandomNumbers
 from lightning_stitch.cutting.tracing import FUNCTIONAL_DROPOUT, Way, is_in_place, trace, tracer_for
 from lightning_stitch.errors import CutError
 
@@ -26,13 +25,13 @@ def train_mode_difference(
     # What only training draws (layer drop, noise) must not move the caller's random numbers.
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with RandomNumbers(seed=0):
             trained, _ = trace(network, tracer_for(network, way, input_size), training=True)
     except CutError as error:
         return f"in train mode it {str(error).splitlines()[0].partition(' ')[2]}"
     finally:
-        random.setstate(state)
+        if random.getstate() != state:
+            random.setstate(state)
     for (node, operation), (counterpart, operation_trained) in zip_longest(
         _operations(evaluated), _operations(trained), fillvalue=(None, None)
     ):

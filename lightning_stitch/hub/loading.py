@@ -154,7 +154,8 @@ def open_pretrained(where: str | Path, *, weights: bool = True) -> PretrainedFol
         config, recipe = read_config(config_file, str(where))
         if weights:
             # The cache names the folder of a snapshot after its commit.
-            file = hub_file(repo, WEIGHTS, revision=config_file.parent.name, most=config["weights"]["bytes"])
+            facts, commit = config["weights"], config_file.parent.name
+            file = hub_file(repo, facts["file"], revision=commit, most=facts["bytes"])
     return PretrainedFolder(str(where), recipe, config, file)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from lightning_stitch.hub.folder import (
     public_recipe,
     tensors_of,
 )
-from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, sha256_of, versions, write_json
+from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, WRITING_MEND, sha256_of, versions, write_json
 from lightning_stitch.recipe import Recipe
 
 
@@ -57,7 +59,7 @@ def save_folder(
 
     Raises:
         RecipeError: If a source is a live module, which cannot be built elsewhere.
-        StitchError: If the folder is a file, or holds such files already.
+        StitchError: If the folder is a file, holds such files already, or cannot be written to.
     """
     folder = Path(directory).expanduser()
     check_rebuildable(subject.recipe)
@@ -66,9 +68,9 @@ def save_folder(
     present = [file for file in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(folder / file)]
     if present and not overwrite:
         raise StitchError(f"{folder} already holds {', '.join(present)}. Take another folder, or pass overwrite=True.")
-    folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / f"{WEIGHTS}{UNFINISHED}", folder / f"{CONFIG}{UNFINISHED}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(_tensors_once(parts), weights, metadata={"format": "pt"})
         # safetensors makes it the owner's alone; whoever may read the folder may read the file.
         weights.chmod(folder.stat().st_mode & 0o666)
@@ -90,9 +92,12 @@ def save_folder(
         for old in folder.glob("model*.safetensors"):
             if WEIGHTS_NAME.fullmatch(old.name) and old.name != file:
                 old.unlink()
+    except (OSError, SafetensorError) as error:
+        raise StitchError(f"{folder} cannot be written to: {error}. {WRITING_MEND}") from error
     finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+        with suppress(OSError):
+            weights.unlink(missing_ok=True)
+            config.unlink(missing_ok=True)
     write_card(subject, folder, details or CardDetails(), name=name or folder.resolve().name)
 
 

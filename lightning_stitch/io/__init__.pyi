@@ -16,7 +16,7 @@ from .hub_download import (
     tensor_shapes,
 )
 from .journal import Answer, Answers, Journal
-from .tensor_files import UNFINISHED, complete_or_absent, write_json
+from .tensor_files import UNFINISHED, WRITING_MEND, complete_or_absent, write_json
 
 __all__ = [
     "Answer",
@@ -30,6 +30,7 @@ __all__ = [
     "Spool",
     "UNFINISHED",
     "WEIGHTS",
+    "WRITING_MEND",
     "WeightFile",
     "carry",
     "client_errors",

@@ -58,7 +58,13 @@ class Spool:
         assert self._file is not None
         x = torch.empty(shape, dtype=dtype)
         self._file.seek(begin)
-        self._file.readinto(x.view(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        count = self._file.readinto(x.view(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        if count != x.nbytes:
+            raise CalibrationError(
+                f"Activations that were put down in {tempfile.gettempdir()} were cut short: {count} of {x.nbytes} "
+                f"bytes are left. Search again with another directory in TMPDIR, or keep them in memory "
+                f'(keep_activations="memory").'
+            )
         return x
 
 

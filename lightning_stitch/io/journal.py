@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -182,14 +183,15 @@ class Journal(Answers):
         except (OSError, sqlite3.OperationalError, sqlite3.DataError) as error:
             if "locked" in str(error):
                 raise JournalError(
-                    f"The journal in {self.directory} is in use by another process. Wait for it, or name another "
-                    f"directory."
+                    f"The journal in {self.directory} is in use, by this process or another. Wait for it, or name "
+                    f"another directory."
                 ) from error
             raise JournalError(
                 f"The journal in {self.directory} cannot be written: {error}. Make room or name another directory; "
                 f"what it holds already is good."
             ) from error
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except (sqlite3.DatabaseError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+            # The last three are of columns that hold other types than those written.
             raise JournalError(
                 f"The journal in {self.directory} is damaged: {error}. Delete it, or name another directory."
             ) from error

@@ -1,5 +1,5 @@
 from .backbone import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
-from .classifier import empty_head, load_classifier, save_classifier
+from .classifier import check_classes, check_numbers, empty_head, load_classifier, save_classifier
 from .network import StitchedNetwork, assemble
 
 __all__ = [
@@ -8,6 +8,8 @@ __all__ = [
     "StitchedNetwork",
     "announce",
     "assemble",
+    "check_classes",
+    "check_numbers",
     "empty_head",
     "load_classifier",
     "put",

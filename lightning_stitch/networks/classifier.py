@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.errors import RecipeError, StitchError, first_lines
 from lightning_stitch.heads import HeadSettings, NearestNeighbourHead
 from lightning_stitch.hub import CardSubject, PretrainedFolder, open_pretrained, save_folder
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.sources import build_on_meta
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> 
         network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
         return nn.ModuleDict({"network": network, "head": empty_head(settings, recipe)})
 
+    check_classes(recipe, settings)
     parts: Any = folder.load(build, trust_factory=trust_factory)
     network, module = parts["network"], parts["head"]
     if isinstance(module, NearestNeighbourHead) and folder.weights is not None:
@@ -95,6 +98,45 @@ def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> 
 def empty_head(settings: HeadSettings, recipe: Recipe) -> nn.Module:
     """The head of a composition, without numbers; `nn.Identity` where the composition averages heads of its own."""
     return settings.empty(recipe.num_features) if recipe.average is None else nn.Identity()
+
+
+def check_numbers(recipe: Recipe, settings: HeadSettings, numbers: Mapping[str, Any]) -> None:
+    """Refuse tensors ("network. ..." and "head. ...") that are not those of a recipe's network with a head.
+
+    What the recipe asks for is built without memory, since it may come from a stranger. A source that only the user's
+    own code can build is left to the loading itself.
+
+    Raises:
+        RecipeError: If the structure cannot be built, or a tensor is missing, has no place or another shape.
+    """
+    check_classes(recipe, settings)
+    _check_part("head", lambda: empty_head(settings, recipe), numbers)
+    if not any(ref.builder == "python" for ref in recipe.sources):
+        _check_part("network", lambda: StitchedNetwork.from_recipe(recipe), numbers)
+
+
+def check_classes(recipe: Recipe, settings: HeadSettings) -> None:
+    """Refuse another number of classes than that of the members whose probabilities a recipe averages."""
+    average = recipe.average
+    if average is not None and settings.num_classes not in (0, average.num_classes):
+        raise RecipeError(
+            f"The recipe's members have {average.num_classes} classes, but num_classes={settings.num_classes}."
+        )
+
+
+def _check_part(name: str, build: Callable[[], nn.Module], numbers: Mapping[str, Any]) -> None:
+    try:
+        part = build_on_meta(build)
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever timm, torchvision or torch meet in a recipe that nobody has tried
+        raise RecipeError(f"The {name} that the recipe asks for cannot be built: {first_lines(error)}") from error
+    try:
+        own = {key.removeprefix(f"{name}."): x for key, x in numbers.items() if key.startswith(f"{name}.")}
+        # Assigned, nothing is copied.
+        part.load_state_dict(own, strict=True, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise RecipeError(f"The weights do not fit the recipe: {first_lines(error)}") from error
 
 
 def _check_indices(head: Any) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 import urllib.request
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -201,26 +200,24 @@ def _check(
         shapes = None if file is None else tensor_shapes(file)
         if shapes is None and file is not None and file.hub is not None:
             notes.append("its weights' shapes could not be read yet: whether they fit is checked when they are loaded")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the search will say it again
-            source = outline(blueprint, shapes)
-            if source is None:
-                notes.append("the factory is not called yet: shapes and sizes are checked when it is")
-            else:
-                row = replace(
-                    row,
-                    input_size=source.preprocessing.input_size,
-                    params=sum(parameter.numel() for parameter in source.module.parameters()),
-                )
-                graph, cuts, end = cut_source(source, settings, image_shape or source.preprocessing.input_size)
-                row = replace(
-                    row,
-                    view_size=graph.input_size,
-                    formats=dict(Counter(str(cut.format) for cut in cuts)),
-                    macs=graph.macs(None, end),
-                    output_features=graph.output_features(),
-                )
-                blueprint = replace(blueprint, graphs=source.graphs)
+        source = outline(blueprint, shapes)
+        if source is None:
+            notes.append("the factory is not called yet: shapes and sizes are checked when it is")
+        else:
+            row = replace(
+                row,
+                input_size=source.preprocessing.input_size,
+                params=sum(parameter.numel() for parameter in source.module.parameters()),
+            )
+            graph, cuts, end = cut_source(source, settings, image_shape or source.preprocessing.input_size)
+            row = replace(
+                row,
+                view_size=graph.input_size,
+                formats=dict(Counter(str(cut.format) for cut in cuts)),
+                macs=graph.macs(None, end),
+                output_features=graph.output_features(),
+            )
+            blueprint = replace(blueprint, graphs=source.graphs)
     except StitchError as error:
         row = replace(row, problem=str(error).removeprefix(f"Source {blueprint.spec!r}: "))
     return replace(row, notes=tuple(notes)), blueprint

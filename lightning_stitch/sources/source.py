@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_stitch.cutting import Cut, CutGraph
+from lightning_stitch.cutting import Cut, CutGraph, RandomNumbers
 from lightning_stitch.errors import RecipeError, SourceError
 from lightning_stitch.recipe import Preprocessing, SourceRef
 from lightning_stitch.settings import Granularity
@@ -157,7 +156,7 @@ def outline(blueprint: Blueprint, shapes: Mapping[str, tuple[int, ...]] | None =
         return make(None if shapes is None else {name: torch.zeros(shape) for name, shape in shapes.items()})
 
     try:
-        with _seed_from(blueprint.spec):
+        with RandomNumbers(_seed_of(blueprint.spec)):
             try:
                 module = build_on_meta(build)
             except SourceError:
@@ -197,7 +196,7 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
     if ref.builder not in _BUILDERS:
         raise RecipeError(f"{problem}its builder is {ref.builder!r}; known are {sorted(_BUILDERS)}.")
     try:
-        with _seed_from(ref.spec):
+        with RandomNumbers(_seed_of(ref.spec)):
             return _in_float32(_BUILDERS[ref.builder](ref.architecture, ref.arguments)).eval()
     except SourceError as error:
         raise RecipeError(problem + str(error)) from error
@@ -206,7 +205,7 @@ def build_architecture(ref: SourceRef, *, trust_factory: bool = False) -> nn.Mod
 def _load(blueprint: Blueprint) -> Source:
     """Build a source that was found and take its identity, and the graphs of its outline where they are its own."""
     try:
-        with _seed_from(blueprint.spec):
+        with RandomNumbers(_seed_of(blueprint.spec)):
             module = blueprint.build().eval()
         weight_hash = _weight_hash(module.state_dict())
         module = _in_float32(module)
@@ -241,14 +240,9 @@ def _in_float32(module: nn.Module) -> nn.Module:
     return module.float() if is_mixed else module
 
 
-@contextmanager
-def _seed_from(spec: str) -> Iterator[None]:
-    """Random numbers that depend on the spec alone; torch's global state is restored after."""
-    seed = int.from_bytes(hashlib.sha256(spec.encode()).digest()[:8], "big")
-    with torch.random.fork_rng(devices=[]):
-        # `torch.manual_seed` would seed the accelerators too, which fork_rng leaves out here.
-        torch.default_generator.manual_seed(seed)
-        yield
+def _seed_of(spec: str) -> int:
+    """A seed that depends on the spec alone."""
+    return int.from_bytes(hashlib.sha256(spec.encode()).digest()[:8], "big")
 
 
 def _weight_hash(state_dict: Mapping[str, Any]) -> str:

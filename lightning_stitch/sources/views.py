@@ -39,8 +39,10 @@ class Preprocess(nn.Module):
         self.size = preprocessing.input_size[1:] if preprocessing.fixed_size else size
         self.mode = preprocessing.interpolation if preprocessing.interpolation in _MODES else "bicubic"
         # Not in the state dict: the recipe holds them.
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+            # As sources and images, whatever torch's default is.
+            x = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, x, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize where there is a size, then normalise."""

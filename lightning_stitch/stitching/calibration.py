@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_stitch.errors import CalibrationError
+from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.io import UNFINISHED, Carried, differences, in_words, plain, sha256_of, versions, write_json
 from lightning_stitch.progress import Progress, counted
 from lightning_stitch.settings import CalibrationSettings
@@ -103,7 +103,7 @@ class Calibration:
             for file in (*directory.glob("source-*"), *directory.glob(f"{_DESCRIPTION}.*{UNFINISHED}")):
                 if file.name not in current:
                     file.unlink()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, StitchError) as error:
             raise CalibrationError(
                 f"The calibration cannot be written to {directory}: {error}. Name another directory."
             ) from error

@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 
 from lightning_stitch._lightning import NAMESPACE, pl
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import StitchError, first_lines
+from lightning_stitch.heads import HeadSettings
+from lightning_stitch.networks import check_numbers
+from lightning_stitch.recipe import Recipe
+from lightning_stitch.sources import check_preprocessing
 from lightning_stitch.training.module import StitchedClassifier
 
 
@@ -28,13 +32,13 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
         raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        hparams = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        recipe = hparams["recipe"]
+        hparams, numbers = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY], content["state_dict"]
+        plain, head, task = hparams["recipe"], hparams.get("head", "ridge"), hparams.get("task", "multiclass")
     except Exception as error:  # whatever torch's readers find in a file of another kind
         raise StitchError(
             f"{path} is not a checkpoint of a StitchedClassifier that can be read safely: {type(error).__name__}."
         ) from error
-    if recipe is None:
+    if plain is None:
         raise StitchError(f"{path} holds no network: it was saved before one was composed.")
     if "_instantiator" in hparams:
         # A command line under the other package wrote it; that package's maker of modules would be refused by this one.
@@ -42,4 +46,15 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
     copy = io.BytesIO()
     torch.save(content, copy)
     copy.seek(0)
-    return StitchedClassifier.load_from_checkpoint(copy, map_location="cpu", weights_only=True)
+    try:
+        recipe = Recipe.from_dict(plain)
+        for ref in recipe.sources:
+            check_preprocessing(ref.preprocessing)
+        settings = HeadSettings.of(head, task=task, num_classes=hparams.get("num_classes"))
+        # Before there is a module, which is built with memory, as are its metrics for each class.
+        check_numbers(recipe, settings, numbers)
+        return StitchedClassifier.load_from_checkpoint(copy, map_location="cpu", weights_only=True)
+    except StitchError as error:
+        raise type(error)(f"{path} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever Lightning and torch meet in values that nobody has tried
+        raise StitchError(f"{path} cannot be loaded: {first_lines(error)}") from error

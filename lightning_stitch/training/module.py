@@ -17,7 +17,7 @@ from lightning_stitch.data import look_up_classes
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
-from lightning_stitch.networks import StitchedNetwork, empty_head, load_classifier, save_classifier
+from lightning_stitch.networks import StitchedNetwork, check_classes, empty_head, load_classifier, save_classifier
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training.thawing import TrainingPlan
@@ -84,9 +84,9 @@ class StitchedClassifier(pl.LightningModule):
         warn_where_both_are_loaded()
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
-        if recipe is not None:
-            Recipe.from_dict(recipe)
         self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
+        if recipe is not None:
+            check_classes(Recipe.from_dict(recipe), self.head_settings)
         self.hparams["head"] = self.head_settings.plain
         self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-4)

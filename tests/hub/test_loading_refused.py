@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,19 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     for file in saved.iterdir():
         (copied / file.name).write_bytes(file.read_bytes())
     return copied
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -248,18 +266,30 @@ def test_a_class_map_in_words_is_refused(tmp_path: Path) -> None:
         StitchedClassifier.from_pretrained(tmp_path)
 
 
-def test_an_overwrite_that_fails_leaves_the_network_that_was_there(
+def test_an_overwrite_that_fails_leaves_the_network_that_was_there(folder: Path) -> None:
+    new, files = network(twice=True), {file.name: file.read_bytes() for file in folder.iterdir()}
+    # A disk with room for some of the weights.
+    with disk_of(60_000), pytest.raises(StitchError, match=rf"{folder} cannot be written to: .*Make room"):
+        new.save_pretrained(folder, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+
+
+def test_a_card_that_cannot_be_written_is_named_and_the_old_one_is_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError("No space left on device")
+    card, opened = (folder / "README.md").read_bytes(), Path.open
 
-    monkeypatch.setattr("lightning_stitch.hub.saving.write_json", full)
-    files = {file.name for file in folder.iterdir()}
-    with pytest.raises(OSError, match="No space left"):
-        network(twice=True).save_pretrained(folder, overwrite=True)
-    assert {file.name for file in folder.iterdir()} == files
-    assert torch.equal(outputs(StitchedNetwork.from_pretrained(folder)), outputs(network()))
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name.startswith("README.md"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StitchError, match=r"README\.md cannot be written: Read-only file system\. Make room or get"):
+        network().save_pretrained(folder, overwrite=True)
+    monkeypatch.undo()
+    assert (folder / "README.md").read_bytes() == card
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2, 3])

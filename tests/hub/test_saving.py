@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.hub import HubDouble
 from doubles.pools import calibrated_pool
 from doubles.predictions import write_digits
 from doubles.published_networks import (
@@ -212,6 +213,15 @@ def test_saving_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_that_was_written_over_loads_from_the_hub_too(tmp_path: Path, hub: HubDouble) -> None:
+    saved = tmp_path / "network"
+    network().save_pretrained(saved)
+    network(twice=True).save_pretrained(saved, overwrite=True)
+    assert not (saved / "model.safetensors").exists()
+    hub.publish("org/mine", saved)
+    assert torch.equal(outputs(StitchedNetwork.from_pretrained("org/mine")), outputs(network(twice=True)))
 
 
 def test_what_is_there_is_not_overwritten_untold(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,15 @@ def test_a_directory_that_cannot_be_written_to_is_named_with_the_mend(
     words = r"cannot be written to .*a_file: .*TMPDIR.*keep_activations=\"memory\""
     with pytest.raises(CalibrationError, match=words):
         pool.calibrate([noise(8, 3, 16, 16)])
+
+
+def test_a_file_that_was_cut_short_is_refused_and_not_read_as_whatever_memory_holds() -> None:
+    spool = Spool("disk")
+    take_up = spool.put(torch.rand(64, 32))
+    assert spool._file is not None
+    os.ftruncate(spool._file.fileno(), 1000)
+    with pytest.raises(CalibrationError, match="were cut short: 1000 of 8192 bytes are left"):
+        take_up()
 
 
 def test_where_activations_are_kept_must_be_known() -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -393,7 +394,7 @@ def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
     assert holder.stdout is not None
     with holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(JournalError, match="is in use by another process"):
+        with pytest.raises(JournalError, match="is in use, by this process or another"):
             search(new_pool(), calibration=never(), journal=tmp_path)
         holder.kill()
     search(new_pool(), max_candidates=0, journal=os.fspath(tmp_path))
@@ -450,3 +451,33 @@ def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
     assert len(found[0]) == 2
     for seen in found[1:]:
         assert all(torch.equal(x, found[0][at]) for at, x in seen.items())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("answers.value", b"5"),
+        ("answers.value", "{"),
+        ("tensors.content", "words"),
+        ("tensors.content", b"12345678"),
+        ("entries.value", b"\xff"),
+    ],
+)
+def test_what_has_another_type_is_damage_even_where_the_checksum_is_right(
+    column: str, value: Any, tmp_path: Path
+) -> None:
+    def ask() -> None:
+        with Journal(tmp_path) as journal:
+            journal.agree({"a": 1})
+            journal.recall(["kind", 1], lambda: Answer([1.0], {"x": torch.ones(2)}))
+
+    ask()
+    table, _, name = column.partition(".")
+    with opened(tmp_path) as database:
+        database.execute(f"UPDATE {table} SET {name} = ?", (value,))
+        [(text,)] = database.execute("SELECT value FROM answers")
+        [(content,)] = database.execute("SELECT content FROM tensors")
+        if isinstance(text, str) and isinstance(content, bytes):
+            database.execute("UPDATE answers SET checksum = ?", (zlib.crc32(content, zlib.crc32(text.encode())),))
+    with pytest.raises(JournalError, match=r"is damaged: .*Delete it, or name another"):
+        ask()

@@ -60,3 +60,14 @@ def test_mean_and_std_move_with_the_module_but_stay_out_of_the_state_dict() -> N
 @pytest.mark.parametrize(("fixed", "size"), [(True, (3, 160, 160)), (False, (3, 64, 96))])
 def test_the_view_of_a_source_is_its_own_size_only_where_that_is_fixed(fixed: bool, size: tuple[int, int, int]) -> None:
     assert view_size(Preprocessing((3, 160, 160), MEAN, STD, fixed_size=fixed), (3, 64, 96)) == size
+
+
+def test_a_view_is_float32_whatever_the_default_is() -> None:
+    images = noise(2, 3, 16, 16)
+    expected = Preprocess(Preprocessing((3, 8, 8), (0.4,) * 3, (0.3,) * 3))(images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        view = Preprocess(Preprocessing((3, 8, 8), (0.4,) * 3, (0.3,) * 3))(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(view, expected, rtol=0, atol=0)
