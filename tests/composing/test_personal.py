@@ -348,7 +348,7 @@ def test_no_tensor_outlives_a_request() -> None:
         (MINE, [0] * 24, "at least two classes; all labels are 0"),
         (MINE, [0.5] * 24, r"all integers or all names; found \['float'\]"),
         (MINE, ["a", 1] * 12, r"all integers or all names; found \['int', 'str'\]"),
-        (MINE * 300, MY_LABELS, r"Image 0: values must lie in \[0, 1\]"),
+        (MINE * 300, MY_LABELS, r"Image 0: images must be float in \[0, 1\]"),
         ([*MINE[:4], "me.png"], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),
     ],
 )
