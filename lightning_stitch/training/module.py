@@ -286,7 +286,10 @@ class StitchedClassifier(pl.LightningModule):
         metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
         loss = loss_of(self.head_settings.task, outputs, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images))
-        self.log_dict(metrics, batch_size=len(images))
+        if self.trainer.sanity_checking:
+            metrics.reset()  # of the few images of a sanity check they would say that they are undefined
+        else:
+            self.log_dict(metrics, batch_size=len(images))
 
     def _require_network(self) -> StitchedNetwork:
         if self.network is None:
