@@ -16,7 +16,7 @@ from lightning_stitch.composing.cross_fitting import cross_fitted_features, deal
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import reference_tensor
-from lightning_stitch.data import Decoder
+from lightning_stitch.data import Decoder, read_labels
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.healing import run_on
@@ -111,7 +111,7 @@ def compose(
         pool: From `Pool.prepare`; any other pool serves, too, and takes longer.
         images: At least 4: a tensor (images, channels, height, width), or a sequence of tensors, PIL images or arrays;
             float in [0, 1] or uint8. They are resized to the pool's image size.
-        labels: The class of each image: integers or names. At least two occur.
+        labels: The class of each image: integers, names or one-hot rows. At least two occur.
         classes: Indices of the sources' outputs, where there are no labels; at least two.
         budget: Limits that the network keeps (the head is not counted); None: none.
         effort: Most multiply-accumulates that stitched candidates run, as a share of those of all sources.
@@ -210,11 +210,11 @@ def _number_classes(num_images: int, labels: Sequence[Any] | Tensor | None) -> t
         raise CalibrationError(f"A personal network needs at least 4 images; found {num_images}.")
     if labels is None:
         return None, ()
-    values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    values = read_labels(labels)
     if len(values) != num_images:
         raise CalibrationError(f"Each image needs one label; found {num_images} images and {len(values)} labels.")
     kinds = {type(value).__name__ for value in values}
-    if len(kinds) > 1 or not kinds <= {"int", "str"}:
+    if len(kinds) > 1:
         raise CalibrationError(f"labels= are all integers or all names; found {sorted(kinds)}.")
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import network_activation_bytes
+from lightning_stitch.data import check_batch_labels
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answer, Answers, Journal, Spool
@@ -236,6 +238,8 @@ class Pool:
         num_selected = num_images(selection)
         if settings.ranking in NEED_LABELS:
             selection = require_labels(selection)
+        if iter(selection) is not selection:  # a look at the first batch, where that does not use it up
+            deque(islice(check_batch_labels(selection, num_classes), 1))
         if calibration is None:
             self._whole_calibration()
         self.seconds = {"cut": self._cutting_seconds}
@@ -266,7 +270,9 @@ class Pool:
                 whole.release()
             with timed(self.seconds, "rank"):
                 progress.start("ranking", num_selected)
-                outcomes, labels = self.outcomes(candidates, selection, progress=progress, journal=journal)
+                outcomes, labels = self.outcomes(
+                    candidates, selection, progress=progress, journal=journal, num_classes=num_classes
+                )
                 ranking, rejected = settings.ranking, space.rejected
                 ranked = rank(candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected)
             ranked = self._measure(ranked, settings.limits, journal, progress)
@@ -286,9 +292,11 @@ class Pool:
         *,
         progress: Progress,
         journal: Answers | None = None,
+        num_classes: int | None = None,
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
         labels: list[Tensor] = []
+        batches = check_batch_labels(batches, num_classes)
         images = read_images(batches, self.image_shape, self.device, labels)
         results = outcomes(candidates, self.parts, images, journal=journal or Answers(), on_batch=progress.advance)
         return results, torch.cat(labels) if labels else None

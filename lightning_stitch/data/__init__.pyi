@@ -1,5 +1,16 @@
+from .class_names import look_up_classes
 from .datamodule import CalibrationDataModule
 from .image_files import ImageFileSet, list_images, select_readable
 from .images import Decoder
+from .target_values import check_batch_labels, read_labels
 
-__all__ = ["CalibrationDataModule", "Decoder", "ImageFileSet", "list_images", "select_readable"]
+__all__ = [
+    "CalibrationDataModule",
+    "Decoder",
+    "ImageFileSet",
+    "check_batch_labels",
+    "list_images",
+    "look_up_classes",
+    "read_labels",
+    "select_readable",
+]

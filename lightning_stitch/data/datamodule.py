@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from lightning_stitch._lightning import SourcePreparer, check_same_namespace, pl
+from lightning_stitch._lightning import SourcePreparer, check_same_namespace, isolate_rng, pl
 from lightning_stitch.data.class_names import number_classes
 from lightning_stitch.data.folders import list_first, open_class_folders
 from lightning_stitch.data.images import CheckedImages, Decoder, Items, probe
 from lightning_stitch.data.labels import check_varied, mark_stratified, read_targets, to_count
+from lightning_stitch.data.origins import warn_of_turned_images
 from lightning_stitch.data.overlaps import Keys, check_disjoint, find_copies, fingerprint, image_keys
-from lightning_stitch.data.samplers import select_drawn
+from lightning_stitch.data.samplers import borrow_datasets
 from lightning_stitch.data.target_values import DataTask, TargetReader, TargetReaders
 from lightning_stitch.data.transforms import without_chance
 from lightning_stitch.errors import CalibrationError
@@ -150,14 +151,17 @@ class CalibrationDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Check images and labels and draw all four sets together, whatever the stage; later calls do nothing."""
         if not self._parts:
-            self._draw_parts()
+            datasets = self._collect_datasets()
+            with isolate_rng():  # items may be drawn at random
+                self._draw_parts(datasets)
         if stage is not None:
             self._compare_ranks()
 
-    def _draw_parts(self) -> None:
-        datasets = self._collect_datasets()
+    def _draw_parts(self, datasets: dict[str, Items]) -> None:
+        """Read labels, compare images, draw."""
         self._image_shape = probe(datasets, self._decoder, {})
         labels = self._read_labels(datasets)
+        warn_of_turned_images(datasets)
         plain = without_chance(datasets)
         probe(plain, self._decoder, self._readers, self._image_shape)
         explicit = {part: name for part, name in (("selection", "val"), ("test", "test")) if name in datasets}
@@ -265,8 +269,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         elif self._datamodule is not None:
             if self.trainer is not None:
                 self._datamodule.trainer = self.trainer
-            sets = _borrow_datasets(self._datamodule)
-        datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+            sets = borrow_datasets(self._datamodule)
+        datasets = {name: sets[name] for name in ("train", "val", "test") if sets.get(name) is not None}
         for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise CalibrationError(
@@ -349,34 +353,6 @@ class CalibrationDataModule(pl.LightningDataModule):
             return order[:count]
         labels = torch.tensor(cast("list[int]", read_targets(dataset, name, self._readers[name])))
         return order[mark_stratified(labels[order], count, leave=0)]
-
-
-def _borrow_datasets(datamodule: pl.LightningDataModule) -> dict[str, Any]:
-    """Take the datasets behind another datamodule's train, val and test dataloaders."""
-    overridden = [
-        name
-        for name in ("train", "val", "test")
-        if getattr(type(datamodule), f"{name}_dataloader") is not getattr(pl.LightningDataModule, f"{name}_dataloader")
-    ]
-    # All setups come before the first dataset is taken: one that splits at random splits anew in each.
-    datamodule.setup("fit")
-    if "test" in overridden:
-        datamodule.setup("test")
-    datasets: dict[str, Any] = {}
-    for name in overridden:
-        loaders = getattr(datamodule, f"{name}_dataloader")()
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        if loaders in ([], [None]):
-            continue
-        if len(loaders) > 1 or not isinstance(loaders[0], DataLoader):
-            raise CalibrationError(
-                f"{type(datamodule).__name__}.{name}_dataloader() should return one DataLoader; found "
-                f"{[type(loader).__name__ for loader in loaders]}. Pass its datasets as train=, val= and test=."
-            )
-        datasets[name] = select_drawn(loaders[0], f"{type(datamodule).__name__}.{name}_dataloader()")
-    if "train" not in datasets:
-        raise CalibrationError(f"{type(datamodule).__name__} has no train_dataloader; pass its datasets as train=.")
-    return datasets
 
 
 _STRIDE = 1_000_003  # Keeps the epochs of one seed apart from those of its neighbours.

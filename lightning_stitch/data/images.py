@@ -72,19 +72,25 @@ def naming_image(dataset: Any, name: str, index: int) -> Iterator[None]:
 
 
 def image_of(item: Any) -> Any:
-    """The image in a dataset's item."""
+    """The image in a dataset's item: the first of several values, or all of it."""
+    if isinstance(item, Mapping):
+        raise _no_pair(item)
     return item[0] if isinstance(item, tuple | list) and item else item
 
 
 def target_of(item: Any) -> Any:
     """The target in a dataset's item."""
     if not isinstance(item, tuple | list) or len(item) < 2:
-        keys = f" with the keys {sorted(map(str, item))}" if isinstance(item, Mapping) else ""
-        raise CalibrationError(
-            f"an item is a pair (image, label); found a {type(item).__name__}{keys}. Wrap the dataset in one whose "
-            f"__getitem__ returns such pairs, or pass task='none' for images without labels"
-        )
+        raise _no_pair(item)
     return item[1]
+
+
+def _no_pair(item: Any) -> CalibrationError:
+    keys = f" with the keys {sorted(map(str, item))}" if isinstance(item, Mapping) else ""
+    return CalibrationError(
+        f"an item is a pair (image, label); found a {type(item).__name__}{keys}. Wrap the dataset in one whose "
+        f"__getitem__ returns such pairs, or pass task='none' for images without labels"
+    )
 
 
 class Decoder:
@@ -174,7 +180,7 @@ def probe(
 
 def spread(length: int, count: int = 8) -> list[int]:
     """Up to `count` indices, spread evenly over so many items."""
-    return sorted({length * k // count for k in range(count)})
+    return sorted({length * k // count for k in range(count)}) if length else []
 
 
 def open_image(path: str) -> Image.Image:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import DatasetFolder
+from torchvision.datasets.folder import default_loader
 
 _FILE_LIST = re.compile("image|img|sample|file|path|^items$")
+_NUM_LOOKED_AT = 64
 _NO_FILE_LIST = re.compile("mask|label|target|annot|depth")
 
 
@@ -23,7 +27,7 @@ class Origins:
     """The items of a dataset, taken apart through every `Subset` and `ConcatDataset`.
 
     Attributes:
-        datasets: Those at the bottom, each once.
+        datasets: Those at the bottom of which there are items, each once.
         which: For each item the place of its dataset among them, int64.
         indices: For each item its index in that dataset, int64.
     """
@@ -40,7 +44,7 @@ class Origins:
 def find_origins(dataset: Any) -> Origins:
     """Take a dataset apart."""
     if isinstance(dataset, ConcatDataset):
-        parts = [find_origins(part) for part in dataset.datasets]
+        parts = [find_origins(part) for part in dataset.datasets if len(part)]  # type: ignore[arg-type]
         bottom = list({id(base): base for part in parts for base in part.datasets}.values())
         place = {id(base): number for number, base in enumerate(bottom)}
         renumbered = [torch.tensor([place[id(base)] for base in part.datasets])[part.which] for part in parts]
@@ -48,7 +52,8 @@ def find_origins(dataset: Any) -> Origins:
     if isinstance(dataset, Subset):
         origins = find_origins(dataset.dataset)
         chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
-        return Origins(origins.datasets, origins.which[chosen], origins.indices[chosen])
+        used, which = origins.which[chosen].unique(return_inverse=True)
+        return Origins(tuple(origins.datasets[place] for place in used), which, origins.indices[chosen])
     return Origins((dataset,), torch.zeros(len(dataset), dtype=torch.int64), torch.arange(len(dataset)))
 
 
@@ -94,6 +99,30 @@ def list_files(dataset: Any) -> list[str] | None:
                 if all(os.path.isfile(path) for path in (paths[0], paths[-1])):
                     return paths
     return None
+
+
+def warn_of_turned_images(datasets: Mapping[str, Any]) -> None:
+    """Warn of datasets whose loader ignores the files' EXIF orientation, as torchvision's does, where that can be seen.
+
+    An image that comes as a PIL image tells its orientation still.
+    """
+    for name, dataset in datasets.items():
+        origins = find_origins(dataset)
+        for item in {len(dataset) * k // _NUM_LOOKED_AT for k in range(_NUM_LOOKED_AT)}:
+            base, index = origins[item]
+            if not isinstance(base, DatasetFolder) or base.loader is not default_loader or base.transform is None:
+                continue
+            path = base.samples[index][0]
+            with Image.open(path) as image:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if is_turned and not isinstance(base[index][0], Image.Image):
+                warnings.warn(
+                    f"{name} gives images turned as the camera was held, such as {path}, whereas predictions of files "
+                    f"are turned upright. Open them with ImageFolder(..., loader=lambda path: "
+                    f"ImageOps.exif_transpose(Image.open(path)).convert('RGB')), or without a transform.",
+                    stacklevel=3,
+                )
+                break
 
 
 def find_file(dataset: Any, item: int) -> str | None:

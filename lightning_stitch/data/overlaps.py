@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_stitch._lightning import isolate_rng
 from lightning_stitch.data.folders import list_first
 from lightning_stitch.data.images import Decoder, Items, image_of, naming_image
 from lightning_stitch.data.labels import show_progress
@@ -29,7 +28,8 @@ def image_keys(datasets: Mapping[str, Items], decoder: Decoder) -> dict[str, Key
     """A key for each image of each dataset; equal keys are equal images.
 
     Where all of them tell their files, links are followed and the files' bytes compared. Else each image is drawn as it
-    is before the transforms that a dataset keeps in attributes; an item of one object is one image in any case.
+    is before the transforms that a dataset keeps in attributes; an item of one object is one image in any case. The
+    global random states are changed.
     """
     origins = {name: find_origins(dataset) for name, dataset in datasets.items()}
     bottom = {id(base): base for origin in origins.values() for base in origin.datasets}
@@ -48,14 +48,13 @@ def image_keys(datasets: Mapping[str, Items], decoder: Decoder) -> dict[str, Key
         keys = {place: by_path[path] for place, path in paths.items()}
     else:
         views: dict[int, _Undressed] = {}
-        with isolate_rng():
-            for name, of_set in places.items():
-                for item in show_progress(range(len(of_set)), f"compare {name}"):
-                    number, index = place = of_set[item]
-                    if place not in keys:
-                        view = views[number] = views.get(number) or _Undressed(bottom[number], index, decoder)
-                        with naming_image(datasets[name], name, item):
-                            keys[place] = view.hash(index)
+        for name, of_set in places.items():
+            for item in show_progress(range(len(of_set)), f"compare {name}"):
+                number, index = place = of_set[item]
+                if place not in keys:
+                    view = views[number] = views.get(number) or _Undressed(bottom[number], index, decoder)
+                    with naming_image(datasets[name], name, item):
+                        keys[place] = view.hash(index)
     return {name: [keys[place] for place in of_set] for name, of_set in places.items()}
 
 
@@ -126,7 +125,7 @@ class _Undressed:
         # What is drawn at random in the dataset's own code is drawn alike for each of its objects.
         random.seed(0)
         np.random.seed(0)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         image = self._decoder.scale(image_of(self._dataset[index]))
-        values = (image.double() * 65535).round().to(torch.int32).contiguous()
+        values = (image * 65535).round().to(torch.int32).to(torch.int16).contiguous()
         return hashlib.blake2b(values.numpy().tobytes(), digest_size=16, key=str(tuple(image.shape)).encode()).digest()

@@ -1,4 +1,4 @@
-"""Which images a dataloader draws: samplers and batch samplers that choose a subset are read, or refused."""
+"""The datasets of another data module: which images its loaders draw is read off their samplers, or refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,36 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_stitch._lightning import isolate_rng
+from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.errors import CalibrationError
+
+
+def borrow_datasets(datamodule: pl.LightningDataModule) -> dict[str, Any]:
+    """Take the datasets behind another datamodule's train, val and test dataloaders."""
+    overridden = [
+        name
+        for name in ("train", "val", "test")
+        if getattr(type(datamodule), f"{name}_dataloader") is not getattr(pl.LightningDataModule, f"{name}_dataloader")
+    ]
+    # All setups come before the first dataset is taken: one that splits at random splits anew in each.
+    datamodule.setup("fit")
+    if "test" in overridden:
+        datamodule.setup("test")
+    datasets: dict[str, Any] = {}
+    for name in overridden:
+        loaders = getattr(datamodule, f"{name}_dataloader")()
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        if loaders in ([], [None]):
+            continue
+        if len(loaders) > 1 or not isinstance(loaders[0], DataLoader):
+            raise CalibrationError(
+                f"{type(datamodule).__name__}.{name}_dataloader() should return one DataLoader; found "
+                f"{[type(loader).__name__ for loader in loaders]}. Pass its datasets as train=, val= and test=."
+            )
+        datasets[name] = select_drawn(loaders[0], f"{type(datamodule).__name__}.{name}_dataloader()")
+    if "train" not in datasets:
+        raise CalibrationError(f"{type(datamodule).__name__} has no train_dataloader; pass its datasets as train=.")
+    return datasets
 
 
 def select_drawn(loader: DataLoader, name: str) -> Any:
@@ -39,9 +67,7 @@ def select_drawn(loader: DataLoader, name: str) -> Any:
     indices = _read_indices(sampler, name, most=100 * length)
     out_of_range = next((index for index in indices if not -length <= index < length), None)
     if out_of_range is not None:
-        raise CalibrationError(
-            f"The {type(sampler).__name__} of {name} draws image {out_of_range}, but its dataset holds {length}."
-        )
+        raise CalibrationError(f"The sampler of {name} draws image {out_of_range}, but its dataset holds {length}.")
     unique = list(dict.fromkeys(index % length for index in indices))
     return dataset if sorted(unique) == list(range(length)) else Subset(dataset, unique)
 

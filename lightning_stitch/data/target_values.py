@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_stitch.data.origins import find_origins
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.heads import Task
 
 DataTask = Task | Literal["none"]
+_MOST_CLASSES = 50_000  # more are identifiers of images rather than classes, of which each would take a column
 Label = int | str
 TargetValue = Label | Tensor
 
@@ -121,6 +123,49 @@ def read_label(value: Any) -> Label:
     return int(label)
 
 
+def read_labels(labels: Any) -> list[Label]:
+    """The classes of several images, as `read_label` for each; integers may be any.
+
+    Raises:
+        CalibrationError: If they are a mapping, or one is no class; the message names it by its place.
+    """
+    if isinstance(labels, Mapping):
+        raise CalibrationError("Labels are a sequence, in the order of the images; found a mapping.")
+    values = labels.to_numpy() if hasattr(labels, "to_numpy") else labels
+    classes: list[Label] = []
+    for place, value in enumerate(values.tolist() if hasattr(values, "tolist") else values):
+        try:
+            classes.append(value if type(value) is int else read_label(value))
+        except CalibrationError as error:
+            raise CalibrationError(f"The label of image {place}: {error}.") from error
+    return classes
+
+
+def check_batch_labels(batches: Iterable[Any], num_classes: int | None) -> Iterator[Any]:
+    """The same batches, unless one has labels that are no tensor or class numbers that are too large to be such.
+
+    Raises:
+        CalibrationError: At the first such batch.
+    """
+    most = num_classes or _MOST_CLASSES
+    for batch in batches:
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else torch.zeros(0)
+        if not isinstance(labels, Tensor | np.ndarray):
+            first = labels[0] if isinstance(labels, list | tuple) and labels else labels
+            raise CalibrationError(
+                f"The labels of a batch are a tensor of class numbers; found {type(labels).__name__} ({first!r}). "
+                f"Number the classes in the dataset, or give it to CalibrationDataModule, which numbers them by name."
+            )
+        values = torch.as_tensor(labels)
+        if values.ndim == 1 and len(values) and not values.is_floating_point() and int(values.max()) >= most:
+            raise CalibrationError(
+                f"A batch has the label {int(values.max())}, but "
+                f"{'there are' if num_classes else 'there can hardly be more than'} {most} classes. Number them from 0 "
+                f"without gaps."
+            )
+        yield batch
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetReaders:
     """Reads the targets of a dataset whose parts may number the same classes differently.
@@ -135,8 +180,9 @@ class TargetReaders:
 
     @classmethod
     def alike(cls, reader: TargetReader, dataset: Any) -> TargetReaders:
-        """One reader for all of a dataset."""
-        return cls((reader,), torch.zeros(len(dataset), dtype=torch.int64))
+        """The same reader for all of a dataset."""
+        origins = find_origins(dataset)
+        return cls((reader,) * len(origins.datasets), origins.which)
 
     def __call__(self, index: int, value: Any) -> TargetValue:
         """Check the target of an item and bring it into its form."""

@@ -15,8 +15,7 @@ from torchvision import transforms as v1
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
-from lightning_stitch._lightning import isolate_rng
-from lightning_stitch.data.images import image_of, spread, to_channels_first
+from lightning_stitch.data.images import image_of, naming_image, spread, to_channels_first
 
 _NAME = re.compile(r"^_?(\w+_)?(transforms?|augment\w*|aug|preprocess\w*)$")
 # Of torchvision, what draws at random and does not begin with "Random".
@@ -82,12 +81,12 @@ def without_chance(datasets: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, dataset in datasets.items():
         random_steps = [transform for _, _, transform in _walk(dataset) if is_random(transform)]
-        if not random_steps and not _varies(dataset):
+        if not random_steps and not _varies(dataset, name):
             plain[name] = dataset
             continue
         rest = [dataset for other, dataset in datasets.items() if other != name]
         plain[name] = replace_transforms(dataset, _Calming(rest, unseen=not random_steps))
-        if _varies(plain[name]) or any(is_random(transform) for _, _, transform in _walk(plain[name])):
+        if _varies(plain[name], name) or any(is_random(transform) for _, _, transform in _walk(plain[name])):
             warnings.warn(
                 f"{name} ({type(dataset).__name__}) gives the same image otherwise each time: it transforms at random, "
                 f"also what stitches and heads are fitted on and what is evaluated, which costs accuracy. Keep the "
@@ -164,11 +163,11 @@ def leave_out_random(transform: Any) -> Any:
     return keep if kind.__module__.startswith("torchvision.transforms") else transform
 
 
-def _varies(dataset: Any) -> bool:
+def _varies(dataset: Any, name: str) -> bool:
     """Whether a few images differ when they are drawn a second time."""
-    with isolate_rng():
-        for index in spread(len(dataset), _PROBES):
+    for index in spread(len(dataset), _PROBES):
+        with naming_image(dataset, name, index):
             first, second = (to_channels_first(image_of(dataset[index])).numpy() for _ in range(2))
-            if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
-                return True
+        if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
+            return True
     return False

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
+from lightning_stitch.data import look_up_classes
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
@@ -98,6 +99,7 @@ class StitchedClassifier(pl.LightningModule):
         self._plan = TrainingPlan(
             thaw, train_mode=train_mode, backbone_lr_factor=backbone_lr_factor, fragment_lr_decay=fragment_lr_decay
         )
+        self._class_numbers: Tensor | None = None  # by the labels of the data at hand
         self.network: StitchedNetwork | None = None
         self.head: nn.Module | None = None
         silent = self.head_settings.name == "none"
@@ -269,7 +271,26 @@ class StitchedClassifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Freeze and thaw what the epoch asks for that the run begins or goes on in."""
+        self._look_up_classes(self.trainer.train_dataloader)
         self._plan.start(self)
+
+    def on_validation_start(self) -> None:
+        """Look up the data's classes by name."""
+        self._look_up_classes(self.trainer.val_dataloaders)
+
+    def on_validation_end(self) -> None:
+        """Go back to the numbers of the train set, where there is one."""
+        self._look_up_classes(self.trainer.train_dataloader)
+
+    def on_test_start(self) -> None:
+        """Look up the data's classes by name."""
+        self._look_up_classes(self.trainer.test_dataloaders)
+
+    def _look_up_classes(self, loader: Any) -> None:
+        """Compare the names of the classes with those of a dataloader's dataset."""
+        loader = loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+        names = self.class_names if self.task == "multiclass" else None
+        self._class_numbers = look_up_classes(getattr(loader, "dataset", None), names)
 
     def on_train_epoch_start(self) -> None:
         """Freeze and thaw what the epoch asks for."""
@@ -297,11 +318,12 @@ class StitchedClassifier(pl.LightningModule):
         return self.network
 
     def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images and targets of a batch, which must have targets."""
+        """Images and targets of a batch, which must have targets; classes as this module numbers them."""
         images = images_of(batch)
         if images is batch or len(batch) < 2:
             raise StitchError(_NO_TARGETS)
-        return images, batch[1]
+        targets = batch[1]
+        return images, targets if self._class_numbers is None else self._class_numbers.to(targets.device)[targets]
 
 
 _NO_NETWORK = (

@@ -337,6 +337,27 @@ def test_no_tensor_outlives_a_request() -> None:
         assert network() is None
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (np.array([3, 7] * 12), (3, 7)),
+        ([np.int64(3), np.int64(7)] * 12, (3, 7)),
+        ([torch.tensor(3), torch.tensor(7)] * 12, (3, 7)),
+        ([0.0, 1.0] * 12, (0, 1)),
+        (torch.eye(2).repeat(12, 1), (0, 1)),
+        (np.array([[3], [7]] * 12), (3, 7)),
+        ([0, 1_000_000] * 12, (0, 1_000_000)),
+        ([-1, 1] * 12, (-1, 1)),
+        (np.array(["cup", "key"] * 12), ("cup", "key")),
+    ],
+)
+def test_labels_of_any_kind_are_taken_for_what_they_are(pool: Pool, labels: Any, classes: tuple[Any, ...]) -> None:
+    same = compose(pool, MINE, ["a", "b"] * 12)
+    found = compose(pool, MINE, labels)
+    assert found.classes == classes
+    assert found.result.best.scores == same.result.best.scores
+
+
 # -- what cannot be ------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +367,9 @@ def test_no_tensor_outlives_a_request() -> None:
         (MINE[:3], None, "at least 4 images; found 3"),
         (MINE, [0, 1], "one label; found 24 images and 2 labels"),
         (MINE, [0] * 24, "at least two classes; all labels are 0"),
-        (MINE, [0.5] * 24, r"all integers or all names; found \['float'\]"),
+        (MINE, [0.5] * 24, r"The label of image 0: labels must be integers from 0, names, .*found 0\.5"),
+        (MINE, dict.fromkeys(range(24), 1), "in the order of the images; found a mapping"),
+        (MINE, [[1, 1]] * 24, "The label of image 0: a vector as a label must be one-hot"),
         (MINE, ["a", 1] * 12, r"all integers or all names; found \['int', 'str'\]"),
         (MINE * 300, MY_LABELS, r"Image 0: images must be float in \[0, 1\]"),
         ([*MINE[:4], "me.png"], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),

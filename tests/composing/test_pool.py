@@ -399,3 +399,21 @@ def test_seconds_are_those_of_the_search_itself(monkeypatch: pytest.MonkeyPatch)
     first, second = (pool.search([CALIBRATION], SELECTION, max_candidates=1).seconds for _ in range(2))
     # The cutting in the constructor and the costs of the search are one stage.
     assert first == second == {"cut": 2.0, "calibrate": 1.0, "search": 1.0, "rank": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "words"),
+    [
+        (torch.tensor([0, 1, 1_000_000] * 4), {}, "label 1000000, but there can hardly be more than 50000 classes"),
+        (torch.arange(12), {"num_classes": 3}, "label 11, but there are 3 classes"),
+        (["cat", "dog"] * 6, {}, r"a tensor of class numbers; found list \('cat'\).*CalibrationDataModule"),
+        (None, {}, "a tensor of class numbers; found NoneType"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused_before_a_source_runs(
+    pool: Pool, labels: object, options: dict[str, int], words: str
+) -> None:
+    images = torch.rand(12, *pool.image_shape, generator=torch.Generator().manual_seed(0))
+    with images_seen(pool.parts[0].source) as seen, pytest.raises(CalibrationError, match=words):
+        pool.search([images], [(images, labels)], **options)
+    assert seen == []

@@ -47,6 +47,23 @@ class Normalising(pl.LightningDataModule):
         return [DataLoader(self.test, batch_size=7)]
 
 
+class Loaders(pl.LightningDataModule):
+    """A data module of given dataloaders."""
+
+    def __init__(self, train, val=None, test=None):
+        super().__init__()
+        self.loaders = {"train": train, "val": val, "test": test}
+
+    def train_dataloader(self):
+        return self.loaders["train"]
+
+    def val_dataloader(self):
+        return self.loaders["val"] or []
+
+    def test_dataloader(self):
+        return self.loaders["test"] or []
+
+
 def numbered(count, num_classes=2, labels=None, size=4, first=0):
     """Grey float images whose every pixel tells their index: (first + index) / 1000."""
     images = (torch.arange(first, first + count) / 1000).view(-1, 1, 1, 1).expand(count, 1, size, size).clone()
@@ -63,12 +80,12 @@ def drawn(module, part):
     return (images[:, 0, 0, 0] * 1000).round().long().tolist(), labels
 
 
-def write_folder(root, counts, *, size=(6, 5), mode="RGB", suffix=".png"):
+def write_folder(root, counts, *, size=(6, 5), mode="RGB"):
     """Folders of images, each of one colour but for three pixels, which tell its path."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            path = root / name / f"{number}{suffix}"
+            path = root / name / f"{number}.png"
             image = Image.new(mode, size, number if mode == "L" else (number, 0, 255))
             for place, byte in enumerate(crc32(str(path).encode()).to_bytes(4, "big")[:3]):
                 image.putpixel((place, 0), byte if mode == "L" else (byte, 0, 255))

@@ -63,10 +63,10 @@ def quiet_trainer(folder: Path, **options: object) -> pl.Trainer:
     )
 
 
-def write_digits(folder: Path, count: int) -> Path:
+def write_digits(folder: Path, count: int, *, first: int = 0) -> Path:
     """Grey 8 x 8 PNG files of handwritten digits, one folder for each of the classes in NAMES."""
     images, labels = load_digits(n_class=len(NAMES), return_X_y=True)
-    for index, (image, label) in enumerate(zip(images[:count], labels[:count], strict=True)):
+    for index, (image, label) in enumerate(zip(images[first : first + count], labels[first:], strict=False)):
         (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
         Image.fromarray((image.reshape(8, 8) * 15.9).astype("uint8")).save(folder / NAMES[label] / f"{index:03}.png")
     return folder

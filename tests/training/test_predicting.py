@@ -32,7 +32,7 @@ from lightning_stitch.data.image_files import ImageFileSet
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder / "train", 40)
-    write_digits(folder / "test", 25)
+    write_digits(folder / "test", 25, first=40)
     return folder
 
 
