@@ -9,6 +9,7 @@ import torch
 
 from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.errors import StitchError
+from lightning_stitch.io import check_content
 from lightning_stitch.training.module import StitchedClassifier
 
 
@@ -26,6 +27,7 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
         return StitchedClassifier.from_pretrained(str(checkpoint))
     if not path.is_file():
         raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
+    check_content(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         hparams = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]

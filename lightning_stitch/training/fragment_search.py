@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
@@ -212,6 +213,11 @@ class FragmentSearch(pl.Callback):
         place, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
         if place.recipe is not None:
+            if self.result is None:
+                rank_zero_warn(
+                    "FragmentSearch does nothing: the module has a network already, which is trained on. Give fit a "
+                    "module without one to search again."
+                )
             return
         if self.ckpt_path is not None:
             # Now, for callbacks behind this one that copy or freeze the module in their own setup.

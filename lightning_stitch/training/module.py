@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
+from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.data import look_up_classes
@@ -21,7 +23,7 @@ from lightning_stitch.networks import StitchedNetwork, empty_head, load_classifi
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stitching import images_of, is_empty
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
-from lightning_stitch.training.thawing import TrainingPlan
+from lightning_stitch.training.thawing import TrainingPlan, eval_mode
 
 
 class StitchedClassifier(pl.LightningModule):
@@ -53,7 +55,8 @@ class StitchedClassifier(pl.LightningModule):
             of the fragments where a stitch is folded into them; "neighbours": also the nearest layers before and
             behind each stitch, with the normalisations on the way; "all"; or a schedule by epoch, as
             {0: "head", 3: "stitches", 6: "all"}.
-        train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops.
+        train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops; a batch
+            of one image, of which there are no statistics, runs in eval mode.
         lr: Learning rate; None: the optimizer's own. `LearningRateFinder` sets it.
         backbone_lr_factor: Learning rate of the fragments, relative to that of the head and the stitches.
         fragment_lr_decay: Each fragment's learning rate is that of the one behind it times this.
@@ -237,7 +240,11 @@ class StitchedClassifier(pl.LightningModule):
         images, targets = self._split_batch(batch)
         if batch_idx == 0:
             self._require_network().check_images(images)
-        loss = loss_of(self.head_settings.task, self(images), targets)
+        if len(images) == 1 and self.train_mode:
+            rank_zero_warn("A batch of one image is trained on in eval mode: BatchNorm in train mode needs two.")
+        with eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
+            outputs = self(images)
+        loss = loss_of(self.head_settings.task, outputs, targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -54,7 +54,7 @@ def metrics_for(task: Task, num_classes: int) -> MetricCollection:
 class ClassAUROC(MulticlassAUROC):
     """One-versus-rest AUROC, the mean over the classes that occur."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         """NaN unless two classes occur."""
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         classes = targets.unique().tolist()
@@ -66,7 +66,7 @@ class ClassAUROC(MulticlassAUROC):
 class LabelAUROC(MultilabelAUROC):
     """AUROC, the mean over the labels that some images have and some have not."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         """NaN where there is no such label."""
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         telling = (targets == 1).any(0) & (targets == 0).any(0)
@@ -77,7 +77,7 @@ class LabelAUROC(MultilabelAUROC):
 class LabelAveragePrecision(MultilabelAveragePrecision):
     """Average precision, the mean over the labels that occur."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         """NaN where no label occurs."""
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         occurs = (targets == 1).any(0)
@@ -91,7 +91,7 @@ class LabelF1(MultilabelF1Score):
 
     def compute(self) -> Tensor:
         """NaN where no label occurs."""
-        occurs = (self.tp + self.fn) > 0
+        occurs = torch.add(dim_zero_cat(self.tp), dim_zero_cat(self.fn)) > 0
         scores = super().compute()
         return scores[occurs].mean() if occurs.any() else _undefined("F1", "none of the images has a label", scores)
 

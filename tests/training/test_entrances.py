@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from doubles.predictions import NAMES, SIZE, classifier, quiet_trainer, small_source
+from doubles.small_sources import live
 from doubles.tensors import digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -183,3 +184,49 @@ def test_loaders_are_as_ever_where_images_are_right(tmp_path: Path) -> None:
     for stage in STAGES:
         run(stage, model, loader, tmp_path)
     assert model.network is not None
+
+
+def trained_on_single_images(folder: Path, model: StitchedClassifier) -> StitchedClassifier:
+    train = Batches((IMAGES[:4], LABELS[:4]), (IMAGES[4:5], LABELS[4:5]))
+    quiet_trainer(folder, max_epochs=1).fit(model, train, Batches(GOOD))
+    return model
+
+
+def test_a_batch_of_one_image_does_not_end_training_in_train_mode(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 6)]
+    found = classifier(live(nn.Sequential(*layers), "normalised", size=SIZE))
+    assert found.network is not None
+    model = StitchedClassifier(len(NAMES), train_mode=True)
+    model.install(found.network, found.head)  # type: ignore[arg-type]
+    norm = next(module for module in model.network.modules() if isinstance(module, nn.BatchNorm1d))  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="A batch of one image is trained on in eval mode"):
+        trained_on_single_images(tmp_path, model)
+    assert norm.training
+    assert int(norm.num_batches_tracked) == 1  # the single image moves no statistics
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_a_batch_of_one_image_is_nothing_special_in_eval_mode(tmp_path: Path) -> None:
+    trained_on_single_images(tmp_path, classifier(small_source(3)))  # a warning is an error here
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_training_in_half_precision_leaves_numbers(optimizer: Any, tmp_path: Path) -> None:
+    found = classifier(small_source(3))
+    model = StitchedClassifier(len(NAMES), optimizer=None if optimizer is torch.optim.AdamW else optimizer, lr=1e-3)
+    model.install(found.network, found.head)  # type: ignore[arg-type]
+    before = model.head.weight.detach().clone()  # type: ignore[union-attr, operator]
+    trainer = quiet_trainer(tmp_path, max_epochs=3, precision="16-true")
+    with pytest.warns(UserWarning, match=r"eps=1e-\d+ is 0 in torch.float16, .* raised to 6.1e-05"):
+        trainer.fit(model, Batches(GOOD), Batches(GOOD))
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float16
+        assert bool(parameter.isfinite().all())
+    assert not torch.equal(model.head.weight.cpu(), before.half())  # type: ignore[union-attr, arg-type, operator]
+
+
+def test_an_eps_that_a_dtype_has_is_left_alone(tmp_path: Path) -> None:
+    for precision in ("32-true", "bf16-true"):
+        trainer = quiet_trainer(tmp_path, max_epochs=1, precision=precision)
+        trainer.fit(classifier(small_source(3)), Batches(GOOD), Batches(GOOD))
+        assert {group["eps"] for group in trainer.optimizers[0].param_groups} == {1e-8}
