@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
 from lightning_stitch.baselines import METHODS, FineTuning, Method, compare_methods, print_methods
@@ -177,9 +177,10 @@ class StitchCLI(LightningCLI):
         commands["predict_data"] = commands.pop("predict")
         return {**commands, "check": {"model", "datamodule"}, "compare": {"model", "datamodule"}}
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before images and sources are looked for."""
-        given = self.config[self.subcommand].get("ckpt_path")
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and refuse a checkpoint that is not there before it is read and images and sources are looked for."""
+        super().parse_arguments(parser, args)
+        given = self.config[self.config.subcommand].get("ckpt_path")
         if given is None or str(given).startswith(_RESOLVED) or "://" in str(given):
             return
         if not Path(given).exists():

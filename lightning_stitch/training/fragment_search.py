@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
 from lightning_stitch.composing import Pool
@@ -214,8 +213,8 @@ class FragmentSearch(pl.Callback):
         check_order(trainer, self)
         if place.recipe is not None:
             if self.result is None:
-                rank_zero_warn(
-                    "FragmentSearch does nothing: the module has a network already, which is trained on. Give fit a "
+                pl.utilities.rank_zero_info(  # no warning: a run that is resumed has its search, too
+                    "FragmentSearch does nothing: the module has a network already, which fit goes on with. Give fit a "
                     "module without one to search again."
                 )
             return

@@ -168,3 +168,14 @@ def test_names_that_a_terminal_cannot_show_are_escaped_and_nothing_is_lost(
     subprocess.run([*command, f"--output={tmp_path / 'p.csv'}"], capture_output=True, check=True)
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert {os.fsencode(Path(row["file"]).name) for row in csv.DictReader(file)} == set(names)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b""])
+def test_what_is_there_in_place_of_a_checkpoint_is_called_that(
+    content: bytes, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stitched.ckpt"
+    file.write_bytes(content)
+    assert re.match(
+        r"error: .*stitched.ckpt is (a Git LFS|a web page|empty)", error_of(["predict", str(file), str(images)], capsys)
+    )
