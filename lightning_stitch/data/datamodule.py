@@ -27,7 +27,7 @@ _DEFAULT_SHARE = 0.2
 
 
 class CalibrationDataModule(pl.LightningDataModule):
-    """Supply the calibration, train, selection and test sets; no image is in two of them.
+    """Supply the calibration, train, selection and test sets; no image is in two of them, as a copy either.
 
     Every batch is `(images, targets)`: images float32, N x C x H x W, values in [0, 1], not normalised (a stitched
     network normalises inside), all of one size; targets as `task` says.
@@ -40,7 +40,8 @@ class CalibrationDataModule(pl.LightningDataModule):
     | test | report, never choose | `test` where given, else stratified out of `train` |
 
     Exactly one of `train`, `image_folder` and `datamodule` says where the images come from. The draws depend on `seed`
-    and the datasets alone.
+    and the datasets alone. Copies of an image in `train` are left out, with a warning; random transforms act in
+    `train_dataloader` alone.
 
     Args:
         train: Labelled pool, items `(image, label)`. An image is a PIL image, a tensor (C x H x W or H x W) or a numpy
@@ -67,9 +68,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         num_workers: Worker processes of each dataloader.
         pin_memory: Whether batches are put in page-locked memory.
         seed: Seed of the split and of the shuffling of `train_dataloader`.
-        task: What labels are. "multiclass": an integer, classes numbered from 0; batches int64, N. "multilabel": a
-            vector of 0 and 1; batches int64, N x labels. "regression": a number or a vector of numbers; batches
-            float32, N or N x numbers. "none": items are images, or their labels are ignored.
+        task: What labels are. "multiclass": an integer from 0, a name, or a one-hot vector; batches int64, N, numbered
+            as train has the classes, by name where datasets know names. "multilabel": a vector of 0 and 1; batches
+            int64, N x labels. "regression": a number or a vector of numbers; batches float32, N or N x numbers.
+            "none": items are images, or their labels are ignored.
 
     Raises:
         CalibrationError: From the constructor where the arguments contradict each other; from `setup` where folder,
