@@ -23,7 +23,7 @@ def predict(
     Args:
         checkpoint: A checkpoint such as stitched.ckpt, a saved folder, or hf-hub:ORG/NAME.
         images: Image files, and folders of them (those in folders inside too).
-        output: A .csv or .jsonl file; without it CSV is printed.
+        output: A .csv or .jsonl file; without it CSV is printed, with what a terminal cannot show escaped.
         overwrite: Replace the output file if it is there.
         skip_unreadable: Leave out files that cannot be decoded.
         class_names: Names of the classes, instead of the checkpoint's.
@@ -52,8 +52,16 @@ def predict(
             module, files, output=output, overwrite=overwrite, device=device, progress=output is not None
         )
     for reason in files.skipped.values():
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {escape(reason, sys.stderr.encoding)}", file=sys.stderr)
     if output is None:
-        print(as_csv(rows), end="")
+        encoding = sys.stdout.encoding or "ascii"
+        text = as_csv([{**row, "file": escape(row["file"], encoding)} for row in rows])
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
     else:
-        print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {output}.")
+        print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {escape(output, sys.stdout.encoding)}.")
+
+
+def escape(text: str, encoding: str | None) -> str:
+    """Text with backslash escapes for control characters, bytes that are no text, and what an encoding lacks."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding or "ascii", "backslashreplace").decode(encoding or "ascii")

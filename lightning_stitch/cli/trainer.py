@@ -8,12 +8,13 @@ from dataclasses import replace
 from importlib import import_module
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
 from lightning_stitch.baselines import METHODS, FineTuning, Method, compare_methods, print_methods
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
+from lightning_stitch.io import check_content
 from lightning_stitch.progress import Bar, Silent
 from lightning_stitch.sources import Preflight, preflight, print_preflight, refusal
 from lightning_stitch.tables import Record
@@ -25,6 +26,7 @@ else:
     LightningCLI = import_module(f"{NAMESPACE}.cli").LightningCLI
 
 _RECIPE = FineTuning()
+_RESOLVED = ("best", "last", "hpc", "registry")  # not paths: the Trainer knows what they stand for
 
 
 class StitchTrainer(pl.Trainer):
@@ -174,6 +176,17 @@ class StitchCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         commands["predict_data"] = commands.pop("predict")
         return {**commands, "check": {"model", "datamodule"}, "compare": {"model", "datamodule"}}
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and refuse a checkpoint that is not there before it is read and images and sources are looked for."""
+        super().parse_arguments(parser, args)
+        given = self.config[self.config.subcommand].get("ckpt_path")
+        if given is None or str(given).startswith(_RESOLVED) or "://" in str(given):
+            return
+        if not Path(given).exists():
+            raise StitchError(f"The checkpoint {given} (--ckpt_path) does not exist.")
+        if Path(given).is_file():
+            check_content(Path(given))
 
     def before_fit(self) -> None:
         """Spare a search whose network a checkpoint replaces; "last" and the like only the Trainer can resolve."""

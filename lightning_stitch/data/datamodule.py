@@ -195,9 +195,20 @@ class CalibrationDataModule(pl.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """The train set, shuffled anew in every epoch, alike in a resumed run, with its random transforms."""
+        """The train set, shuffled anew in every epoch, alike in a resumed run, with its random transforms.
+
+        Where the last batch would be of one image, which BatchNorm cannot train on, each epoch leaves out its last one.
+        """
         self.setup()
-        return self._make_loader(self._augmented, EpochShuffle(self._augmented, self._seed))
+        shuffle = EpochShuffle(self._augmented, self._seed)
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        share = -(-len(self._augmented) // ranks)
+        if is_left_alone := share > self.batch_size > 1 == share % self.batch_size:
+            pl.utilities.rank_zero_info(
+                "Of the train images, one would be alone in the last batch, where BatchNorm has no statistics: each "
+                "epoch leaves out the one that comes last."
+            )
+        return self._make_loader(self._augmented, shuffle, drop_last=is_left_alone)
 
     def head_dataloader(self) -> DataLoader:
         """The train set in a fixed order, for a head that is solved rather than trained."""
@@ -261,11 +272,18 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.setup()
         return self._make_loader(self._parts[part])
 
-    def _make_loader(self, images: Dataset[Any], sampler: EpochShuffle | None = None) -> DataLoader:
+    def _make_loader(
+        self, images: Dataset[Any], sampler: EpochShuffle | None = None, *, drop_last: bool = False
+    ) -> DataLoader:
         # A generator of its own: without one, iterating a DataLoader draws a seed from the global random state.
         generator = torch.Generator().manual_seed(self._seed)
         return DataLoader(
-            images, batch_size=self.batch_size, sampler=sampler, generator=generator, **self._loader_options
+            images,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            generator=generator,
+            drop_last=drop_last,
+            **self._loader_options,
         )
 
     def _collect_datasets(self) -> dict[str, Items]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,22 +17,22 @@ from lightning_stitch.errors import CalibrationError
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """List the image files that paths name, each file once, as and where it was first named.
+    """List the image files that paths name, each name once, where it first stood.
 
     Files are taken whatever their suffix; of folders the files with a suffix of an image, those in folders inside too,
-    sorted by name, without hidden and system folders. Other files are left out with a warning. A path that does not
-    exist or names no image is an error.
+    also behind links, sorted by name, without hidden and system folders. Two names of one file are two. Other files are
+    left out with a warning. A path that does not exist or names no image is an error.
     """
     if not paths:
         raise CalibrationError("No images were named; give image files, or folders of them.")
     missing = [str(path) for path in paths if not Path(path).exists()]
     if missing:
         raise CalibrationError(f"{list_first(missing)} {'does' if len(missing) == 1 else 'do'} not exist.")
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     left_out: list[str] = []
     for path in map(Path, paths):
         for file in _find_images(path, left_out) if path.is_dir() else [path]:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(os.path.abspath(file), file)
     if left_out:
         warnings.warn(f"{len(left_out)} files that are no images are left out: {list_first(left_out)}.", stacklevel=2)
     return list(files.values())
@@ -43,10 +43,9 @@ def _find_images(folder: Path, left_out: list[str]) -> list[Path]:
     files: list[Path] = []
     others: list[str] = []
     suffixes = image_suffixes()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+    for parent, names in _walk(folder):
         images = [name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
-        files += [Path(parent) / name for name in images]
+        files += [parent / name for name in images]
         others += [os.path.join(parent, name) for name in names if name not in images and not is_hidden(name)]
     if not files:
         raise CalibrationError(
@@ -55,6 +54,22 @@ def _find_images(folder: Path, left_out: list[str]) -> list[Path]:
         )
     left_out += sorted(others)
     return sorted(files, key=lambda file: file.parts)
+
+
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder, links followed, with the names of its files; a link to a folder that it lies in is not."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise CalibrationError(f"The folder {folder} cannot be listed: {error.strerror}.") from error
+    inside = [entry.name for entry in entries if entry.is_dir()]
+    yield folder, [entry.name for entry in entries if entry.name not in inside]
+    for name in inside:
+        if not is_hidden(name):
+            yield from _walk(folder / name, above | {real})
 
 
 def select_readable(files: Sequence[Path], *, skip_unreadable: bool) -> tuple[list[Path], dict[Path, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,7 @@ from torch.utils.data import Dataset
 from lightning_stitch.data.origins import find_file
 from lightning_stitch.data.target_values import TargetReaders, TargetValue
 from lightning_stitch.errors import CalibrationError
-
-# A bicubic resize overshoots by up to this much at sharp edges; a normalised image leaves [0, 1] by far more.
-_OVERSHOOT = 0.1
+from lightning_stitch.stitching import object_to
 
 
 class Items(Protocol):
@@ -118,14 +115,6 @@ class Decoder:
     def __call__(self, image: Any) -> Tensor:
         """An image as it is read: float32 in [0, 1], channels x height x width."""
         pixels = self.scale(image)
-        low, high = (float(value) for value in pixels.aminmax())
-        if not math.isfinite(low + high):
-            raise CalibrationError("the image holds NaN or infinite values")
-        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-            raise CalibrationError(
-                f"values must lie in [0, 1], these go from {low:.3g} to {high:.3g}; if the dataset normalises its "
-                f"images, pass the mean= and std= it uses; if they go from 0 to 255, give them as uint8"
-            )
         if len(pixels) == 1 and self.num_channels == 3:
             pixels = pixels.expand(3, -1, -1)
         if len(pixels) != self.num_channels:
@@ -133,6 +122,8 @@ class Decoder:
                 f"the image has {len(pixels)} channels (channels first: {tuple(pixels.shape)}), num_channels is "
                 f"{self.num_channels}; tensors are read as C x H x W, numpy arrays as H x W x C"
             )
+        if (objection := object_to(pixels[None], (self.num_channels, None, None))) is not None:
+            raise CalibrationError(objection)
         if self.image_size is not None and pixels.shape[1:] != self.image_size:
             pixels = interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
         return pixels.clamp(0, 1)

@@ -144,8 +144,13 @@ def mark_stratified(labels: Tensor, count: int, *, leave: int) -> Tensor:
     """Mark `count` items, in the proportions of their labels, the first ones of each class.
 
     At least `leave` items of each class stay unmarked, and every class gets one item if it can. Otherwise whole
-    numbers come by largest remainder.
+    numbers come by largest remainder. Where that leaves a choice of classes, it is by the order of the items: of fewer
+    items than classes those have one that come first.
     """
+    _, labels = labels.unique(return_inverse=True)
+    first = torch.full((int(labels.max()) + 1,), len(labels))
+    first = first.scatter_reduce(0, labels, torch.arange(len(labels)), "amin")
+    labels = first.argsort(descending=True).argsort()[labels]
     sizes = torch.bincount(labels)
     room = (sizes - leave).clamp(min=0)
     total = max(int(room.sum()), 1)

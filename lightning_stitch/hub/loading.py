@@ -22,6 +22,7 @@ from lightning_stitch.io import (
     CONFIG,
     LARGEST_CONFIG,
     WEIGHTS,
+    check_content,
     differences,
     hub_file,
     in_words,
@@ -134,7 +135,7 @@ def open_pretrained(where: str | Path, *, weights: bool = True) -> PretrainedFol
 
     Raises:
         SourceError: If there is no such folder or repository, or the hub cannot be reached.
-        StitchError: If a file is missing.
+        StitchError: If a file is missing, or only a pointer to it is there.
         RecipeError: If the config is malformed, of another format, or its recipe is.
     """
     folder = _find_folder(where)
@@ -176,4 +177,5 @@ def _file_in(folder: Path, name: str) -> Path:
     """A file of a folder; a pipe, which never ends, is none."""
     if not (folder / name).is_file():
         raise StitchError(f"{folder} holds no file {name}; save_pretrained writes it.")
+    check_content(folder / name)
     return folder / name

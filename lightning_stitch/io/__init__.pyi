@@ -16,7 +16,7 @@ from .hub_download import (
     tensor_shapes,
 )
 from .journal import Answer, Answers, Journal
-from .tensor_files import UNFINISHED, WRITING_MEND, complete_or_absent, write_json
+from .tensor_files import UNFINISHED, WRITING_MEND, check_content, complete_or_absent, write_json
 
 __all__ = [
     "Answer",
@@ -33,6 +33,7 @@ __all__ = [
     "WRITING_MEND",
     "WeightFile",
     "carry",
+    "check_content",
     "client_errors",
     "complete_or_absent",
     "differences",

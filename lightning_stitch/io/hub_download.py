@@ -12,6 +12,7 @@ from typing import Any
 from torch import hub
 
 from lightning_stitch.errors import SourceError, first_lines
+from lightning_stitch.io.tensor_files import check_content
 
 # The files of a network, in timm's layout and in ours.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -158,6 +159,7 @@ def hub_file(
             f"{name} has {remote.size} bytes; expected were {most} at most. Look at it on the repository's page."
         )
     if remote.file is not None:
+        check_content(remote.file)
         return remote.file
     failures: tuple[type[Exception], ...] = (EntryNotFoundError, RuntimeError, *client_errors())
     try:
@@ -175,6 +177,7 @@ def hub_file(
             f"{name} did not arrive as the hub has it (its sha256 is not {remote.sha256[:12]}...). It was deleted from "
             f"the cache; try again."
         )
+    check_content(path)
     return path
 
 
@@ -229,10 +232,11 @@ def download_of(url: str) -> WeightFile:
     """The file that torch.hub keeps of a URL's weights; the network is not asked.
 
     Raises:
-        SourceError: If it is not cached and the user asked to stay offline.
+        SourceError: If it is not cached and the user asked to stay offline, or what is cached is another file.
     """
     file = Path(hub.get_dir()) / "checkpoints" / Path(url).name
     if file.is_file():
+        check_content(file)
         return WeightFile(file, file.parent, file.stat().st_size, url=url)
     if offline():
         raise SourceError(

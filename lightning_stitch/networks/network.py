@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor  # has no public home
 
 from lightning_stitch.cutting import CutGraph, copy_module, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
@@ -18,7 +19,7 @@ from lightning_stitch.heads import RidgeHead
 from lightning_stitch.hub import CardDetails, CardSubject, open_pretrained, save_folder
 from lightning_stitch.recipe import Recipe, StitchSpec, Tap
 from lightning_stitch.sources import Preprocess, build_architecture, view_size
-from lightning_stitch.stitching import Reading, Stitch, fold_into_consumer, fold_into_producer
+from lightning_stitch.stitching import Reading, Stitch, check_images, fold_into_consumer, fold_into_producer
 
 ImageSize = tuple[int, int] | None
 """(height, width) to which images are resized for a source; None: they keep the recipe's."""
@@ -27,7 +28,8 @@ ImageSize = tuple[int, int] | None
 class StitchedNetwork(nn.Module):
     """A composition of fragments of several sources: a chain, an early exit, sources side by side, or an ensemble.
 
-    Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised. It gives what its taps
+    Its forward takes images (batch, channels, height, width), float, in [0, 1], not normalised: the first batch with
+    gradients is checked, and the first one without after each `eval()`; others cost nothing. It gives what its taps
     read, side by side (batch, num_features): means and standard deviations over the positions of what it passes, and
     its ends' vectors. An average of members gives log-probabilities (batch, classes), which serve as logits.
 
@@ -57,9 +59,23 @@ class StitchedNetwork(nn.Module):
         parents = [fragment.parent for fragment in recipe.fragments]
         # An activation is let go of as soon as its last fragment has begun.
         self._last_child = {parent: index for index, parent in enumerate(parents) if parent is not None}
+        self._checked: set[bool] = set()  # whether images were with gradients (True) and without
+
+    def train(self, mode: bool = True) -> StitchedNetwork:
+        """Set the mode; in eval mode the next images may come from elsewhere, and are checked once more."""
+        if not mode:
+            self._checked.discard(False)
+        return super().train(mode)
+
+    def check_images(self, images: Any) -> None:
+        """Refuse (CalibrationError) what is not images (batch, channels, height, width), finite floats in [0, 1]."""
+        check_images(images, (self.recipe.input_size[0], None, None))
 
     def forward(self, images: Tensor) -> Tensor:
         """What the taps give, or the log-probabilities of an average, for images in [0, 1]."""
+        if torch.is_grad_enabled() not in self._checked and not _is_traced(images):
+            self.check_images(images)
+            self._checked.add(torch.is_grad_enabled())
         activations: dict[int, Tensor] = {}
         vectors: dict[int, Tensor] = {}
         recipe = self.recipe
@@ -269,6 +285,12 @@ def _graph_at(recipe: Recipe, name: str, size: ImageSize, graph: CutGraph) -> Cu
     """A source's graph for images of a size."""
     shape = recipe.input_size if size is None else (recipe.input_size[0], *size)
     return graph.at(view_size(recipe.source(name).preprocessing, shape))
+
+
+def _is_traced(images: Any) -> bool:
+    """Whether images have no values: while a graph is recorded, or without memory."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or isinstance(images, FakeTensor | fx.Proxy) or getattr(images, "is_meta", False)
 
 
 def _tap_module(tap: Tap, recipe: Recipe, graph: CutGraph) -> nn.Module:

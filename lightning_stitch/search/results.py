@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, in_words
-from lightning_stitch.errors import BudgetError
+from lightning_stitch.errors import BudgetError, CalibrationError
 from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.evaluation import Outcome
@@ -208,8 +208,19 @@ def rank(
 
     Those whose features tell no images apart are left out and counted in `rejected`. `labels` are the targets
     (`SelectionData`); `num_classes` None: as many as they say. Gives, too, what the ranking looked at.
+
+    Raises:
+        CalibrationError: If a source overflows on the selection images.
     """
     pairs = list(zip(candidates, outcomes, strict=True))
+    of_sources = {c.recipe.fragments[-1].source: outcome.features for c, outcome in pairs if c.kind == "source"}
+    for name, features in of_sources.items():
+        if not bool(torch.isfinite(features).all()):
+            num_bad = int((~torch.isfinite(features).all(1)).sum())
+            raise CalibrationError(
+                f"Source {name!r} gives NaN or infinite values at its end for {num_bad} of the {len(features)} images "
+                f"to choose by: it overflows on them. Look at these images and the source's weights, or leave it out."
+            )
     usable = [(c, outcome) for c, outcome in pairs if c.kind == "source" or _is_usable(outcome.features)]
     if len(usable) < len(pairs):
         rejected["features not finite or constant on the selection images"] = len(pairs) - len(usable)

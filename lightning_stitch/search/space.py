@@ -238,7 +238,9 @@ class SearchSpace:
         def score() -> Answer:
             rejected: Counter[str] = Counter()
             sender = self.sources[state.source].parts.cuts[cut]
-            return Answer([self._scorer.scores(activation, sender, admissible, rejected=rejected), rejected])
+            source = self.sources[state.source].name
+            scored = self._scorer.scores(activation, sender, admissible, source=source, rejected=rejected)
+            return Answer([scored, rejected])
 
         question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
         scored, rejected = self.journal.recall(question, score).value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_stitch.io import (
     LARGEST_CONFIG,
     WEIGHTS,
     WeightFile,
+    check_content,
     download_of,
     find_hub_file,
     hub_file,
@@ -31,10 +33,11 @@ UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def find_in_registry(spec: SourceSpec, name: str) -> Blueprint:
-    """A timm name such as "resnet50.a1_in1k"; its weights come from the hub, pinned to a commit."""
+    """A timm name such as "resnet50.a1_in1k", also an old one; its weights come from the hub, pinned to a commit."""
     import timm
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
+    written, name = name, current_name(name)
     check_architecture(name)
     architecture = name.partition(".")[0]
     try:
@@ -58,8 +61,8 @@ def find_in_registry(spec: SourceSpec, name: str) -> Blueprint:
         else:
             raise SourceError("timm has no pre-trained weights for it. Take pretrained=False for random weights.")
     return _blueprint(
-        spec=name,
-        name=name,
+        spec=written,
+        name=written,
         # with the tag: another version of timm may have another default
         architecture=f"{architecture}.{config['tag']}" if config.get("tag") else architecture,
         config=config,
@@ -87,6 +90,8 @@ def find_in_folder(spec: SourceSpec, path: str) -> Blueprint:
             else "Take pretrained=False for random weights"
         )
         raise SourceError(f"the folder holds no {WEIGHTS}, but {_contents(folder)}. {advice}.")
+    for file in (CONFIG, WEIGHTS)[: 1 + spec.pretrained]:
+        check_content(folder / file)
     architecture, config, saved = _read_config(folder / CONFIG)
     return _blueprint(
         spec=f"local-dir:{path}",
@@ -130,6 +135,26 @@ def hub_repository(architecture: str) -> str | None:
     except RuntimeError:  # a tag of another version of timm
         return None
     return config.hf_hub_id if config is not None and config.hf_hub_id else None
+
+
+def current_name(name: str) -> str:
+    """What timm calls a model today, which may have a tag; with timm's own warning where it is renamed.
+
+    Raises:
+        SourceError: If timm has removed it.
+    """
+    from timm.models._registry import _deprecated_models  # has no public home
+
+    architecture, _, tag = name.partition(".")
+    if architecture not in _deprecated_models:
+        return name
+    current = _deprecated_models[architecture]
+    if not current:
+        raise SourceError(f"timm has removed the model {architecture!r}, with no replacement.")
+    if tag:
+        current = f"{current.partition('.')[0]}.{tag}"
+    warnings.warn(f"Mapping deprecated model name {name} to current {current}.", stacklevel=2)
+    return str(current)
 
 
 def check_architecture(name: str) -> None:
@@ -238,6 +263,7 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         ) from error
     if architecture == "lightning_stitch":
         raise SourceError("it is a stitched network, which cannot be a source of another search.")
+    architecture = current_name(architecture).partition(".")[0]
     check_architecture(architecture)
     config = declared.to_dict(remove_source=True)
     config |= {"architecture": architecture, "num_classes": arguments["num_classes"], "custom_load": False}

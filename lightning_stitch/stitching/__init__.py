@@ -3,7 +3,8 @@
 A stitch joins one fragment's output to the next one's input: a format bridge, a resample, an affine map. In reading
 order:
 
-- `images.py`: batches of images as a search reads them, checked, hashed, put down to be read again; what is held out
+- `image_checks.py`: whether what a loader gives is images that a network can take, for every entrance of the package
+- `images.py`: batches of images as a search reads them, hashed, put down to be read again; what is held out
 - `segments.py`: sources taken apart at their cuts, and what their pieces cost, before anything is run
 - `activations.py`: one pass of a source over the calibration images, and what is kept of every cut
 - `stitches.py`: the stitch itself: bridge the format, resample to the receiver's grid, apply an affine map

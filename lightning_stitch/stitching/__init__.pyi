@@ -3,7 +3,8 @@ from .calibration import Calibration, saved_settings, settings_identity, source_
 from .candidates import Candidate, Kind, Read, Step, Way, piece_keys, pieces_of, tree_of
 from .fitting import fit_stitch, stitch_from_fit
 from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
-from .images import Batch, WithoutLabels, images_of, read_images, store_images
+from .image_checks import Batch, check_images, images_of, is_empty, object_to
+from .images import WithoutLabels, read_images, store_images
 from .segments import Segmented, chunks, segment
 from .stitches import Stitch, is_bridgeable, stitch_spec
 from .taps import Reading
@@ -24,6 +25,7 @@ __all__ = [
     "WithoutLabels",
     "calibrate",
     "centred_or_none",
+    "check_images",
     "choose_placement",
     "chunks",
     "fit_stitch",
@@ -31,6 +33,8 @@ __all__ = [
     "fold_into_producer",
     "images_of",
     "is_bridgeable",
+    "is_empty",
+    "object_to",
     "piece_keys",
     "pieces_of",
     "positions",

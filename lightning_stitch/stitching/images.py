@@ -1,4 +1,4 @@
-"""Batches of images as a search reads them: checked, hashed, put down to be read again."""
+"""Batches of images as a search reads them: hashed, put down to be read again, some of them held out."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Carried, Portion, Spool, key_of, tensors_hash
-
-Batch = Tensor | Sequence[Tensor]
-
-
-def images_of(batch: Batch) -> Tensor:
-    """The images of a batch of images, or of images and labels."""
-    return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Refuse (CalibrationError) images that are not finite floats (batch, *image_shape)."""
-    if tuple(images.shape[1:]) != image_shape:
-        raise CalibrationError(
-            f"Images must come in batches of (batch, {', '.join(map(str, image_shape))}), channels first; found "
-            f"{tuple(images.shape)}."
-        )
-    if not images.is_floating_point() or not torch.isfinite(images).all():
-        raise CalibrationError("Images must be finite floats in [0, 1]; found NaN, infinity or another dtype.")
+from lightning_stitch.stitching.image_checks import Batch, check_images, images_of, is_empty
 
 
 def read_images(
     batches: Iterable[Batch], image_shape: tuple[int, int, int], device: torch.device, labels: list[Tensor]
 ) -> Iterator[Tensor]:
-    """The images of batches, checked, in float32 on a device; the labels beside them are put into a list."""
+    """The images of batches, checked, in float32 on a device; the labels beside them are put into a list.
+
+    Empty batches are skipped.
+    """
     for batch in batches:
+        if is_empty(batch):
+            continue
         images = images_of(batch)
         if not isinstance(batch, Tensor) and len(batch) > 1:
             labels.append(torch.as_tensor(batch[1]).cpu())
@@ -76,7 +64,7 @@ def store_images(
     counts: list[int] = []
 
     def read() -> Iterator[Tensor]:
-        for images in map(images_of, batches):
+        for images in (images_of(batch) for batch in batches if not is_empty(batch)):
             check_images(images, image_shape)
             begun = sum(counts)
             judges = [] if held_out is None else held_out[begun : begun + len(images)]
@@ -107,7 +95,7 @@ class WithoutLabels:
     batches: Iterable[Batch]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(images_of, self.batches)
+        return (images_of(batch) for batch in self.batches if not is_empty(batch))
 
     @property
     def dataset(self) -> object:

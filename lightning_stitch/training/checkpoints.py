@@ -10,6 +10,7 @@ import torch
 from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.errors import StitchError, first_lines
 from lightning_stitch.heads import HeadSettings
+from lightning_stitch.io import check_content
 from lightning_stitch.networks import check_numbers
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.sources import check_preprocessing
@@ -30,6 +31,7 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
         return StitchedClassifier.from_pretrained(str(checkpoint))
     if not path.is_file():
         raise StitchError(f"The checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}.")
+    check_content(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         hparams, numbers = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY], content["state_dict"]

@@ -219,6 +219,11 @@ class FragmentSearch(pl.Callback):
         place, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
         if place.recipe is not None:
+            if self.result is None:
+                pl.utilities.rank_zero_info(  # no warning: a run that is resumed has its search, too
+                    "FragmentSearch does nothing: the module has a network already, which fit goes on with. Give fit a "
+                    "module without one to search again."
+                )
             return
         if self.ckpt_path is not None:
             # Now, for callbacks behind this one that copy or freeze the module in their own setup.

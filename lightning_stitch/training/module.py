@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
+from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.data import look_up_classes
@@ -19,8 +21,9 @@ from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails
 from lightning_stitch.networks import StitchedNetwork, check_classes, empty_head, load_classifier, save_classifier
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.stitching import images_of, is_empty
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
-from lightning_stitch.training.thawing import TrainingPlan
+from lightning_stitch.training.thawing import TrainingPlan, eval_mode
 
 
 class StitchedClassifier(pl.LightningModule):
@@ -30,9 +33,10 @@ class StitchedClassifier(pl.LightningModule):
     builds optimizers; `Trainer(max_epochs=0)` stops there. The recipe is a hyper-parameter, so that checkpoints
     load with no callback, no sources and `weights_only=True`.
 
-    Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that. The network
-    stays in eval mode while it is trained on, so that BatchNorm statistics do not move; `train_mode` changes that for
-    what is thawed. What is frozen keeps parameters and buffers bit for bit.
+    Images are float, (batch, channels, height, width), in [0, 1], not normalised: the network does that. Every batch is
+    checked for that, in training each epoch's first. Batches are (images, targets), or to predict images alone; empty
+    ones are skipped. The network stays in eval mode while it is trained on, so that BatchNorm statistics do not move;
+    `train_mode` changes that for what is thawed. What is frozen keeps parameters and buffers bit for bit.
 
     Args:
         num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
@@ -51,7 +55,8 @@ class StitchedClassifier(pl.LightningModule):
             of the fragments where a stitch is folded into them; "neighbours": also the nearest layers before and
             behind each stitch, with the normalisations on the way; "all"; or a schedule by epoch, as
             {0: "head", 3: "stitches", 6: "all"}.
-        train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops.
+        train_mode: Whether thawed layers run in train mode, where BatchNorm statistics move and dropout drops; a batch
+            of one image, of which there are no statistics, runs in eval mode.
         lr: Learning rate; None: the optimizer's own. `LearningRateFinder` sets it.
         backbone_lr_factor: Learning rate of the fragments, relative to that of the head and the stitches.
         fragment_lr_decay: Each fragment's learning rate is that of the one behind it times this.
@@ -224,28 +229,40 @@ class StitchedClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes or labels), numbers, or without a head features, for images in [0, 1]."""
-        if self.network is None or self.head is None:
-            raise StitchError(_NO_NETWORK)
-        return self.head(self.network(images))
+        features = self._require_network()(images)
+        assert self.head is not None
+        return self.head(features)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The task's loss of a batch (`loss_of`)."""
+        if is_empty(batch):
+            return None
         images, targets = self._split_batch(batch)
-        loss = loss_of(self.head_settings.task, self(images), targets)
+        if batch_idx == 0:
+            self._require_network().check_images(images)
+        if len(images) == 1 and self.train_mode:
+            rank_zero_warn("A batch of one image is trained on in eval mode: BatchNorm in train mode needs two.")
+        with eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
+            outputs = self(images)
+        loss = loss_of(self.head_settings.task, outputs, targets)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and metrics of the task (`metrics_for`)."""
         self._evaluate(batch, self.val_metrics, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and metrics of the task (`metrics_for`)."""
         self._evaluate(batch, self.test_metrics, "test")
 
-    def predict_step(self, batch: Tensor | tuple[Tensor, ...] | list[Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Probabilities of classes or labels, numbers, or without a head features: (batch, any of them)."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        network = self._require_network()
+        if is_empty(batch):
+            return torch.empty(0, self.num_classes or network.num_features)
+        images = images_of(batch)
+        network.check_images(images)
         outputs = self(images)
         return outputs if self.head_settings.name == "none" else predictions(self.head_settings.task, outputs)
 
@@ -286,22 +303,34 @@ class StitchedClassifier(pl.LightningModule):
         """Freeze and thaw what the epoch asks for."""
         self._plan.start_epoch(self)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
+    def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
         if self.trainer.sanity_checking and (self.head_settings.name == "none" or isinstance(batch, Tensor)):
             return  # fit checks a few batches even where there is no epoch to train
+        if is_empty(batch):
+            return
         images, targets = self._split_batch(batch)
+        self._require_network().check_images(images)
         outputs = self(images)
         metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
         loss = loss_of(self.head_settings.task, outputs, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images))
-        self.log_dict(metrics, batch_size=len(images))
+        if self.trainer.sanity_checking:
+            metrics.reset()  # of the few images of a sanity check they would say that they are undefined
+        else:
+            self.log_dict(metrics, batch_size=len(images))
+
+    def _require_network(self) -> StitchedNetwork:
+        if self.network is None:
+            raise StitchError(_NO_NETWORK)
+        return self.network
 
     def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and targets of a batch, which must have targets; classes as this module numbers them."""
-        if isinstance(batch, Tensor) or len(batch) < 2:
+        images = images_of(batch)
+        if images is batch or len(batch) < 2:
             raise StitchError(_NO_TARGETS)
         targets = batch[1]
-        return batch[0], targets if self._class_numbers is None else self._class_numbers.to(targets.device)[targets]
+        return images, targets if self._class_numbers is None else self._class_numbers.to(targets.device)[targets]
 
 
 _NO_NETWORK = (

@@ -26,7 +26,8 @@ class ImageFiles(pl.LightningDataModule):
 
     Args:
         paths: Files, which are taken whatever their suffix, and folders, of which the images are taken, those in
-            folders inside too, sorted by name. A file that is named twice is taken once.
+            folders inside and behind links too, sorted by name. A name that is given twice is taken once; two names of
+            one file are two rows.
         batch_size: Images in a batch.
         num_workers: Worker processes of the dataloader.
         skip_unreadable: Leave out files that cannot be decoded; each is decoded twice for that. Otherwise they are

@@ -5,13 +5,15 @@ Frozen means that neither parameters nor buffers move.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch.errors import StitchError
 from lightning_stitch.networks import StitchedNetwork
@@ -233,6 +235,31 @@ def _adds(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.name.rstrip("_0123456789") in _SUMS
 
 
+def _raise_eps(group: dict[str, Any]) -> None:
+    """Raise an optimizer's eps where the parameters' dtype has no number so small: divided by 0, they become NaN."""
+    eps = group.get("eps")
+    for dtype in {parameter.dtype for parameter in group["params"]}:
+        if isinstance(eps, float) and eps > 0 and float(torch.tensor(eps, dtype=dtype)) == 0:
+            group["eps"] = torch.finfo(dtype).tiny
+            rank_zero_warn(
+                f"The optimizer's eps={eps:g} is 0 in {dtype}, and every number would become NaN; it is raised to "
+                f"{group['eps']:.2g}. Give an optimizer with a larger eps, or train in 16-mixed or bf16-true."
+            )
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """A network in eval mode for a while, each layer in its own again afterwards."""
+    trained = [module for module in network.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
 class TrainingPlan:
     """What trains when, and how fast.
 
@@ -279,6 +306,7 @@ class TrainingPlan:
         optimizer = module.optimizer(groups)
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_factor"]
+            _raise_eps(group)
         return optimizer
 
     def spread_learning_rate(self, module: StitchedClassifier) -> None:

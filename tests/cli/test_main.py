@@ -367,3 +367,17 @@ def test_heads_with_options_and_tasks_come_from_yaml(
     assert loaded.head_settings.name == head["name"]
     assert loaded(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     main([then, "--config", str(config), "--ckpt_path", str(checkpoint)])
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "validate", "predict_data"])
+def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_else(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, tmp_path / "no_images_either")
+    missing = tmp_path / "missing.ckpt"
+    error = error_of([command, "--config", str(config), "--ckpt_path", str(missing)], capsys)
+    assert error == f"error: The checkpoint {missing} (--ckpt_path) does not exist.\n"
+    missing.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    error = error_of([command, "--config", str(config), "--ckpt_path", str(missing)], capsys)
+    assert error.startswith(f"error: {missing} is a Git LFS pointer")
+    assert error.count("\n") == 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -148,3 +150,32 @@ def test_files_that_are_no_checkpoint_of_a_network_are_refused(
 
 def test_class_names_are_in_the_checkpoint(checkpoint: Path) -> None:
     assert StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True).class_names == NAMES
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped_and_nothing_is_lost(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    picture = next(images.rglob("*.png")).read_bytes()
+    names = [b"caf\xc3\xa9.png", b"bell\x07 \x1b[31mred.png", b"two\nlines.png", b"latin\xe9.png"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(picture)
+    command = [sys.executable, "-m", "lightning_stitch.cli", "predict", str(checkpoint), str(tmp_path)]
+    for encoding, cafe in (("ascii", r"caf\xe9.png"), ("utf-8", "caf\u00e9.png")):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, check=True, env=environment)
+        shown = {Path(row["file"]).name for row in csv.DictReader(done.stdout.decode(encoding).splitlines())}
+        assert shown == {cafe, r"bell\x07 \x1b[31mred.png", r"two\nlines.png", r"latin\udce9.png"}
+    subprocess.run([*command, f"--output={tmp_path / 'p.csv'}"], capture_output=True, check=True)
+    with (tmp_path / "p.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert {os.fsencode(Path(row["file"]).name) for row in csv.DictReader(file)} == set(names)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b""])
+def test_what_is_there_in_place_of_a_checkpoint_is_called_that(
+    content: bytes, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stitched.ckpt"
+    file.write_bytes(content)
+    assert re.match(
+        r"error: .*stitched.ckpt is (a Git LFS|a web page|empty)", error_of(["predict", str(file), str(images)], capsys)
+    )

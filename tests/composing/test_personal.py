@@ -379,7 +379,7 @@ def test_labels_of_any_kind_are_taken_for_what_they_are(pool: Pool, labels: Any,
         (MINE, dict.fromkeys(range(24), 1), "in the order of the images; found a mapping"),
         (MINE, [[1, 1]] * 24, "The label of image 0: a vector as a label must be one-hot"),
         (MINE, ["a", 1] * 12, r"all integers or all names; found \['int', 'str'\]"),
-        (MINE * 300, MY_LABELS, r"Image 0: values must lie in \[0, 1\]"),
+        (MINE * 300, MY_LABELS, r"Image 0: images must be float in \[0, 1\]"),
         ([*MINE[:4], "me.png"], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),
     ],
 )

@@ -344,12 +344,14 @@ BROKEN[3, 1, 4, 4] = math.nan
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ([BROKEN[:2], BROKEN[2:]], "finite floats in .0, 1.; found NaN, infinity or another dtype"),
-        ([CALIBRATION * math.inf], "finite floats"),
-        ([(CALIBRATION * 255).to(torch.uint8)], "another dtype"),
-        ([CALIBRATION[:, :1]], r"batches of \(batch, 3, 16, 16\), channels first; found \(12, 1, 16, 16\)"),
-        ([CALIBRATION[:, :, :8]], r"found \(12, 3, 8, 16\)"),
-        (CALIBRATION, r"batches of \(batch, 3, 16, 16\), channels first; found \(3, 16, 16\)"),
+        ([BROKEN[:2], BROKEN[2:]], "1 of the 10 images have NaN or infinite values"),
+        ([CALIBRATION * math.inf], "NaN or infinite"),
+        ([(CALIBRATION * 255).to(torch.uint8)], r"found torch.uint8 .* divide them, images.float\(\) / 255"),
+        ([CALIBRATION * 255], r"found torch.float32 .* divide them, images.float\(\) / 255"),
+        ([(CALIBRATION - 0.45) / 0.22], "they look normalised. Leave Normalize out"),
+        ([CALIBRATION[:, :1]], r"\(batch, 3, 16, 16\), channels first; found torch.float32 of shape \(12, 1, 16, 16\)"),
+        ([CALIBRATION[:, :, :8]], r"of shape \(12, 3, 8, 16\)"),
+        (CALIBRATION, r"\(batch, 3, 16, 16\), channels first; found torch.float32 of shape \(3, 16, 16\)"),
         ([CALIBRATION[:2], CALIBRATION[:1]], "Calibration needs at least 4 images; found 3"),
         ([], "Calibration needs at least 4 images; found 0"),
     ],
@@ -363,8 +365,12 @@ def test_calibration_images_that_cannot_be_used_are_refused_before_a_source_runs
 
 
 def test_selection_images_that_cannot_be_used_are_refused(pool: Pool) -> None:
-    with pytest.raises(CalibrationError, match="finite floats"):
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
         pool.search([CALIBRATION], [(IMAGES * math.nan, LABELS)])
+    with pytest.raises(CalibrationError, match="they look normalised"):
+        pool.search([CALIBRATION], [((IMAGES - 0.5) / 0.5, LABELS)])
+    with pytest.raises(CalibrationError, match=r"found a dict with the keys \['image', 'label'\]"):
+        pool.search([CALIBRATION], [{"image": IMAGES, "label": LABELS}])
     with pytest.raises(CalibrationError, match="There are no images"):
         pool.search([CALIBRATION], [])
     with pytest.raises(CalibrationError, match="at least two classes"):

@@ -315,3 +315,22 @@ def test_worker_processes_give_the_same_images():
     assert drawn(alone, "test")[0] == drawn(workers, "test")[0]
     copy = pickle.loads(pickle.dumps(alone.test_dataloader().dataset))
     assert torch.equal(copy[0][0], alone.test_dataloader().dataset[0][0])
+
+
+@pytest.mark.parametrize(("train_samples", "batch_sizes"), [(21, [5] * 4), (22, [5, 5, 5, 5, 2]), (20, [5] * 4)])
+def test_an_image_that_would_be_alone_in_its_batch_is_left_out_of_an_epoch(
+    train_samples: int, batch_sizes: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = CalibrationDataModule(numbered(80), calibration_samples=10, train_samples=train_samples, batch_size=5)
+    loader = module.train_dataloader()
+    epochs = [[len(images) for images, _ in loader] for _ in range(2)]
+    assert epochs == [batch_sizes] * 2
+    assert ("one would be alone in the last batch" in caplog.text) == (train_samples == 21)
+    seen = {float(x) for _ in range(4) for images, _ in loader for x in images[:, 0, 0, 0]}
+    assert len(seen) == train_samples  # another one in each epoch
+    assert sum(len(images) for images, _ in module.head_dataloader()) == train_samples
+
+
+def test_batches_of_one_image_stay_where_they_are_asked_for() -> None:
+    module = CalibrationDataModule(numbered(80), calibration_samples=10, train_samples=21, batch_size=1)
+    assert len(list(module.train_dataloader())) == 21

@@ -35,11 +35,37 @@ def test_folders_give_their_images_sorted_and_files_are_taken_as_named(tmp_path:
     assert found == [odd, *(tmp_path / name for name in ("c/3.tiff", "a/10.JPG", "a/2.png", "a/b/1.webp"))]
 
 
-def test_a_file_named_twice_is_taken_once_where_it_was_named_first(tmp_path: Path) -> None:
+def test_a_name_given_twice_is_taken_once_where_it_stood_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(*(tmp_path / name for name in ("1.png", "2.png", "3.png")))
-    (tmp_path / "link.png").symlink_to(tmp_path / "1.png")
-    found = list_images([tmp_path / "3.png", tmp_path, tmp_path / "1.png"])
-    assert [file.name for file in found] == ["3.png", "1.png", "2.png"]
+    monkeypatch.chdir(tmp_path)
+    listed = list_images([tmp_path / "3.png", tmp_path, "1.png", "./3.png"])
+    assert [file.name for file in listed] == ["3.png", "1.png", "2.png"]
+
+
+def test_two_names_of_one_file_are_two_images(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "abc"
+    touch(blob)
+    names = [tmp_path / "snapshot" / name for name in ("cat.png", "same_cat.png")]
+    (tmp_path / "snapshot").mkdir()
+    for name in names:
+        name.symlink_to(blob)
+    (tmp_path / "hard.png").hardlink_to(blob)
+    assert list_images([tmp_path / "snapshot"]) == names
+    assert list_images([*names, blob, tmp_path / "hard.png"]) == [*names, blob, tmp_path / "hard.png"]
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    touch(root / "a" / "1.png", elsewhere / "deep" / "2.png")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked_again").symlink_to(elsewhere / "deep")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "here").symlink_to(".")
+    (elsewhere / "back").symlink_to(root)
+    found = [file.relative_to(root).as_posix() for file in list_images([root])]
+    assert found == ["a/1.png", "linked/deep/2.png", "linked_again/2.png"]
+    (tmp_path / "link_to_root").symlink_to(root)
+    assert len(list_images([tmp_path / "link_to_root"])) == 3
 
 
 def test_files_of_one_name_in_two_folders_are_two_images(tmp_path: Path) -> None:

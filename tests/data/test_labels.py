@@ -10,6 +10,7 @@ from doubles.data import Pairs, drawn, loader_of, numbered, write_folder
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_stitch.data.datamodule import CalibrationDataModule
+from lightning_stitch.data.labels import mark_stratified
 from lightning_stitch.errors import CalibrationError
 
 PARTS = ("calibration", "train", "selection", "test")
@@ -152,3 +153,23 @@ def test_test_images_with_targets_of_another_length_are_named(
 def test_tasks_that_cannot_be_are_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(CalibrationError, match=words):
         CalibrationDataModule(**options)
+
+
+def test_fewer_images_than_classes_are_of_classes_at_random_by_seed() -> None:
+    labels = torch.arange(26).repeat_interleave(4)
+    drawn = []
+    for seed in range(40):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        chosen = labels[order][mark_stratified(labels[order], 5, leave=0)]
+        assert len(chosen.unique()) == len(chosen) == 5
+        drawn.append(chosen)
+    counts = torch.bincount(torch.cat(drawn), minlength=26)  # 7.7 on average
+    assert int(counts.min()) >= 1
+    assert int(counts.max()) <= 20
+    assert torch.equal(mark_stratified(labels, 5, leave=0), mark_stratified(labels, 5, leave=0))
+
+
+def test_every_class_has_an_image_where_there_are_enough() -> None:
+    labels = torch.tensor([0] * 50 + [4] * 3 + [9] * 2)
+    chosen = labels[mark_stratified(labels, 11, leave=1)]
+    assert torch.bincount(chosen, minlength=10)[[0, 4, 9]].tolist() == [9, 1, 1]

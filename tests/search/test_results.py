@@ -5,13 +5,14 @@ import random
 from typing import Literal
 
 import pytest
+import torch
 from doubles.clock import Clock, timed
 from doubles.small_sources import plain
 from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
-from lightning_stitch.errors import BudgetError
+from lightning_stitch.errors import BudgetError, CalibrationError
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
 from lightning_stitch.search.results import Ranked, SearchResult, choose, measure_candidates
@@ -197,3 +198,12 @@ def test_a_limit_on_latency_needs_a_search_that_measured_it(free: SearchResult, 
     # What was over the first budget was not measured, and is in no other.
     assert result.within(Budget(max_latency_ms=99), kind="source") is not None
     assert all(r.latency_ms is None for r in result.ranked if r.candidate.recipe.path.startswith("slow: image .. 2"))
+
+
+def test_a_source_that_overflows_on_the_images_to_choose_by_is_named() -> None:
+    weak = plain("weak", (4, 5, 6), seed=0)
+    with torch.no_grad():
+        weak.module[3].weight *= 3e38  # type: ignore[index, operator]
+    pool = Pool([plain("fine", (5, 6, 7), seed=1), weak], SHAPE, settings=CalibrationSettings(until="output"))
+    with pytest.raises(CalibrationError, match=r"Source 'weak' gives NaN or infinite values at its end"):
+        pool.search([CALIBRATION * 1e-3], SELECTION)

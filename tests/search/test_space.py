@@ -14,6 +14,7 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from lightning_stitch.cost import Budget
+from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
@@ -306,3 +307,16 @@ def test_prefix_tokens_of_the_receiver_come_from_its_calibration_mean() -> None:
     with torch.no_grad():
         torch.testing.assert_close(state.stitch(x.whole())[:, :1], prefix.expand(6, 1, -1))
     assert torch.isfinite(run(space, [space.complete(state)], images[:2])[0]).all()
+
+
+def test_a_cka_that_overflows_names_cut_and_source() -> None:
+    huge = plain("huge", (24, 24, 24), seed=0)
+    with torch.no_grad():
+        huge.module[0][0].weight *= 1e27  # type: ignore[index, operator]
+        huge.module[0][0].bias *= 1e27  # type: ignore[index, operator]
+    space = space_of([plain("a", (24, 24, 24), seed=1), huge], IMAGES)
+    state = space.starts()[1]
+    words = r"CKA overflows: .* Those of cut '\d' of source 'huge' go up to \d.*e\+2\d from their mean"
+    x = activation(space, state, 0)
+    with pytest.raises(CalibrationError, match=words):
+        space.edges(state, 0, x)

@@ -16,6 +16,7 @@ from doubles.small_sources import assert_same_weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision import models
 
 from lightning_stitch.errors import SourceError
 from lightning_stitch.recipe import Preprocessing
@@ -145,7 +146,7 @@ def test_weights_that_do_not_fit(folder: Path, damage: Callable[[dict[str, torch
 
 
 def test_file_that_is_no_safetensors_file(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (folder / "model.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(SourceError, match=r"could not load .*model.safetensors into 'test_resnet'"):
         load_source(f"local-dir:{folder}")
 
@@ -272,3 +273,35 @@ def test_dead_hub_fails_at_once_and_importing_sources_imports_no_library_of_mode
     assert message.count("and the hub cannot be reached (ConnectError: ") == 2
     # the client by itself would retry for 24 seconds, timm for 49
     assert seconds < 15
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+MISTAKEN = [
+    (POINTER, "is a Git LFS pointer, .* `git lfs pull`"),
+    (b"# xet version 0\nfilesize = 1\n", "is a Xet pointer"),
+    (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>", "is a web page .*download the file from its own address"),
+    (b"\xef\xbb\xbf\n <html lang='en'>", "is a web page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+    (b"", "is empty: its download broke off"),
+]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize(("content", "words"), MISTAKEN)
+def test_what_a_download_left_in_place_of_a_file_is_called_that(
+    folder: Path, name: str, content: bytes, words: str
+) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(SourceError, match=f"(?s){name} {words}"):
+        load_source(f"local-dir:{folder}")
+    if name == "model.safetensors":
+        assert load_source(f"local-dir:{folder}", pretrained=False).name == folder.name
+
+
+def test_a_page_in_the_cache_of_weights_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / Path(models.ResNet18_Weights.DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"<html>")
+    with pytest.raises(SourceError, match="is a web page"):
+        load_source("torchvision:resnet18")

@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from doubles.published_networks import IMAGES, NAMES, classifier, network, outputs
+from timm.models._registry import _deprecated_models
 
 import lightning_stitch.timm  # noqa: F401 (timm then knows the architecture)
 from lightning_stitch import SourceError, load_source
+from lightning_stitch.sources.timm_models import current_name
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,33 @@ def test_what_would_change_its_structure_is_refused(folder: Path) -> None:
 def test_a_saved_network_is_no_source_of_another_search(folder: Path) -> None:
     with pytest.raises(SourceError, match="cannot be a source of another search"):
         load_source(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize("old", sorted(_deprecated_models))
+def test_every_name_that_timm_has_renamed_is_its_own_replacement(old: str) -> None:
+    with pytest.warns(UserWarning, match=f"^Mapping deprecated model name {old} to current {_deprecated_models[old]}"):
+        assert timm.is_model(current := current_name(old))
+    assert current == _deprecated_models[old]
+
+
+def test_an_old_name_is_built_as_the_new_one_with_timms_warning() -> None:
+    with pytest.warns(UserWarning, match=r"^Mapping deprecated model name ssl_resnet18 to current resnet18.fb_ssl"):
+        source = load_source("ssl_resnet18", pretrained=False)
+    assert source.ref.architecture == "resnet18.fb_ssl_yfcc100m_ft_in1k"
+    with pytest.warns(UserWarning, match="gluon_resnet18_v1b"):
+        assert current_name("gluon_resnet18_v1b.mine") == "resnet18.mine"
+    assert current_name("resnet18.a1_in1k") == "resnet18.a1_in1k"
+
+
+def test_a_folder_may_have_an_old_name_and_a_removed_one_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "older"
+    timm.models.save_for_hf(timm.create_model("resnet18"), str(path), safe_serialization=True)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architecture": "swsl_resnet18"}))
+    with pytest.warns(UserWarning, match="Mapping deprecated model name swsl_resnet18"):
+        assert load_source(f"local-dir:{path}").ref.architecture == "resnet18"
+    monkeypatch.setitem(_deprecated_models, "gone_net", None)
+    with pytest.raises(SourceError, match="timm has removed the model 'gone_net', with no replacement"):
+        load_source("gone_net")

@@ -64,7 +64,9 @@ def test_the_optimizer_of_a_training_run_holds_the_found_network(tmp_path: Path)
     assert run.global_step > 0
 
 
-def test_the_search_runs_only_where_the_module_has_no_recipe(tmp_path: Path) -> None:
+def test_the_search_runs_only_where_the_module_has_no_recipe_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, data = StitchedClassifier(num_classes=3), digits()
     run = trainer(tmp_path, search())
     run.fit(model, data)
@@ -72,12 +74,14 @@ def test_the_search_runs_only_where_the_module_has_no_recipe(tmp_path: Path) -> 
     run.save_checkpoint(tmp_path / "model.ckpt")
     run.fit(model, data)
     assert model.network is network
+    assert "FragmentSearch does nothing" not in caplog.text  # of its own network it goes on with, too
 
     loaded = StitchedClassifier.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     later = search()
     trainer(tmp_path, later).fit(loaded, data)
     assert later.result is None
     assert loaded.recipe == model.recipe
+    assert "FragmentSearch does nothing: the module has a network already" in caplog.text
 
 
 def test_a_checkpoint_replaces_what_a_search_found_while_nobody_had_named_the_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,26 @@ def test_predict_gives_class_probabilities_for_images_with_and_without_labels(tm
     bare = torch.cat(trainer.predict(model, DataLoader(images, batch_size=6)))
     assert torch.equal(labelled, bare)
     torch.testing.assert_close(labelled.sum(1), torch.ones(12))
+
+
+def test_a_test_set_of_one_class_says_that_its_auroc_is_undefined(tmp_path: Path) -> None:
+    one_class = DataLoader(TensorDataset(next(iter(loader()))[0], torch.ones(6, dtype=torch.long)), batch_size=4)
+    with pytest.warns(UserWarning, match="The AUROC is undefined, NaN: all 6 images are of class 1"):
+        (scores,) = quiet_trainer(tmp_path).test(classifier(), one_class, verbose=False)
+    assert math.isnan(scores["test_auroc"])
+    assert 0 <= scores["test_accuracy"] <= 1
+
+
+def test_the_few_images_of_a_sanity_check_are_not_said_to_be_of_one_class(tmp_path: Path) -> None:
+    images, labels = (torch.cat(column) for column in zip(*loader(), strict=True))
+    by_class = DataLoader(TensorDataset(images, labels.sort().values), batch_size=2)
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=False)
+    trainer.fit(classifier(), loader(), by_class)  # a warning is an error here
+    assert math.isfinite(trainer.callback_metrics["val_auroc"])
+    assert trainer.callback_metrics["val_accuracy"] == pytest.approx(_accuracy(trainer.lightning_module, by_class))
+
+
+def _accuracy(model: pl.LightningModule, batches: DataLoader) -> float:
+    with torch.no_grad():
+        right = [model.eval()(images).argmax(1) == labels for images, labels in batches]
+    return float(torch.cat(right).float().mean())

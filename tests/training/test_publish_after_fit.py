@@ -112,14 +112,14 @@ def test_the_card_tells_what_the_last_validation_found(hub: HubDouble, tmp_path:
 
 
 def test_a_metric_that_is_no_number_is_left_out_of_the_card(hub: HubDouble, tmp_path: Path) -> None:
-    class OneClass(pl.Callback):
-        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            pl_module.log("val_auroc", float("nan"))
-
     callback = PublishAfterFit(REPO, details=CardDetails(dataset="org/digits"))
-    images = torch.utils.data.TensorDataset(*digits(30, 16, classes=3))
-    loader = torch.utils.data.DataLoader(images, batch_size=30)
-    quiet_trainer(tmp_path, callbacks=[OneClass(), callback], max_epochs=1).fit(classifier(), loader, loader)
+    images, labels = digits(30, 16, classes=3)
+    train = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=30)
+    one_class = torch.utils.data.TensorDataset(images[labels == 1], labels[labels == 1])
+    validation = torch.utils.data.DataLoader(one_class, batch_size=30)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1)
+    with pytest.warns(UserWarning, match="The AUROC is undefined, NaN: all .* images are of class 1"):
+        trainer.fit(classifier(), train, validation)
     results = ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results
     found = {result.metric_type for result in results}
     assert "accuracy" in found

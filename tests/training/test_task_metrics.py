@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 import torch
 from doubles.tensors import normal
 from sklearn import metrics as reference
 from torch.nn import functional as F
 
+from lightning_stitch.report import Evaluation, score
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 
 OUTPUTS = normal(40, 3).float()
@@ -78,3 +82,94 @@ def test_predictions_are_probabilities_or_the_numbers() -> None:
     torch.testing.assert_close(predictions("multiclass", OUTPUTS), F.softmax(OUTPUTS, 1))
     torch.testing.assert_close(predictions("multilabel", OUTPUTS), OUTPUTS.sigmoid())
     assert torch.equal(predictions("regression", OUTPUTS), OUTPUTS)
+
+
+def perfect(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Logits of a classifier that is always right."""
+    return 8.0 * F.one_hot(classes, num_classes).float()
+
+
+def test_a_perfect_classifier_of_classes_that_do_not_all_occur_has_an_auroc_of_one() -> None:
+    classes = torch.tensor([0, 3, 3, 5, 7, 7, 9, 11] * 5)
+    scores = measured("multiclass", perfect(classes, 12), classes)
+    assert scores == {"accuracy": 1.0, "auroc": 1.0}
+
+
+def test_auroc_is_the_mean_over_the_classes_that_occur_as_the_comparison_has_it() -> None:
+    outputs = normal(40, 12).float()
+    classes = torch.arange(40) % 5 + 3
+    p = outputs.softmax(1)
+    one_versus_rest = [reference.roc_auc_score(classes == c, p[:, c]) for c in range(3, 8)]
+    expected = sum(one_versus_rest) / 5
+    evaluation = Evaluation("n", "source", p, params=1, macs=1, seconds=0.0, labels=0)
+    assert measured("multiclass", outputs, classes)["auroc"] == pytest.approx(expected, abs=1e-5)
+    assert score(evaluation, classes, num_resamples=2)["auroc"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_that_do_not_occur_or_always_do_are_left_out_where_they_tell_nothing() -> None:
+    labels = torch.stack([LABELS[:, 0], torch.zeros(40), torch.ones(40), LABELS[:, 1]], 1).long()
+    outputs = torch.cat([OUTPUTS, -OUTPUTS[:, :1]], 1)
+    p = outputs.sigmoid().numpy()
+    assert measured("multilabel", outputs, labels) == pytest.approx(
+        {
+            "auroc": reference.roc_auc_score(labels[:, [0, 3]], p[:, [0, 3]]),
+            "average_precision": reference.average_precision_score(labels[:, [0, 2, 3]], p[:, [0, 2, 3]]),
+            "f1": reference.f1_score(labels[:, [0, 2, 3]], p[:, [0, 2, 3]] > 0.5, average="macro"),
+        },
+        abs=1e-5,
+    )
+
+
+def test_numbers_that_do_not_vary_are_left_out_and_small_ones_count_in_full() -> None:
+    numbers = torch.stack([NUMBERS[:, 0], torch.full((40,), 0.1), 1e-4 * NUMBERS[:, 2]], 1)
+    outputs = OUTPUTS * torch.tensor([1, 1, 1e-4])
+    expected = [reference.r2_score(numbers[:, column], outputs[:, column]) for column in (0, 2)]
+    assert measured("regression", outputs, numbers)["r2"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "targets", "undefined", "words"),
+    [
+        ("multiclass", OUTPUTS, CLASSES * 0 + 2, {"auroc"}, "AUROC is undefined, NaN: all 40 images are of class 2"),
+        ("multilabel", OUTPUTS, LABELS * 0 + 1, {"auroc"}, "no label is on some of the 40 images and not on others"),
+        (
+            "multilabel",
+            OUTPUTS,
+            LABELS * 0,
+            {"auroc", "average_precision", "f1"},
+            "none of the 40 images has a label",
+        ),
+        ("regression", OUTPUTS, NUMBERS * 0 + 0.1, {"r2"}, "R2 is undefined, NaN: the numbers of all 40 images are"),
+        ("regression", OUTPUTS[:, :1], NUMBERS[:, 0] * 0, {"r2", "pearson"}, "correlation is undefined, NaN"),
+        ("regression", OUTPUTS[:, :1] * 0, NUMBERS[:, 0], {"pearson"}, "the predictions or the numbers of all images"),
+    ],
+)
+def test_what_is_undefined_is_nan_and_said(
+    task: str, outputs: torch.Tensor, targets: torch.Tensor, undefined: set[str], words: str
+) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        scores = measured(task, outputs, targets)
+    assert {name for name, value in scores.items() if math.isnan(value)} == undefined
+    assert len(warned) == len(undefined)
+    assert any(words in str(warning.message) for warning in warned)
+
+
+def test_a_single_image_is_measured_as_far_as_that_goes() -> None:
+    metrics = metrics_for("regression", 1)
+    metrics.update(*metric_inputs("regression", OUTPUTS[:1, :1], NUMBERS[:1, 0]))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        scores = metrics.compute()
+    assert len(warned) == 2
+    assert float(scores["mae"]) == pytest.approx(abs(float(OUTPUTS[0, 0] - NUMBERS[0, 0])))
+    assert math.isnan(scores["r2"])
+    assert math.isnan(scores["pearson"])
+
+
+def test_ranks_and_epochs_start_from_nothing() -> None:
+    metrics = metrics_for("regression", 3)
+    for _ in range(2):
+        metrics.update(*metric_inputs("regression", OUTPUTS, NUMBERS))
+        assert float(metrics.compute()["r2"]) == pytest.approx(reference.r2_score(NUMBERS, OUTPUTS), rel=1e-5)
+        metrics.reset()
