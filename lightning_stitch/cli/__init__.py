@@ -5,6 +5,8 @@ In reading order:
 - `main.py`: which command is meant, and how an error is told
 - `parsers.py`: parsers from functions: a command's options are its function's parameters, their help is its docstring
 - `trainer.py`: `StitchTrainer`: Lightning's Trainer with `check` and `compare` beside `fit` and `test`
+- `refusals.py`: what a configuration is refused for, in one sentence
+- `options_page.py`: the options of this package's classes, which `fit --help` begins with
 - `inspect.py`: cuts, costs and licence of one source
 - `predict.py`: class names and probabilities of image files
 - `publish.py`: share the network of a checkpoint on the hub

@@ -57,6 +57,10 @@ def _run(arguments: list[str], *, from_process: bool) -> None:
     elif command in CONFIGURED or (command.startswith("--config") and CONFIGURED.keys() & set(arguments)):
         from lightning_stitch.cli.trainer import run_configured
 
+        if {"-h", "--help"} & set(arguments):
+            from lightning_stitch.cli.options_page import options_page
+
+            print(options_page(command))
         # LightningCLI warns where it is handed what stands on the command line anyway.
         run_configured(None if from_process else arguments)
     elif command.startswith("-"):

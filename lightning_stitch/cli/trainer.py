@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_stitch._lightning import NAMESPACE, explain_both_loaded, pl
 from lightning_stitch.baselines import METHODS, FineTuning, Method, compare_methods, print_methods
+from lightning_stitch.cli.refusals import OneSentenceParser
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.io import check_content
@@ -219,6 +220,7 @@ def run_configured(arguments: Sequence[str] | None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_class=OneSentenceParser,
             # A second run with the same version directory would stop at the first one's saved configuration.
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),

@@ -71,14 +71,14 @@ class PieceHealing:
     strengths: dict[str, float | None]  # what was chosen for each layer that could be solved; None: it stays
     unsolvable: dict[str, str]  # the other layers, with the reason
     portions: list[Tensor]  # what the piece gives now
-    own: list[Tensor]  # what it gives in its own source
+    source_portions: list[Tensor]  # what it gives in its own source
 
 
 @torch.no_grad()
 def heal_piece(
     piece: fx.GraphModule,
     portions: Sequence[Tensor],
-    own: Sequence[Tensor],
+    source_portions: Sequence[Tensor],
     *,
     num_held_out: int,
     seed: int = 0,
@@ -86,13 +86,13 @@ def heal_piece(
 ) -> PieceHealing:
     """Heal every layer of a piece, as its source has it, in forward order.
 
-    `portions` are what the running network feeds it, a few images each, `own` what it is fed in its own source. The
-    last `num_held_out` images choose the strengths; the others are fitted. `tensors` are the source's parameters and
-    buffers, by name, that have other numbers in the running network already.
+    `portions` are what the running network feeds it, a few images each, `source_portions` what it is fed in its own
+    source. The last `num_held_out` images choose the strengths; the others are fitted. `tensors` are the source's
+    parameters and buffers, by name, that have other numbers in the running network already.
     """
     sampling = Sampling(sum(map(len, portions)), seed)
     healable, unsolvable = layers_of(piece)
-    targets, own = _own_outputs(piece, own, healable, sampling)
+    targets, source_portions = _source_outputs(piece, source_portions, healable, sampling)
     unsolvable |= dict.fromkeys(healable.keys() - targets, "not called exactly once")
     layers = {name: healable[name] for name in targets}  # in the order in which they are called
     norms = {name: norm_behind(piece, name) for name, layer in layers.items() if layer.bias is None}
@@ -129,7 +129,7 @@ def heal_piece(
     owners |= {norm for name, norm in norms.items() if norm and name in owners}
     state = {**dict(variant.named_parameters()), **dict(variant.named_buffers())}
     changed = {name: state[name].detach().clone() for name in copies if name.rpartition(".")[0] in owners}
-    return PieceHealing(changed, strengths, unsolvable, outputs, own)
+    return PieceHealing(changed, strengths, unsolvable, outputs, source_portions)
 
 
 @torch.inference_mode()
@@ -155,7 +155,8 @@ def heal(
         source = sources[step.source]
         if step.stitch is not None:
             step = _stitched_anew(step, steps[-1], sources, portions, settings, ridge=ridge)
-        portions, own = entered(portions, step, source), list(source.activations[step.first - 1])
+        portions = entered(portions, step, source)
+        source_portions = list(source.activations[step.first - 1])
         tensors: dict[str, Tensor] = {}
         for index in range(step.first, step.last):
             if only_stitches:
@@ -165,7 +166,7 @@ def heal(
             healed = heal_piece(
                 source.parts.pieces[index],
                 portions,
-                own,
+                source_portions,
                 num_held_out=num_held_out,
                 seed=settings.seed,
                 tensors=step.tensors,
@@ -174,7 +175,7 @@ def heal(
             unchanged = {name: "better as it is" for name, strength in healed.strengths.items() if strength is None}
             reasons = {**healed.unsolvable, **unchanged}
             unhealed |= {f"{source.name}: {name}": reason for name, reason in reasons.items()}
-            portions, own = healed.portions, healed.own
+            portions, source_portions = healed.portions, healed.source_portions
         steps.append(dataclasses.replace(step, tensors={**step.tensors, **tensors}))
     return candidate.with_steps(steps, **({} if only_stitches else {"healed": True, "unhealed": unhealed}))
 
@@ -206,7 +207,7 @@ def _stitched_anew(
     return dataclasses.replace(step, stitch=stitch, spec=spec)
 
 
-def _own_outputs(
+def _source_outputs(
     piece: fx.GraphModule, portions: Sequence[Tensor], layers: Mapping[str, Healable], sampling: Sampling
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Rows of what each layer gives in the piece's own source, of those called once for each image; and its outputs."""

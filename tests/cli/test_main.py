@@ -76,20 +76,32 @@ def test_a_commands_help_says_what_each_option_is(name: str, capsys: pytest.Capt
         assert without_breaks(described) in printed
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "inspct", "--hepl"])
-def test_what_needs_no_network_loads_none(argument: str) -> None:
+HEAVY = {"torch", "torchvision", "timm", "pytorch_lightning", "lightning", "torchmetrics"}
+HEAVY |= {"huggingface_hub", "safetensors", "numpy", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["inspct"], 1),
+        (["--hepl"], 2),
+        *(([name, "--help"], 0) for name in FUNCTIONS),
+    ],
+)
+def test_what_needs_no_network_loads_none(arguments: list[str], code: int) -> None:
     script = f"""
-import sys, time
+import sys
 from lightning_stitch.cli.main import main
 try:
-    main(["{argument}"])
+    main({arguments})
 finally:
-    heavy = {{"torch", "timm", "pytorch_lightning", "lightning", "huggingface_hub"}} & sys.modules.keys()
-    print("loaded:", heavy or None)
+    print("loaded:", {HEAVY} & sys.modules.keys() or None)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "loaded: None" in done.stdout
-    assert done.returncode == {"inspct": 1, "--hepl": 2}.get(argument, 0)
+    assert done.returncode == code
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

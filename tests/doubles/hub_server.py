@@ -6,11 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
 from doubles.hub import TOKEN, Answer, HubDouble, reply
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, get_session, repocard
 
 
 @contextmanager
@@ -95,6 +97,12 @@ def point_client_at(hub: HubDouble, monkeypatch: pytest.MonkeyPatch, cache: str,
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    # Older clients have huggingface.co itself look at cards, whatever the endpoint.
+    def post(url: str, **options: Any) -> Any:
+        return get_session().post(url.replace("https://huggingface.co", hub.url), **options)
+
+    monkeypatch.setattr(repocard, "get_session", lambda: SimpleNamespace(post=post))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

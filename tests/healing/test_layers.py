@@ -162,7 +162,7 @@ def test_a_layer_makes_up_for_channels_that_are_scaled_before_it(kind: str) -> N
     # Channel by channel, so that depthwise layers can undo it, too; the last images come in portions of their own.
     fed = torch.tensor([0.5, 2.0, 1.5]).view(1, 3, 1, 1) * OWN
     healed = heal_piece(piece, fed.split(10), OWN.split(7), num_held_out=8)
-    assert distance(torch.cat(healed.own), piece(OWN)) < 1e-6
+    assert distance(torch.cat(healed.source_portions), piece(OWN)) < 1e-6
     assert distance(piece(fed), piece(OWN)) > 0.1
     assert distance(torch.cat(healed.portions), piece(OWN)) < 0.01
     assert healed.unsolvable == {}

@@ -90,11 +90,11 @@ def test_what_makes_it_again_names_the_commits_that_were_taken() -> None:
 
 
 def test_a_timm_names_repository_is_the_one_that_timm_takes_it_from() -> None:
-    names = ("cspnext_m.rsb_a1_in1k", "davit_base_fl.msft_florence2")
+    names = ("rdnet_tiny.nv_in1k", "davit_base_fl.msft_florence2")
     recipe = with_sources(*({"spec": name, "architecture": name, "revision": "c" * 40} for name in names))
     card = model_card(subject(recipe), CardDetails(), name="net")
-    assert card.data.base_model == ["munehiro-k/cspnext_m.rsb_a1_in1k", "microsoft/Florence-2-base"]
-    assert f"hf-hub:munehiro-k/cspnext_m.rsb_a1_in1k@{'c' * 40}" in card.content
+    assert card.data.base_model == ["naver-ai/rdnet_tiny.nv_in1k", "microsoft/Florence-2-base"]
+    assert f"hf-hub:naver-ai/rdnet_tiny.nv_in1k@{'c' * 40}" in card.content
     # a repository in another layout, which timm alone can read
     assert "{'spec': 'davit_base_fl.msft_florence2'" in card.content
 

@@ -58,8 +58,9 @@ def test_rebuilding_a_folder_source_needs_no_folder(folder: Path) -> None:
 
 
 def test_folder_of_another_size_and_channels_is_rebuilt_alike(tmp_path: Path) -> None:
-    model = donor("test_vit", img_size=96, in_chans=1)
-    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    size = {"img_size": 96, "in_chans": 1}
+    model = donor("test_vit", **size)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=size, safe_serialization=True)
     source = load_source(f"local-dir:{tmp_path}", preprocessing=Preprocessing((1, 96, 96), (0.5,), (0.5,)))
     assert_same_weights(source.module, model.state_dict())
     assert shapes(build_architecture(source.ref)) == shapes(model)
