@@ -91,7 +91,7 @@ def _vectors_behind(
     for x in sources[front.source].activations[front.last - 1]:
         for chunk in chunks(enter(x, first), receiver.parts.images_at_once):
             for count, piece in enumerate(range(tail.first, tail.last), start=num_before + 1):
-                chunk = receiver.parts.pieces[piece](chunk)
+                chunk = receiver.parts.fused[piece](chunk)
                 if count in reads:
                     cut = receiver.parts.cuts[piece] if piece < len(receiver.parts.cuts) else None
                     behind[count].append(Reading(cut, reads[count].statistics)(chunk).float())

@@ -12,6 +12,7 @@ order:
 - `layouts.py`: how a cut's tensor is laid out (map NCHW or NHWC, tokens, vector), read off the operations around it
 - `granularity.py`: which cuts are worth offering
 - `copies.py`: copies of networks, and ones that share all but some tensors
+- `fusing.py`: fragments made fast for inference, BatchNorm folded, channels-last
 - `outlines.py`: the trace of a network without weights, over the one that it outlines
 - `random_numbers.py`: draws that neither move the process's random numbers nor are moved by them
 - `train_mode.py`: what a network does in train mode alone; its fragments always do what eval mode does

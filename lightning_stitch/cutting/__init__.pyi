@@ -1,4 +1,5 @@
 from .copies import copy_module, reference_tensor, with_tensors
+from .fusing import fuse
 from .graph import Cut, CutGraph
 from .probing import FORMULAS, network_activation_bytes, network_cost
 from .random_numbers import RandomNumbers
@@ -10,6 +11,7 @@ __all__ = [
     "FORMULAS",
     "RandomNumbers",
     "copy_module",
+    "fuse",
     "in_eval_mode",
     "network_activation_bytes",
     "network_cost",

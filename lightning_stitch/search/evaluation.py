@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lightning_stitch.cutting import with_tensors
+from lightning_stitch.cutting import fuse, with_tensors
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Answer, Answers, key_of, tensors_hash
 from lightning_stitch.recipe import Statistic
@@ -72,7 +72,9 @@ class PrefixTree:
                 node = node.children.setdefault(key_of_stitch, _Node(step.stitch))
             part, key_of_piece = self._parts[step.source], ("piece", step.source, piece, step.key)
             if key_of_piece not in node.children:
-                node.children[key_of_piece] = _Node(with_tensors(part.pieces[piece], step.tensors))
+                healed = with_tensors(part.pieces[piece], step.tensors)
+                run = part.fused[piece] if healed is part.pieces[piece] else fuse(healed)
+                node.children[key_of_piece] = _Node(run)
             node = node.children[key_of_piece]
         node.reads[key] = Reading(part.cuts[piece] if piece < len(part.cuts) else None, statistics)
 

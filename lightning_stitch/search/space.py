@@ -221,7 +221,7 @@ class SearchSpace:
         """Run a piece, behind its stitch where it has one, on what is live before it."""
         for portion in x:
             entered = portion if stitch is None else stitch(portion)
-            yield from (parts.pieces[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
+            yield from (parts.fused[piece](chunk) for chunk in chunks(entered, parts.images_at_once))
 
     def _question(self, kind: str, state: State, cut: int, receivers: Iterable[int]) -> list[object]:
         """What a journal is asked: of which running network, at which cut, about which receivers."""

@@ -202,10 +202,10 @@ def calibrate(
     for batch in images:
         for chunk in chunks(batch, parts.images_at_once):
             x = parts.preprocess(chunk)
-            for keeper, piece in zip(keepers, parts.pieces, strict=False):
+            for keeper, piece in zip(keepers, parts.fused, strict=False):
                 x = piece(x)
                 keeper.add(x, spool)
-            features.append(parts.pieces[-1](x).float())
+            features.append(parts.fused[-1](x).float())
     if not features:
         raise CalibrationError("There are no calibration images.")
     joined = torch.cat(features)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
 
 from lightning_stitch.cost import Cost
-from lightning_stitch.cutting import Cut, CutGraph
+from lightning_stitch.cutting import Cut, CutGraph, fuse
 from lightning_stitch.recipe import Statistic
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Preprocess, Source, cut_source
@@ -46,6 +46,7 @@ class Segmented:
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
     taps: list[tuple[Statistic, ...] | None]
+    _fused: list[fx.GraphModule] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
@@ -56,6 +57,13 @@ class Segmented:
     def ends(self) -> list[str | None]:
         """Name of the cut before each piece, and behind the last; None: the image, and the output."""
         return [None, *(cut.name for cut in self.cuts), self.end]
+
+    @property
+    def fused(self) -> list[fx.GraphModule]:
+        """The pieces as a search runs them (`fuse`): with weights of their own, as the source's were at first use."""
+        if not self._fused:
+            self._fused = [fuse(piece) for piece in self.pieces]
+        return self._fused
 
     @property
     def images_at_once(self) -> int:
@@ -70,6 +78,7 @@ class Segmented:
         """Move the source's module, and so its pieces, and the preprocessing."""
         for module in (self.source.module, self.preprocess, *self.pieces):
             module.to(device)
+        self._fused = []
 
     def width_at(self, piece: int) -> int:
         """Channels of the activation before a piece, which follows a cut; behind the last one, width of the output."""
