@@ -149,6 +149,8 @@ class Pool:
         native = next((source.preprocessing.input_size for source in sources), (0, 0, 0))
         pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
         pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
+        for part in pool.parts:
+            part.fuse()
         return pool
 
     def calibrate(
@@ -471,7 +473,7 @@ class Pool:
 
         def latency(candidate: Candidate) -> float:
             def measure() -> Answer:
-                return Answer(network_latency(self.assemble(candidate), self.image_shape, self.device))
+                return Answer(network_latency(self.assemble(candidate).fused(), self.image_shape, self.device))
 
             return float(journal.recall(["latency", candidate.key], measure).value)
 

@@ -37,7 +37,10 @@ class Spool:
         """
         if self._keeping == "memory":
             return lambda: x
-        begin, raw = self._end, x.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        # What lies channels-last comes back so, on which results depend in the last bit.
+        last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        laid_out = (x.permute(0, 2, 3, 1) if last else x).detach().contiguous()
+        begin, raw = self._end, laid_out.cpu().view(-1).view(torch.uint8)
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when nothing refers to it any more
@@ -51,8 +54,13 @@ class Spool:
                 f'another directory in TMPDIR, or keep them in memory (keep_activations="memory").'
             ) from error
         self._end += len(raw)
-        shape, dtype, device = x.shape, x.dtype, x.device
-        return lambda: self._read(begin, shape, dtype).to(device)
+        shape, dtype, device = laid_out.shape, x.dtype, x.device
+
+        def take_up() -> Tensor:
+            taken = self._read(begin, shape, dtype).to(device)
+            return taken.permute(0, 3, 1, 2) if last else taken
+
+        return take_up
 
     def _read(self, begin: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         assert self._file is not None

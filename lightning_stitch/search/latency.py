@@ -1,10 +1,10 @@
 """How long one image takes, measured where the networks are to run.
 
 The time of a network is the median of `RUNS` runs of one image, a batch of its own, after `WARM_UP` runs that do not
-count: in eval mode and inference mode, with the threads that torch has at that moment, and waiting for the device
-before each look at the clock. What a search goes by before there is a network is an estimate, the sum of its pieces'
-times, each measured alike; a source's pieces in a row take longer than the source itself, by what each call and each
-wait adds, and are scaled to take as long.
+count: in eval mode and inference mode, fused (`StitchedNetwork.fused`) where a search measures, with the threads that
+torch has at that moment, and waiting for the device before each look at the clock. What a search goes by before there
+is a network is an estimate, the sum of its pieces' times, each measured alike; a source's pieces in a row take longer
+than the source itself, by what each call and each wait adds, and are scaled to take as long.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_stitch.cutting import fuse
 from lightning_stitch.stitching import Segmented
 
 WARM_UP, RUNS = 3, 9
@@ -31,10 +32,10 @@ def piece_latencies(parts: Sequence[Segmented], device: torch.device) -> list[li
     """Milliseconds of each piece of each source on the device; the first one's includes the preprocessing."""
     latencies = []
     for part in parts:
-        whole = nn.Sequential(part.preprocess, part.graph.fragment(None, part.end, share=True)).eval().to(device)
+        whole = nn.Sequential(part.preprocess, fuse(part.graph.fragment(None, part.end, share=True).eval())).to(device)
         x = _image(part.image_shape, device)
         total, times = _milliseconds(whole, x, device), []
-        for piece in (nn.Sequential(part.preprocess, part.pieces[0]), *part.pieces[1:]):
+        for piece in (nn.Sequential(part.preprocess, part.fused[0]), *part.fused[1:]):
             times.append(_milliseconds(piece, x, device))
             x = piece(x)
         scale = total / max(sum(times), 1e-9)

@@ -61,9 +61,13 @@ class Segmented:
     @property
     def fused(self) -> list[fx.GraphModule]:
         """The pieces as a search runs them (`fuse`): with weights of their own, as the source's were at first use."""
+        self.fuse()
+        return self._fused
+
+    def fuse(self) -> None:
+        """Make `fused` now, unless it is there."""
         if not self._fused:
             self._fused = [fuse(piece) for piece in self.pieces]
-        return self._fused
 
     @property
     def images_at_once(self) -> int:

@@ -104,6 +104,7 @@ class StitchedClassifier(pl.LightningModule):
         )
         self._class_numbers: Tensor | None = None  # by the labels of the data at hand
         self.network: StitchedNetwork | None = None
+        self._fused: list[StitchedNetwork] = []  # in a list, so that it is no part of the module
         self.head: nn.Module | None = None
         silent = self.head_settings.name == "none"
         metrics = MetricCollection({}) if silent else metrics_for(self.head_settings.task, self.num_classes)
@@ -229,9 +230,11 @@ class StitchedClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes or labels), numbers, or without a head features, for images in [0, 1]."""
-        features = self._require_network()(images)
+        network = self._require_network()
         assert self.head is not None
-        return self.head(features)
+        if self._fused and self._trainer is not None and self._trainer.predicting:
+            network = self._fused[0]
+        return self.head(network(images))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The task's loss of a batch (`loss_of`)."""
@@ -265,6 +268,14 @@ class StitchedClassifier(pl.LightningModule):
         network.check_images(images)
         outputs = self(images)
         return outputs if self.head_settings.name == "none" else predictions(self.head_settings.task, outputs)
+
+    def on_predict_start(self) -> None:
+        """Fold what can be folded, for as long as the Trainer predicts (`StitchedNetwork.fused`)."""
+        self._fused = [self._require_network().fused()]
+
+    def on_predict_end(self) -> None:
+        """Let go of what was folded."""
+        self._fused = []
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over all parameters, in named groups; those of frozen ones wait."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_stitch import CalibrationSettings, Pool
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.io.activation_store import Carried, Deferred, Spool, carry
+from lightning_stitch.settings import Keeping
 
 
 @pytest.mark.parametrize("keeping", ["disk", "memory"])
@@ -137,3 +138,12 @@ def test_on_disk_memory_is_rows_by_channels_whatever_the_image_size() -> None:
         growth.append(sizes[1] / sizes[0])
     assert growth[0] == 1
     assert growth[1] > 8
+
+
+@pytest.mark.parametrize("keeping", ["disk", "memory"])
+def test_what_lies_channels_last_comes_back_so(keeping: Keeping) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        taken = Spool(keeping).put(x.to(memory_format=layout))()
+        assert torch.equal(taken, x)
+        assert taken.is_contiguous(memory_format=layout)
