@@ -294,25 +294,14 @@ class Pool:
                 outcomes, labels = self.outcomes(
                     candidates, selection, progress=progress, journal=journal, num_classes=num_classes
                 )
-                num_labels = 0 if labels is None else len(labels)
-                outcomes, labels = draw_rows(outcomes, labels, self.settings.seed)
-                ranking, rejected = settings.ranking, space.rejected
-                ranked, looked_at = rank(
-                    candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected
-                )
-                if labels is not None and ranking in ("auto", *NEED_LABELS) and space.costs.early_exits:
-                    by_key = {c.key: outcome for c, outcome in zip(candidates, outcomes, strict=True)}
-                    ranked += side_by_side(
-                        ranked, looked_at, by_key, self.all_parts, settings.limits, max_roots=settings.max_roots
-                    )
-                    ranked = in_order(ranked)
+                ranked = self._rank(candidates, outcomes, labels, space, settings, num_classes)
             ranked = self._measure(ranked, settings.limits, journal, progress)
             return choose(
                 ranked,
                 settings.limits,
                 rejected=space.rejected,
                 seconds=self.seconds,
-                num_selection_labels=num_labels,
+                num_selection_labels=0 if labels is None else len(labels),
                 stopped=stopped,
             )
 
@@ -464,6 +453,28 @@ class Pool:
             stopped = until_stopped(chain(self_stitched(space), counted(proposed, progress)), candidates)
             # In this order: of equal scores the first one wins.
             return sorted([*candidates, *ends], key=lambda c: get_args(Kind).index(c.kind)), stopped
+
+    def _rank(
+        self,
+        candidates: list[Candidate],
+        outcomes: list[Outcome],
+        labels: Tensor | None,
+        space: SearchSpace,
+        settings: SearchSettings,
+        num_classes: int | None,
+    ) -> list[Ranked]:
+        """Candidates, and some of them side by side, by what they gave on the selection images, best first."""
+        outcomes, labels = draw_rows(outcomes, labels, self.settings.seed)
+        ranking, rejected = settings.ranking, space.rejected
+        ranked, looked_at = rank(
+            candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected
+        )
+        if labels is None or ranking not in ("auto", *NEED_LABELS) or not space.costs.early_exits:
+            return ranked
+        by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
+        limits, parts = settings.limits, self.all_parts
+        sides = side_by_side(ranked, looked_at, by_key, parts, limits, max_roots=settings.max_roots)
+        return in_order([*ranked, *sides])
 
     def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
         """The same, assembled and measured in what the budget limits and only an assembled network shows."""
