@@ -54,6 +54,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         lightning_stitch.Stitcher  # noqa: B018
 
 
+@pytest.mark.slow
 def test_timm_knows_the_architecture_only_when_asked_to() -> None:
     ask = "import timm, lightning_stitch{}; print(timm.is_model('lightning_stitch'))"
     for wanted, known in (("", "False"), (".timm", "True")):

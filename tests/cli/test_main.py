@@ -298,6 +298,7 @@ BUDGET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [BUDGET, {"class_path": "lightning_stitch.Budget", "init_args": BUDGET}])
 def test_every_limit_of_a_budget_can_be_written_in_yaml(
     tmp_path: Path, image_folder: Path, written: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -152,6 +152,7 @@ def test_class_names_are_in_the_checkpoint(checkpoint: Path) -> None:
     assert StitchedClassifier.load_from_checkpoint(checkpoint, weights_only=True).class_names == NAMES
 
 
+@pytest.mark.slow
 def test_names_that_a_terminal_cannot_show_are_escaped_and_nothing_is_lost(
     checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_an_option_that_cannot_be_used_is_an_error_before_the_checkpoint_is_read
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_folders_of_every_kind_are_published(
     hub: HubDouble, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_folders_of_every_kind_are_published(
     assert "--class_names names a classifier's outputs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_configuration_publishes_what_it_composed_and_trained(
     hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

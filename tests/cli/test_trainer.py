@@ -57,6 +57,7 @@ def from_example(name: str, folder: Path, images: Path) -> Path:
 SMALL = ["--finetuning.epochs", "1", "--finetuning.probe_penalties", "[2]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compare_solar_cells", "solar_cells"])
 def test_compare_takes_the_configuration_of_fit(
     name: str, tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]

@@ -52,6 +52,7 @@ def outlined(make: Callable[[], nn.Module], size: int) -> CutGraph:
     return CutGraph(network.eval(), (3, size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_graph_of_an_outline_is_that_of_the_network_itself(name: str) -> None:
     make, size = NETWORKS[name]

@@ -97,10 +97,18 @@ def test_a_config_that_does_not_fit_is_refused(change: Any, words: str, folder: 
         StitchedNetwork.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"architecture": "resnet18"}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"architecture": "resnet18"}', "[" * 100_000])
 def test_a_config_of_something_else_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(RecipeError, match="is not that of a stitched network"):
+        StitchedNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("<!DOCTYPE html>\n<p>Sign in</p>", "is a web page")])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_a_download_left_in_place_of_a_file_is_called_that(file: str, text: str, words: str, folder: Path) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(SourceError, match=words):
         StitchedNetwork.from_pretrained(folder)
 
 

@@ -80,6 +80,7 @@ def test_the_config_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_with_neither_sources_nor_a_network_connection(saved: Path) -> None:
     script = f"""
 import socket, sys, torch

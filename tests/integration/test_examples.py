@@ -157,6 +157,7 @@ def test_photographs_are_sorted_into_mapped_classes_without_labels(
     }
 
 
+@pytest.mark.slow
 def test_cnn_fronts_are_stitched_to_vit_tails_on_real_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 EXAMPLE = Path(__file__).parents[2] / "examples" / "publish_and_pull.py"
 
 
+@pytest.mark.slow
 def test_what_one_process_publishes_another_pulls_without_sources_or_credentials(tmp_path: Path) -> None:
     with serve_hub() as hub:
 

@@ -111,6 +111,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Attending, classifier])
 def test_a_server_does_not_notice_what_other_threads_load(saved: Path, make: Callable[[], nn.Module]) -> None:
     server, expected = make().eval(), outputs(classifier())

@@ -125,6 +125,7 @@ def held() -> dict[int, Tensor]:
     return {id(x): x for x in floats}
 
 
+@pytest.mark.slow
 def test_on_disk_memory_is_rows_by_channels_whatever_the_image_size() -> None:
     growth = []
     for keeping in ("disk", "memory"):

@@ -126,6 +126,7 @@ def test_what_cannot_be_used_is_named() -> None:
         updated(x, y, estimator="unbiased").compute()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)

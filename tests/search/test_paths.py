@@ -64,6 +64,7 @@ def pool_of(*sources: Source, images: Tensor, **settings: object) -> Pool:
     return pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PAIRS)
 def test_every_kind_joins_every_other_at_any_cut(kind: str) -> None:
     sender, receiver = (make() for make in PAIRS[kind])

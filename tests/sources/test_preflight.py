@@ -256,8 +256,8 @@ def test_weights_that_do_not_fit_are_rejected_by_names_and_shapes_alone(
 def test_a_file_that_is_no_safetensors_file_is_rejected(hub: HubDouble, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     hub.publish("org/pointer", folder)
-    for spec in (f"local-dir:{folder}", "hf-hub:org/pointer"):
-        assert "is no safetensors file, or damaged" in problems(preflight([spec]))[0]
+    assert "is a Git LFS pointer" in problems(preflight([f"local-dir:{folder}"]))[0]
+    assert "is no safetensors file, or damaged" in problems(preflight(["hf-hub:org/pointer"]))[0]
 
 
 def test_every_source_that_cannot_be_used_is_reported_beside_those_that_can(

@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["timm", "lightning_stitch"])
 def test_timm_knows_saved_networks_whichever_is_imported_first(first: str, folder: Path) -> None:
     second = {"timm": "lightning_stitch", "lightning_stitch": "timm"}[first]

@@ -84,6 +84,7 @@ def test_the_search_runs_only_where_the_module_has_no_recipe_and_says_so(
     assert "FragmentSearch does nothing: the module has a network already" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_replaces_what_a_search_found_while_nobody_had_named_the_checkpoint(tmp_path: Path) -> None:
     run, model, data, callback = searched(tmp_path)
     assert callback.result is not None
@@ -104,6 +105,7 @@ def test_a_checkpoint_replaces_what_a_search_found_while_nobody_had_named_the_ch
     torch.testing.assert_close(dict(fresh.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_same_seed_same_network_and_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     found = []
     for state in (1, 2):
