@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from doubles.hub_server import environment_of, serve_hub
 from huggingface_hub import ModelCard
 
