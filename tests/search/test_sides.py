@@ -11,7 +11,7 @@ from lightning_stitch import Budget, CalibrationSettings, Pool, SearchResult, St
 
 
 class OneColour(nn.Module):
-    """Sees one colour of an image, in two blocks of one channel that tells it and three that are noise of the others."""
+    """Sees one colour of an image."""
 
     def __init__(self, colour: int) -> None:
         super().__init__()
@@ -98,18 +98,17 @@ def test_smaller_images_are_candidates_where_they_are_asked_for_or_a_budget_asks
     plain = pool.search([images[:16]], selection, max_candidates=1, max_roots=1)
     assert not sizes_of(plain)
     asked = pool.search([images[:16]], selection, max_candidates=1, max_roots=1, sizes=[64, 128])
-    assert sizes_of(asked) == {("test_resnet", (64, 64)), ("test_vit", (64, 64))}
+    assert sizes_of(asked) == {("test_resnet", (64, 64))}  # the transformer takes one size alone
     half = min(part.cost.macs for part in pool.parts) / 2
     limited = pool.search([images[:16]], selection, max_candidates=1, max_roots=1, budget=Budget(max_macs=half))
     assert ("test_resnet", (64, 64)) in sizes_of(limited)
     assert limited.best.candidate.cost.macs <= half
     ranked = next(r for r in asked.ranked if r.candidate.kind == "smaller image")
     network = pool.assemble(ranked.candidate)
-    part = next(
-        p for p in pool.all_parts if p.image_shape == (3, 64, 64) and p.name == ranked.candidate.recipe.sources[0].name
-    )
-    assert network(images[:2]).shape == (2, network.num_features)
-    assert ranked.candidate.cost.macs <= part.cost.macs
+    with torch.no_grad():
+        small = torch.nn.functional.interpolate(images[:2], size=64, mode="bilinear", antialias=True)
+        torch.testing.assert_close(network(images[:2]), network(small), atol=1e-2, rtol=1e-2)
+    assert ranked.candidate.cost.macs < pool.parts[0].cost.macs / 2
     with pytest.raises(StitchError, match="heights of images in pixels"):
         pool.search([images[:16]], selection, sizes=[0])
 
@@ -119,9 +118,8 @@ def test_of_two_sizes_that_cannot_be_told_apart_the_larger_is_taken() -> None:
     colours = IMAGES.mean((2, 3), keepdim=True)
     images = colours.expand(-1, -1, 96, 96)[:120].contiguous()
     pool = Pool([live(OneColour(0).eval(), "red", size=96)], (3, 96, 96))
-    labels = (
-        colours[:120, 0].flatten() + 0.3 * torch.randn(120, generator=torch.Generator().manual_seed(1)) > 0.5
-    ).long()
+    noise = 0.3 * torch.randn(120, generator=torch.Generator().manual_seed(1))
+    labels = (colours[:120, 0].flatten() + noise > 0.5).long()
     result = pool.search([images[:16]], [(images[16:], labels[16:])], max_candidates=1, max_roots=1, sizes=[64])
     assert any(r.candidate.kind == "smaller image" for r in result.ranked)
     assert result.best.candidate.kind != "smaller image"
