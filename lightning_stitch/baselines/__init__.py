@@ -11,7 +11,8 @@ In reading order:
 
 **Chosen on the selection images, always**: the source (by the loss of its linear probe; for all other methods of its
 closed-form head), learning rate, penalty and StitchNet. Test images choose nothing. Labels are those of train and
-selection images together, the same for every method. Parameters, MACs and latency are of the whole classifier.
+selection images together; the heads of composed networks are fitted on the calibration images, too, and the column
+`labels` counts them. Parameters, MACs and latency are of the whole classifier.
 
 **The StitchNet** is the best one of the search, also where the search itself would rather take a source or an early
 exit; the column `search_choice` then names that. "closed-form head, fine-tuned" tells what its fine-tuning owes to the

@@ -173,7 +173,8 @@ def _test(method: Method, contender: Contender, data: CalibrationDataModule, dev
         for images, targets in data.test_dataloader():
             probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
             labels.append(targets)
-    num_labels = data.summary["train"] + data.summary["selection"]
+    parts = ("train", "selection", "calibration") if method in COMPOSED else ("train", "selection")
+    num_labels = sum(data.summary[part] for part in parts)
     sources = {fragment.source for fragment in getattr(getattr(contender.network, "recipe", None), "fragments", ())}
     evaluation = Evaluation(
         method,

@@ -15,7 +15,8 @@ COUNTED = (
     "count every epoch, forward and backward, and a pass over the selection images, for every learning rate tried. "
     "StitchNet counts the whole search (cutting, calibration, CKAs, solves, ranking) and the head; what is fine-tuned "
     "counts what it starts from. Loading the sources, test images and measuring latency count for none. Labels are "
-    "those of the train and selection images, which all methods use alike; test images choose nothing."
+    "those of the train and selection images; a composed network's head has those of the calibration images besides. "
+    "Test images choose nothing."
 )
 
 

@@ -18,7 +18,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.progress import Bar, Progress, Silent
-from lightning_stitch.report import Comparison, compare
+from lightning_stitch.report import MARGIN, Comparison, check_margin, compare
 from lightning_stitch.search import Ranked, SearchResult, Strategy, find_ranking
 from lightning_stitch.settings import (
     CalibrationSettings,
@@ -65,6 +65,7 @@ class FragmentSearch(pl.Callback):
             images choose nothing.
         fractions: Shares of the smallest source's MACs under which the comparison shows the best StitchNet and
             the best early exit.
+        margin: The least difference in accuracy that counts in the comparison's verdicts (`report.judge`).
         attribute: Where in a LightningModule of your own the network goes, as "backbone" or "model.encoder": a
             `StitchedBackbone`, or any network that gives vectors (batch, width) for images; the new one's features are
             mapped, by least squares on the head images, onto those. A module with a method
@@ -105,6 +106,7 @@ class FragmentSearch(pl.Callback):
         max_healed: int = 16,
         compare: bool = False,
         fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
+        margin: float = MARGIN,
         seed: int = 0,
         keep_activations: Keeping = "disk",
         time_limit: float | None = None,
@@ -141,6 +143,8 @@ class FragmentSearch(pl.Callback):
         self.chooses_readout = readout is None
         self.compare = compare
         self.fractions = tuple(fractions)
+        check_margin(margin)
+        self.margin = margin
         self.pool: Pool | None = None
         self.attribute = attribute
         self.head_attribute = head_attribute
@@ -358,6 +362,7 @@ class FragmentSearch(pl.Callback):
                 num_classes=head.num_classes,
                 head=head,
                 fractions=self.fractions,
+                margin=self.margin,
                 includes_selection=trainer.max_epochs == 0,
                 progress=progress,
             )

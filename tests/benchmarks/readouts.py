@@ -10,11 +10,15 @@ images, the search's own rules choose, the head is fitted on the same images, an
 by test images. Differences are against the closed-form head on the last features of the best source, which is chosen by
 leave-one-out, too; intervals are 95 % over splits (paired, Student's t). Splits of one data set share images: the
 intervals are for this data set, and those of many labels a little too narrow.
+
+With --fine-tuned N the first N splits have full fine-tuning of that source, too (`FineTuning()`, both flips): a quarter
+of the labelled images chooses the learning rate, then all of them train it anew. It is compared on these splits alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import math
 import statistics
@@ -22,14 +26,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ranking_tasks import Task, handwritten_digits, solar_cells
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stitch import Budget, CalibrationSettings, Pool
+from lightning_stitch import Budget, CalibrationSettings, FineTuning, Pool
+from lightning_stitch.baselines.finetuning import Classifier, quiet_trainers, train_best
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
@@ -54,10 +61,7 @@ def scores_of(outcome: Outcome, labels: Tensor, train: Tensor, test: Tensor, num
     features = outcome.features
     head, _ = fit_ridge_head(features[train], labels[train], num_classes=num_classes, blocks=outcome.blocks)
     with torch.no_grad():
-        probabilities = head(features[test]).softmax(1)
-    accuracy = float((probabilities.argmax(1) == labels[test]).float().mean())
-    scores = probabilities[:, 1] if num_classes == 2 else probabilities
-    return accuracy, float(roc_auc_score(labels[test], scores, multi_class="ovr"))
+        return figures_of(head(features[test]).softmax(1), labels[test], num_classes)
 
 
 def choices(
@@ -86,7 +90,52 @@ def half_width(differences: Sequence[float]) -> float:
     return float(student.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
 
 
-def measure(task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[int]) -> list[str]:
+def fine_tuned(
+    pool: Pool, source: str, images: Tensor, labels: Tensor, train: Tensor, test: Tensor, num_classes: int
+) -> tuple[float, float]:
+    """Accuracy and AUROC on the test rows of a source that is trained as a whole on the train rows."""
+    part = next(part for part in pool.parts if part.name == source)
+    torch.manual_seed(0)
+    network = nn.Sequential(part.preprocess, part.graph.fragment(None, part.end))
+    head = nn.Linear(part.graph.find(str(part.end)).channels, num_classes)
+    model = Classifier(network, head, head_learning_rate=FineTuning().head_learning_rate)
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    settings, start = FineTuning(flips="both"), copy.deepcopy(model.state_dict())
+    options: Any = {"seed": 0, "trainer_options": {"accelerator": "cpu", "num_sanity_val_steps": 0, **quiet}}
+
+    def loader(rows: Tensor) -> DataLoader:
+        generator = torch.Generator().manual_seed(0)
+        rows_of = TensorDataset(images[rows], labels[rows])
+        return DataLoader(rows_of, batch_size=32, shuffle=True, generator=generator)
+
+    choosing, learning = train[: len(train) // 4], train[len(train) // 4 :]
+    with quiet_trainers():
+        best = train_best(
+            model,
+            lambda: loader(learning),
+            loader(choosing),
+            settings,
+            learning_rates=settings.learning_rates,
+            **options,
+        )
+        model.load_state_dict(start)
+        rates = [best.learning_rate]
+        train_best(model, lambda: loader(train), loader(choosing), settings, learning_rates=rates, **options)
+    with torch.inference_mode():
+        probabilities = torch.cat([model.eval()(x).softmax(1) for x in images[test].split(32)])
+    return figures_of(probabilities, labels[test], num_classes)
+
+
+def figures_of(probabilities: Tensor, labels: Tensor, num_classes: int) -> tuple[float, float]:
+    """Accuracy and AUROC."""
+    accuracy = float((probabilities.argmax(1) == labels).float().mean())
+    scores = probabilities[:, 1] if num_classes == 2 else probabilities
+    return accuracy, float(roc_auc_score(labels, scores, multi_class="ovr"))
+
+
+def measure(
+    task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[int], num_fine_tuned: int = 0
+) -> list[str]:
     """The table of one task, in Markdown."""
     begun = time.perf_counter()
     shape = tuple(task.calibration[0][0].shape[1:])
@@ -98,6 +147,7 @@ def measure(task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[i
     everything = [*task.selection, *task.head, *task.test]
     outcomes, targets = pool.outcomes(candidates, everything, progress=Silent())
     assert targets is not None
+    images = torch.cat([x for x, _ in everything])
     taps = time.perf_counter() - begun
     lines = []
     for num_labels in labels:
@@ -113,7 +163,12 @@ def measure(task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[i
 
             of_train = [at_rows(outcome, train) for outcome in outcomes]
             chosen = choices(pool, candidates, of_train, targets[train], task.num_classes)
-            figures.setdefault(LAST, []).append(best_last(candidates, outcomes, targets, train, score, task))
+            source, *first = best_last(candidates, outcomes, targets, train, score, task)
+            figures.setdefault(LAST, []).append((first[0], first[1], first[2]))
+            if split < num_fine_tuned:
+                everywhere = fine_tuned(pool, source, images, targets, train, test, task.num_classes)
+                figures.setdefault("the same source, fine-tuned", []).append((*everywhere, first[2]))
+                print(num_labels, split, source, first[:2], everywhere, flush=True)
             for name, ranked in chosen.items():
                 (outcome,) = joined([ranked.candidate], candidates, outcomes)
                 figures.setdefault(name, []).append((*score(outcome), ranked.candidate.cost.macs / 1e6))
@@ -129,12 +184,13 @@ def best_last(
     train: Tensor,
     score: Callable[[Outcome], tuple[float, float]],
     task: Task,
-) -> tuple[float, float, float]:
-    """The closed-form head on the last features of the source that is best by leave-one-out."""
+) -> tuple[str, float, float, float]:
+    """The source that is best by leave-one-out of heads on last features: its name, and that head's figures."""
     sources = [(c, last_features(o)) for c, o in zip(candidates, outcomes, strict=True) if c.kind == "source"]
     fits = [fit_ridge_head(o.features[train], targets[train], num_classes=task.num_classes)[1] for _, o in sources]
     best = max(range(len(sources)), key=lambda number: fits[number].loo_r2)
-    return (*score(sources[best][1]), sources[best][0].cost.macs / 1e6)
+    candidate, outcome = sources[best]
+    return (candidate.recipe.sources[0].name, *score(outcome), candidate.cost.macs / 1e6)
 
 
 def joined(chosen: Sequence[Candidate], candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -156,10 +212,13 @@ def table(figures: dict[str, list[tuple[float, float, float]]], num_labels: int,
     ]
     for name, rows in figures.items():
         accuracy, auroc, macs = (statistics.mean(column) for column in zip(*rows, strict=True))
-        words = f"| {name} | {macs:.0f} | {accuracy:.3f} | {auroc:.3f} |"
+        few = "" if len(rows) == len(figures[LAST]) else f" ({len(rows)} splits)"
+        words = f"| {name}{few} | {macs:.0f} | {accuracy:.3f} | {auroc:.3f} |"
         for column, factor in ((0, 100), (1, 1)):
-            differences = [factor * (row[column] - base[column]) for row, base in zip(rows, figures[LAST], strict=True)]
-            half = half_width(differences)
+            # Of as many splits as the row has.
+            pairs = zip(rows, figures[LAST], strict=False)
+            differences = [factor * (row[column] - base[column]) for row, base in pairs]
+            half = half_width(differences) if len(differences) > 1 else math.nan
             digits = 1 if factor == 100 else 3
             words += f" {statistics.mean(differences):+.{digits}f} +- {half:.{digits}f} |" if name != LAST else " |"
         lines.append(words)
@@ -175,6 +234,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--labels", type=int, nargs="*")
     parser.add_argument("--test-images", type=int, default=1024)
+    parser.add_argument("--fine-tuned", type=int, default=0, help="splits that fine-tune, too: minutes each")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if options.task == "elpv":
@@ -183,7 +243,7 @@ def main() -> None:
     else:
         task, sizes = handwritten_digits(other_questions=True), []
     labels = options.labels or ([32, 128, 512] if options.task == "elpv" else [128, 384])
-    lines = measure(task, splits=options.splits, labels=labels, sizes=sizes)
+    lines = measure(task, splits=options.splits, labels=labels, sizes=sizes, num_fine_tuned=options.fine_tuned)
     print("\n".join(lines))
     if options.markdown:
         options.markdown.write_text("\n".join(lines))

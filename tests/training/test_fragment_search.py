@@ -122,12 +122,15 @@ def test_same_seed_same_network_and_the_global_random_state_is_left_alone(tmp_pa
 def test_comparison_is_printed_and_written_in_the_log_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callback = search(compare=True, fractions=[0.75, 1e-9])
+    callback = search(compare=True, fractions=[0.75, 1e-9], margin=0.05)
     trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
     assert callback.comparison is not None
     assert callback.comparison.unmet == ("<= 0% of MACs",)
     printed = " ".join(capsys.readouterr().out.split())
     assert "No StitchNet fits <= 0% of MACs." in printed
+    assert {verdict.margin for verdict in callback.comparison.verdicts} == {0.05}
+    with pytest.raises(StitchError, match="margin is a difference in accuracy, from 0 to 1"):
+        search(compare=True, margin=5)
     assert "McNemar" in printed
     with (tmp_path / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
