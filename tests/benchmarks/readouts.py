@@ -134,7 +134,13 @@ def figures_of(probabilities: Tensor, labels: Tensor, num_classes: int) -> tuple
 
 
 def measure(
-    task: Task, *, splits: int, labels: Sequence[int], sizes: Sequence[int], num_fine_tuned: int = 0
+    task: Task,
+    *,
+    splits: int,
+    labels: Sequence[int],
+    sizes: Sequence[int],
+    num_fine_tuned: int = 0,
+    with_calibration: bool = False,
 ) -> list[str]:
     """The table of one task, in Markdown."""
     begun = time.perf_counter()
@@ -149,7 +155,7 @@ def measure(
     assert targets is not None
     images = torch.cat([x for x, _ in everything])
     taps = time.perf_counter() - begun
-    lines = []
+    lines = calibration_labels(pool, candidates, outcomes, targets, task, splits) if with_calibration else []
     for num_labels in labels:
         figures: dict[str, list[tuple[float, float, float]]] = {}
         for split in range(splits):
@@ -175,6 +181,41 @@ def measure(
         lines += table(figures, num_labels, len(targets) - num_labels)
     print(f"{taps:.0f} s for {len(candidates)} candidates' taps, {time.perf_counter() - begun:.0f} s in all")
     return lines
+
+
+def calibration_labels(
+    pool: Pool, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], targets: Tensor, task: Task, splits: int
+) -> list[str]:
+    """Heads of StitchNets on 96 labelled images, with as many more of others, or with those that stitches were fitted on.
+
+    What calibration images' labels are worth less than others' is the optimism of the stitches on them.
+    """
+    stitched = [number for number, candidate in enumerate(candidates) if candidate.kind == "stitched"]
+    fitted_on, labels = pool.outcomes([candidates[n] for n in stitched], task.calibration, progress=Silent())
+    assert labels is not None
+    ways: dict[str, list[tuple[float, float]]] = {"96": [], "96 and as many more": [], "96 and calibration's": []}
+    for split in range(splits):
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(split))
+        train, more, test = order[:96], order[96 : 96 + len(labels)], order[96 + len(labels) :]
+        for number, of_calibration in zip(stitched, fitted_on, strict=True):
+            x, blocks = outcomes[number].features, outcomes[number].blocks
+            given = [
+                (x[train], targets[train]),
+                (torch.cat([x[train], x[more]]), torch.cat([targets[train], targets[more]])),
+                (torch.cat([x[train], of_calibration.features]), torch.cat([targets[train], labels])),
+            ]
+            for way, rows in zip(ways.values(), given, strict=True):
+                head, _ = fit_ridge_head(*rows, num_classes=task.num_classes, blocks=blocks)
+                with torch.no_grad():
+                    way.append(figures_of(head(x[test]).softmax(1), targets[test], task.num_classes))
+    lines = [
+        f"| labels of the heads of {len(stitched)} StitchNets, {splits} splits | accuracy | AUROC |",
+        "|---|---|---|",
+    ]
+    for name, figures in ways.items():
+        accuracy, auroc = (statistics.mean(column) for column in zip(*figures, strict=True))
+        lines.append(f"| {name} | {accuracy:.4f} | {auroc:.4f} |")
+    return [*lines, ""]
 
 
 def best_last(
@@ -235,6 +276,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="*")
     parser.add_argument("--test-images", type=int, default=1024)
     parser.add_argument("--fine-tuned", type=int, default=0, help="splits that fine-tune, too: minutes each")
+    parser.add_argument("--calibration-labels", action="store_true", help="what labels of calibration images are worth")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if options.task == "elpv":
@@ -243,7 +285,14 @@ def main() -> None:
     else:
         task, sizes = handwritten_digits(other_questions=True), []
     labels = options.labels or ([32, 128, 512] if options.task == "elpv" else [128, 384])
-    lines = measure(task, splits=options.splits, labels=labels, sizes=sizes, num_fine_tuned=options.fine_tuned)
+    lines = measure(
+        task,
+        splits=options.splits,
+        labels=labels,
+        sizes=sizes,
+        num_fine_tuned=options.fine_tuned,
+        with_calibration=options.calibration_labels,
+    )
     print("\n".join(lines))
     if options.markdown:
         options.markdown.write_text("\n".join(lines))
