@@ -186,7 +186,7 @@ def measure(
 def calibration_labels(
     pool: Pool, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], targets: Tensor, task: Task, splits: int
 ) -> list[str]:
-    """Heads of StitchNets on 96 labelled images, with as many more of others, or with those that stitches were fitted on.
+    """Heads of StitchNets on 96 labelled images, and with more: others, or those that stitches were fitted on.
 
     What calibration images' labels are worth less than others' is the optimism of the stitches on them.
     """
