@@ -34,6 +34,7 @@ from lightning_stitch.search import (
     CompositionCosts,
     Outcome,
     Ranked,
+    Remembered,
     SearchResult,
     SearchSpace,
     Stopped,
@@ -45,6 +46,7 @@ from lightning_stitch.search import (
     find_ranking,
     follow,
     in_order,
+    keys_of_reads,
     measure_candidates,
     network_latency,
     on_smaller_images,
@@ -124,6 +126,7 @@ class Pool:
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
         self._in_search = threading.Lock()
+        self._remembered = Remembered()
         self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
 
     @classmethod
@@ -292,9 +295,10 @@ class Pool:
             with timed(self.seconds, "rank"):
                 progress.start("ranking", num_selected)
                 outcomes, labels = self.outcomes(
-                    candidates, selection, progress=progress, journal=journal, num_classes=num_classes
+                    candidates, selection, progress=progress, journal=journal, num_classes=num_classes, remember=True
                 )
                 ranked = self._rank(candidates, outcomes, labels, space, settings, num_classes)
+            self._remember(ranked)
             ranked = self._measure(ranked, settings.limits, journal, progress)
             return choose(
                 ranked,
@@ -313,12 +317,24 @@ class Pool:
         progress: Progress,
         journal: Answers | None = None,
         num_classes: int | None = None,
+        remember: bool = False,
     ) -> tuple[list[Outcome], Tensor | None]:
-        """Run candidates over images, shared fronts once; gives their features, and the labels where there are any."""
+        """Run candidates over images, shared fronts once; gives their features, and the labels where there are any.
+
+        What was read of the images that the last search chose by is remembered of its best candidates (`remember`).
+        """
         labels: list[Tensor] = []
         batches = check_batch_labels(batches, num_classes)
         images = read_images(batches, self.image_shape, self.device, labels)
-        results = outcomes(candidates, self.all_parts, images, journal=journal or Answers(), on_batch=progress.advance)
+        results = outcomes(
+            candidates,
+            self.all_parts,
+            images,
+            journal=journal or Answers(),
+            remembered=self._remembered,
+            remember=remember,
+            on_batch=progress.advance,
+        )
         return results, torch.cat(labels) if labels else None
 
     def stitch(
@@ -475,6 +491,16 @@ class Pool:
         limits, parts = settings.limits, self.all_parts
         sides = side_by_side(ranked, looked_at, by_key, parts, limits, max_roots=settings.max_roots)
         return in_order([*ranked, *sides])
+
+    def _remember(self, ranked: Sequence[Ranked]) -> None:
+        """Of what was read of the selection images keep that of the candidates that some budget would choose."""
+        least: dict[str, int] = {}
+        keys: set[str] = set()
+        for candidate in (r.candidate for r in ranked):
+            if candidate.cost.macs < least.get(candidate.kind, candidate.cost.macs + 1):
+                least[candidate.kind] = candidate.cost.macs
+                keys.update(keys_of_reads(candidate))
+        self._remembered.keep(keys)
 
     def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
         """The same, assembled and measured in what the budget limits and only an assembled network shows."""

@@ -43,8 +43,8 @@ def fuse(fragment: fx.GraphModule) -> fx.GraphModule:
     for name in _called(fused):
         layer = fused.get_submodule(name)
         if type(layer) in _CONVOLUTIONS:
-            layer.to(memory_format=torch.channels_last)
-    return fused.requires_grad_(False).eval()
+            layer.to(memory_format=torch.channels_last).requires_grad_(False)
+    return fused
 
 
 def _called(fragment: fx.GraphModule) -> list[str]:

@@ -1,4 +1,4 @@
-from .activation_store import Carried, Deferred, Portion, Spool, carry
+from .activation_store import Carried, Deferred, Portion, Spool, carry, lies_channels_last
 from .fingerprints import differences, in_words, key_of, plain, tensors_hash, versions
 from .hub_download import (
     CONFIG,
@@ -41,6 +41,7 @@ __all__ = [
     "find_hub_file",
     "hub_file",
     "in_words",
+    "lies_channels_last",
     "key_of",
     "offline",
     "plain",

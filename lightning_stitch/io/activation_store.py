@@ -21,6 +21,11 @@ from lightning_stitch.settings import Keeping
 Portion = Callable[[], Tensor]
 
 
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether a map (batch, channels, height, width) lies in memory as (batch, height, width, channels)."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 class Spool:
     """Where tensors are put down: "disk", a temporary file in the directory that TMPDIR names, or "memory"."""
 
@@ -38,7 +43,7 @@ class Spool:
         if self._keeping == "memory":
             return lambda: x
         # What lies channels-last comes back so, on which results depend in the last bit.
-        last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        last = lies_channels_last(x)
         laid_out = (x.permute(0, 2, 3, 1) if last else x).detach().contiguous()
         begin, raw = self._end, laid_out.cpu().view(-1).view(torch.uint8)
         try:

@@ -1,5 +1,5 @@
 from .costs import CompositionCosts, costs_of_pairs
-from .evaluation import Outcome, keys_of_reads, outcomes
+from .evaluation import Outcome, Remembered, keys_of_reads, outcomes
 from .identity import search_identity
 from .latency import network_latency, piece_latencies
 from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
@@ -18,6 +18,7 @@ __all__ = [
     "Outcome",
     "Ranked",
     "Ranking",
+    "Remembered",
     "SearchResult",
     "SearchSpace",
     "SelectionData",

@@ -7,7 +7,7 @@ batch, and what is read of a node is read once for all candidates that read it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -52,6 +52,31 @@ class Outcome:
     def features(self) -> Tensor:
         """What all taps gave side by side (images x features)."""
         return self.vectors[0] if len(self.vectors) == 1 else torch.cat(self.vectors, dim=1)
+
+
+class Remembered:
+    """What was read of the images that a search chose by, so that heads and comparisons need not run them again."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}  # by the hash of an image
+        self._vectors: dict[str, Tensor] = {}
+        self._seconds: dict[str, float] = {}
+
+    def add(self, images: Sequence[str], vectors: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
+        """Take in what was read of images, in place of what was there: by key (images x width), and its seconds."""
+        self._rows = {image: row for row, image in enumerate(images)}
+        self._vectors, self._seconds = dict(vectors), dict(seconds)
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Let go of all but these."""
+        self._vectors = {key: self._vectors[key] for key in keys if key in self._vectors}
+
+    def recall(self, images: Sequence[str], key: str) -> Answer | None:
+        """What was read of these images, and the seconds that it took; None where it is not known of all of them."""
+        x, rows = self._vectors.get(key), [self._rows.get(image) for image in images]
+        if x is None or None in rows:
+            return None
+        return Answer(self._seconds[key] * len(rows) / len(x), {"vector": x[rows]})
 
 
 class PrefixTree:
@@ -124,11 +149,14 @@ def outcomes(
     images: Iterable[Tensor],
     *,
     journal: Answers,
+    remembered: Remembered | None = None,
+    remember: bool = False,
     on_batch: Callable[[int], None],
 ) -> list[Outcome]:
-    """What candidates give for batches of images; what the journal has of a batch is taken from there.
+    """What candidates give for batches of images; what is remembered or in the journal of a batch is taken from there.
 
-    What it has not is recorded. `on_batch` is called with the number of images after each batch.
+    What is not is recorded; with `remember` all of it is remembered afterwards, in place of what was. `on_batch` is
+    called with the number of images after each batch.
 
     Raises:
         JournalError: If the journal was begun with other images, or in other batches.
@@ -148,15 +176,23 @@ def outcomes(
             tree.add(keys[place], *reads[keys[place]])
         return tree
 
-    def run(batch: Tensor, places: Sequence[int]) -> list[Answer]:
-        results = tree_of(tuple(places)).run([batch])
+    def run(batch: Tensor, unknown: Sequence[int], numbers: Sequence[int]) -> list[Answer]:
+        places = tuple(unknown[number] for number in numbers)
+        results = tree_of(places).run([batch])
         return [Answer(seconds, {"vector": x}) for x, seconds in (results[keys[place]] for place in places)]
 
+    remembered = remembered or Remembered()
     answers: list[list[Answer]] = []
+    hashes: list[str] = []
     for number, batch in enumerate(images):
-        content = tensors_hash([batch])
+        content, of_images = tensors_hash([batch]), [tensors_hash([image]) for image in batch]
         journal.agree({f"selection images, batch {number}": [list(batch.shape), content]})
-        answers.append(journal.recall_all([["tap", number, content, key] for key in keys], partial(run, batch)))
+        known = {key: remembered.recall(of_images, key) for key in keys}
+        places = [place for place, key in enumerate(keys) if known[key] is None]
+        questions = [["tap", number, content, keys[place]] for place in places]
+        found = iter(journal.recall_all(questions, partial(run, batch, places)))
+        answers.append([known[key] or next(found) for key in keys])
+        hashes += of_images
         on_batch(len(batch))
     if not answers:
         raise CalibrationError("There are no images to run the candidates on.")
@@ -165,6 +201,8 @@ def outcomes(
     for key, of_one_tap in zip(keys, zip(*answers, strict=True), strict=True):
         vectors[key] = torch.cat([answer.tensors["vector"] for answer in of_one_tap])
         seconds[key] = sum(answer.value for answer in of_one_tap)
+    if remember:
+        remembered.add(hashes, vectors, seconds)
     results = []
     for candidate, of_one in zip(candidates, keys_of_candidates, strict=True):
         last = {read.way: key for read, key in zip(candidate.reads, of_one, strict=True)}

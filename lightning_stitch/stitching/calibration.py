@@ -22,7 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.io import UNFINISHED, Carried, differences, in_words, plain, sha256_of, versions, write_json
+from lightning_stitch.io import (
+    UNFINISHED,
+    Carried,
+    differences,
+    in_words,
+    lies_channels_last,
+    plain,
+    sha256_of,
+    versions,
+    write_json,
+)
 from lightning_stitch.progress import Progress, counted
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.activations import Calibrated, CutStatistics, calibrate, centred_or_none
@@ -167,6 +177,9 @@ class Calibration:
             source.release()
 
 
+_NHWC = ".nhwc"  # ends the names of what lies channels-last, and comes back so
+
+
 def _write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
     """Write a file of tensors, and give its name, which says what is in it: one that is there already stays good."""
     unnamed = directory / f"{name}{UNFINISHED}"
@@ -213,8 +226,11 @@ def _tensors(source: Calibrated) -> Iterator[dict[str, Tensor]]:
     """What goes into each file of a source, of one cut after the other, and at last its features."""
     for statistics, activation in zip(source.statistics, source.activations, strict=True):
         prefix = {} if statistics.prefix_rows is None else {"prefix": statistics.prefix_rows}
-        portions = {f"activation.{number}": portion for number, portion in enumerate(activation)}
-        yield {"rows": statistics.rows, **prefix, **portions}
+        tensors = {"rows": statistics.rows, **prefix}
+        for number, x in enumerate(activation):
+            last = lies_channels_last(x)
+            tensors[f"activation.{number}{_NHWC * last}"] = x.permute(0, 2, 3, 1) if last else x
+        yield tensors
     yield {"features": source.features}
 
 
@@ -233,7 +249,7 @@ def _open_source(
         prefix = _read_tensor(file, "prefix", device) if "prefix" in names else None
         centred = centred_or_none(rows, settings, name=f"cut {cut.name!r} of source {part.name!r}")
         statistics.append(CutStatistics(cut, rows, centred, prefix))
-        portions = [f"activation.{number}" for number in range(len(names - {"rows", "prefix"}))]
+        portions = sorted(names - {"rows", "prefix"}, key=lambda name: int(name.split(".")[1]))
         activations.append(Carried([partial(_read_tensor, file, portion, device) for portion in portions]))
     features = _read_tensor(of_features, "features", device)
     return Calibrated(part, statistics, activations, features, num_held_out, stored=True)
@@ -244,7 +260,8 @@ def _read_tensor(file: Path, name: str, device: torch.device) -> Tensor:
     try:
         with safe_open(file, framework="pt") as tensors:
             x: Tensor = tensors.get_tensor(name)
-            return x.clone().to(device)
+            x = x.clone().to(device)
+            return x.permute(0, 3, 1, 2) if name.endswith(_NHWC) else x
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{file} cannot be read any more: {error}. Keep it as long as it is used.") from error
 

@@ -95,7 +95,7 @@ def test_the_head_that_the_module_asks_for_is_fitted_and_comes_back_from_a_check
     assert torch.equal(told, again)
     outputs = model.eval()(joined(data.test_dataloader())[0]).detach()
     in_words = {"multiclass": outputs.softmax(1), "multilabel": outputs.sigmoid(), "regression": outputs}
-    torch.testing.assert_close(told, in_words[task])
+    torch.testing.assert_close(told, in_words[task], rtol=1e-3, atol=1e-3)  # predictions fold BatchNorm
     assert loaded.head_settings == model.head_settings
     resumed = StitchedClassifier(count, head=head, task=task)
     run.test(resumed, data, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
