@@ -493,11 +493,12 @@ class Pool:
         return in_order([*ranked, *sides])
 
     def _remember(self, ranked: Sequence[Ranked]) -> None:
-        """Of what was read of the selection images keep that of the candidates that some budget would choose."""
+        """Of what was read of the selection images keep that of references and of what some budget would choose."""
         least: dict[str, int] = {}
         keys: set[str] = set()
         for candidate in (r.candidate for r in ranked):
-            if candidate.cost.macs < least.get(candidate.kind, candidate.cost.macs + 1):
+            always = candidate.kind in ("source", "self-stitched")
+            if always or candidate.cost.macs < least.get(candidate.kind, candidate.cost.macs + 1):
                 least[candidate.kind] = candidate.cost.macs
                 keys.update(keys_of_reads(candidate))
         self._remembered.keep(keys)

@@ -123,6 +123,9 @@ def _add_lower(gram: Tensor, z: Tensor) -> None:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """The lower triangle on both sides, in place: a Gram matrix, symmetric to the last bit."""
-    for start in range(1, len(gram)):
-        gram[start - 1, start:] = gram[start:, start - 1]
+    for start in range(0, len(gram), THICK):
+        end = start + THICK
+        square = gram[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
+        gram[start:end, end:] = gram[end:, start:end].T
     return gram

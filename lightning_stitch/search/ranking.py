@@ -8,7 +8,7 @@ one of ten does. What several candidates read alike is summed once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,13 +113,21 @@ def grams_of(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, Tensor]]:
         while common < min(len(sums), len(outcome.keys)) and sums[common][0] == outcome.keys[common]:
             common += 1
         del sums[common:]
-        widths = iter(outcome.blocks)
-        for place, (key, x) in enumerate(zip(outcome.keys, outcome.vectors, strict=True)):
-            blocks = x.split(_take(widths, x.shape[1]), dim=1)
-            if place >= common:
-                gram = torch.stack([block_gram(block) for block in blocks]).sum(0)
-                sums.append((key, gram if not sums else sums[-1][1] + gram))
+        for key in outcome.keys[common:]:
+            gram = gram_of_taps(outcome, {key})
+            sums.append((key, gram if not sums else sums[-1][1] + gram))
         yield number, sums[-1][1]
+
+
+def gram_of_taps(outcome: Outcome, keys: Collection[str]) -> Tensor:
+    """The Gram matrix (images x images, float64) of some taps of an outcome that is in blocks, by their keys."""
+    assert outcome.blocks is not None
+    gram, widths = torch.zeros(()), iter(outcome.blocks)
+    for key, x in zip(outcome.keys, outcome.vectors, strict=True):
+        for block in x.split(_take(widths, x.shape[1]), dim=1):
+            if key in keys:
+                gram = block_gram(block).add_(gram)
+    return gram
 
 
 def _take(widths: Iterator[int], total: int) -> list[int]:

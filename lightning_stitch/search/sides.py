@@ -14,7 +14,7 @@ import torch
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
-from lightning_stitch.search.ranking import SelectionData, grams_of, label_scores, soft_scores
+from lightning_stitch.search.ranking import SelectionData, gram_of_taps, label_scores, soft_scores
 from lightning_stitch.search.results import Ranked, rank_one
 from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
 
@@ -48,7 +48,7 @@ def side_by_side(
         return []
     best, chosen = allowed[0], []
     score = soft_scores if "loo_soft_r2" in best.scores else label_scores
-    outcome = outcomes[best.candidate.key]
+    outcome, base = outcomes[best.candidate.key], None
     for _ in range(max_roots - 1):
         trials = []
         for addition in _additions(allowed, best.candidate):
@@ -56,15 +56,18 @@ def side_by_side(
             if candidate is None or not budget.allows(candidate.cost):
                 continue
             joint = _join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
-            gram = next(gram for _, gram in grams_of([joint]))
-            scores, errors = score(gram, selection)
+            if base is None:
+                base = gram_of_taps(joint, outcome.keys)
+            scores, errors = score(base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), selection)
             trials.append((rank_one(candidate, scores, joint, errors), joint))
         worth = [(r, joint) for r, joint in trials if r.gain_over(best)[0] > r.gain_over(best)[1]]
         if not worth:
             break
         first = max((r for r, _ in worth), key=lambda r: r.gain_over(best)[0])
         alike = [(r, joint) for r, joint in worth if first.gain_over(r)[0] <= first.gain_over(r)[1]]
-        best, outcome = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
+        best, joint = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
+        assert base is not None
+        base, outcome = base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), joint
         chosen.append(best)
     return chosen
 
