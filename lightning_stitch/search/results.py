@@ -107,8 +107,8 @@ class SearchResult:
     Attributes:
         ranked: All candidates, best first: the StitchNets and early exits that keep the budget, and the sources as they
             are and self-stitched, budget or no.
-        best: The best that keeps the budget, an unmodified source where no other beat it. Where the budget has a least
-            score: the one with the fewest MACs.
+        best: The best that keeps the budget, an unmodified source where no other beat it by more than a standard error
+            (`pick`). Where the budget has a least score: the one with the fewest MACs.
         best_source: The best unmodified source, budget or no.
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
@@ -146,7 +146,7 @@ class SearchResult:
                 what = {"activation_bytes": "activation bytes", "latency_ms": "latencies"}[measure]
                 raise BudgetError(f"This search measured no {what}; search with a budget that limits max_{measure}.")
         fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _objection(r, budget) is None]
-        return _best(fitting, budget) if fitting else None
+        return pick(fitting, budget) if fitting else None
 
     def pareto(self, measure: Literal["macs", "params"] = "macs") -> list[Ranked]:
         """The candidates of which none is both cheaper and better, the cheapest first.
@@ -186,8 +186,8 @@ class SearchResult:
             )
         if self.best is self.best_source:
             return (
-                f"No candidate beat the best source on the selection images: {source} has {name} {reference}; "
-                f"it is returned as it is."
+                f"No candidate beat the best source by more than a standard error on the selection images: {source} "
+                f"has {name} {reference}; it is returned as it is."
             )
         return (
             f"No candidate within the budget beat the best source on the selection images: {source} "
@@ -322,7 +322,7 @@ def choose(
     best_source = next(r for r in ranked if r.candidate.kind == "source")
     return SearchResult(
         ranked=tuple(returned),
-        best=_best(fitting, budget),
+        best=pick(fitting, budget),
         best_source=best_source,
         best_stitched=next((r for r in fitting if r.candidate.kind == "stitched"), None),
         rejected=dict(reasons),
@@ -333,16 +333,34 @@ def choose(
     )
 
 
-def _best(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
-    """The first; of those that cannot be told from it one that sees larger images; with a least score the cheapest."""
+def pick(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
+    """The best of candidates, which come best first; with a least score the cheapest.
+
+    The highest of a hundred scores on a few dozen images is in part luck. So of those that are not behind the first by
+    more than one standard error over the images a whole source is taken, else the source ended early that sees the
+    largest image and has the most MACs, else the first; and several side by side only where they are ahead of that by
+    more than one standard error.
+    """
     if budget.min_score is not None:
         return min(fitting, key=lambda r: r.candidate.cost.macs)
-    best = fitting[0]
-    for r in fitting[1:]:
-        gain, error = best.gain_over(r)
-        if _pixels(r) > _pixels(best) and gain <= error:
-            best = r
-    return best
+    alone = [r for r in fitting if r.candidate.kind != "side by side"] or fitting
+    alike = [r for r in alone if r is alone[0] or not _is_ahead(alone[0], r)]
+    sources = [r for r in alike if r.candidate.kind == "source"]
+    ended = [r for r in alike if r.candidate.kind in ("early exit", "smaller image")]
+    if sources:
+        best = sources[0]
+    elif ended:
+        best = max(ended, key=lambda r: (_pixels(r), r.candidate.cost.macs))
+    else:
+        best = alone[0]
+    ahead = (r for r in fitting if r.candidate.kind == "side by side" and _is_ahead(r, best))
+    return next(ahead, best)
+
+
+def _is_ahead(r: Ranked, rival: Ranked) -> bool:
+    """Whether one is ahead of another by more than one standard error; where that is not known, yes."""
+    gain, error = r.gain_over(rival)
+    return gain > error or r.errors is None or rival.errors is None
 
 
 def _pixels(r: Ranked) -> int:

@@ -6,6 +6,7 @@ are new, so that adding a source, an exit, a smaller image or a stitched tail is
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
@@ -15,7 +16,7 @@ import torch
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import SelectionData, gram_of_taps, label_scores, soft_scores
-from lightning_stitch.search.results import Ranked, rank_one
+from lightning_stitch.search.results import Ranked, pick, rank_one
 from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
 
 _MOST_OF_A_KIND = 4  # additions that are tried of one source, from its cheapest to its best
@@ -46,7 +47,7 @@ def side_by_side(
     allowed = [r for r in ranked if r.candidate.kind != "self-stitched" and budget.allows(r.candidate.cost)]
     if not allowed or allowed[0].errors is None:
         return []
-    best, chosen = allowed[0], []
+    best, chosen = pick(allowed, dataclasses.replace(budget, min_score=None)), []
     score = soft_scores if "loo_soft_r2" in best.scores else label_scores
     outcome, base = outcomes[best.candidate.key], None
     for _ in range(max_roots - 1):
