@@ -48,7 +48,7 @@ def pool() -> Pool:
 
 @pytest.fixture(scope="module")
 def result(pool: Pool) -> SearchResult:
-    return pool.search([CALIBRATION], SELECTION, num_classes=3, heal=True)
+    return pool.search([CALIBRATION], SELECTION, num_classes=3, heal=True, max_roots=1)
 
 
 def candidates(result: SearchResult) -> list[Candidate]:

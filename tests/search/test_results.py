@@ -15,7 +15,7 @@ from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.errors import BudgetError, CalibrationError
 from lightning_stitch.progress import Silent
 from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef
-from lightning_stitch.search.results import Ranked, SearchResult, choose, measure_candidates
+from lightning_stitch.search.results import Ranked, SearchResult, choose, measure_candidates, pick
 from lightning_stitch.search.strategies import Beam, DepthFirst
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.candidates import Candidate
@@ -207,3 +207,48 @@ def test_a_source_that_overflows_on_the_images_to_choose_by_is_named() -> None:
     pool = Pool([plain("fine", (5, 6, 7), seed=1), weak], SHAPE, settings=CalibrationSettings(until="output"))
     with pytest.raises(CalibrationError, match=r"Source 'weak' gives NaN or infinite values at its end"):
         pool.search([CALIBRATION * 1e-3], SELECTION)
+
+
+def judged(kind: str, macs: int, share: float, *, noise_seed: int | None = None, size: int | None = None) -> Ranked:
+    """A network whose squared error over 50 images is a share of the variance, the same of all, or with noise."""
+    fragment = FragmentRef("a", None, None, image_size=None if size is None else (size, size))
+    recipe = Recipe.chain((SOURCE,), (fragment,), num_features=2, input_size=SHAPE)
+    candidate = Candidate(recipe, kind, ((),), (), Cost(1, macs))  # type: ignore[arg-type]
+    errors = torch.full((50,), share / 50, dtype=torch.float64)
+    if noise_seed is not None:
+        noise_of_images = torch.randn(50, generator=torch.Generator().manual_seed(noise_seed)).double()
+        errors = errors + 0.02 * (noise_of_images - noise_of_images.mean())
+    return Ranked(candidate, {"loo_r2": 1 - float(errors.sum())}, features=1, seconds=0.0, errors=errors)
+
+
+def chosen(*ranked: Ranked) -> Ranked:
+    return pick(sorted(ranked, key=lambda r: -r.score), Budget())
+
+
+def test_what_is_not_ahead_by_a_standard_error_does_not_come_before_a_source_or_a_longer_exit() -> None:
+    source, ahead = judged("source", 9, 0.50), judged("stitched", 5, 0.40)
+    assert chosen(source, ahead) is ahead
+    lucky = judged("stitched", 5, 0.45, noise_seed=0)
+    assert lucky.score > source.score
+    assert chosen(source, lucky) is source
+    short, long = judged("early exit", 3, 0.5), judged("early exit", 4, 0.5)
+    small = judged("smaller image", 6, 0.5, size=8)
+    assert chosen(short, long, small) is long
+    noisy = judged("stitched", 2, 0.45, noise_seed=0)
+    assert chosen(noisy, short, long, small) is long
+    assert chosen(noisy, judged("shortened", 2, 0.6)) is noisy
+
+
+def test_several_side_by_side_are_taken_where_they_are_ahead_of_the_best_alone_by_a_standard_error() -> None:
+    source = judged("source", 9, 0.50)
+    assert chosen(source, judged("side by side", 20, 0.49, noise_seed=1)) is source
+    both = judged("side by side", 20, 0.45)
+    assert chosen(source, both) is both
+    assert chosen(both) is both
+
+
+def test_with_a_least_score_or_unknown_errors_the_old_order_stands() -> None:
+    source, cheap = judged("source", 9, 0.50), judged("stitched", 5, 0.50)
+    assert pick([source, cheap], Budget(min_score=0.4)) is cheap
+    unknown = dataclasses.replace(judged("stitched", 5, 0.49), errors=None)
+    assert chosen(source, unknown) is unknown
