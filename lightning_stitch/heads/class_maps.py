@@ -44,7 +44,7 @@ class ClassMapHead(nn.Module):
         assignment = torch.full((num_source_classes,), unmapped)
         for new, indices in enumerate(named.values()):
             assignment[indices] = new
-        if other and not (assignment == unmapped).any():
+        if other and sum(map(len, named.values())) == num_source_classes:
             raise StitchError(f"All {num_source_classes} source classes are mapped, so none is left for another class.")
         self.register_buffer("assignment", assignment)
 

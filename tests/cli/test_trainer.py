@@ -70,7 +70,9 @@ def test_compare_takes_the_configuration_of_fit(
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == list(METHODS)
     assert all(row["method"] in printed for row in rows)
-    assert {row["labels"] for row in rows} == {"60"}
+    composed = [row["labels"] for row in rows if row["method"].startswith("StitchNet")]
+    assert {row["labels"] for row in rows if not row["method"].startswith("StitchNet")} == {"60"}
+    assert composed == ["72", "72"]  # the calibration images', too
     assert f"{folder / 'methods.csv'}" in printed.replace("\n", "")
     assert (folder / "methods.png").stat().st_size > 10_000
     recipe = json.loads((folder / "methods.json").read_text())["settings"]["finetuning"]

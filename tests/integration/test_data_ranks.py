@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,9 @@ def test_a_data_module_that_splits_otherwise_in_each_process_is_refused(tmp_path
     script = tmp_path / "split.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(Path(__file__).parents[1]), seed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # A seed that an earlier test set everywhere would reach both processes.
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     if seed == "seeded":
         assert done.returncode == 0, done.stderr[-3000:]
         assert "both tested" in done.stdout
