@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--labels", type=int, nargs="*")
-    parser.add_argument("--test-images", type=int, default=1024)
+    parser.add_argument("--test-images", type=int, default=2080)
     parser.add_argument("--fine-tuned", type=int, default=0, help="splits that fine-tune, too: minutes each")
     parser.add_argument("--calibration-labels", action="store_true", help="what labels of calibration images are worth")
     parser.add_argument("--markdown", type=Path)
