@@ -101,6 +101,9 @@ def test_a_damaged_checkpoint_is_refused_in_words_and_in_little_memory(kind: str
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert str(path) in str(refused.value)
+
+
+def test_a_whole_checkpoint_is_opened(saved: Path) -> None:
     assert torch.equal(outputs(open_classifier(saved).eval()), outputs(classifier()))
 
 
