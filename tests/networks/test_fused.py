@@ -59,3 +59,12 @@ def test_a_trainer_predicts_with_the_fused_network_and_with_nothing_else_afterwa
     torch.testing.assert_close(torch.cat([*predicted]), plain, atol=1e-4, rtol=1e-4)
     assert not model._fused
     assert set(model.state_dict()) == {f"network.{key}" for key in network.state_dict()} | {"head.weight", "head.bias"}
+
+
+def test_a_network_that_trains_goes_on_training_when_a_fused_copy_is_made() -> None:
+    network = networks()[0].train()
+    modes = {name: module.training for name, module in network.named_modules()}
+    fused = network.fused()
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    assert not any(module.training for module in fused.modules())
+    assert not {p.data_ptr() for p in fused.parameters()} & {p.data_ptr() for p in network.parameters()}
