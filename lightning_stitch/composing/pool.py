@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
@@ -263,7 +262,7 @@ class Pool:
         if settings.ranking in NEED_LABELS:
             selection = require_labels(selection)
         if iter(selection) is not selection:  # a look at the first batch, where that does not use it up
-            deque(islice(check_batch_labels(selection, num_classes), 1))
+            next(check_batch_labels(selection, num_classes), None)
         if calibration is None:
             self._whole_calibration()
         with self._one_search(), Answers() if settings.journal is None else Journal(settings.journal) as journal:

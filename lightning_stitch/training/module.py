@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
+from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import look_up_classes
 from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads import HeadSettings
@@ -23,7 +24,7 @@ from lightning_stitch.networks import StitchedNetwork, check_classes, empty_head
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stitching import images_of, is_empty
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
-from lightning_stitch.training.thawing import TrainingPlan, eval_mode
+from lightning_stitch.training.thawing import TrainingPlan
 
 
 class StitchedClassifier(pl.LightningModule):
@@ -245,7 +246,7 @@ class StitchedClassifier(pl.LightningModule):
             self._require_network().check_images(images)
         if len(images) == 1 and self.train_mode:
             rank_zero_warn("A batch of one image is trained on in eval mode: BatchNorm in train mode needs two.")
-        with eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
+        with in_eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
             outputs = self(images)
         loss = loss_of(self.head_settings.task, outputs, targets)
         self.log("train_loss", loss, prog_bar=True)

@@ -5,8 +5,7 @@ Frozen means that neither parameters nor buffers move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -245,19 +244,6 @@ def _raise_eps(group: dict[str, Any]) -> None:
                 f"The optimizer's eps={eps:g} is 0 in {dtype}, and every number would become NaN; it is raised to "
                 f"{group['eps']:.2g}. Give an optimizer with a larger eps, or train in 16-mixed or bf16-true."
             )
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """A network in eval mode for a while, each layer in its own again afterwards."""
-    trained = [module for module in network.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 class TrainingPlan:
