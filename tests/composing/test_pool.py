@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.errors import BudgetError, CalibrationError, CutError, StitchError
+from lightning_stitch.progress import Silent
 from lightning_stitch.search.costs import CompositionCosts
 from lightning_stitch.search.ranking import RANKINGS, SelectionData, find_ranking
 from lightning_stitch.search.results import SearchResult, pick
@@ -424,3 +425,27 @@ def test_labels_that_are_no_class_numbers_are_refused_before_a_source_runs(
     with images_seen(pool.parts[0].source) as seen, pytest.raises(CalibrationError, match=words):
         pool.search([images], [(images, labels)], **options)
     assert seen == []
+
+
+def test_images_that_chose_are_not_run_again_for_what_some_budget_would_choose() -> None:
+    pool = Pool([plain("a", (8, 8, 8), seed=0), plain("b", (4, 12, 12), seed=1)], (3, 16, 16))
+    result = pool.search([CALIBRATION], SELECTION, max_candidates=4)
+    images = torch.cat([batch[0] for batch in SELECTION])
+    kept = [result.best, *(r for r in result.ranked if r.candidate.kind in ("source", "self-stitched"))]
+    candidates = [ranked.candidate for ranked in kept]
+    seen: list[int] = []
+    hooks = [
+        part.preprocess.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        for part in pool.parts
+    ]
+    # In other batches and another order, and some twice.
+    again, _ = pool.outcomes(candidates, [images.flip(0)[:7], images[:3]], progress=Silent())
+    assert not seen
+    pool.outcomes(candidates, [torch.cat([images[:3], CALIBRATION[:1]])], progress=Silent())
+    assert seen
+    for hook in hooks:
+        hook.remove()
+    pool._remembered.keep([])
+    fresh, _ = pool.outcomes(candidates, [torch.cat([images.flip(0)[:7], images[:3]])], progress=Silent())
+    for one, other in zip(again, fresh, strict=True):
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)
