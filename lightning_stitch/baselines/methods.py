@@ -41,7 +41,7 @@ def compare_methods(
     trainer_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Compare a StitchNet with linear probing and fine-tuning: same sources, split and labels; what each took.
+    """Compare a StitchNet with linear probing and fine-tuning: same sources and split; what each took.
 
     | method | what it is |
     |---|---|

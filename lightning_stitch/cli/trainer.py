@@ -112,7 +112,7 @@ class StitchTrainer(pl.Trainer):
         plot: bool = True,
         seed: int = 0,
     ) -> list[Record]:
-        """Compare a StitchNet with linear probing and fine-tuning on the same sources, split and labels.
+        """Compare a StitchNet with linear probing and fine-tuning on the same sources and split.
 
         The configuration is that of `fit`. Prints the table and writes methods.csv, methods.json and methods.png in
         the log directory.
