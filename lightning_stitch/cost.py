@@ -14,6 +14,7 @@ go of everything in time; eager PyTorch holds the input of a module as long as t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -44,12 +45,14 @@ class Cost:
         macs: Multiply-accumulates for one image.
         activation_bytes: Most bytes of activations alive at once for one image, float32; None: not measured.
         latency_ms: Milliseconds for one image, by estimate; 0 where no limit asked for it.
+        mean_macs: Multiply-accumulates of an image on average, where not all images go all the way; None: all do.
     """
 
     params: int
     macs: int
     activation_bytes: int | None = None
     latency_ms: float = 0.0
+    mean_macs: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
         latency_ms = self.latency_ms + other.latency_ms
@@ -58,7 +61,13 @@ class Cost:
     def __str__(self) -> str:
         peak = self.activation_bytes
         activations = "" if peak is None else f", {in_words('activation_bytes', peak, digits=3)}"
-        return f"{self.params / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs{activations}"
+        mean = "" if self.mean_macs is None else f" at most, {self.mean_macs / 1e6:.1f} M on average"
+        return f"{self.params / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs{mean}{activations}"
+
+    @property
+    def expected_macs(self) -> float:
+        """Multiply-accumulates of an image on average."""
+        return self.macs if self.mean_macs is None else self.mean_macs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,9 @@ class Budget:
     Args:
         max_params: Most parameters; None: no limit.
         max_macs: Most multiply-accumulates for one image; None: no limit.
+        mean_macs: Most multiply-accumulates for an image on average. Under this limit networks with stages are
+            candidates, too, whose further stages run for those images alone that the ones before are unsure of; the
+            average is that of the labelled images, left out of the heads' fits. None: no limit.
         max_latency_ms: Most milliseconds for one image, a batch of its own, on the device of the search: the median of
             several runs after some to warm up (`lightning_stitch.search.latency`). The search goes by an estimate, and
             may exceed the limit by a quarter; what it finds is then assembled and measured, and kept only within the
@@ -92,6 +104,7 @@ class Budget:
     max_latency_ms: float | None = None
     max_activation_bytes: float | None = None
     min_score: float | None = None
+    mean_macs: float | None = None
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -99,6 +112,8 @@ class Budget:
             limit = getattr(self, f"max_{measure}")
             if limit is not None and not limit > 0:
                 raise BudgetError(f"max_{measure} must be positive or None; found {limit}.")
+        if self.mean_macs is not None and not self.mean_macs > 0:
+            raise BudgetError(f"mean_macs must be positive or None; found {self.mean_macs}.")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise BudgetError(f"min_score must be a finite number or None; found {self.min_score}.")
 
@@ -113,8 +128,21 @@ class Budget:
 
         Activation bytes that were not measured keep any limit.
         """
+        if self.mean_macs is not None and cost.expected_macs > self.mean_macs:
+            return False
         figures = {measure: getattr(cost, measure) for measure in self.limits}
         return all(figure is None or figure <= self.most(measure) for measure, figure in figures.items())
+
+    @property
+    def of_all_images(self) -> Budget:
+        """The limits that every image keeps, without those on what images have on average."""
+        return dataclasses.replace(self, mean_macs=None)
+
+    @property
+    def of_static(self) -> Budget:
+        """The limits on what all images run alike: what they may have on average is the most, too."""
+        limits = [limit for limit in (self.max_macs, self.mean_macs) if limit is not None]
+        return dataclasses.replace(self, max_macs=min(limits, default=None), mean_macs=None)
 
     def most(self, measure: str) -> float:
         """The most that a cost may have in a measure: its limit, or where it is estimated a quarter more."""
@@ -122,12 +150,14 @@ class Budget:
 
     def warn_of_uncounted(self, uncounted: Mapping[str, Sequence[str]]) -> None:
         """Warn where a limit on MACs is kept by counts that leave work out, by the source's name."""
-        if self.max_macs is not None:
+        if self.max_macs is not None or self.mean_macs is not None:
             for name, operations in uncounted.items():
                 warn_of_uncounted(name, operations)
 
     def __str__(self) -> str:
         limits = [f"at most {in_words(measure, limit)}" for measure, limit in self.limits.items()]
+        if self.mean_macs is not None:
+            limits.append(f"{in_words('macs', self.mean_macs)} on average")
         if self.min_score is not None:
             limits.append(f"a score of at least {self.min_score:g}")
         return " and ".join(limits) or "no limit"

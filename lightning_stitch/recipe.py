@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from itertools import accumulate, islice
+from typing import Any, Literal, cast
 
 from lightning_stitch.errors import RecipeError
+from lightning_stitch.plain_values import built, plain
+from lightning_stitch.stages import Stages
 
 SCHEMA_VERSION = 3
 
@@ -223,6 +223,7 @@ class Recipe:
         taps: What the composition gives, side by side in this order.
         input_size: (channels, height, width) of the images that it was calibrated on.
         average: Heads inside it that read the taps, if it averages their probabilities; None: it gives the taps.
+        stages: Where images may stop, if not all go all the way; None: all do.
         scores: What the search measured ("cka_product", "macs", "params", ranking scores, and "latency_ms" or
             "activation_bytes" where a budget limits them), by name.
         share_weights: False: every fragment has weights of its own. True: what fragments of one source have in common
@@ -241,6 +242,7 @@ class Recipe:
     taps: tuple[Tap, ...]
     input_size: tuple[int, int, int]
     average: Average | None = None
+    stages: Stages | None = None
     scores: dict[str, float] = field(default_factory=dict)
     share_weights: bool = False
     healed: bool = False
@@ -313,6 +315,8 @@ class Recipe:
             raise RecipeError(f"No fragment and no tap is behind {self.fragments[min(idle)]}: it leads nowhere.")
         if self.average is not None:
             self._check_average(self.average)
+        if self.stages is not None:
+            self._check_stages(self.stages)
 
     def _check_entry(self, index: int, fragment: FragmentRef) -> None:
         if fragment.parent is None:
@@ -352,6 +356,30 @@ class Recipe:
             raise RecipeError(
                 f"An average over {average.num_classes} classes needs members of that width, or heads; found {widths}."
             )
+
+    def _check_stages(self, stages: Stages) -> None:
+        if self.average is not None or stages.taps[-1] != len(self.taps):
+            raise RecipeError(f"The last stage reads all {len(self.taps)} taps, and averages none; found {stages}.")
+
+    @property
+    def fragment_stages(self) -> tuple[int, ...]:
+        """The first stage that needs each fragment; 0 where there is but one."""
+        needed = [len(self.stages.taps) - 1 if self.stages else 0] * len(self.fragments)
+        taps = self.stages.taps if self.stages else (len(self.taps),)
+        for stage, (first, last) in reversed(list(enumerate(zip((0, *taps), taps, strict=False)))):
+            for tap in self.taps[first:last]:
+                fragment: int | None = tap.fragment
+                while fragment is not None:
+                    needed[fragment] = min(needed[fragment], stage)
+                    fragment = self.fragments[fragment].parent
+        return tuple(needed)
+
+    @property
+    def stage_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage the blocks (`blocks`) that its head reads."""
+        taps = self.stages.taps if self.stages else (len(self.taps),)
+        ends = list(accumulate((len(tap.blocks) for tap in self.taps), initial=0))
+        return tuple(self.blocks[: ends[count]] for count in taps)
 
     @property
     def num_features(self) -> int:
@@ -478,67 +506,3 @@ class Recipe:
             return built(cls, plain_recipe)
         except (KeyError, TypeError) as error:
             raise RecipeError(f"This is no recipe of schema {SCHEMA_VERSION}: {error}.") from error
-
-
-_Part = TypeVar("_Part")
-
-
-@cache
-def _type_hints(cls: Hashable) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def plain(value: Any) -> Any:
-    """Tuples to lists, all the way down, so that JSON and a checkpoint give back what was put in."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
-    """The inverse for a dataclass and those in it, their fields' types checked: a recipe may come from a stranger.
-
-    Raises:
-        TypeError: If a field is missing, unknown or ill-typed.
-    """
-    if not isinstance(fields, dict):
-        raise TypeError(f"{cls.__name__} is {fields!r}; expected a dict")
-    hints = _type_hints(cast(Hashable, cls))
-    values = {}
-    for name, value in fields.items():
-        try:
-            values[name] = _converted(value, hints.get(name, Any))
-        except _IllTyped:
-            hint = hints[name]
-            expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-            raise TypeError(f"{cls.__name__}.{name} is {value!r}; expected {expected.replace('typing.', '')}") from None
-    return cls(**values)
-
-
-class _IllTyped(Exception):
-    """A value is not of the type that its field has."""
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """A value of a field's type: lists become tuples and dicts dataclasses, as deep as the type goes."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in parts:
-            return None
-        return _converted(value, next(part for part in parts if part is not type(None)))
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return built(cast(type, hint), value)
-    if origin is tuple and isinstance(value, list | tuple):
-        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        if len(parts) == len(value):
-            return tuple(map(_converted, value, parts))
-    if origin is dict and isinstance(value, dict):
-        return {key: _converted(item, parts[1]) for key, item in value.items()}
-    if hint is Any or (origin is Literal and value in parts):
-        return value
-    classes = (int, float) if hint is float else hint
-    if origin is None and isinstance(value, classes) and isinstance(value, bool) == (hint is bool):
-        return value
-    raise _IllTyped

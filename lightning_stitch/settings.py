@@ -91,6 +91,8 @@ class SearchSettings:
             activations from the data's height down to 64 pixels, each about three quarters of the one before.
         max_roots: Most compositions side by side, read by one joint head, where a ranking goes by labels; each must be
             worth it (`lightning_stitch.search.sides`). 1: none are.
+        max_stages: Most stages of a network that stops when it is sure, where the budget has `mean_macs` and a ranking
+            goes by labels (`lightning_stitch.search.staging`). 1: there are no such networks.
         heal: Whether to heal the layers behind stitches, where that explains more on held-out calibration images
             (`lightning_stitch.healing`).
         max_healed: Most StitchNets that are healed: of each size class those that explain most as they are.
@@ -112,6 +114,7 @@ class SearchSettings:
     exits: bool = True
     sizes: Sequence[int] | None = None
     max_roots: int = 3
+    max_stages: int = 3
     heal: bool = False
     max_healed: int = 16
     time_limit: float | None = None
@@ -121,6 +124,8 @@ class SearchSettings:
         """Check the numbers."""
         if self.max_roots < 1:
             raise StitchError(f"max_roots must be at least 1; found {self.max_roots}.")
+        if self.max_stages < 1:
+            raise StitchError(f"max_stages must be at least 1; found {self.max_stages}.")
         if self.sizes is not None and not all(isinstance(size, int) and size > 0 for size in self.sizes):
             raise StitchError(f"sizes= are heights of images in pixels; found {list(self.sizes)}.")
 
@@ -130,7 +135,7 @@ class SearchSettings:
         sizes = self.sizes
         if sizes is None:
             steps = (round(height * 0.75**step / 32) * 32 for step in range(1, 12))
-            sizes = [step for step in steps if step >= 64] if self.limits.limits else []
+            sizes = [step for step in steps if step >= 64] if self.limits.of_static.limits else []
         return [
             (channels, size, round(width * size / height)) for size in sorted(set(sizes), reverse=True) if size < height
         ]

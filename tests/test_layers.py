@@ -55,7 +55,9 @@ def test_a_file_imports_only_wings_before_its_own_and_only_their_faces(file: Pat
             assert len(rest) == 1, f"from {'.'.join(rest)}, not from its wing's face"
 
 
-def test_recipes_need_neither_torch_nor_another_file_than_errors() -> None:
-    roots = {".".join(name) for name in imported(PACKAGE / "recipe.py")}
+def test_recipes_need_neither_torch_nor_another_file_that_does() -> None:
+    files = ("recipe.py", "plain_values.py", "stages.py")
+    roots = {".".join(name) for file in files for name in imported(PACKAGE / file)}
     assert not {name for name in roots if name.split(".")[0] in ("torch", "timm", "numpy")}
-    assert {name for name in roots if name.startswith("lightning_stitch")} == {"lightning_stitch.errors"}
+    ours = {"lightning_stitch.errors", "lightning_stitch.plain_values", "lightning_stitch.stages"}
+    assert {name for name in roots if name.startswith("lightning_stitch")} == ours

@@ -38,7 +38,7 @@ def ensemble(
         pool: The pool that was searched.
         candidates: A search's result, of which the best are taken, or candidates.
         train: Batches of (images, labels), on which each member's closed-form head is fitted.
-        top: How many of a result's candidates.
+        top: How many of a result's candidates; self-stitched sources and networks with stages are left out.
         mean: "arithmetic" or "geometric"; None: no heads, the network gives the candidates' features side by side.
         heads: A `RidgeHead` of each candidate instead; they are copied.
         num_classes: Number of classes of the fitted heads; None: as many as the labels say.
@@ -53,7 +53,8 @@ def ensemble(
     """
     if mean not in (None, *get_args(Mean)):
         raise StitchError(f"mean must be one of {get_args(Mean)}, or None for a joint head; found {mean!r}.")
-    candidates = candidates.ranked[:top] if isinstance(candidates, SearchResult) else candidates
+    if isinstance(candidates, SearchResult):
+        candidates = [r for r in candidates.ranked if r.candidate.kind not in ("self-stitched", "staged")][:top]
     members = [c.candidate if isinstance(c, Ranked) else c for c in candidates]
     if not members:
         raise StitchError("An ensemble needs at least one candidate; found none.")

@@ -56,6 +56,7 @@ from lightning_stitch.search import (
     search_identity,
     self_stitched,
     side_by_side,
+    staged,
     unmodified,
     until_stopped,
 )
@@ -269,7 +270,8 @@ class Pool:
             self.seconds = {"cut": self._cutting_seconds}
             costs, smaller = self._costs(settings)
             journal.agree(search_identity(self.parts, self.settings, settings, self.device))
-            self._time_pieces(costs, smaller, settings.limits, journal)
+            limits = settings.limits.of_all_images
+            self._time_pieces(costs, smaller, settings.limits.of_static, journal)
             settings.limits.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
             if calibration is not None:
                 self._calibrate(calibration, journal, progress, groups)
@@ -279,7 +281,7 @@ class Pool:
                 whole.sources,
                 self.settings,
                 costs=costs,
-                budget=settings.limits,
+                budget=limits,
                 ridge=settings.ridge,
                 journal=journal,
                 time_limit=limit,
@@ -407,7 +409,7 @@ class Pool:
             smaller = None
             if exits and (parts := self._segment_smaller(settings.smaller_shapes(self.image_shape))):
                 smaller = CompositionCosts(parts, bias=settings.bias, max_fragments=1, early_exits=True)
-            costs.check(settings.limits, *([smaller] if smaller else []))
+            costs.check(settings.limits.of_static, *([smaller] if smaller else []))
         return costs, smaller
 
     def _segment_smaller(self, shapes: Sequence[tuple[int, int, int]]) -> list[Segmented]:
@@ -462,7 +464,7 @@ class Pool:
         with timed(self.seconds, "search"):
             candidates, ends = unmodified(space), early_exits(space) if space.costs.early_exits else []
             if smaller is not None:
-                ends += on_smaller_images(smaller.parts, smaller, settings.limits, before=self.parts)
+                ends += on_smaller_images(smaller.parts, smaller, settings.limits.of_all_images, before=self.parts)
             progress.start("composing", settings.max_candidates)
             proposed = islice((settings.strategy or Beam())(space), settings.max_candidates)
             stopped = until_stopped(chain(self_stitched(space), counted(proposed, progress)), candidates)
@@ -489,6 +491,8 @@ class Pool:
         by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
         limits, parts = settings.limits, self.all_parts
         sides = side_by_side(ranked, looked_at, by_key, parts, limits, max_roots=settings.max_roots)
+        if limits.mean_macs is not None:
+            sides += staged(ranked, looked_at, by_key, parts, limits, max_stages=settings.max_stages)
         return in_order([*ranked, *sides])
 
     def _remember(self, ranked: Sequence[Ranked]) -> None:

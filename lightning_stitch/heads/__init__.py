@@ -7,6 +7,7 @@ reading order:
 - `ridge.py`: the default: a linear map by ridge regression, its strength chosen by leave-one-out
 - `score_calibration.py`: from scores to probabilities
 - `ridge_learner.py`: the same head while labelled rows come and go
+- `staged.py`: heads on ever more of a readout: an image gets the answer of the first that is sure of it
 - `neighbours.py`: the k nearest labelled images vote
 - `class_maps.py`: new classes as groups of the classes that a source knows: no labels
 - `head_settings.py`: one description that a module, a search and a checkpoint share; `fit_head`

@@ -8,11 +8,13 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import RecipeError, StitchError
 from lightning_stitch.heads.class_maps import ClassMapHead, check_class_map, class_map_from_names, parse_class_map
 from lightning_stitch.heads.neighbours import Metric, NearestNeighbourHead, fit_neighbour_head
 from lightning_stitch.heads.ridge import RidgeFit, RidgeHead, fit_ridge_head
+from lightning_stitch.heads.staged import StagedHead, fit_staged_head
 from lightning_stitch.heads.targets import Task, count_of, task_of
+from lightning_stitch.recipe import Recipe
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "ridge": ("strengths",),
@@ -112,6 +114,41 @@ class HeadSettings:
             check_class_map(self.options["classes"], num_source_classes=width)
             return ClassMapHead(list(self.options["classes"].values()), width, other=bool(self.options.get("other")))
         return nn.Identity()
+
+    def empty_for(self, recipe: Recipe) -> nn.Module:
+        """The head of a composition, without its numbers; `nn.Identity` where that averages heads of its own.
+
+        Raises:
+            RecipeError: If the composition has stages and the head is none that has them.
+            StitchError: As `empty`.
+        """
+        if recipe.average is not None:
+            return nn.Identity()
+        if recipe.stages is None:
+            return self.empty(recipe.num_features)
+        self.check_stages()
+        return StagedHead(recipe, self.num_classes, self.task)
+
+    def check_stages(self) -> None:
+        """Refuse (RecipeError) stages where the head is none that has them."""
+        if self.name != "ridge":
+            raise RecipeError(f"Stages have ridge heads, which leave-one-out says all of; found {self.name!r}.")
+
+    def fit_for(self, recipe: Recipe, features: Tensor, targets: Tensor | None) -> tuple[nn.Module, RidgeFit | None]:
+        """The head of a composition, fitted in closed form on its readouts (rows x features), as `fit`.
+
+        Raises:
+            RecipeError: As `empty_for`.
+            CalibrationError: As `fit`.
+            StitchError: As `fit`.
+        """
+        if recipe.stages is None:
+            return self.fit(features, targets, recipe.head_blocks)
+        self.check_stages()
+        if targets is None:
+            raise StitchError(f"head={self.name!r} is fitted on labelled images; these have no labels.")
+        options = {"num_classes": self.num_classes, "task": self.task, **self.options}
+        return fit_staged_head(features, targets, recipe, **options)
 
     def fit(
         self, features: Tensor, targets: Tensor | None, blocks: Sequence[int] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class RidgeFit:
         block_shares: How much each block of features contributes to the predictions (`maths.block_shares`): its share
             of their variance over the rows, before calibration, numbers standardised. They sum to 1; without blocks all
             features are one.
+        left_out: What the head would give of each row if that had been left out of its fit (rows x num_classes).
     """
 
     strength: float
@@ -75,6 +76,7 @@ class RidgeFit:
     loo_log_loss: float | None
     num_rows: int
     block_shares: tuple[float, ...]
+    left_out: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @torch.no_grad()
@@ -135,8 +137,9 @@ def fit_ridge_head(
     head = linear_head(ridge_weights(loo, strength=strength), calibration)
     shares = (1.0,) if blocks is None else block_shares(loo, strength=strength, blocks=blocks)
     c = calibration
-    fit = RidgeFit(strength, c.temperature, c.accuracy, r2(scores, regressed), c.log_loss, len(columns), shares)
-    return head, fit
+    left_out = c.factor * scores + c.offset
+    figures = (strength, c.temperature, c.accuracy, r2(scores, regressed), c.log_loss, len(columns), shares)
+    return head, RidgeFit(*figures, left_out)
 
 
 def linear_head(solution: AffineMap, calibration: Calibration) -> RidgeHead:

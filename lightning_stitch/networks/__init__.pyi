@@ -1,6 +1,6 @@
 from .backbone import HOOK, StitchedBackbone, announce, put, restore_backbones, saved_backbones
-from .classifier import check_classes, check_numbers, empty_head, load_classifier, save_classifier
-from .network import StitchedNetwork, assemble
+from .classifier import check_classes, check_numbers, load_classifier, save_classifier
+from .network import StitchedNetwork, assemble, is_traced
 
 __all__ = [
     "HOOK",
@@ -10,7 +10,7 @@ __all__ = [
     "assemble",
     "check_classes",
     "check_numbers",
-    "empty_head",
+    "is_traced",
     "load_classifier",
     "put",
     "restore_backbones",

@@ -79,7 +79,7 @@ def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> 
 
     def build() -> nn.Module:
         network = StitchedNetwork.from_recipe(recipe, trust_factory=trust_factory)
-        return nn.ModuleDict({"network": network, "head": empty_head(settings, recipe)})
+        return nn.ModuleDict({"network": network, "head": settings.empty_for(recipe)})
 
     check_classes(recipe, settings)
     parts: Any = folder.load(build, trust_factory=trust_factory)
@@ -95,11 +95,6 @@ def load_with_head(folder: PretrainedFolder, *, trust_factory: bool = False) -> 
     return SavedClassifier(network, module, {**arguments, "class_names": names})
 
 
-def empty_head(settings: HeadSettings, recipe: Recipe) -> nn.Module:
-    """The head of a composition, without numbers; `nn.Identity` where the composition averages heads of its own."""
-    return settings.empty(recipe.num_features) if recipe.average is None else nn.Identity()
-
-
 def check_numbers(recipe: Recipe, settings: HeadSettings, numbers: Mapping[str, Any]) -> None:
     """Refuse tensors ("network. ..." and "head. ...") that are not those of a recipe's network with a head.
 
@@ -110,7 +105,7 @@ def check_numbers(recipe: Recipe, settings: HeadSettings, numbers: Mapping[str, 
         RecipeError: If the structure cannot be built, or a tensor is missing, has no place or another shape.
     """
     check_classes(recipe, settings)
-    _check_part("head", lambda: empty_head(settings, recipe), numbers)
+    _check_part("head", lambda: settings.empty_for(recipe), numbers)
     if not any(ref.builder == "python" for ref in recipe.sources):
         _check_part("network", lambda: StitchedNetwork.from_recipe(recipe), numbers)
 

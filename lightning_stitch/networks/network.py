@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # has no public home
 
 from lightning_stitch.cutting import CutGraph, copy_module, fuse, reference_tensor, with_tensors
 from lightning_stitch.errors import CutError, RecipeError
-from lightning_stitch.heads import RidgeHead
+from lightning_stitch.heads import RidgeHead, StagedHead
 from lightning_stitch.hub import CardDetails, CardSubject, open_pretrained, save_folder
 from lightning_stitch.recipe import Recipe, StitchSpec, Tap
 from lightning_stitch.sources import Preprocess, build_architecture, view_size
@@ -56,9 +56,11 @@ class StitchedNetwork(nn.Module):
         self.fragments = nn.ModuleList(fragments)
         self.taps = nn.ModuleList(taps)
         self.heads = nn.ModuleList(heads)
-        parents = [fragment.parent for fragment in recipe.fragments]
+        self._stages = recipe.fragment_stages
+        self._order = sorted(range(len(recipe.fragments)), key=lambda index: self._stages[index])
+        parents = [(recipe.fragments[index].parent, index) for index in self._order]
         # An activation is let go of as soon as its last fragment has begun.
-        self._last_child = {parent: index for index, parent in enumerate(parents) if parent is not None}
+        self._last_child = {parent: index for parent, index in parents if parent is not None}
         self._checked: set[bool] = set()  # whether images were with gradients (True) and without
 
     def train(self, mode: bool = True) -> StitchedNetwork:
@@ -73,24 +75,9 @@ class StitchedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """What the taps give, or the log-probabilities of an average, for images in [0, 1]."""
-        if torch.is_grad_enabled() not in self._checked and not _is_traced(images):
-            self.check_images(images)
-            self._checked.add(torch.is_grad_enabled())
-        activations: dict[int, Tensor] = {}
-        vectors: dict[int, Tensor] = {}
-        recipe = self.recipe
-        for index, (ref, entry, fragment) in enumerate(
-            zip(recipe.fragments, self.entries, self.fragments, strict=True)
-        ):
-            x = images if ref.parent is None else activations[ref.parent]
-            if ref.parent is not None and self._last_child[ref.parent] == index:
-                del activations[ref.parent]
-            x = fragment(entry(x))
-            if index in self._last_child:
-                activations[index] = x
-            for number, tap in enumerate(recipe.taps):
-                if tap.fragment == index:
-                    vectors[number] = self.taps[number](x)
+        self._check_once(images)
+        recipe, vectors = self.recipe, dict[int, Tensor]()
+        self._run(self._order, images, {}, vectors)
         if recipe.average is None:
             return torch.cat([vectors[number] for number in range(len(recipe.taps))], dim=-1)
         members = [torch.cat([vectors[number] for number in member], dim=-1) for member in recipe.average.members]
@@ -100,6 +87,62 @@ class StitchedNetwork(nn.Module):
         if recipe.average.mean == "arithmetic":
             return together.logsumexp(0) - math.log(len(members))
         return together.mean(0).log_softmax(-1)
+
+    def in_stages(self, images: Tensor, head: StagedHead) -> tuple[Tensor, Tensor]:
+        """What a head of its stages says of images in [0, 1], each of which runs until a stage is sure of it.
+
+        The same as of whole readouts, but what an image does not need does not run. Of a batch all run as far as the
+        first stage; the unsure go on from the activations that are there.
+
+        Args:
+            images: (batch, channels, height, width).
+            head: Fitted for this network's recipe, which has stages.
+
+        Returns:
+            Logits or numbers (batch, classes), and the stage at which each image stopped (batch,).
+        """
+        assert self.recipe.stages is not None
+        self._check_once(images)
+        activations: dict[int, Tensor] = {}
+        vectors: dict[int, Tensor] = {}
+        rows = torch.arange(len(images), device=images.device)
+        answers, places, stopped = [], [], []
+        for stage, num_taps in enumerate(self.recipe.stages.taps):
+            self._run([index for index in self._order if self._stages[index] == stage], images, activations, vectors)
+            outputs = head.heads[stage](torch.cat([vectors[number] for number in range(num_taps)], dim=-1))
+            sure = head.is_sure(stage, outputs)
+            answers.append(head.answer(outputs[sure]))
+            places.append(rows[sure])
+            stopped.append(torch.full_like(places[-1], stage))
+            if bool(sure.all()):
+                break
+            unsure = ~sure
+            rows, images = rows[unsure], images[unsure]
+            activations = {index: x[unsure] for index, x in activations.items()}
+            vectors = {number: x[unsure] for number, x in vectors.items()}
+        order = torch.cat(places).argsort()
+        return torch.cat(answers)[order], torch.cat(stopped)[order]
+
+    def _check_once(self, images: Tensor) -> None:
+        if torch.is_grad_enabled() not in self._checked and not is_traced(images):
+            self.check_images(images)
+            self._checked.add(torch.is_grad_enabled())
+
+    def _run(
+        self, order: Iterable[int], images: Tensor, activations: dict[int, Tensor], vectors: dict[int, Tensor]
+    ) -> None:
+        """Run fragments, by their numbers: keep the activations that others go on from, and what taps read."""
+        for index in order:
+            ref = self.recipe.fragments[index]
+            x = images if ref.parent is None else activations[ref.parent]
+            if ref.parent is not None and self._last_child[ref.parent] == index:
+                del activations[ref.parent]
+            x = self.fragments[index](self.entries[index](x))
+            if index in self._last_child:
+                activations[index] = x
+            for number, tap in enumerate(self.recipe.taps):
+                if tap.fragment == index:
+                    vectors[number] = self.taps[number](x)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, trust_factory: bool = False) -> StitchedNetwork:
@@ -210,6 +253,7 @@ class StitchedNetwork(nn.Module):
             if taps:
                 lines.append("    " + _taps_in_words(taps, recipe))
         lines.append(self._total())
+        lines += _stages_in_words(recipe)
         if recipe.healed:
             lines.append("  healed behind its stitches")
         for reason in dict.fromkeys(recipe.unhealed.values()):
@@ -294,7 +338,7 @@ def _graph_at(recipe: Recipe, name: str, size: ImageSize, graph: CutGraph) -> Cu
     return graph.at(view_size(recipe.source(name).preprocessing, shape))
 
 
-def _is_traced(images: Any) -> bool:
+def is_traced(images: Any) -> bool:
     """Whether images have no values: while a graph is recorded, or without memory."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return recorded or isinstance(images, FakeTensor | fx.Proxy) or getattr(images, "is_meta", False)
@@ -349,6 +393,25 @@ def _taps_in_words(taps: Sequence[Tap], recipe: Recipe) -> str:
         most = sorted(shares.items(), key=lambda item: -item[1])[:3]
         words += "; of what decides " + ", ".join(f"{share:.0%} {name}" for name, share in most)
     return words
+
+
+def _stages_in_words(recipe: Recipe) -> list[str]:
+    """Where images may stop, and at how many MACs how many do."""
+    stages = recipe.stages
+    if stages is None:
+        return []
+    lines, arriving = ["  stops when sure:"], 1.0
+    for number, (count, macs) in enumerate(zip(stages.taps, stages.macs, strict=True)):
+        goes_on = stages.chosen.goes_on[number] if number < len(stages.taps) - 1 else 0.0
+        end = recipe.fragments[recipe.taps[count - 1].fragment]
+        lines.append(
+            f"    {arriving * (1 - goes_on):.0%} of images behind {end.source} {end.end or 'output'}, "
+            f"{macs / 1e6:.1f} M MACs"
+        )
+        arriving *= goes_on
+    least, most = (stages.points[place].mean_macs / 1e6 for place in (0, -1))
+    mean = stages.chosen.mean_macs / 1e6
+    return [*lines, f"    {mean:.1f} M MACs on average; can be set from {least:.1f} to {most:.1f} M"]
 
 
 def _stitch_in_words(spec: StitchSpec) -> str:

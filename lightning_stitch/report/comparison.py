@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_stitch.composing import Pool
 from lightning_stitch.errors import CalibrationError, StitchError
-from lightning_stitch.heads import HeadSettings
+from lightning_stitch.heads import HeadSettings, StagedHead
 from lightning_stitch.progress import Progress, Silent, num_images
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.report.evaluation import Evaluation, correct
 from lightning_stitch.report.finalists import Finalist, finalists
 from lightning_stitch.report.kinds import RIVALS, is_composition, label_of, rival_group, row_name, sources_of
@@ -105,7 +106,7 @@ def compare(
     evaluations = []
     for finalist, outcome, seen in zip(chosen, outcomes, tested, strict=True):
         begun = time.perf_counter()
-        fitted, _ = head.fit(outcome.features, labels, outcome.blocks)
+        fitted, _ = head.fit_for(finalist.candidate.recipe, outcome.features, labels)
         seconds = finalist.search_seconds + outcome.seconds + time.perf_counter() - begun
         with torch.no_grad():
             probabilities = fitted(seen.features).softmax(dim=-1)
@@ -124,6 +125,7 @@ def compare(
                 budget=finalist.budget,
                 sources=sources_of(candidate.recipe),
                 label=label_of(candidate),
+                mean_macs=_mean_macs(candidate.recipe, fitted, seen.features),
             )
         )
     rows = comparison_table(evaluations, targets, num_resamples=num_resamples)
@@ -132,6 +134,13 @@ def compare(
         rows[contender]["verdict"] = in_short(judged.verdicts[contender])
     verdicts = tuple(verdict for account in judged.verdicts.values() for verdict in account)
     return Comparison(rows, verdicts, judged.sentence(), unmet)
+
+
+def _mean_macs(recipe: Recipe, head: nn.Module, features: Tensor) -> float | None:
+    """What images take on average, where not all go all the way."""
+    if recipe.stages is None or not isinstance(head, StagedHead):
+        return None
+    return float(torch.tensor(recipe.stages.macs, dtype=torch.float64)[head.stops(features).cpu()].mean())
 
 
 class _Judged:
@@ -166,8 +175,8 @@ class _Judged:
         }
 
     def allowed(self, contender: int) -> list[int]:
-        """Networks of one source alone that take no more MACs, as the selection images rank them."""
-        limit = self.chosen[contender].macs
+        """Networks of one source alone that take no more MACs on average, as the selection images rank them."""
+        limit = self.chosen[contender].candidate.cost.expected_macs
         return [
             n
             for n in self.ranking

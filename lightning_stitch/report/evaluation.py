@@ -25,13 +25,14 @@ class Evaluation:
         kind: What it is made of (`report.kinds`).
         probabilities: Class probabilities, images x classes, floating point, on any device.
         params: Number of parameters.
-        macs: Multiply-accumulates of one image.
+        macs: Multiply-accumulates of one image, at most.
         seconds: Wall time that it took to make (search, stitches, head).
         labels: Number of labelled images that were used to make it.
         cka_product: Product of the CKAs of its stitches.
         budget: The budgets under which it was chosen, in words, such as "<= 50% of MACs".
         sources: The sources that its fragments come from.
         label: What sentences call it; None: its name.
+        mean_macs: Multiply-accumulates of a test image on average, where not all go all the way; None: all do.
 
     Raises:
         StitchError: If a probability is not finite.
@@ -48,6 +49,7 @@ class Evaluation:
     budget: str | None = None
     sources: tuple[str, ...] = ()
     label: str | None = None
+    mean_macs: float | None = None
 
     def __post_init__(self) -> None:
         """Check the probabilities."""
@@ -56,6 +58,11 @@ class Evaluation:
             raise StitchError(
                 f"{self.name}: {int((~finite).sum())} of {len(finite)} images have NaN or infinite probabilities."
             )
+
+    @property
+    def expected_macs(self) -> float:
+        """Multiply-accumulates of a test image on average."""
+        return self.macs if self.mean_macs is None else self.mean_macs
 
 
 def score(

@@ -71,7 +71,16 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
         add(result.best, "the search's budget")
     for finalist in [f for f in chosen.values() if is_composition(f.candidate)]:
         for kind in RIVALS:
-            rival = best(kind, finalist.macs)
-            if rival is not None and id(rival.candidate) not in chosen:
-                add(rival, f"<= MACs of {row_name(finalist.candidate)}")
+            for limit, words in _limits(finalist):
+                rival = best(kind, limit)
+                if rival is not None and id(rival.candidate) not in chosen:
+                    add(rival, words)
     return list(chosen.values()), tuple(unmet)
+
+
+def _limits(finalist: Finalist) -> list[tuple[float, str]]:
+    """The MACs that rivals may take, and in words: as many as it takes at most, and on average."""
+    name = row_name(finalist.candidate)
+    mean = finalist.candidate.cost.mean_macs
+    limits = [(float(finalist.macs), f"<= MACs of {name}")]
+    return limits if mean is None else [(mean, f"<= mean MACs of {name}"), *limits]

@@ -14,9 +14,10 @@ _WORDS = {
     "shortened": ("{names}", "{names} shortened"),
     "stitched": ("StitchNet", "StitchNet of {names}"),
     "side by side": ("side by side", "{names} side by side"),
+    "staged": ("stops when sure", "{names}, stopping when sure"),
 }
 # What is shown under every budget; the others are compared whatever they cost.
-UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit", "smaller image")
+UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit", "smaller image", "staged")
 # What a composition of several sources has to be better than, or as good as at a lower cost.
 RIVALS = ("source", "shortened", "early exit", "smaller image")
 

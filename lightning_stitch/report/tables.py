@@ -35,6 +35,7 @@ def comparison_table(
             **score(e, targets, num_resamples=num_resamples, seed=seed),
             "params": e.params,
             "macs": e.macs,
+            "mean_macs": e.mean_macs,
             "seconds": e.seconds,
             "labels": e.labels,
             "cka_product": e.cka_product,
@@ -86,11 +87,16 @@ def _cells(row: Record) -> dict[str, str]:
         "network": "\n ".join(dict.fromkeys(filter(None, [row["name"], *about]))),
         **{metric.replace("_", " ").replace("auroc", "AUROC"): with_interval(row, metric) for metric in METRICS},
         "M params": f"{row['params'] / 1e6:.2f}",
-        "M MACs": f"{row['macs'] / 1e6:.1f}",
+        "M MACs": _macs_in_words(row),
         "seconds": f"{row['seconds']:.1f}",
         "labels": str(row["labels"]),
         "CKA": "-" if row["cka_product"] is None else f"{row['cka_product']:.3f}",
     }
+
+
+def _macs_in_words(row: Record) -> str:
+    most = f"{row['macs'] / 1e6:.1f}"
+    return most if row["mean_macs"] is None else f"mean {row['mean_macs'] / 1e6:.1f}\nmost {most}"
 
 
 def candidate_rows(result: SearchResult) -> list[Record]:
@@ -108,6 +114,7 @@ def candidate_rows(result: SearchResult) -> list[Record]:
             "path": r.candidate.recipe.path,
             "params": r.candidate.cost.params,
             "macs": r.candidate.cost.macs,
+            "mean_macs": r.candidate.cost.mean_macs,
             "activation_bytes": r.activation_bytes,
             "latency_ms": r.latency_ms,
             **{name: r.scores.get(name) for name in scores},

@@ -216,8 +216,8 @@ def judge(rival: Evaluation, contender: Evaluation, targets: Tensor, *, margin: 
         lost=lost,
         accuracy=float(right.mean()),
         guessing=guessing_share(contender, targets),
-        contender_cost=contender.macs,
-        rival_cost=rival.macs,
+        contender_cost=contender.expected_macs,
+        rival_cost=rival.expected_macs,
     )
 
 

@@ -10,6 +10,7 @@ In reading order:
 - `evaluation.py`: many candidates over the same images at once, what they begin with alike run once
 - `ranking.py`: the order of candidates by what they gave on the selection images, from Gram matrices of readouts
 - `sides.py`: compositions side by side with one joint head, by greedy forward selection
+- `staging.py`: compositions that stop when they are sure, their thresholds by leave-one-out
 - `results.py`: `SearchResult`: what was found, under which budget, and whether it was worth it
 - `latency.py`: how long one image takes, measured where the networks are to run
 - `stopping.py`: when a search stops composing before its strategy is through

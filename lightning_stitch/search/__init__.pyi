@@ -7,6 +7,7 @@ from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_r
 from .results import Ranked, SearchResult, choose, draw_rows, in_order, measure_candidates, rank
 from .sides import side_by_side
 from .space import SearchSpace
+from .staging import staged
 from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
 
@@ -44,6 +45,7 @@ __all__ = [
     "search_identity",
     "self_stitched",
     "side_by_side",
+    "staged",
     "unmodified",
     "until_stopped",
 ]

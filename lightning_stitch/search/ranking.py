@@ -167,17 +167,17 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
 def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
     """The scores of `by_loo_soft_r2` of one readout, and each image's squared error (images,)."""
     predictions, softened = predict_left_out(gram, selection.columns, selection.softened)
-    errors = _errors(softened, selection.softened)
-    return {"loo_soft_r2": 1 - float(errors.sum()), **_label_scores(predictions, selection)}, errors
+    errors = squared_errors(softened, selection.softened)
+    return {"loo_soft_r2": 1 - float(errors.sum()), **scores_of_predictions(predictions, selection)}, errors
 
 
 def label_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
     """The scores of `by_loo_r2` of one readout, and each image's squared error (images,)."""
     (predictions,) = predict_left_out(gram, selection.columns)
-    return _label_scores(predictions, selection), _errors(predictions, selection.columns)
+    return scores_of_predictions(predictions, selection), squared_errors(predictions, selection.columns)
 
 
-def _label_scores(predictions: Tensor, selection: SelectionData) -> dict[str, float]:
+def scores_of_predictions(predictions: Tensor, selection: SelectionData) -> dict[str, float]:
     """R2 of what a ridge head says of each image left out; of classes accuracy and log-loss, too."""
     columns = selection.columns
     scores = {"loo_r2": r2(predictions, columns)}
@@ -190,7 +190,7 @@ def _label_scores(predictions: Tensor, selection: SelectionData) -> dict[str, fl
     return scores
 
 
-def _errors(predictions: Tensor, columns: Tensor) -> Tensor:
+def squared_errors(predictions: Tensor, columns: Tensor) -> Tensor:
     """Each image's squared error (images,), as a share of the columns' variance."""
     return (predictions - columns).square().sum(1) / (columns - columns.mean(0)).square().sum()
 
@@ -210,7 +210,7 @@ def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> l
     for number, gram in selection.grams():
         with _naming(sources):
             (predictions,) = predict_left_out(gram, reference)
-        selection.errors[number] = _errors(predictions, reference)
+        selection.errors[number] = squared_errors(predictions, reference)
         last = selection.last_sources[number]
         with _naming([last]):
             agreement = float(cka_of_grams(gram, sources[last]))

@@ -32,6 +32,8 @@ _MEASURED = {
     "latency_ms": ("fastest", "over the latency budget when measured"),
 }
 
+_COMPOUND: tuple[Kind, ...] = ("side by side", "staged")
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
@@ -148,12 +150,14 @@ class SearchResult:
         fitting = [r for r in self.ranked if kind in (None, r.candidate.kind) and _objection(r, budget) is None]
         return pick(fitting, budget) if fitting else None
 
-    def pareto(self, measure: Literal["macs", "params"] = "macs") -> list[Ranked]:
+    def pareto(self, measure: Literal["macs", "mean_macs", "params"] = "macs") -> list[Ranked]:
         """The candidates of which none is both cheaper and better, the cheapest first.
 
-        Better is a higher first score; of equal cost and score the one that ranks first is kept.
+        Better is a higher first score; "macs" are those of any image, "mean_macs" those of an image on average, where
+        some networks stop when they are sure; of equal cost and score the one that ranks first is kept.
         """
-        costs = [(getattr(r.candidate.cost, measure), place, r) for place, r in enumerate(self.ranked)]
+        name = {"mean_macs": "expected_macs"}.get(measure, measure)
+        costs = [(getattr(r.candidate.cost, name), place, r) for place, r in enumerate(self.ranked)]
         front: list[Ranked] = []
         for _, _, r in sorted(costs):
             if not front or r.score > front[-1].score:
@@ -339,11 +343,11 @@ def pick(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
     The highest of a hundred scores on a few dozen images is in part luck. So of those that are not behind the first by
     more than one standard error over the images a whole source is taken, else the source ended early that sees the
     largest image and has the most MACs, else the first; and several side by side only where they are ahead of that by
-    more than one standard error.
+    more than one standard error; likewise one with stages.
     """
     if budget.min_score is not None:
-        return min(fitting, key=lambda r: r.candidate.cost.macs)
-    alone = [r for r in fitting if r.candidate.kind != "side by side"] or fitting
+        return min(fitting, key=lambda r: r.candidate.cost.expected_macs)
+    alone = [r for r in fitting if r.candidate.kind not in _COMPOUND] or fitting
     alike = [r for r in alone if r is alone[0] or not _is_ahead(alone[0], r)]
     sources = [r for r in alike if r.candidate.kind == "source"]
     ended = [r for r in alike if r.candidate.kind in ("early exit", "smaller image")]
@@ -353,7 +357,7 @@ def pick(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
         best = max(ended, key=lambda r: (_pixels(r), r.candidate.cost.macs))
     else:
         best = alone[0]
-    ahead = (r for r in fitting if r.candidate.kind == "side by side" and _is_ahead(r, best))
+    ahead = (r for r in fitting if r.candidate.kind in _COMPOUND and _is_ahead(r, best))
     return next(ahead, best)
 
 

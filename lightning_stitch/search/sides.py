@@ -53,10 +53,10 @@ def side_by_side(
     for _ in range(max_roots - 1):
         trials = []
         for addition in _additions(allowed, best.candidate):
-            candidate = _join(best.candidate, addition.candidate, parts)
+            candidate = join(best.candidate, addition.candidate, parts)
             if candidate is None or not budget.allows(candidate.cost):
                 continue
-            joint = _join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
+            joint = join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
             if base is None:
                 base = gram_of_taps(joint, outcome.keys)
             scores, errors = score(base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), selection)
@@ -91,14 +91,27 @@ def _additions(ranked: Sequence[Ranked], chosen: Candidate) -> list[Ranked]:
     return additions
 
 
-def _join(first: Candidate, second: Candidate, parts: Sequence[Segmented]) -> Candidate | None:
-    """Two candidates as one, their common front once; None where one of them has all that the other has."""
-    if set(keys_of_reads(second)) <= set(keys_of_reads(first)):
+def join(first: Candidate, second: Candidate, parts: Sequence[Segmented]) -> Candidate | None:
+    """Two candidates as one, their common front once, the first one's taps first; None where the second adds none."""
+    known = set(keys_of_reads(first))
+    if set(keys_of_reads(second)) <= known:
         return None
-    ways = list(dict.fromkeys((*first.ways, *second.ways)))
+    ways, places = list(first.ways), []
+    for way in second.ways:
+        path = piece_keys(way)
+        paths = [piece_keys(other) for other in ways]
+        lengths = [_common_length(path, other) for other in paths]
+        within = [n for n, length in enumerate(lengths) if length in (len(path), len(paths[n]))]
+        if not within:
+            ways.append(way)
+        elif len(path) > len(paths[within[0]]):
+            ways[within[0]] = way  # which goes on where the other ends
+        places.append(within[0] if within else len(ways) - 1)
+    more = zip(keys_of_reads(second), second.reads, strict=True)
+    reads = [*first.reads, *(read._replace(way=places[read.way]) for key, read in more if key not in known)]
     product = math.prod(spec.cka or 1.0 for way in ways for step in way if (spec := step.spec) is not None)
     cost = first.cost + second.cost + _shared_cost(first.ways, second.ways, parts)
-    return Candidate.of("side by side", ways, parts, cost, {"cka_product": product})
+    return Candidate.of("side by side", ways, parts, cost, {"cka_product": product}, reads=reads)
 
 
 def _shared_cost(first: Sequence[Way], second: Sequence[Way], parts: Sequence[Segmented]) -> Cost:
@@ -120,7 +133,7 @@ def _common_length(first: Sequence[object], second: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def _join_outcomes(first: Outcome, second: Outcome, candidate: Candidate) -> Outcome:
+def join_outcomes(first: Outcome, second: Outcome, candidate: Candidate) -> Outcome:
     """What two candidates gave together, in the order of the joint one's taps."""
     vectors = dict(zip((*second.keys, *first.keys), (*second.vectors, *first.vectors), strict=True))
     keys = keys_of_reads(candidate)

@@ -17,9 +17,12 @@ from lightning_stitch.stitching.segments import Segmented
 from lightning_stitch.stitching.stitches import Stitch
 from lightning_stitch.stitching.taps import tap_at
 
-Kind = Literal["source", "self-stitched", "early exit", "smaller image", "shortened", "stitched", "side by side"]
+Kind = Literal[
+    "source", "self-stitched", "early exit", "smaller image", "shortened", "stitched", "side by side", "staged"
+]
 """An unmodified source; one stitched to itself at each of its cuts; one that ends early; either on a smaller image;
-fragments of one source, stitched; fragments of several sources, stitched: a StitchNet; several of these with one head.
+fragments of one source, stitched; fragments of several sources, stitched: a StitchNet; several of these with one head;
+one that goes on, behind further heads, for the images alone that it is not sure of.
 """
 
 
@@ -88,10 +91,17 @@ class Candidate:
 
     @classmethod
     def of(
-        cls, kind: Kind, ways: Sequence[Way], parts: Sequence[Segmented], cost: Cost, scores: Mapping[str, float]
+        cls,
+        kind: Kind,
+        ways: Sequence[Way],
+        parts: Sequence[Segmented],
+        cost: Cost,
+        scores: Mapping[str, float],
+        *,
+        reads: Sequence[Read] | None = None,
     ) -> Candidate:
-        """The candidate of some ways, read as the sources' settings say."""
-        ways, reads = tuple(ways), _reads_of(ways, parts)
+        """The candidate of some ways, read as the sources' settings say or as it is told."""
+        ways, reads = tuple(ways), _reads_of(ways, parts) if reads is None else tuple(reads)
         tree = tree_of(ways, reads, parts)
         refs = {parts[step.source].name: parts[step.source].source.ref for way in ways for step in way}
         recipe = Recipe(

@@ -102,6 +102,7 @@ class FragmentSearch(pl.Callback):
         readout: str | list[str] | None = None,
         sizes: list[int] | None = None,
         max_roots: int = 3,
+        max_stages: int = 3,
         heal: bool = False,
         max_healed: int = 16,
         compare: bool = False,
@@ -127,6 +128,7 @@ class FragmentSearch(pl.Callback):
             exits=exits,
             sizes=sizes,
             max_roots=max_roots,
+            max_stages=max_stages,
             heal=heal,
             max_healed=max_healed,
             time_limit=time_limit,
@@ -308,6 +310,12 @@ class FragmentSearch(pl.Callback):
                 f"StitchedClassifier(recipe=...) or StitchedBackbone(recipe=...)."
             )
         place.check(data, ranking=self.search_settings.ranking, compare=self.compare)
+        staged = isinstance(place.module, StitchedClassifier) and place.head_settings.name == "ridge"
+        if self.search_settings.limits.mean_macs is not None and not staged:
+            raise StitchError(
+                "Budget(mean_macs=...) asks for a network that stops when its heads are sure: it takes a "
+                "StitchedClassifier with head='ridge'. Limit max_macs instead."
+            )
         return place, data
 
     def settings_until(self, until: str) -> CalibrationSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -17,11 +18,12 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import look_up_classes
-from lightning_stitch.errors import RecipeError, StitchError
-from lightning_stitch.heads import HeadSettings
+from lightning_stitch.errors import BudgetError, CalibrationError, RecipeError, StitchError
+from lightning_stitch.heads import HeadSettings, StagedHead, confidence
 from lightning_stitch.hub import CardDetails
-from lightning_stitch.networks import StitchedNetwork, check_classes, empty_head, load_classifier, save_classifier
+from lightning_stitch.networks import StitchedNetwork, check_classes, is_traced, load_classifier, save_classifier
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.stages import Stages
 from lightning_stitch.stitching import images_of, is_empty
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
 from lightning_stitch.training.thawing import TrainingPlan
@@ -152,6 +154,62 @@ class StitchedClassifier(pl.LightningModule):
         self.hparams["recipe"] = network.recipe.to_dict()
         self._plan.thaw(self, epoch=0)
 
+    def at(self, *, mean_macs: float) -> StitchedClassifier:
+        """Spend at most so many multiply-accumulates on an image on average, of those that its stages can be set to.
+
+        Nothing is searched or fitted: thresholds for many means came with the network. The worst case is the same.
+
+        Args:
+            mean_macs: The most, as the labelled images had them that the heads were fitted on.
+
+        Returns:
+            This module.
+
+        Raises:
+            StitchError: If the network has no stages.
+            BudgetError: If even the least is more.
+        """
+        recipe, stages, head = self._staged()
+        fitting = [index for index, point in enumerate(stages.points) if point.mean_macs <= mean_macs]
+        if not fitting:
+            least = stages.points[0].mean_macs
+            raise BudgetError(f"This network takes at least {least / 1e6:.6g} M MACs on average; found {mean_macs}.")
+        head.point = fitting[-1]
+        recipe = dataclasses.replace(recipe, stages=dataclasses.replace(stages, point=head.point))
+        self._require_network().recipe = recipe
+        self.hparams["recipe"] = recipe.to_dict()
+        return self
+
+    @torch.no_grad()
+    def fit_thresholds(self, batches: Iterable[Any]) -> None:
+        """Set the thresholds of its stages anew, as is due when its heads were trained on.
+
+        As many images go on as before. Images that it was trained on are surer than others are.
+
+        Args:
+            batches: Batches of images, or of (images, ...), that nothing was trained on.
+
+        Raises:
+            StitchError: If the network has no stages.
+            CalibrationError: If there are no images.
+        """
+        recipe, _, head = self._staged()
+        network, confidences = self._require_network(), list[list[Tensor]]()
+        with in_eval_mode(network):
+            for batch in batches:
+                if not is_empty(batch):
+                    outputs = head.outputs(network(images_of(batch).to(self.device)))[:-1]
+                    confidences.append([confidence(of_stage, head.task) for of_stage in outputs])
+        if not confidences:
+            raise CalibrationError("There are no images to set thresholds by.")
+        head.set_thresholds(recipe, [torch.cat(of_stage) for of_stage in zip(*confidences, strict=True)])
+
+    def _staged(self) -> tuple[Recipe, Stages, StagedHead]:
+        recipe = self._require_network().recipe
+        if recipe.stages is None or not isinstance(self.head, StagedHead):
+            raise StitchError("This network has no stages: search with Budget(mean_macs=...) for one that has.")
+        return recipe, recipe.stages, self.head
+
     def save_pretrained(
         self,
         directory: str | Path,
@@ -183,7 +241,7 @@ class StitchedClassifier(pl.LightningModule):
         if recipe is None or (self.network is not None and self.network.recipe == recipe):
             return
         network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
-        self.install(network, empty_head(self.head_settings, recipe))
+        self.install(network, self.head_settings.empty_for(recipe))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""
@@ -235,6 +293,8 @@ class StitchedClassifier(pl.LightningModule):
         assert self.head is not None
         if self._fused and self._trainer is not None and self._trainer.predicting:
             network = self._fused[0]
+        if isinstance(self.head, StagedHead) and not self.training and not is_traced(images):
+            return network.in_stages(images, self.head)[0]
         return self.head(network(images))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -247,8 +307,8 @@ class StitchedClassifier(pl.LightningModule):
         if len(images) == 1 and self.train_mode:
             rank_zero_warn("A batch of one image is trained on in eval mode: BatchNorm in train mode needs two.")
         with in_eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
-            outputs = self(images)
-        loss = loss_of(self.head_settings.task, outputs, targets)
+            outputs = self._outputs_of_stages(images)
+        loss = torch.stack([loss_of(self.head_settings.task, output, targets) for output in outputs]).sum()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -330,6 +390,12 @@ class StitchedClassifier(pl.LightningModule):
             metrics.reset()  # of the few images of a sanity check they would say that they are undefined
         else:
             self.log_dict(metrics, batch_size=len(images))
+
+    def _outputs_of_stages(self, images: Tensor) -> list[Tensor]:
+        """The outputs of every stage's head; where there are no stages of the one."""
+        if not isinstance(self.head, StagedHead):
+            return [self(images)]
+        return [self.head.answer(outputs) for outputs in self.head.outputs(self._require_network()(images))]
 
     def _require_network(self) -> StitchedNetwork:
         if self.network is None:

@@ -66,7 +66,7 @@ class ClassifierPlace:
         """Give the classifier the network, a head that is fitted to its features, and the data's class names."""
         module = self.module
         with torch.inference_mode(False):
-            head, fit = self.head_settings.fit(features, targets, network.recipe.head_blocks)
+            head, fit = self.head_settings.fit_for(network.recipe, features, targets)
             if fit is not None and fit.block_shares:
                 network.recipe = network.recipe.with_shares(fit.block_shares)
         module.install(network.to(module.device), head.to(module.device))
