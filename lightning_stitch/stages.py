@@ -54,6 +54,15 @@ class Stages:
                 )
 
     @property
+    def stopping(self) -> tuple[float, ...]:
+        """Of all images the share that stops at each stage."""
+        shares, arriving = [], 1.0
+        for goes_on in (*self.chosen.goes_on, 0.0):
+            shares.append(arriving * (1 - goes_on))
+            arriving *= goes_on
+        return tuple(shares)
+
+    @property
     def chosen(self) -> OperatingPoint:
         """The setting that the search chose."""
         return self.points[self.point]

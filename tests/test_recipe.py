@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from doubles.staged import recipe_of_stages
 
 from lightning_stitch.errors import RecipeError
-from lightning_stitch.recipe import FragmentRef, Preprocessing, Recipe, SourceRef, StitchSpec
+from lightning_stitch.recipe import Average, FragmentRef, Preprocessing, Recipe, SourceRef, StitchSpec
 
 
 def source(name: str = "a", **options: Any) -> SourceRef:
@@ -156,3 +157,43 @@ def test_what_is_no_recipe_is_refused_by_the_field(change: Callable[[dict[str, A
 def test_a_recipe_must_be_a_dict() -> None:
     with pytest.raises(RecipeError, match=r"A recipe is a dict as `Recipe.to_dict` makes it; found str"):
         Recipe.from_dict("recipe.json")  # type: ignore[arg-type]
+
+
+STAGED = recipe_of_stages((4, 3, 5), goes_on=[(0.0, 0.0), (0.5, 0.25)], point=1)
+
+
+def test_a_recipe_with_stages_survives_json_and_says_which_fragments_each_needs() -> None:
+    plain = STAGED.to_dict()
+    assert Recipe.from_dict(json.loads(json.dumps(plain))) == STAGED
+    assert STAGED.fragment_stages == (0, 1, 2)
+    assert STAGED.stage_blocks == ((4,), (4, 3), (4, 3, 5))
+    assert recipe().fragment_stages == (0, 0, 0, 0)
+    assert recipe().stage_blocks == (recipe().blocks,)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ({"taps": [3]}, "two stages or more"),
+        ({"taps": [0, 2, 3]}, "two stages or more"),
+        ({"taps": [2, 1, 3]}, "read ever more taps"),
+        ({"taps": [1, 2, 4]}, "The last stage reads all 3 taps"),
+        ({"macs": [10, 20]}, "Each of 3 stages has MACs"),
+        ({"macs": [30, 20, 10]}, "ever more; found"),
+        ({"point": 2}, "One of 2 settings is chosen; found number 2"),
+        ({"points": []}, "One of 0 settings is chosen"),
+        ({"points": [{"goes_on": [0.5], "mean_macs": 1.0, "scores": {}}], "point": 0}, "which share goes on"),
+        ({"points": [{"goes_on": [0.5, 1.5], "mean_macs": 1.0, "scores": {}}], "point": 0}, "which share goes on"),
+        ({"points": [{"goes_on": [0.5, 1.0], "mean_macs": "1", "scores": {}}], "point": 0}, "mean_macs is '1'"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(stages: dict[str, Any], words: str) -> None:
+    plain = STAGED.to_dict()
+    plain["stages"].update(stages)
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_dict(plain)
+
+
+def test_nothing_is_averaged_and_staged_at_once() -> None:
+    with pytest.raises(RecipeError, match="averages none"):
+        dataclasses.replace(STAGED, average=Average(((0,), (1,)), 4, with_heads=True))

@@ -400,15 +400,10 @@ def _stages_in_words(recipe: Recipe) -> list[str]:
     stages = recipe.stages
     if stages is None:
         return []
-    lines, arriving = ["  stops when sure:"], 1.0
-    for number, (count, macs) in enumerate(zip(stages.taps, stages.macs, strict=True)):
-        goes_on = stages.chosen.goes_on[number] if number < len(stages.taps) - 1 else 0.0
+    lines = ["  stops when sure:"]
+    for count, macs, share in zip(stages.taps, stages.macs, stages.stopping, strict=True):
         end = recipe.fragments[recipe.taps[count - 1].fragment]
-        lines.append(
-            f"    {arriving * (1 - goes_on):.0%} of images behind {end.source} {end.end or 'output'}, "
-            f"{macs / 1e6:.1f} M MACs"
-        )
-        arriving *= goes_on
+        lines.append(f"    {share:.0%} of images behind {end.source} {end.end or 'output'}, {macs / 1e6:.1f} M MACs")
     least, most = (stages.points[place].mean_macs / 1e6 for place in (0, -1))
     mean = stages.chosen.mean_macs / 1e6
     return [*lines, f"    {mean:.1f} M MACs on average; can be set from {least:.1f} to {most:.1f} M"]

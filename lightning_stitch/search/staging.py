@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.heads import confidence, log_residuals, task_of
-from lightning_stitch.recipe import Recipe
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import (
     SelectionData,
@@ -85,26 +84,6 @@ class _Stage:
         return confidence(predictions - 0.5, task)  # labels are 0 and 1 here, logits in a head
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """Stages in a row at the setting that errs least within a budget.
-
-    Attributes:
-        stages: From the first to the last.
-        settings: All that were tried.
-        place: Which of them it is.
-    """
-
-    stages: tuple[_Stage, ...]
-    settings: tuple[_Setting, ...]
-    place: int
-
-    @property
-    def setting(self) -> _Setting:
-        """The setting that errs least."""
-        return self.settings[self.place]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Setting:
     """Shares of the images that reach each stage but the last which go on, what that costs on average, and errs."""
@@ -112,6 +91,100 @@ class _Setting:
     goes_on: tuple[float, ...]
     mean_macs: float
     error: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedNetwork:
+    """Stages in a row at the setting that errs least within a budget.
+
+    Attributes:
+        stages: From the first to the last.
+        settings: All that were tried.
+        setting: The one of least error.
+    """
+
+    stages: tuple[_Stage, ...]
+    settings: tuple[_Setting, ...]
+    setting: _Setting
+
+
+class Staging:
+    """Candidates as stages of networks, judged on the selection images by what is known of them.
+
+    Args:
+        selection: What candidates were ranked by, with labels.
+        outcomes: What they gave, by their keys.
+        parts: The sources that their steps refer to.
+        budget: Limits that all networks keep, one on average MACs among them.
+        soft: Whether errors are those of softened labels, as the ranking has them.
+    """
+
+    def __init__(
+        self,
+        selection: SelectionData,
+        outcomes: Mapping[str, Outcome],
+        parts: Sequence[Segmented],
+        budget: Budget,
+        *,
+        soft: bool,
+    ) -> None:
+        assert budget.mean_macs is not None
+        self.mean_macs, self.limits = budget.mean_macs, budget.of_all_images
+        self._selection, self._outcomes, self._parts, self._soft = selection, outcomes, parts, soft
+        self._known: dict[frozenset[str], _Stage] = {}
+
+    def begin(self, front: Candidate) -> tuple[_Stage, ...]:
+        """A front as a first stage."""
+        outcome = self._outcomes[front.key]
+        return (self._stage(front, outcome, lambda: gram_of_taps(outcome, outcome.keys)),)
+
+    def extend(self, stages: tuple[_Stage, ...], way_on: Candidate) -> StagedNetwork | None:
+        """The network that goes on to a candidate where the stages so far are unsure.
+
+        None where that reads nothing more, or no setting at which an image goes on keeps the budget.
+        """
+        before = stages[-1]
+        joined = join(before.candidate, way_on, self._parts)
+        if joined is None or not self.limits.allows(joined.cost):
+            return None
+        outcome = join_outcomes(before.outcome, self._outcomes[way_on.key], joined)
+        more = {*outcome.keys} - {*before.outcome.keys}
+        whole = (*stages, self._stage(joined, outcome, lambda: before.gram + gram_of_taps(outcome, more)))
+        settings = tuple(_settings(whole))
+        within = [s for s in settings if s.mean_macs <= self.mean_macs and s.goes_on[-1] > 0]
+        return StagedNetwork(whole, settings, min(within, key=lambda s: s.error)) if within else None
+
+    def ranked(self, network: StagedNetwork) -> Ranked:
+        """A network as a candidate with scores."""
+        points, last = _points(network), network.stages[-1].candidate
+        stops = _stops(network.stages, network.setting.goes_on)
+        each = torch.arange(len(stops))
+        errors = torch.stack([stage.errors for stage in network.stages])[stops, each]
+        predictions = torch.stack([stage.predictions[0] for stage in network.stages])[stops, each]
+        scores = {"loo_soft_r2": 1 - float(errors.sum())} if self._soft else {}
+        scores |= scores_of_predictions(predictions, self._selection)
+        stages = Stages(
+            taps=tuple(len(stage.candidate.reads) for stage in network.stages),
+            macs=tuple(stage.candidate.cost.macs for stage in network.stages),
+            points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {next(iter(scores)): 1 - s.error}) for s in points),
+            point=points.index(network.setting),
+        )
+        mean = {"mean_macs": network.setting.mean_macs}
+        recipe = dataclasses.replace(last.recipe, stages=stages, scores={**last.recipe.scores, **mean})
+        cost = dataclasses.replace(last.cost, **mean)  # type: ignore[arg-type]
+        candidate = dataclasses.replace(last, recipe=recipe, kind="staged", cost=cost)
+        return rank_one(candidate, scores, network.stages[-1].outcome, errors)
+
+    def _stage(self, candidate: Candidate, outcome: Outcome, gram: Callable[[], Tensor]) -> _Stage:
+        """A stage; one of the same taps, in whatever order, is judged once."""
+        read = frozenset(outcome.keys)
+        if read not in self._known:
+            self._known[read] = _Stage(candidate, outcome, gram(), self._selection, self._soft)
+        like = self._known[read]
+        stage = dataclasses.replace(like, candidate=candidate, outcome=outcome)
+        for name in ("predictions", "errors", "sure"):
+            stage.__dict__[name] = getattr(like, name)
+        return stage
 
 
 def staged(
@@ -136,38 +209,30 @@ def staged(
         budget: Limits that all keep, one on average MACs among them.
         max_stages: Most stages.
     """
-    assert budget.mean_macs is not None
-    allowed = [
+    single = [
         r
         for r in ranked
-        if r.candidate.kind not in ("self-stitched", "side by side") and budget.of_all_images.allows(r.candidate.cost)
+        if r.candidate.kind not in ("self-stitched", "side by side")
+        and r.errors is not None
+        and outcomes[r.candidate.key].blocks is not None
+        and budget.of_all_images.allows(r.candidate.cost)
     ]
-    if not allowed or allowed[0].errors is None:
+    if not single:
         return []
-    soft = "loo_soft_r2" in allowed[0].scores
-    begun: list[tuple[_Stage, ...]] = [
-        (_Stage(r.candidate, outcome, gram_of_taps(outcome, outcome.keys), selection, soft),)
-        for r in _thinned(_front([r for r in allowed if r.candidate.cost.macs < budget.mean_macs]), _MOST_FRONTS)
-        if (outcome := outcomes[r.candidate.key]).blocks is not None
-    ]
+    staging = Staging(selection, outcomes, parts, budget, soft="loo_soft_r2" in single[0].scores)
+    fronts = _front([r for r in single if r.candidate.cost.macs < staging.mean_macs])
+    begun = [staging.begin(r.candidate) for r in _thinned(fronts, _MOST_FRONTS)]
     chosen: list[Ranked] = []
-    known: dict[frozenset[str], _Stage] = {}
     for _ in range(max_stages - 1):
-        networks = [
-            network
-            for stages in begun
-            for r in _ways_on(allowed, stages[-1])
-            if (stage := _next(stages[-1], r.candidate, outcomes, parts, known)) is not None
-            and budget.of_all_images.allows(stage.candidate.cost)
-            and (network := _settle((*stages, stage), budget.mean_macs)) is not None
-        ]
+        trials = (staging.extend(stages, r.candidate) for stages in begun for r in _ways_on(single, stages[-1]))
+        networks = sorted((trial for trial in trials if trial is not None), key=lambda trial: trial.setting.error)
         if not networks:
             break
-        networks.sort(key=lambda network: network.setting.error)
-        best = _ranked(networks[0], selection)
-        gain, error = best.gain_over(chosen[-1]) if chosen else (1.0, 0.0)
-        if gain <= error:
-            break
+        best = staging.ranked(networks[0])
+        if chosen:
+            gain, error = best.gain_over(chosen[-1])
+            if gain <= error:
+                break
         chosen.append(best)
         begun = [network.stages for network in networks[:_MOST_BEGUN]]
     return chosen
@@ -199,42 +264,6 @@ def _ways_on(allowed: Sequence[Ranked], stage: _Stage) -> list[Ranked]:
     return list({r.candidate.key: r for r in [*rest, *list(others.values())[:_MOST_ON]]}.values())
 
 
-def _next(
-    stage: _Stage,
-    candidate: Candidate,
-    outcomes: Mapping[str, Outcome],
-    parts: Sequence[Segmented],
-    known: dict[frozenset[str], _Stage],
-) -> _Stage | None:
-    """The stage behind another that reads a candidate, too; None where that has nothing more."""
-    joined = join(stage.candidate, candidate, parts)
-    if joined is None:
-        return None
-    outcome = join_outcomes(stage.outcome, outcomes[candidate.key], joined)
-    read = frozenset(outcome.keys)
-    like = known.get(read)
-    if like is not None:  # the same readout, perhaps in another order
-        following = dataclasses.replace(like, candidate=joined, outcome=outcome)
-        following.__dict__.update({name: x for name, x in like.__dict__.items() if name in _CACHED})
-        return following
-    gram = stage.gram + gram_of_taps(outcome, {*outcome.keys} - {*stage.outcome.keys})
-    known[read] = following = _Stage(joined, outcome, gram, stage.selection, stage.soft)
-    following.errors, following.sure  # noqa: B018  (known from now on)
-    return following
-
-
-_CACHED = ("predictions", "errors", "sure")
-
-
-def _settle(stages: tuple[_Stage, ...], mean_macs: float) -> _Network | None:
-    """The stages at the setting of least error within a mean; None where there is none, or all stop at the first."""
-    settings = tuple(_settings(stages))
-    within = [place for place, s in enumerate(settings) if s.mean_macs <= mean_macs and s.goes_on[-1] > 0]
-    if not within:
-        return None
-    return _Network(stages, settings, min(within, key=lambda place: settings[place].error))
-
-
 def _settings(stages: Sequence[_Stage]) -> Iterator[_Setting]:
     """All settings on a grid of shares, coarser where there are few images or many stages."""
     num_images = len(stages[0].errors)
@@ -263,32 +292,7 @@ def _settings(stages: Sequence[_Stage]) -> Iterator[_Setting]:
         yield _Setting(goes_on, spent / num_images, erred)
 
 
-def _ranked(network: _Network, selection: SelectionData) -> Ranked:
-    """A network with stages as a candidate with scores."""
-    first, last = network.stages[0], network.stages[-1]
-    points = _points(network)
-    of_image = _stops(network.stages, network.setting.goes_on)
-    each = torch.arange(len(of_image))
-    errors = torch.stack([stage.errors for stage in network.stages])[of_image, each]
-    predictions = torch.stack([stage.predictions[0] for stage in network.stages])[of_image, each]
-    scores = {"loo_soft_r2": 1 - float(errors.sum())} if first.soft else {}
-    scores |= scores_of_predictions(predictions, selection)
-    stages = Stages(
-        taps=tuple(len(stage.candidate.reads) for stage in network.stages),
-        macs=tuple(stage.candidate.cost.macs for stage in network.stages),
-        points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {next(iter(scores)): 1 - s.error}) for s in points),
-        point=points.index(network.setting),
-    )
-    mean_macs = network.setting.mean_macs
-    recipe: Recipe = dataclasses.replace(
-        last.candidate.recipe, stages=stages, scores={**last.candidate.recipe.scores, "mean_macs": mean_macs}
-    )
-    cost = dataclasses.replace(last.candidate.cost, mean_macs=mean_macs)
-    candidate = dataclasses.replace(last.candidate, recipe=recipe, kind="staged", cost=cost)
-    return rank_one(candidate, scores, last.outcome, errors)
-
-
-def _points(network: _Network) -> list[_Setting]:
+def _points(network: StagedNetwork) -> list[_Setting]:
     """The settings that nothing cheaper beats, from none that goes on, with the one in use; the cheapest first."""
     front: list[_Setting] = []
     for setting in sorted(network.settings, key=lambda s: (s.mean_macs, s.error)):

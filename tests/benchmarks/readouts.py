@@ -144,16 +144,8 @@ def measure(
 ) -> list[str]:
     """The table of one task, in Markdown."""
     begun = time.perf_counter()
-    shape = tuple(task.calibration[0][0].shape[1:])
-    pool = Pool(task.sources, shape, settings=CalibrationSettings())  # type: ignore[arg-type]
-    found = pool.search(
-        [images for images, _ in task.calibration], task.selection, sizes=list(sizes), max_roots=1, exits=True
-    )
-    candidates = [r.candidate for r in found.ranked if r.candidate.kind != "self-stitched"]
-    everything = [*task.selection, *task.head, *task.test]
-    outcomes, targets = pool.outcomes(candidates, everything, progress=Silent())
-    assert targets is not None
-    images = torch.cat([x for x, _ in everything])
+    pool, candidates, outcomes, targets = read_everything(task, sizes)
+    images = torch.cat([x for x, _ in (*task.selection, *task.head, *task.test)])
     taps = time.perf_counter() - begun
     lines = calibration_labels(pool, candidates, outcomes, targets, task, splits) if with_calibration else []
     for num_labels in labels:
@@ -181,6 +173,20 @@ def measure(
         lines += table(figures, num_labels, len(targets) - num_labels)
     print(f"{taps:.0f} s for {len(candidates)} candidates' taps, {time.perf_counter() - begun:.0f} s in all")
     return lines
+
+
+def read_everything(task: Task, sizes: Sequence[int]) -> tuple[Pool, list[Candidate], list[Outcome], Tensor]:
+    """A pool, what a search finds in it, and what that gives for all images but the calibration's; their labels."""
+    shape = tuple(task.calibration[0][0].shape[1:])
+    pool = Pool(task.sources, shape, settings=CalibrationSettings())  # type: ignore[arg-type]
+    found = pool.search(
+        [images for images, _ in task.calibration], task.selection, sizes=list(sizes), max_roots=1, exits=True
+    )
+    candidates = [r.candidate for r in found.ranked if r.candidate.kind != "self-stitched"]
+    everything = [*task.selection, *task.head, *task.test]
+    outcomes, targets = pool.outcomes(candidates, everything, progress=Silent())
+    assert targets is not None
+    return pool, candidates, outcomes, targets
 
 
 def calibration_labels(
@@ -266,6 +272,14 @@ def table(figures: dict[str, list[tuple[float, float, float]]], num_labels: int,
     return [*lines, ""]
 
 
+def task_named(name: str, folder: Path, image_size: int, test_images: int) -> tuple[Task, list[int]]:
+    """A task, and the smaller images that are candidates on it."""
+    if name == "elpv":
+        task = solar_cells(folder, image_size=image_size, test_images=test_images)
+        return task, [size for size in (160, 128, 96, 64) if size < image_size]
+    return handwritten_digits(other_questions=True), []
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,11 +293,7 @@ def main() -> None:
     parser.add_argument("--calibration-labels", action="store_true", help="what labels of calibration images are worth")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    if options.task == "elpv":
-        task = solar_cells(options.folder, image_size=options.image_size, test_images=options.test_images)
-        sizes = [size for size in (160, 128, 96, 64) if size < options.image_size]
-    else:
-        task, sizes = handwritten_digits(other_questions=True), []
+    task, sizes = task_named(options.task, options.folder, options.image_size, options.test_images)
     labels = options.labels or ([32, 128, 512] if options.task == "elpv" else [128, 384])
     lines = measure(
         task,

@@ -149,7 +149,7 @@ def comparison():
 def test_rows_are_flat_and_plain(comparison):
     rows, _ = comparison
     scores = [metric + end for metric in METRICS for end in ("", "_low", "_high")]
-    costs = ["params", "macs", "seconds", "labels", "cka_product"]
+    costs = ["params", "macs", "mean_macs", "seconds", "labels", "cka_product"]
     columns = ["name", "kind", "sources", "budget", *scores, *costs, "verdict"]
     assert [list(row) for row in rows] == [columns] * 3
     assert {type(value) for row in rows for value in row.values()} == {str, int, float, type(None)}
