@@ -21,6 +21,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from readouts import (
     scores_of,
     task_named,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_stitch import Budget, Pool
 from lightning_stitch.heads import HeadSettings, StagedHead
@@ -192,23 +193,22 @@ def latency(task: Task, sizes: Sequence[int], num_labels: int = 512) -> list[str
         )
         assert isinstance(head, StagedHead)
         network = pool.assemble(candidate).fused()
+        ways = (partial(network.in_stages, head=head), nn.Sequential(network, head.heads[-1]))
         for batch in (1, 32):
-            ways: dict[str, Callable[[Tensor], object]] = {
-                "staged": lambda x: network.in_stages(x, head),
-                "whole": lambda x: head.heads[-1](network(x)),
-            }
-            times: dict[str, list[float]] = {way: [] for way in ways}
-            with torch.inference_mode():
-                for _ in range(5):
-                    for way, run in ways.items():
-                        begun = time.perf_counter()
-                        for portion in images.split(batch):
-                            run(portion)
-                        times[way].append(1e3 * (time.perf_counter() - begun) / len(images))
-            mine, whole = (statistics.median(times[way][1:]) for way in ways)
+            times = [[milliseconds(run, images, batch) for run in ways] for _ in range(6)][1:]
+            mine, whole = (statistics.median(column) for column in zip(*times, strict=True))
             macs = f"{candidate.cost.expected_macs / 1e6:.3g} / {candidate.cost.macs / 1e6:.3g}"
             lines.append(f"| {name} | {macs} | {batch} | {mine:.2f} | {whole:.2f} | {mine / whole:.2f} |")
     return lines
+
+
+def milliseconds(run: Callable[[Tensor], object], images: Tensor, batch: int) -> float:
+    """For one image, in batches of some size."""
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for portion in images.split(batch):
+            run(portion)
+    return 1e3 * (time.perf_counter() - begun) / len(images)
 
 
 def main() -> None:
