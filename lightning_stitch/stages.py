@@ -30,13 +30,16 @@ class Stages:
         taps: How many of the recipe's taps, in their order, each stage's head reads; the last reads all of them.
         macs: Multiply-accumulates of an image that stops at each stage.
         points: Settings of the thresholds, the cheapest first.
-        point: Which of them the search chose.
+        point: Which of them is in use, at first the one that the search chose.
+        figures: What each stage's head does on all labelled images, left out of its fit: of classes "loo_accuracy" and
+            "confidence_auroc", how well its confidence tells right answers from wrong ones (area under the ROC curve).
     """
 
     taps: tuple[int, ...]
     macs: tuple[int, ...]
     points: tuple[OperatingPoint, ...]
     point: int
+    figures: tuple[dict[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts fit."""
@@ -47,6 +50,8 @@ class Stages:
             raise RecipeError(f"Each of {count} stages has MACs, ever more; found {self.macs}.")
         if not 0 <= self.point < len(self.points):
             raise RecipeError(f"One of {len(self.points)} settings is chosen; found number {self.point}.")
+        if len(self.figures) not in (0, count):
+            raise RecipeError(f"Each of {count} stages has figures, or none has; found {len(self.figures)}.")
         for point in self.points:
             if len(point.goes_on) != count - 1 or not all(0 <= share <= 1 for share in point.goes_on):
                 raise RecipeError(
@@ -64,5 +69,5 @@ class Stages:
 
     @property
     def chosen(self) -> OperatingPoint:
-        """The setting that the search chose."""
+        """The setting that is in use."""
         return self.points[self.point]

@@ -181,6 +181,7 @@ def test_a_recipe_with_stages_survives_json_and_says_which_fragments_each_needs(
         ({"macs": [10, 20]}, "Each of 3 stages has MACs"),
         ({"macs": [30, 20, 10]}, "ever more; found"),
         ({"point": 2}, "One of 2 settings is chosen; found number 2"),
+        ({"figures": [{}]}, "Each of 3 stages has figures, or none has; found 1"),
         ({"points": []}, "One of 0 settings is chosen"),
         ({"points": [{"goes_on": [0.5], "mean_macs": 1.0, "scores": {}}], "point": 0}, "which share goes on"),
         ({"points": [{"goes_on": [0.5, 1.5], "mean_macs": 1.0, "scores": {}}], "point": 0}, "which share goes on"),

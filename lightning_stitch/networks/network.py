@@ -401,9 +401,15 @@ def _stages_in_words(recipe: Recipe) -> list[str]:
     if stages is None:
         return []
     lines = ["  stops when sure:"]
-    for count, macs, share in zip(stages.taps, stages.macs, stages.stopping, strict=True):
+    figures = stages.figures or ({},) * len(stages.taps)
+    for count, macs, share, known in zip(stages.taps, stages.macs, stages.stopping, figures, strict=True):
         end = recipe.fragments[recipe.taps[count - 1].fragment]
-        lines.append(f"    {share:.0%} of images behind {end.source} {end.end or 'output'}, {macs / 1e6:.1f} M MACs")
+        words = f"    {share:.0%} of images behind {end.source} {end.end or 'output'}, {macs / 1e6:.1f} M MACs"
+        if "loo_accuracy" in known:
+            words += f"; of all images it is right on {known['loo_accuracy']:.3f}"
+        if "confidence_auroc" in known:
+            words += f", knows when by AUROC {known['confidence_auroc']:.3f}"
+        lines.append(words)
     least, most = (stages.points[place].mean_macs / 1e6 for place in (0, -1))
     mean = stages.chosen.mean_macs / 1e6
     return [*lines, f"    {mean:.1f} M MACs on average; can be set from {least:.1f} to {most:.1f} M"]

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.heads import confidence, log_residuals, task_of
@@ -82,6 +83,19 @@ class _Stage:
             residuals = log_residuals(predictions, self.selection.columns)[:, None]
             return confidence(predict_left_out(self.gram, residuals)[0], task)
         return confidence(predictions - 0.5, task)  # labels are 0 and 1 here, logits in a head
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Accuracy, and how well confidence tells right from wrong, of classes (`Stages.figures`)."""
+        columns = self.selection.columns
+        assert self.selection.targets is not None
+        if task_of(self.selection.targets) != "multiclass":
+            return {}
+        right = self.predictions[0].argmax(1) == columns.argmax(1)
+        figures = {"loo_accuracy": float(right.double().mean())}
+        if 0 < figures["loo_accuracy"] < 1:
+            figures["confidence_auroc"] = float(binary_auroc(self.sure.float(), right.long()))
+        return figures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,6 +182,7 @@ class Staging:
             macs=tuple(stage.candidate.cost.macs for stage in network.stages),
             points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {next(iter(scores)): 1 - s.error}) for s in points),
             point=points.index(network.setting),
+            figures=tuple(stage.figures for stage in network.stages),
         )
         mean = {"mean_macs": network.setting.mean_macs}
         recipe = dataclasses.replace(last.recipe, stages=stages, scores={**last.recipe.scores, **mean})

@@ -10,9 +10,10 @@ import pytest
 import torch
 from doubles.staged import two_coloured_pool
 from doubles.two_colours import two_colours
+from sklearn.metrics import roc_auc_score
 
 from lightning_stitch import Budget, BudgetError, SearchResult, StitchedNetwork, StitchError
-from lightning_stitch.heads import HeadSettings, StagedHead
+from lightning_stitch.heads import HeadSettings, StagedHead, confidence
 from lightning_stitch.progress import Silent
 from lightning_stitch.search import Ranked
 
@@ -101,6 +102,21 @@ def test_the_mean_of_a_setting_is_that_of_the_shares_that_go_on() -> None:
             arriving *= share
             mean += arriving * (behind - before)
         assert point.mean_macs == pytest.approx(mean, rel=0.02)  # shares are of whole images
+
+
+def test_each_stage_says_how_often_it_is_right_and_how_well_it_knows() -> None:
+    network, head = fitted(found().best)
+    stages = found().best.candidate.recipe.stages
+    assert stages is not None
+    with torch.no_grad():
+        outputs = head.outputs(network(IMAGES[216:]))
+    for of_stage, figures in zip(outputs, stages.figures, strict=True):
+        right = of_stage.argmax(1) == LABELS[216:]
+        assert figures["loo_accuracy"] == pytest.approx(float(right.float().mean()), abs=0.08)
+        assert figures["confidence_auroc"] == pytest.approx(
+            roc_auc_score(right, confidence(of_stage, "multiclass")), abs=0.1
+        )
+    assert "knows when by AUROC" in network.describe()
 
 
 def test_stages_are_looked_for_under_a_budget_of_average_macs_alone_and_keep_their_number() -> None:
