@@ -3,7 +3,7 @@
 A composition is a tree of fragments with taps. A chain with one tap at its end is the paper's StitchNet; a root whose
 last tap lies at a cut is an early exit; several roots are sources side by side; several ends under an `Average` are an
 ensemble. All of them are a `Recipe`. A fragment ends wherever it is read, so that what runs of a source without a
-stitch is often several fragments in a row: a `Run`.
+stitch is often several fragments in a row: a `Run`. Where `stages` are, images that a stage is sure of go no further.
 
 Standard library only. A recipe holds structure; the state dict holds numbers. It is the only thing that search,
 checkpoint, YAML, hub and ranks exchange, so every field is a dict, list, string, number, bool or None.

@@ -8,6 +8,9 @@ In reading order:
 - `classifier.py`: a classifier's folder: its network with head, task and class names, with and without Lightning
 - `timm_entry.py`: a saved network as timm's tools want one; `import lightning_stitch.timm` registers it
 
+**Stages.** `StitchedNetwork.in_stages` runs each image of a batch until a stage's head is sure of it: the rest of the
+batch goes on from the activations that are there. What is exported or traced runs all stages, and gives the same.
+
 **Backbones of your own modules**, for `FragmentSearch(attribute=...)`:
 
 - `StitchedBackbone(num_features=W)` gives vectors of width W. A network of another width gets a linear layer behind
