@@ -485,7 +485,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain dicts, lists, strings and numbers; `Recipe.from_dict` takes it back."""
-        return cast(dict[str, Any], plain(dataclasses.asdict(self)))
+        fields = cast(dict[str, Any], plain(dataclasses.asdict(self)))
+        return fields if self.stages is not None else {k: v for k, v in fields.items() if k != "stages"}
 
     @classmethod
     def from_dict(cls, plain_recipe: dict[str, Any]) -> Recipe:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -40,23 +42,20 @@ from lightning_stitch.search import (
     TimeLimit,
     choose,
     costs_of_pairs,
-    draw_rows,
     early_exits,
     find_ranking,
     follow,
-    in_order,
-    keys_of_reads,
+    keys_worth_keeping,
     measure_candidates,
     network_latency,
     on_smaller_images,
     outcomes,
+    outcomes_in_rounds,
     piece_latencies,
-    rank,
+    rank_all,
     require_labels,
     search_identity,
     self_stitched,
-    side_by_side,
-    staged,
     unmodified,
     until_stopped,
 )
@@ -259,7 +258,6 @@ class Pool:
         settings, progress = dataclasses.replace(settings or SearchSettings(), **options), progress or Silent()
         limit = TimeLimit(settings.time_limit)
         find_ranking(settings.ranking, labelled=True)
-        num_selected = num_images(selection)
         if settings.ranking in NEED_LABELS:
             selection = require_labels(selection)
         if iter(selection) is not selection:  # a look at the first batch, where that does not use it up
@@ -294,19 +292,15 @@ class Pool:
             if calibration is not None:
                 whole.release()
             with timed(self.seconds, "rank"):
-                progress.start("ranking", num_selected)
-                outcomes, labels = self.outcomes(
-                    candidates, selection, progress=progress, journal=journal, num_classes=num_classes, remember=True
-                )
-                ranked = self._rank(candidates, outcomes, labels, space, settings, num_classes)
-            self._remember(ranked)
+                ranked, num_labels = self._rank(candidates, selection, space, settings, num_classes, progress)
+            self._remembered.keep(keys_worth_keeping(ranked))
             ranked = self._measure(ranked, settings.limits, journal, progress)
             return choose(
                 ranked,
                 settings.limits,
                 rejected=space.rejected,
                 seconds=self.seconds,
-                num_selection_labels=0 if labels is None else len(labels),
+                num_selection_labels=num_labels,
                 stopped=stopped,
             )
 
@@ -318,11 +312,10 @@ class Pool:
         progress: Progress,
         journal: Answers | None = None,
         num_classes: int | None = None,
-        remember: bool = False,
     ) -> tuple[list[Outcome], Tensor | None]:
         """Run candidates over images, shared fronts once; gives their features, and the labels where there are any.
 
-        What was read of the images that the last search chose by is remembered of its best candidates (`remember`).
+        What was read of the images that the last search chose by is remembered of its best candidates.
         """
         labels: list[Tensor] = []
         batches = check_batch_labels(batches, num_classes)
@@ -333,7 +326,6 @@ class Pool:
             images,
             journal=journal or Answers(),
             remembered=self._remembered,
-            remember=remember,
             on_batch=progress.advance,
         )
         return results, torch.cat(labels) if labels else None
@@ -474,37 +466,36 @@ class Pool:
     def _rank(
         self,
         candidates: list[Candidate],
-        outcomes: list[Outcome],
-        labels: Tensor | None,
+        selection: Iterable[Batch],
         space: SearchSpace,
         settings: SearchSettings,
         num_classes: int | None,
-    ) -> list[Ranked]:
-        """Candidates, and some of them side by side, by what they gave on the selection images, best first."""
-        outcomes, labels = draw_rows(outcomes, labels, self.settings.seed)
-        ranking, rejected = settings.ranking, space.rejected
-        ranked, looked_at = rank(
-            candidates, outcomes, labels, ranking=ranking, num_classes=num_classes, rejected=rejected
-        )
-        if labels is None or ranking not in ("auto", *NEED_LABELS) or not space.costs.early_exits:
-            return ranked
-        by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
-        limits, parts = settings.limits, self.all_parts
-        sides = side_by_side(ranked, looked_at, by_key, parts, limits, max_roots=settings.max_roots)
-        if limits.mean_macs is not None:
-            sides += staged(ranked, looked_at, by_key, parts, limits, max_stages=settings.max_stages)
-        return in_order([*ranked, *sides])
+        progress: Progress,
+    ) -> tuple[list[Ranked], int]:
+        """Run candidates over the selection images and rank them, best first; and how many labels that used."""
+        progress.start("ranking", num_images(selection))
+        labels: list[Tensor] = []
+        images = read_images(check_batch_labels(selection, num_classes), self.image_shape, self.device, labels)
+        options: dict[str, Any] = {"num_classes": num_classes, "seed": self.settings.seed}
 
-    def _remember(self, ranked: Sequence[Ranked]) -> None:
-        """Of what was read of the selection images keep that of references and of what some budget would choose."""
-        least: dict[str, int] = {}
-        keys: set[str] = set()
-        for candidate in (r.candidate for r in ranked):
-            always = candidate.kind in ("source", "self-stitched")
-            if always or candidate.cost.macs < least.get(candidate.kind, candidate.cost.macs + 1):
-                least[candidate.kind] = candidate.cost.macs
-                keys.update(keys_of_reads(candidate))
-        self._remembered.keep(keys)
+        def judge(candidates: Sequence[Candidate], outcomes: Sequence[Outcome], **more: Any) -> list[Ranked]:
+            targets = torch.cat(labels) if labels else None
+            return rank_all(candidates, outcomes, targets, self.all_parts, settings, **options, **more)
+
+        going, outcomes = outcomes_in_rounds(
+            candidates,
+            self.all_parts,
+            images,
+            num_images(selection),
+            partial(judge, compounds=False, rejected=Counter()) if isinstance(settings.ranking, str) else None,
+            labels=labels,
+            journal=space.journal,
+            remembered=self._remembered,
+            rejected=space.rejected,
+            on_batch=progress.advance,
+        )
+        ranked = judge(going, outcomes, compounds=space.costs.early_exits, rejected=space.rejected)
+        return ranked, sum(map(len, labels))
 
     def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
         """The same, assembled and measured in what the budget limits and only an assembled network shows."""

@@ -17,8 +17,8 @@ Ridge is ahead at every number of labels that was tried, so it is the default (t
 **Readouts** are vectors side by side. Heads are told their widths (`blocks=`), standardise every feature and let
 each block count alike; `RidgeFit.block_shares` says which of them decided.
 
-**Stages** have a ridge head each, on all taps so far. How sure one is of images that it has not seen is known from those
-left out of its fit: the margin between two classes, the least sure label, the expected squared residual of numbers.
+**Stages** have a ridge head each, on all taps so far. How sure one is of images that it has not seen is known from
+those left out of its fit: the margin between two classes, the least sure label, the expected residual of numbers.
 
 **Tasks** have their loss and metrics: accuracy and AUROC of classes; AUROC, average precision and F1 of labels;
 squared and absolute error, R2 and, of a single number, Pearson's correlation. Searches rank by leave-one-out R2

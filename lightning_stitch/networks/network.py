@@ -76,7 +76,8 @@ class StitchedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """What the taps give, or the log-probabilities of an average, for images in [0, 1]."""
         self._check_once(images)
-        recipe, vectors = self.recipe, dict[int, Tensor]()
+        recipe = self.recipe
+        vectors: dict[int, Tensor] = {}
         self._run(self._order, images, {}, vectors)
         if recipe.average is None:
             return torch.cat([vectors[number] for number in range(len(recipe.taps))], dim=-1)

@@ -8,9 +8,11 @@ In reading order:
 - `strategies.py`: `Beam`, networks of every size class from one search; `DepthFirst`, the StitchNet paper's search
 - `paths.py`: compositions along a given path: sources, self-stitched or not, early exits, what a user names
 - `evaluation.py`: many candidates over the same images at once, what they begin with alike run once
+- `rounds.py`: the worse half of the stitched ones stops after a quarter of the images, and again after half
 - `ranking.py`: the order of candidates by what they gave on the selection images, from Gram matrices of readouts
 - `sides.py`: compositions side by side with one joint head, by greedy forward selection
 - `staging.py`: compositions that stop when they are sure, their thresholds by leave-one-out
+- `final_ranking.py`: all of that: candidates, and what is composed of them
 - `results.py`: `SearchResult`: what was found, under which budget, and whether it was worth it
 - `latency.py`: how long one image takes, measured where the networks are to run
 - `stopping.py`: when a search stops composing before its strategy is through

@@ -1,13 +1,13 @@
 from .costs import CompositionCosts, costs_of_pairs
 from .evaluation import Outcome, Remembered, keys_of_reads, outcomes
+from .final_ranking import keys_worth_keeping, rank_all
 from .identity import search_identity
 from .latency import network_latency, piece_latencies
 from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
 from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_ranking, require_labels
-from .results import Ranked, SearchResult, choose, draw_rows, in_order, measure_candidates, rank
-from .sides import side_by_side
+from .results import Ranked, SearchResult, choose, measure_candidates, rank
+from .rounds import outcomes_in_rounds
 from .space import SearchSpace
-from .staging import staged
 from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
 
@@ -29,23 +29,22 @@ __all__ = [
     "by_loo_soft_r2",
     "choose",
     "costs_of_pairs",
-    "draw_rows",
     "early_exits",
     "find_ranking",
     "follow",
-    "in_order",
     "keys_of_reads",
+    "keys_worth_keeping",
     "measure_candidates",
     "network_latency",
     "on_smaller_images",
     "outcomes",
+    "outcomes_in_rounds",
     "piece_latencies",
     "rank",
+    "rank_all",
     "require_labels",
     "search_identity",
     "self_stitched",
-    "side_by_side",
-    "staged",
     "unmodified",
     "until_stopped",
 ]

@@ -62,10 +62,19 @@ class Remembered:
         self._vectors: dict[str, Tensor] = {}
         self._seconds: dict[str, float] = {}
 
-    def add(self, images: Sequence[str], vectors: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
-        """Take in what was read of images, in place of what was there: by key (images x width), and its seconds."""
-        self._rows = {image: row for row, image in enumerate(images)}
-        self._vectors, self._seconds = dict(vectors), dict(seconds)
+    def add(
+        self, images: Sequence[str], vectors: Mapping[str, Tensor], seconds: Mapping[str, float], *, more: bool = False
+    ) -> None:
+        """Take in what was read of images, by key (images x width), and its seconds.
+
+        That is in place of what was there, or with `more` behind it; then keys that are not read any more are let go.
+        """
+        if not more:
+            self._rows, self._vectors, self._seconds = {}, {}, {}
+        known = len(next(iter(self._vectors.values()))) if self._vectors else 0
+        self._rows |= {image: known + row for row, image in enumerate(images)}
+        self._vectors = {key: torch.cat([self._vectors[key], x]) if more else x for key, x in vectors.items()}
+        self._seconds = {key: self._seconds.get(key, 0.0) + spent for key, spent in seconds.items()}
 
     def keep(self, keys: Iterable[str]) -> None:
         """Let go of all but these."""
@@ -151,12 +160,13 @@ def outcomes(
     journal: Answers,
     remembered: Remembered | None = None,
     remember: bool = False,
+    first_batch: int = 0,
     on_batch: Callable[[int], None],
 ) -> list[Outcome]:
     """What candidates give for batches of images; what is remembered or in the journal of a batch is taken from there.
 
-    What is not is recorded; with `remember` all of it is remembered afterwards, in place of what was. `on_batch` is
-    called with the number of images after each batch.
+    What is not is recorded; with `remember` all of it is remembered afterwards, in place of what was, or behind it
+    where `first_batch` says that some were before. `on_batch` is called with the number of images after each batch.
 
     Raises:
         JournalError: If the journal was begun with other images, or in other batches.
@@ -184,7 +194,7 @@ def outcomes(
     remembered = remembered or Remembered()
     answers: list[list[Answer]] = []
     hashes: list[str] = []
-    for number, batch in enumerate(images):
+    for number, batch in enumerate(images, start=first_batch):
         content, of_images = tensors_hash([batch]), [tensors_hash([image]) for image in batch]
         journal.agree({f"selection images, batch {number}": [list(batch.shape), content]})
         known = {key: remembered.recall(of_images, key) for key in keys}
@@ -202,7 +212,7 @@ def outcomes(
         vectors[key] = torch.cat([answer.tensors["vector"] for answer in of_one_tap])
         seconds[key] = sum(answer.value for answer in of_one_tap)
     if remember:
-        remembered.add(hashes, vectors, seconds)
+        remembered.add(hashes, vectors, seconds, more=first_batch > 0)
     results = []
     for candidate, of_one in zip(candidates, keys_of_candidates, strict=True):
         last = {read.way: key for read, key in zip(candidate.reads, of_one, strict=True)}

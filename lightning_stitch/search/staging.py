@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from lightning_stitch.cost import Budget
 from lightning_stitch.heads import confidence, log_residuals, task_of
@@ -94,7 +94,9 @@ class _Stage:
         right = self.predictions[0].argmax(1) == columns.argmax(1)
         figures = {"loo_accuracy": float(right.double().mean())}
         if 0 < figures["loo_accuracy"] < 1:
-            figures["confidence_auroc"] = float(binary_auroc(self.sure.float(), right.long()))
+            # Imported here: it brings matplotlib along, which a search does without.
+            auroc = import_module("torchmetrics.functional.classification").binary_auroc
+            figures["confidence_auroc"] = float(auroc(self.sure.float(), right.long()))
         return figures
 
 

@@ -11,8 +11,8 @@ schedule. LBFGS, which knows no groups, will not do. What is frozen stays so thr
 `EMAWeightAveraging` rounds frozen weights in the last digit. A few labels are soon trained too far: choose learning
 rate and epochs on held-out images.
 
-**Stages.** A network that stops when it is sure is tested and predicts that way. Training runs all of it, its loss is the
-sum over its stages, and thresholds stay until `StitchedClassifier.fit_thresholds` sets them by images held out.
+**Stages.** A network that stops when it is sure is tested and predicts that way. Training runs all of it, its loss is
+the sum over its stages, and thresholds stay until `StitchedClassifier.fit_thresholds` sets them by images held out.
 
 **Callbacks.** `FragmentSearch` stands before callbacks that look at the module when they are set up (`WeightAveraging`,
 `StochasticWeightAveraging`, `ModelPruning`, `BackboneFinetuning`).

@@ -1,0 +1,146 @@
+"""Candidates over the selection images in rounds, so that most stitched ones do not run over all of them.
+
+All run over a quarter of the images, the better half of the stitched ones over half of them, the better half of these
+over all (successive halving: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization"). Halves are taken among candidates of about the same cost, so that every budget keeps some. Sources and
+what comes out of their own passes stay. Each image is read once, and nothing runs twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_stitch.errors import CalibrationError
+from lightning_stitch.io import Answers
+from lightning_stitch.search.evaluation import Outcome, Remembered, outcomes
+from lightning_stitch.search.results import Ranked
+from lightning_stitch.stitching import Candidate, Segmented
+
+_ROUNDS = (1 / 4, 1 / 2)  # shares of the images after which half is left
+_FEWEST_IMAGES = 64  # of a first round: fewer tell too little apart
+_GROUP = 4  # candidates of about the same cost, of which half goes on
+
+Judge = Callable[[Sequence[Candidate], Sequence[Outcome]], Sequence[Ranked]]
+"""Ranks candidates, best first, by what they gave of the images so far."""
+
+
+def outcomes_in_rounds(
+    candidates: Sequence[Candidate],
+    parts: Sequence[Segmented],
+    images: Iterable[Tensor],
+    num_images: int | None,
+    judge: Judge | None,
+    *,
+    labels: Sequence[Tensor] = (),
+    journal: Answers,
+    remembered: Remembered,
+    rejected: Counter[str],
+    on_batch: Callable[[int], None],
+) -> tuple[list[Candidate], list[Outcome]]:
+    """Those that ran over all images, in their order, and what they gave.
+
+    Args:
+        candidates: What is to be ranked.
+        parts: The sources that their steps refer to.
+        images: Batches of images.
+        num_images: How many images they are; None, or too few: there are no rounds.
+        judge: Says who goes on; None: all do.
+        labels: Of the batches so far, where there are labels: while images come in the order of their classes, which
+            says nothing of those to come, all go on.
+        journal: Where what they give is looked up and recorded.
+        remembered: Takes in what they gave.
+        rejected: Counts those that are left out, by reason.
+        on_batch: Called with the number of images after each batch.
+    """
+    alive, sizes, stream = list(candidates), list[int](), iter(images)
+    rounds: list[float] = []
+    if judge is not None and num_images is not None and _ROUNDS[0] * num_images >= _FEWEST_IMAGES:
+        rounds = [share * num_images for share in _ROUNDS]
+
+    def count(size: int) -> None:
+        sizes.append(size)
+        on_batch(size)
+
+    def run(batches: Iterable[Tensor]) -> list[Outcome]:
+        options: dict[str, Any] = {"journal": journal, "remembered": remembered, "remember": True, "on_batch": count}
+        return outcomes(alive, parts, batches, first_batch=len(sizes), **options)
+
+    given: list[Outcome] = []
+    for limit in rounds:
+        first = next(stream, None)
+        if first is None:
+            break
+        given = _followed(given, run(chain([first], _until(stream, limit - sum(sizes) - len(first)))))
+        assert judge is not None
+        going = alive if labels and in_order_of_class(torch.cat(list(labels))) else _going_on(alive, given, judge)
+        if leaving := len(alive) - len(going):
+            rejected[f"behind others of about the same cost after {sum(sizes)} images"] += leaving
+        stay = {candidate.key for candidate in going}
+        given = [outcome for candidate, outcome in zip(alive, given, strict=True) if candidate.key in stay]
+        alive = going
+    first = next(stream, None)
+    if first is not None or not given:
+        given = _followed(given, run([] if first is None else chain([first], stream)))
+    return alive, given
+
+
+def in_order_of_class(labels: Tensor) -> bool:
+    """Whether images follow others of their class far more often than if they were shuffled; only classes have orders.
+
+    Of shuffled images a share of sum(p^2) follows one of its class, p the shares of the classes.
+    """
+    if labels.is_floating_point() or labels.ndim != 1 or len(labels) < 2:
+        return False
+    shares = labels.unique(return_counts=True)[1].double() / len(labels)
+    expected = float(shares.square().sum())
+    found = float((labels[1:] == labels[:-1]).double().mean())
+    return found > expected + 4 * math.sqrt(expected * (1 - expected) / len(labels))
+
+
+def _followed(before: Sequence[Outcome], more: Sequence[Outcome]) -> list[Outcome]:
+    """What the same candidates gave of images, and of those behind them."""
+    if not before:
+        return list(more)
+    joined: dict[int, Tensor] = {}  # a tensor that several candidates share stays one
+    results = []
+    for first, second in zip(before, more, strict=True):
+        for x, y in zip(first.vectors, second.vectors, strict=True):
+            if id(x) not in joined:
+                joined[id(x)] = torch.cat([x, y])
+        vectors = tuple(joined[id(x)] for x in first.vectors)
+        results.append(replace(first, vectors=vectors, seconds=first.seconds + second.seconds))
+    return results
+
+
+def _until(stream: Iterator[Tensor], count: float) -> Iterator[Tensor]:
+    """Batches until there are so many images."""
+    while count > 0 and (batch := next(stream, None)) is not None:
+        count -= len(batch)
+        yield batch
+
+
+def _going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge) -> list[Candidate]:
+    """All but the worse half of the stitched ones, within groups of about the same cost."""
+    stitched = [candidate for candidate in alive if candidate.kind in ("stitched", "shortened")]
+    if len(stitched) <= _GROUP:
+        return list(alive)
+    try:
+        ranked = judge(alive, given)
+    except CalibrationError:  # these images tell too little, as those of one class
+        return list(alive)
+    place = {r.candidate.key: number for number, r in enumerate(ranked)}
+    last = len(place)
+    leaving: set[str] = set()
+    by_cost = sorted(stitched, key=lambda candidate: candidate.cost.macs)
+    for start in range(0, len(by_cost), _GROUP):
+        group = sorted(by_cost[start : start + _GROUP], key=lambda candidate: place.get(candidate.key, last))
+        leaving.update(candidate.key for candidate in group[(len(group) + 1) // 2 :])
+    return [candidate for candidate in alive if candidate.key not in leaving]
