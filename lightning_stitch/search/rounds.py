@@ -80,7 +80,7 @@ def outcomes_in_rounds(
             break
         given = _followed(given, run(chain([first], _until(stream, limit - sum(sizes) - len(first)))))
         assert judge is not None
-        going = alive if labels and in_order_of_class(torch.cat(list(labels))) else _going_on(alive, given, judge)
+        going = alive if labels and in_order_of_class(torch.cat(list(labels))) else going_on(alive, given, judge)
         if leaving := len(alive) - len(going):
             rejected[f"behind others of about the same cost after {sum(sizes)} images"] += leaving
         stay = {candidate.key for candidate in going}
@@ -127,7 +127,7 @@ def _until(stream: Iterator[Tensor], count: float) -> Iterator[Tensor]:
         yield batch
 
 
-def _going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge) -> list[Candidate]:
+def going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge) -> list[Candidate]:
     """All but the worse half of the stitched ones, within groups of about the same cost."""
     stitched = [candidate for candidate in alive if candidate.kind in ("stitched", "shortened")]
     if len(stitched) <= _GROUP:

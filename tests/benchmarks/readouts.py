@@ -41,6 +41,7 @@ from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.results import Ranked, choose, in_order, rank
+from lightning_stitch.search.rounds import going_on
 from lightning_stitch.search.sides import side_by_side
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -141,6 +142,7 @@ def measure(
     sizes: Sequence[int],
     num_fine_tuned: int = 0,
     with_calibration: bool = False,
+    with_rounds: bool = False,
 ) -> list[str]:
     """The table of one task, in Markdown."""
     begun = time.perf_counter()
@@ -148,6 +150,12 @@ def measure(
     images = torch.cat([x for x, _ in (*task.selection, *task.head, *task.test)])
     taps = time.perf_counter() - begun
     lines = calibration_labels(pool, candidates, outcomes, targets, task, splits) if with_calibration else []
+    if with_rounds:
+        return [
+            line
+            for num_labels in labels
+            for line in rounds(candidates, outcomes, targets, task, num_labels=num_labels, splits=splits)
+        ]
     for num_labels in labels:
         figures: dict[str, list[tuple[float, float, float]]] = {}
         for split in range(splits):
@@ -224,6 +232,56 @@ def calibration_labels(
     return [*lines, ""]
 
 
+def rounds(
+    candidates: Sequence[Candidate],
+    outcomes: Sequence[Outcome],
+    targets: Tensor,
+    task: Task,
+    *,
+    num_labels: int,
+    splits: int,
+) -> list[str]:
+    """Whether the stitched network that is best after rounds is the one that is best without, or as good."""
+    same = alike = 0
+    behind: list[float] = []
+    passes: list[float] = []
+    stitched = ("stitched", "shortened")
+    for split in range(splits):
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(split))[:num_labels]
+
+        def judge(some: Sequence[Candidate], given: Sequence[Outcome], order: Tensor = order) -> list[Ranked]:
+            labels = targets[order[: len(given[0].vectors[0])]]
+            options: Any = {"ranking": "auto", "num_classes": task.num_classes, "rejected": Counter()}
+            return rank(some, given, labels, **options)[0]
+
+        def best(some: Sequence[Candidate], order: Tensor = order) -> Ranked:
+            number = {candidate.key: place for place, candidate in enumerate(candidates)}
+            ranked = judge(some, [at_rows(outcomes[number[candidate.key]], order) for candidate in some])
+            return next(r for r in ranked if r.candidate.kind in stitched)
+
+        alive, spent = list(candidates), 0.0
+        for share in (1 / 4, 1 / 2, 1):
+            count = round(share * num_labels)
+            tails = sum(c.kind in stitched for c in alive)
+            spent += tails * (1 / 4 if share < 1 else 1 / 2)
+            if share < 1:
+                number = {candidate.key: place for place, candidate in enumerate(candidates)}
+                given = [at_rows(outcomes[number[candidate.key]], order[:count]) for candidate in alive]
+                alive = going_on(alive, given, judge)
+        passes.append(spent / sum(c.kind in stitched for c in candidates))
+        without, with_rounds = best(candidates), best(alive)
+        same += without.candidate.key == with_rounds.candidate.key
+        gain, error = without.gain_over(with_rounds)
+        alike += gain <= error
+        behind.append(gain)
+    return [
+        f"Rounds, {num_labels} labels, {splits} splits: {statistics.mean(passes):.2f} of stitched networks' passes; "
+        f"the same winner in {same}, one within a standard error of it in {alike}; R2 behind it "
+        f"{statistics.mean(behind):.4f} on average, {max(behind):.4f} at most.",
+        "",
+    ]
+
+
 def best_last(
     candidates: Sequence[Candidate],
     outcomes: Sequence[Outcome],
@@ -291,6 +349,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=2080)
     parser.add_argument("--fine-tuned", type=int, default=0, help="splits that fine-tune, too: minutes each")
     parser.add_argument("--calibration-labels", action="store_true", help="what labels of calibration images are worth")
+    parser.add_argument("--rounds", action="store_true", help="only whether rounds find what is best without")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     task, sizes = task_named(options.task, options.folder, options.image_size, options.test_images)
@@ -302,6 +361,7 @@ def main() -> None:
         sizes=sizes,
         num_fine_tuned=options.fine_tuned,
         with_calibration=options.calibration_labels,
+        with_rounds=options.rounds,
     )
     print("\n".join(lines))
     if options.markdown:
