@@ -10,7 +10,7 @@ import dataclasses
 import os
 import threading
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
@@ -30,11 +30,13 @@ from lightning_stitch.networks import StitchedNetwork, assemble
 from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search import (
+    ALONE,
     NEED_LABELS,
     Beam,
     CompositionCosts,
     Outcome,
     Ranked,
+    Ranks,
     Remembered,
     SearchResult,
     SearchSpace,
@@ -78,13 +80,17 @@ from lightning_stitch.stitching import (
 class Pool:
     """Sources cut for images of one shape, ready to be calibrated and searched.
 
-    Threads may share a prepared pool for `lightning_stitch.compose`; one search at a time uses a pool.
+    Threads may share a prepared pool for `lightning_stitch.compose`; one search at a time uses a pool. Ranks of
+    `torch.distributed` share the passes of a search where each has such a pool with the same `ranks`.
 
     Args:
         sources: The sources.
         image_shape: (channels, height, width) of the calibration images.
         settings: How activations are sampled and scored.
         device: Where to run; the sources' modules are moved there.
+
+    Attributes:
+        ranks: Who shares the passes over images.
 
     Raises:
         CutError: If a source cannot be cut or does not take such images.
@@ -124,6 +130,7 @@ class Pool:
         self._smaller: dict[tuple[int, int, int], list[Segmented]] = {}
         self.calibration: Calibration | None = None
         self._latencies: list[list[float]] | None = None
+        self.ranks: Ranks = ALONE
         self._in_search = threading.Lock()
         self._remembered = Remembered()
         self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
@@ -326,6 +333,7 @@ class Pool:
             images,
             journal=journal or Answers(),
             remembered=self._remembered,
+            ranks=self.ranks,
             on_batch=progress.advance,
         )
         return results, torch.cat(labels) if labels else None
@@ -423,17 +431,18 @@ class Pool:
         if budget.max_latency_ms is None:
             return
         with timed(self.seconds, "measure"):
-            times = journal.recall(
-                ["latencies of the pieces"],
-                lambda: Answer(self._latencies or piece_latencies(self.parts, self.device)),
-            )
-            self._latencies = times.value
-            costs.time(times.value)
+
+            def recall(question: str, times: Callable[[], list[list[float]]]) -> list[list[float]]:
+                return self.ranks.of_first(lambda: list(journal.recall([question], lambda: Answer(times())).value))
+
+            def here() -> list[list[float]]:
+                return self._latencies or piece_latencies(self.parts, self.device)
+
+            self._latencies = recall("latencies of the pieces", here)
+            costs.time(self._latencies)
             if smaller is not None:
-                question = ["latencies of the pieces on smaller images"]
-                smaller.time(
-                    journal.recall(question, lambda: Answer(piece_latencies(smaller.parts, self.device))).value
-                )
+                question = "latencies of the pieces on smaller images"
+                smaller.time(recall(question, lambda: piece_latencies(smaller.parts, self.device)))
             costs.check(budget, *([smaller] if smaller else []))
 
     def _calibrate(
@@ -492,6 +501,7 @@ class Pool:
             journal=space.journal,
             remembered=self._remembered,
             rejected=space.rejected,
+            ranks=self.ranks,
             on_batch=progress.advance,
         )
         ranked = judge(going, outcomes, compounds=space.costs.early_exits, rejected=space.rejected)
@@ -507,7 +517,7 @@ class Pool:
             def measure() -> Answer:
                 return Answer(network_latency(self.assemble(candidate).fused(), self.image_shape, self.device))
 
-            return float(journal.recall(["latency", candidate.key], measure).value)
+            return self.ranks.of_first(lambda: float(journal.recall(["latency", candidate.key], measure).value))
 
         meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}

@@ -5,6 +5,7 @@ from .identity import search_identity
 from .latency import network_latency, piece_latencies
 from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
 from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_ranking, require_labels
+from .ranks import ALONE, DistributedRanks, Ranks
 from .results import Ranked, SearchResult, choose, measure_candidates, rank
 from .rounds import outcomes_in_rounds
 from .space import SearchSpace
@@ -12,13 +13,16 @@ from .stopping import Stopped, TimeLimit, until_stopped
 from .strategies import Beam, DepthFirst, Strategy
 
 __all__ = [
+    "ALONE",
     "Beam",
     "CompositionCosts",
     "DepthFirst",
+    "DistributedRanks",
     "NEED_LABELS",
     "Outcome",
     "Ranked",
     "Ranking",
+    "Ranks",
     "Remembered",
     "SearchResult",
     "SearchSpace",

@@ -7,7 +7,8 @@ batch, and what is read of a node is read once for all candidates that read it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -19,7 +20,10 @@ from lightning_stitch.cutting import fuse, with_tensors
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Answer, Answers, key_of, tensors_hash
 from lightning_stitch.recipe import Statistic
+from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.stitching import Candidate, Reading, Segmented, Way, chunks, pieces_of
+
+_KEYS_AT_ONCE = 32  # of what ranks exchange
 
 
 @dataclass(slots=True)
@@ -161,12 +165,14 @@ def outcomes(
     remembered: Remembered | None = None,
     remember: bool = False,
     first_batch: int = 0,
+    ranks: Ranks = ALONE,
     on_batch: Callable[[int], None],
 ) -> list[Outcome]:
     """What candidates give for batches of images; what is remembered or in the journal of a batch is taken from there.
 
     What is not is recorded; with `remember` all of it is remembered afterwards, in place of what was, or behind it
     where `first_batch` says that some were before. `on_batch` is called with the number of images after each batch.
+    Ranks that have the same candidates run some of the batches each, and exchange what they read.
 
     Raises:
         JournalError: If the journal was begun with other images, or in other batches.
@@ -192,25 +198,39 @@ def outcomes(
         return [Answer(seconds, {"vector": x}) for x, seconds in (results[keys[place]] for place in places)]
 
     remembered = remembered or Remembered()
-    answers: list[list[Answer]] = []
+    ranks = ranks if ranks.count > 1 and ranks.agree(keys) else ALONE
+    answers: list[list[Answer | None]] = []
+    unknown: list[set[int]] = []
+    sizes: list[int] = []
     hashes: list[str] = []
     for number, batch in enumerate(images, start=first_batch):
         content, of_images = tensors_hash([batch]), [tensors_hash([image]) for image in batch]
         journal.agree({f"selection images, batch {number}": [list(batch.shape), content]})
         known = {key: remembered.recall(of_images, key) for key in keys}
         places = [place for place, key in enumerate(keys) if known[key] is None]
-        questions = [["tap", number, content, keys[place]] for place in places]
-        found = iter(journal.recall_all(questions, partial(run, batch, places)))
+        found: Iterator[Answer | None] = iter([None] * len(places))
+        if ranks.does(number):
+            questions = [["tap", number, content, keys[place]] for place in places]
+            found = iter(journal.recall_all(questions, partial(run, batch, places)))
         answers.append([known[key] or next(found) for key in keys])
+        unknown.append(set(places))
+        sizes.append(len(batch))
         hashes += of_images
         on_batch(len(batch))
     if not answers:
         raise CalibrationError("There are no images to run the candidates on.")
+    widths = {
+        key: tap.num_features
+        for candidate, of_one in zip(candidates, keys_of_candidates, strict=True)
+        for key, tap in zip(of_one, candidate.recipe.taps, strict=True)
+    }
     vectors: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
-    for key, of_one_tap in zip(keys, zip(*answers, strict=True), strict=True):
-        vectors[key] = torch.cat([answer.tensors["vector"] for answer in of_one_tap])
-        seconds[key] = sum(answer.value for answer in of_one_tap)
+    complete = _exchanged(answers, unknown, sizes, [widths[key] for key in keys], first_batch, ranks)
+    for key, of_one_tap in zip(keys, zip(*complete, strict=True), strict=True):
+        known_by_now = [answer for answer in of_one_tap if answer is not None]
+        vectors[key] = torch.cat([answer.tensors["vector"] for answer in known_by_now])
+        seconds[key] = sum(answer.value for answer in known_by_now)
     if remember:
         remembered.add(hashes, vectors, seconds, more=first_batch > 0)
     results = []
@@ -219,3 +239,43 @@ def outcomes(
         spent = sum(seconds[key] for key in last.values())
         results.append(Outcome(tuple(vectors[key] for key in of_one), of_one, candidate.recipe.head_blocks, spent))
     return results
+
+
+def _exchanged(
+    answers: Sequence[Sequence[Answer | None]],
+    unknown: Sequence[Collection[int]],
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    first_batch: int,
+    ranks: Ranks,
+) -> list[list[Answer | None]]:
+    """The answers of all batches (batches x keys), those among them that other ranks ran.
+
+    `unknown` are the places of the keys that some rank ran for each batch, `sizes` the batches' images.
+    """
+    complete = [list(of_batch) for of_batch in answers]
+    if ranks.count == 1:
+        return complete
+    if not ranks.agree(list(sizes)):
+        raise CalibrationError("Ranks were given different images; all need the same, in the same batches.")
+    groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place in range(len(widths)):
+        groups[tuple(number for number, places in enumerate(unknown) if place in places)].append(place)
+    for numbers, places in groups.items():
+        if not numbers:
+            continue
+        of_rank = [[n for n in numbers if (first_batch + n) % ranks.count == rank] for rank in range(ranks.count)]
+        own = [[complete[n][place] or Answer() for place in places] for n in of_rank[ranks.index]]
+        spent = torch.tensor([[answer.value for answer in row] for row in own], dtype=torch.float64)
+        seconds = ranks.gather(spent.view(-1, len(places)), [len(theirs) for theirs in of_rank])
+        rows = [sum(sizes[n] for n in theirs) for theirs in of_rank]
+        for start in range(0, len(places), _KEYS_AT_ONCE):
+            some = places[start : start + _KEYS_AT_ONCE]
+            columns = [widths[place] for place in some]
+            read = [torch.cat([a.tensors["vector"] for a in row[start : start + len(some)]], dim=1) for row in own]
+            parts = ranks.gather(torch.cat([torch.zeros(0, sum(columns)), *read]), rows)
+            for theirs, part, spent_there in zip(of_rank, parts, seconds, strict=True):
+                for row, (n, x) in enumerate(zip(theirs, part.split([sizes[n] for n in theirs]), strict=True)):
+                    for column, (place, vector) in enumerate(zip(some, x.split(columns, dim=1), strict=True)):
+                        complete[n][place] = Answer(float(spent_there[row, start + column]), {"vector": vector})
+    return complete

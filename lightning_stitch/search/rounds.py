@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io import Answers
 from lightning_stitch.search.evaluation import Outcome, Remembered, outcomes
+from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.search.results import Ranked
 from lightning_stitch.stitching import Candidate, Segmented
 
@@ -43,6 +44,7 @@ def outcomes_in_rounds(
     journal: Answers,
     remembered: Remembered,
     rejected: Counter[str],
+    ranks: Ranks = ALONE,
     on_batch: Callable[[int], None],
 ) -> tuple[list[Candidate], list[Outcome]]:
     """Those that ran over all images, in their order, and what they gave.
@@ -58,6 +60,7 @@ def outcomes_in_rounds(
         journal: Where what they give is looked up and recorded.
         remembered: Takes in what they gave.
         rejected: Counts those that are left out, by reason.
+        ranks: Who shares the work.
         on_batch: Called with the number of images after each batch.
     """
     alive, sizes, stream = list(candidates), list[int](), iter(images)
@@ -71,7 +74,7 @@ def outcomes_in_rounds(
 
     def run(batches: Iterable[Tensor]) -> list[Outcome]:
         options: dict[str, Any] = {"journal": journal, "remembered": remembered, "remember": True, "on_batch": count}
-        return outcomes(alive, parts, batches, first_batch=len(sizes), **options)
+        return outcomes(alive, parts, batches, first_batch=len(sizes), ranks=ranks, **options)
 
     given: list[Outcome] = []
     for limit in rounds:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stitch._lightning import check_same_namespace, isolate_rng, pl, warn_where_both_are_loaded
@@ -19,7 +20,7 @@ from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import BudgetError, StitchError
 from lightning_stitch.progress import Bar, Progress, Silent
 from lightning_stitch.report import MARGIN, Comparison, check_margin, compare
-from lightning_stitch.search import Ranked, SearchResult, Strategy, find_ranking
+from lightning_stitch.search import ALONE, DistributedRanks, Ranked, Ranks, SearchResult, Strategy, find_ranking
 from lightning_stitch.settings import (
     CalibrationSettings,
     Estimator,
@@ -286,8 +287,9 @@ class FragmentSearch(pl.Callback):
                 f"The search found no {'' if kind is None else f'{kind} '}network within the budget ({budget}); the "
                 f"cheapest it found has {cheapest.cost} ({cheapest.recipe.path}). Raise the budget, or search under it."
             )
-        with isolate_rng():
-            self._install(trainer, place, data, best.candidate, Silent())
+        with isolate_rng(), self.pool.ranks.together():
+            self._fit(trainer, place, data, best.candidate, Silent())
+        place.agree(trainer.strategy)
         return best
 
     def check_run(
@@ -334,12 +336,43 @@ class FragmentSearch(pl.Callback):
         settings_of_pool = without_strangers(self.settings_until(head.until), [source.name for source in sources])
         if self.chooses_readout:
             settings_of_pool = replace(settings_of_pool, readout=place.readout)
+        ranks = _ranks_of(trainer)
+        with ranks.together():
+            result = self._find(trainer, place, data, sources, settings_of_pool, ranks, progress)
+        place.agree(trainer.strategy)
+        if self.compare and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            assert self.pool is not None
+            with ranks.together():
+                self.comparison = compare(
+                    self.pool,
+                    result,
+                    data.labelled_dataloader(*_parts_for_head(trainer)),
+                    data.test_dataloader(),
+                    num_classes=head.num_classes,
+                    head=head,
+                    fractions=self.fractions,
+                    margin=self.margin,
+                    includes_selection=trainer.max_epochs == 0,
+                    progress=progress,
+                )
+        return result
+
+    def _find(
+        self,
+        trainer: pl.Trainer,
+        place: Place,
+        data: CalibrationDataModule,
+        sources: list[Source],
+        settings_of_pool: CalibrationSettings,
+        ranks: Ranks,
+        progress: Progress,
+    ) -> SearchResult:
+        """Search, and fit the head of what is chosen."""
+        head = place.head_settings
         self.pool = pool = Pool(
-            sources,
-            data.image_shape,
-            settings=settings_of_pool,
-            device=trainer.strategy.root_device,
+            sources, data.image_shape, settings=settings_of_pool, device=trainer.strategy.root_device
         )
+        pool.ranks = ranks
         if head.until == "output":
             # A class map of classes that the sources do not have is refused before they run.
             head.empty(pool.parts[0].graph.output_features())
@@ -358,28 +391,15 @@ class FragmentSearch(pl.Callback):
             num_classes=data.num_classes,
             progress=progress,
         )
-        self._install(trainer, place, data, result.best.candidate, progress)
+        self._fit(trainer, place, data, result.best.candidate, progress)
         if place.train_mode and trainer.max_epochs != 0:
             _warn_of_train_mode(pool, result.best.candidate)
-        if self.compare and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.comparison = compare(
-                pool,
-                result,
-                data.labelled_dataloader(*_parts_for_head(trainer)),
-                data.test_dataloader(),
-                num_classes=head.num_classes,
-                head=head,
-                fractions=self.fractions,
-                margin=self.margin,
-                includes_selection=trainer.max_epochs == 0,
-                progress=progress,
-            )
         return result
 
-    def _install(
+    def _fit(
         self, trainer: pl.Trainer, place: Place, data: CalibrationDataModule, candidate: Candidate, progress: Progress
     ) -> None:
-        """Fit a candidate's head and give both to the module, the same on every rank."""
+        """Fit a candidate's head and give both to the module."""
         assert self.pool is not None
         progress.start("head", None)
         batches = _batches(trainer, data.labelled_dataloader(*_parts_for_head(trainer)))
@@ -389,7 +409,6 @@ class FragmentSearch(pl.Callback):
         with torch.inference_mode(False):
             network = self.pool.assemble(candidate)
         place.install(network, outcomes[0].features, targets, data, batches)
-        place.agree(trainer.strategy)
 
 
 def _warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
@@ -405,6 +424,13 @@ def _warn_of_train_mode(pool: Pool, candidate: Candidate) -> None:
                 f"follow train() and eval().",
                 stacklevel=2,
             )
+
+
+def _ranks_of(trainer: pl.Trainer) -> Ranks:
+    """Who shares the passes: the ranks of a strategy that has set up `torch.distributed`, else this process alone."""
+    if trainer.world_size > 1 and distributed.is_available() and distributed.is_initialized():
+        return DistributedRanks(trainer.strategy.root_device)
+    return ALONE
 
 
 def _parts_for_head(trainer: pl.Trainer) -> tuple[str, ...]:
