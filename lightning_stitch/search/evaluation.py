@@ -80,6 +80,11 @@ class Remembered:
         self._vectors = {key: torch.cat([self._vectors[key], x]) if more else x for key, x in vectors.items()}
         self._seconds = {key: self._seconds.get(key, 0.0) + spent for key, spent in seconds.items()}
 
+    @property
+    def known(self) -> list[str]:
+        """The keys of what it remembers."""
+        return sorted(self._vectors)
+
     def keep(self, keys: Iterable[str]) -> None:
         """Let go of all but these."""
         self._vectors = {key: self._vectors[key] for key in keys if key in self._vectors}
@@ -198,7 +203,7 @@ def outcomes(
         return [Answer(seconds, {"vector": x}) for x, seconds in (results[keys[place]] for place in places)]
 
     remembered = remembered or Remembered()
-    ranks = ranks if ranks.count > 1 and ranks.agree(keys) else ALONE
+    ranks = ranks if ranks.count > 1 and ranks.agree([keys, remembered.known]) else ALONE
     answers: list[list[Answer | None]] = []
     unknown: list[set[int]] = []
     sizes: list[int] = []
