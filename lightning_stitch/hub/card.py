@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 _COLUMNS = (
     *("name", "kind", "sources", "budget", "accuracy", "balanced_accuracy", "auroc"),
-    *("params", "macs", "seconds", "labels", "verdict"),
+    *("params", "macs", "mean_macs", "seconds", "labels", "verdict"),
 )
-_HEADINGS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "params": "M params", "macs": "M MACs"}
+_HEADINGS = {
+    **{"balanced_accuracy": "balanced accuracy", "auroc": "AUROC"},
+    **{"params": "M params", "macs": "M MACs", "mean_macs": "M MACs on average"},
+}
 _METHOD = """Composed by lightning_stitch (`pip install lightning-stitch`) after StitchNet (Teerapittayanon, Comiter, \
 McDanel and Kung, [arXiv 2301.01947](https://arxiv.org/abs/2301.01947)): fragments of pre-trained networks are joined \
 by closed-form least squares, guided by Centered Kernel Alignment."""
@@ -255,6 +258,9 @@ def _usage(subject: CardSubject, name: str) -> str:
     ]
     if subject.loader == "StitchedClassifier":
         lines.append('rows = ls.predict_files(network, "folder_of_images")')
+        if subject.recipe.stages is not None:
+            mean = subject.recipe.stages.points[0].mean_macs
+            lines.append(f"network.at(mean_macs={mean:.4g})  # cheap; more is more careful")
     lines.append(f"outputs = network(images)  # float, in [0, 1], batch x {size}, not normalised")
     code = code_block("\n".join(lines), "python")
     if factories:
@@ -285,7 +291,7 @@ def _number(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if value is None:
         return "-"
-    if column in ("params", "macs") and isinstance(value, int | float):
+    if column in ("params", "macs", "mean_macs") and isinstance(value, int | float):
         return f"{value / 1e6:.2f}"
     if not isinstance(value, float):
         return cell(value)
