@@ -173,9 +173,16 @@ class StitchedClassifier(pl.LightningModule):
         fitting = [index for index, point in enumerate(stages.points) if point.mean_macs <= mean_macs]
         if not fitting:
             least = stages.points[0].mean_macs
-            raise BudgetError(f"This network takes at least {least / 1e6:.6g} M MACs on average; found {mean_macs}.")
+            asked = f"{mean_macs / 1e6:.6g} M"
+            raise BudgetError(
+                f"This network takes at least {least / 1e6:.6g} M MACs on average; {asked} were asked for."
+            )
         head.point = fitting[-1]
-        recipe = dataclasses.replace(recipe, stages=dataclasses.replace(stages, point=head.point))
+        point = stages.points[head.point]
+        # What leave-one-out said of another setting is not of this one.
+        scores = {name: value for name, value in recipe.scores.items() if "loo_" not in name}
+        scores |= {**point.scores, "mean_macs": point.mean_macs}
+        recipe = dataclasses.replace(recipe, stages=dataclasses.replace(stages, point=head.point), scores=scores)
         self._require_network().recipe = recipe
         self.hparams["recipe"] = recipe.to_dict()
         return self
