@@ -35,6 +35,7 @@ def test_ranks_end_with_what_one_process_finds_and_share_its_passes(
     assert max(selection) <= -(-7 // world_size) * 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_takes_the_others_along_with_its_own_words(tmp_path: Path) -> None:
     first, second, third = records(tmp_path, 3, "failure")
     assert second["error"] == "CalibrationError: the images of rank 1 are damaged"

@@ -27,9 +27,16 @@ def fitted(folder: Path, **options: object) -> tuple[StitchedClassifier, Fragmen
     return model.eval(), callback
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    fitted(folder)[0].save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> StitchedClassifier:
-    return fitted(tmp_path)[0]
+def model(saved: Path) -> StitchedClassifier:
+    return StitchedClassifier.from_pretrained(saved)
 
 
 def images() -> Tensor:
