@@ -28,6 +28,7 @@ from lightning_stitch.stitching import Candidate, Segmented
 _ROUNDS = (1 / 4, 1 / 2)  # shares of the images after which half is left
 _FEWEST_IMAGES = 64  # of a first round: fewer tell too little apart
 _GROUP = 4  # candidates of about the same cost, of which half goes on
+_STITCHED = ("stitched", "shortened")
 
 Judge = Callable[[Sequence[Candidate], Sequence[Outcome]], Sequence[Ranked]]
 """Ranks candidates, best first, by what they gave of the images so far."""
@@ -132,11 +133,13 @@ def _until(stream: Iterator[Tensor], count: float) -> Iterator[Tensor]:
 
 def going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge) -> list[Candidate]:
     """All but the worse half of the stitched ones, within groups of about the same cost."""
-    stitched = [candidate for candidate in alive if candidate.kind in ("stitched", "shortened")]
+    stitched = [candidate for candidate in alive if candidate.kind in _STITCHED]
     if len(stitched) <= _GROUP:
         return list(alive)
+    # Sources are what a ranking compares with; the others' places say nothing of the stitched ones'.
+    judged = [pair for pair in zip(alive, given, strict=True) if pair[0].kind in ("source", *_STITCHED)]
     try:
-        ranked = judge(alive, given)
+        ranked = judge([candidate for candidate, _ in judged], [outcome for _, outcome in judged])
     except CalibrationError:  # these images tell too little, as those of one class
         return list(alive)
     place = {r.candidate.key: number for number, r in enumerate(ranked)}
