@@ -41,63 +41,60 @@ _STEPS = 16  # shares of the images that reach a stage which are tried to go on
 _MOST_POINTS = 24
 
 
-@dataclass(frozen=True, eq=False)
-class _Stage:
-    """What a readout says of images left out of its head's fit, and what it costs.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Judged:
+    """What a readout says of images left out of its head's fit.
 
     Attributes:
-        candidate: All that has run by then.
-        outcome: What its taps gave.
-        gram: Their Gram matrix.
-        selection: Targets, and what they are compared with.
-        soft: Whether errors are those of softened labels, as the ranking has them.
+        predictions: Of the targets' columns (images x columns).
+        errors: Each image's squared error (images,), as a share of the targets' variance, as the ranking has it.
+        sure: How sure it is of each image (images,).
+        figures: Accuracy, and how well confidence tells right from wrong, of classes (`Stages.figures`).
+    """
+
+    predictions: Tensor
+    errors: Tensor
+    sure: Tensor
+    figures: dict[str, float]
+
+    @classmethod
+    def of(cls, gram: Tensor, selection: SelectionData, *, soft: bool) -> _Judged:
+        """Of a readout by its Gram matrix; `soft`: errors are those of softened labels."""
+        columns, targets = selection.columns, selection.targets
+        assert targets is not None
+        wanted = selection.softened if soft else columns
+        predictions, *softened = predict_left_out(gram, columns, *([wanted] if soft else []))
+        task, figures = task_of(targets), {}
+        if task == "regression":
+            residuals = log_residuals(predictions, columns)[:, None]
+            sure = confidence(predict_left_out(gram, residuals)[0], task)
+        else:
+            sure = confidence(predictions - 0.5, task)  # labels are 0 and 1 here, logits in a head
+        if task == "multiclass":
+            right = predictions.argmax(1) == columns.argmax(1)
+            figures["loo_accuracy"] = float(right.double().mean())
+            if 0 < figures["loo_accuracy"] < 1:
+                # Imported here: it brings matplotlib along, which a search does without.
+                auroc = import_module("torchmetrics.functional.classification").binary_auroc
+                figures["confidence_auroc"] = float(auroc(sure.float(), right.long()))
+        return cls(predictions, squared_errors(softened[0] if soft else predictions, wanted), sure, figures)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """All that has run by then, what its taps gave, and what that says of images left out.
+
+    The Gram matrix is made where a stage is gone on from, not kept of each that is tried.
     """
 
     candidate: Candidate
     outcome: Outcome
-    gram: Tensor
-    selection: SelectionData
-    soft: bool
+    judged: _Judged
 
     @cached_property
-    def predictions(self) -> tuple[Tensor, Tensor]:
-        """Of the targets' columns, and of what errors are of (images x columns each)."""
-        columns = self.selection.columns
-        if not self.soft:
-            (predictions,) = predict_left_out(self.gram, columns)
-            return predictions, predictions
-        predictions, softened = predict_left_out(self.gram, columns, self.selection.softened)
-        return predictions, softened
-
-    @cached_property
-    def errors(self) -> Tensor:
-        """Each image's squared error (images,), as a share of the targets' variance."""
-        return squared_errors(self.predictions[1], self.selection.softened if self.soft else self.selection.columns)
-
-    @cached_property
-    def sure(self) -> Tensor:
-        """How sure it is of each image (images,)."""
-        assert self.selection.targets is not None
-        task, predictions = task_of(self.selection.targets), self.predictions[0]
-        if task == "regression":
-            residuals = log_residuals(predictions, self.selection.columns)[:, None]
-            return confidence(predict_left_out(self.gram, residuals)[0], task)
-        return confidence(predictions - 0.5, task)  # labels are 0 and 1 here, logits in a head
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Accuracy, and how well confidence tells right from wrong, of classes (`Stages.figures`)."""
-        columns = self.selection.columns
-        assert self.selection.targets is not None
-        if task_of(self.selection.targets) != "multiclass":
-            return {}
-        right = self.predictions[0].argmax(1) == columns.argmax(1)
-        figures = {"loo_accuracy": float(right.double().mean())}
-        if 0 < figures["loo_accuracy"] < 1:
-            # Imported here: it brings matplotlib along, which a search does without.
-            auroc = import_module("torchmetrics.functional.classification").binary_auroc
-            figures["confidence_auroc"] = float(auroc(self.sure.float(), right.long()))
-        return figures
+    def gram(self) -> Tensor:
+        """Of its taps (images x images)."""
+        return gram_of_taps(self.outcome, self.outcome.keys)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,12 +144,12 @@ class Staging:
         assert budget.mean_macs is not None
         self.mean_macs, self.limits = budget.mean_macs, budget.of_all_images
         self._selection, self._outcomes, self._parts, self._soft = selection, outcomes, parts, soft
-        self._known: dict[frozenset[str], _Stage] = {}
+        self._known: dict[frozenset[str], _Judged] = {}
 
     def begin(self, front: Candidate) -> tuple[_Stage, ...]:
         """A front as a first stage."""
         outcome = self._outcomes[front.key]
-        return (self._stage(front, outcome, lambda: gram_of_taps(outcome, outcome.keys)),)
+        return (_Stage(front, outcome, self._judge(outcome, lambda: gram_of_taps(outcome, outcome.keys))),)
 
     def extend(self, stages: tuple[_Stage, ...], way_on: Candidate) -> StagedNetwork | None:
         """The network that goes on to a candidate where the stages so far are unsure.
@@ -165,7 +162,8 @@ class Staging:
             return None
         outcome = join_outcomes(before.outcome, self._outcomes[way_on.key], joined)
         more = {*outcome.keys} - {*before.outcome.keys}
-        whole = (*stages, self._stage(joined, outcome, lambda: before.gram + gram_of_taps(outcome, more)))
+        judged = self._judge(outcome, lambda: before.gram + gram_of_taps(outcome, more))
+        whole = (*stages, _Stage(joined, outcome, judged))
         settings = tuple(_settings(whole))
         within = [s for s in settings if s.mean_macs <= self.mean_macs and s.goes_on[-1] > 0]
         return StagedNetwork(whole, settings, min(within, key=lambda s: s.error)) if within else None
@@ -175,8 +173,8 @@ class Staging:
         points, last = _points(network), network.stages[-1].candidate
         stops = _stops(network.stages, network.setting.goes_on)
         each = torch.arange(len(stops))
-        errors = torch.stack([stage.errors for stage in network.stages])[stops, each]
-        predictions = torch.stack([stage.predictions[0] for stage in network.stages])[stops, each]
+        errors = torch.stack([stage.judged.errors for stage in network.stages])[stops, each]
+        predictions = torch.stack([stage.judged.predictions for stage in network.stages])[stops, each]
         scores = {"loo_soft_r2": 1 - float(errors.sum())} if self._soft else {}
         scores |= scores_of_predictions(predictions, self._selection)
         stages = Stages(
@@ -184,7 +182,7 @@ class Staging:
             macs=tuple(stage.candidate.cost.macs for stage in network.stages),
             points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {next(iter(scores)): 1 - s.error}) for s in points),
             point=points.index(network.setting),
-            figures=tuple(stage.figures for stage in network.stages),
+            figures=tuple(stage.judged.figures for stage in network.stages),
         )
         mean = {"mean_macs": network.setting.mean_macs}
         recipe = dataclasses.replace(last.recipe, stages=stages, scores={**last.recipe.scores, **mean})
@@ -192,16 +190,12 @@ class Staging:
         candidate = dataclasses.replace(last, recipe=recipe, kind="staged", cost=cost)
         return rank_one(candidate, scores, network.stages[-1].outcome, errors)
 
-    def _stage(self, candidate: Candidate, outcome: Outcome, gram: Callable[[], Tensor]) -> _Stage:
-        """A stage; one of the same taps, in whatever order, is judged once."""
+    def _judge(self, outcome: Outcome, gram: Callable[[], Tensor]) -> _Judged:
+        """What taps say, in whatever order; made once."""
         read = frozenset(outcome.keys)
         if read not in self._known:
-            self._known[read] = _Stage(candidate, outcome, gram(), self._selection, self._soft)
-        like = self._known[read]
-        stage = dataclasses.replace(like, candidate=candidate, outcome=outcome)
-        for name in ("predictions", "errors", "sure"):
-            stage.__dict__[name] = getattr(like, name)
-        return stage
+            self._known[read] = _Judged.of(gram(), self._selection, soft=self._soft)
+        return self._known[read]
 
 
 def staged(
@@ -283,10 +277,10 @@ def _ways_on(allowed: Sequence[Ranked], stage: _Stage) -> list[Ranked]:
 
 def _settings(stages: Sequence[_Stage]) -> Iterator[_Setting]:
     """All settings on a grid of shares, coarser where there are few images or many stages."""
-    num_images = len(stages[0].errors)
+    num_images = len(stages[0].judged.errors)
     steps = max(2, min(_STEPS if len(stages) <= 3 else _STEPS // 2, num_images // 4))
     macs = [stage.candidate.cost.macs for stage in stages]
-    errors, sure = [stage.errors for stage in stages], [stage.sure for stage in stages]
+    errors, sure = [stage.judged.errors for stage in stages], [stage.judged.sure for stage in stages]
 
     def descend(stage: int, rows: Tensor) -> Iterator[tuple[tuple[float, ...], float, float]]:
         """Shares from a stage on, the sum of MACs and the sum of errors of these images."""
@@ -323,10 +317,10 @@ def _points(network: StagedNetwork) -> list[_Setting]:
 
 def _stops(stages: Sequence[_Stage], goes_on: Sequence[float]) -> Tensor:
     """The stage at which each image stops (images,)."""
-    stops = torch.full((len(stages[0].errors),), len(stages) - 1)
+    stops = torch.full((len(stages[0].judged.errors),), len(stages) - 1)
     rows = torch.arange(len(stops))
     for stage, share in enumerate(goes_on):
-        ordered = rows[stages[stage].sure[rows].argsort()]
+        ordered = rows[stages[stage].judged.sure[rows].argsort()]
         count = round(share * len(ordered))
         stops[ordered[count:]] = stage
         rows = ordered[:count]

@@ -49,10 +49,13 @@ class Task:
     num_classes: int
 
 
-def solar_cells(folder: Path, *, image_size: int, test_images: int) -> Task:
-    """ELPV's solar cells, functional or defective, and three EfficientNet-Lites, as the example prepared them."""
+def solar_cells(folder: Path, *, image_size: int, test_images: int, images: Path | None = None) -> Task:
+    """ELPV's solar cells, functional or defective, and three EfficientNet-Lites, as the example prepared them.
+
+    `images`: the same cells in a folder for each of other classes.
+    """
     data = CalibrationDataModule(
-        image_folder=str(folder / "images"),
+        image_folder=str(images or folder / "images"),
         image_size=image_size,
         calibration_samples=32,
         selection_samples=256,

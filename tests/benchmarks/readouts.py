@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -331,11 +332,24 @@ def table(figures: dict[str, list[tuple[float, float, float]]], num_labels: int,
 
 
 def task_named(name: str, folder: Path, image_size: int, test_images: int) -> tuple[Task, list[int]]:
-    """A task, and the smaller images that are candidates on it."""
+    """A task, and the smaller images that are candidates on it: "elpv", "elpv-levels", "digits" or "digits-same"."""
     if name == "elpv":
         task = solar_cells(folder, image_size=image_size, test_images=test_images)
         return task, [size for size in (160, 128, 96, 64) if size < image_size]
-    return handwritten_digits(other_questions=True), []
+    if name == "elpv-levels":
+        with tempfile.TemporaryDirectory() as levels:
+            by_level(folder / "images", Path(levels) / "images")
+            task = solar_cells(folder, image_size=image_size, test_images=test_images, images=Path(levels) / "images")
+        return task, [size for size in (96, 64) if size < image_size]
+    return handwritten_digits(other_questions=name == "digits"), []
+
+
+def by_level(images: Path, target: Path) -> None:
+    """ELPV's cells in four classes, by how probable a defect is, as their names say ("..._p033.png")."""
+    for file in sorted(images.rglob("*.png")):
+        level = target / file.stem.rpartition("_")[2]
+        level.mkdir(parents=True, exist_ok=True)
+        (level / file.name).symlink_to(file.resolve())
 
 
 def main() -> None:

@@ -3,12 +3,15 @@
     python examples/prepare_solar_cells.py
     python tests/benchmarks/stages.py elpv solar_cells --markdown elpv.md
     python tests/benchmarks/stages.py digits --markdown digits.md
+    python tests/benchmarks/stages.py digits-same
+    python tests/benchmarks/stages.py elpv-levels solar_cells --labels 512 --splits 5
     OMP_NUM_THREADS=2 python tests/benchmarks/stages.py elpv solar_cells --latency
 
 As in readouts.py: taps run once, then for each split and each number of labels networks are chosen by leave-one-out on
 the labelled images, which set the thresholds, too, and the others test. Average MACs are those of the test images, and
 "promised" those that leave-one-out expected. Differences are against the head on the last features of the best source,
-intervals 95 % over splits. "its full depth" is the network above with every image going all the way.
+intervals 95 % over splits. "its full depth" is the network above with every image going all the way. digits-same has
+networks trained for the same question, elpv-levels four classes of how probable a defect is.
 
 The last rows say where the unsure are best sent. All begin with the same front, the best early exit within a third of
 the cheapest source's MACs, and may spend as much on average: half of that source's MACs.
@@ -214,7 +217,7 @@ def milliseconds(run: Callable[[Tensor], object], images: Tensor, batch: int) ->
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["elpv", "digits"])
+    parser.add_argument("task", choices=["elpv", "elpv-levels", "digits", "digits-same"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("solar_cells"))
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--splits", type=int, default=10)
@@ -227,7 +230,7 @@ def main() -> None:
     if options.latency:
         lines = latency(task, sizes)
     else:
-        labels = options.labels or ([32, 128, 512] if options.task == "elpv" else [128, 384])
+        labels = options.labels or ([32, 128, 512] if options.task.startswith("elpv") else [128, 384])
         lines = measure(task, splits=options.splits, labels=labels, sizes=sizes)
     print("\n".join(lines))
     if options.markdown:
