@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,23 @@ class _Selection(Dataset):
         return IMAGES[16 + index], LABELS[16 + index]
 
 
-def run_rank(rank: int, world_size: int, folder: str, what: str, meeting: str) -> None:
-    """Search, fit a head, and write down what was found and how much ran."""
+def run_rank(rank: int, world_size: int, folder: str, scenarios: Sequence[str]) -> None:
+    """In each of some scenarios search, fit a head, and write down what was found and how much ran."""
     torch.set_num_threads(1)
     if world_size > 1:
-        place = f"file://{folder}/{meeting}"
+        place = f"file://{folder}/meeting"
         distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world_size)
+    records = {what: _run(rank, world_size, folder, what) for what in scenarios}
+    Path(folder, f"{rank}.json").write_text(json.dumps(records))
+    if world_size > 1:
+        distributed.destroy_process_group()
+
+
+def _run(rank: int, world_size: int, folder: str, what: str) -> dict[str, Any]:
     record: dict[str, Any] = {}
+    if what == "journal of which rank 1 lost its own" and rank == 1:
+        for file in Path(folder, "journal_1").glob("journal.sqlite*"):
+            file.unlink()
     begun = time.perf_counter()
     source = donor("test_resnet")
     pool = Pool([source, donor("test_efficientnet")], (3, 32, 32), settings=CalibrationSettings("stages"))
@@ -57,16 +67,13 @@ def run_rank(rank: int, world_size: int, folder: str, what: str, meeting: str) -
                     record[name] = value
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {error}"
-    record |= {"images": sum(seen), "seconds": time.perf_counter() - begun}
-    Path(folder, f"{world_size}_{rank}.json").write_text(json.dumps(record))
-    if world_size > 1:
-        distributed.destroy_process_group()
+    return record | {"images": sum(seen), "seconds": time.perf_counter() - begun}
 
 
 def _search(pool: Pool, rank: int, folder: str, what: str, seen: list[int]) -> Iterator[tuple[str, Any]]:
     pool.calibrate([IMAGES[:16]])
     yield "calibration", sum(seen)
-    options: dict[str, Any] = {"journal": Path(folder, f"journal_{rank}")} if what == "journal" else {}
+    options: dict[str, Any] = {"journal": Path(folder, f"journal_{rank}")} if what.startswith("journal") else {}
     candidates = 3 if what == "other candidates" and rank == 1 else 6
     loader = DataLoader(_Selection(rank, what), batch_size=9)
     result = pool.search(None, loader, max_candidates=candidates, **options)
