@@ -2,8 +2,9 @@
 
 All run over a quarter of the images, the better half of the stitched ones over half of them, the better half of these
 over all (successive halving: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
-optimization"). Halves are taken among candidates of about the same cost, so that every budget keeps some. Sources and
-what comes out of their own passes stay. Each image is read once, and nothing runs twice.
+optimization"). Halves are taken among candidates of about the same cost, and what nothing cheaper beats stays, so that
+every budget keeps some. Sources and what comes out of their own passes stay. Each image is read once, and nothing runs
+twice.
 """
 
 from __future__ import annotations
@@ -145,8 +146,14 @@ def going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge)
     place = {r.candidate.key: number for number, r in enumerate(ranked)}
     last = len(place)
     leaving: set[str] = set()
+    first = last
+    front: set[str] = set()  # what nothing cheaper beats: some budget would choose it
     by_cost = sorted(stitched, key=lambda candidate: candidate.cost.macs)
     for start in range(0, len(by_cost), _GROUP):
         group = sorted(by_cost[start : start + _GROUP], key=lambda candidate: place.get(candidate.key, last))
         leaving.update(candidate.key for candidate in group[(len(group) + 1) // 2 :])
-    return [candidate for candidate in alive if candidate.key not in leaving]
+    for candidate in by_cost:
+        if place.get(candidate.key, last) < first or not front:
+            first = place.get(candidate.key, last)
+            front.add(candidate.key)
+    return [candidate for candidate in alive if candidate.key not in leaving - front]

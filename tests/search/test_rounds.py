@@ -67,6 +67,11 @@ def test_three_in_four_stitched_ones_do_not_run_over_all_images_and_are_counted(
     assert not [reason for reason in at_once().rejected if "about the same cost" in reason]
 
 
+def test_the_cheapest_stitched_one_stays_for_the_smallest_budget() -> None:
+    cheapest = min(stitched(at_once()).values(), key=lambda r: r.candidate.cost.macs)
+    assert cheapest.candidate.recipe.path in stitched(in_rounds())
+
+
 def test_what_goes_on_has_the_scores_of_all_images_and_all_else_is_there() -> None:
     kept, there = stitched(in_rounds()), stitched(at_once())
     for path, ranked in kept.items():
