@@ -259,8 +259,8 @@ def _usage(subject: CardSubject, name: str) -> str:
     if subject.loader == "StitchedClassifier":
         lines.append('rows = ls.predict_files(network, "folder_of_images")')
         if subject.recipe.stages is not None:
-            mean = subject.recipe.stages.points[0].mean_macs
-            lines.append(f"network.at(mean_macs={mean:.4g})  # cheap; more is more careful")
+            least = math.ceil(subject.recipe.stages.points[0].mean_macs)  # what is less is refused
+            lines.append(f"network.at(mean_macs={least})  # cheap; more is more careful")
     lines.append(f"outputs = network(images)  # float, in [0, 1], batch x {size}, not normalised")
     code = code_block("\n".join(lines), "python")
     if factories:
