@@ -66,7 +66,8 @@ class RidgeFit:
         block_shares: How much each block of features contributes to the predictions (`maths.block_shares`): its share
             of their variance over the rows, before calibration, numbers standardised. They sum to 1; without blocks all
             features are one.
-        left_out: What the head would give of each row if that had been left out of its fit (rows x num_classes).
+        left_out: What the head would give of each row if that had been left out of its fit (rows x num_classes);
+            None: not known.
     """
 
     strength: float

@@ -69,7 +69,7 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
                 unmet.append(words if limit < math.inf else "any budget")
     if id(result.best.candidate) not in chosen:
         add(result.best, "the search's budget")
-    for finalist in [f for f in chosen.values() if is_composition(f.candidate)]:
+    for finalist in [f for f in chosen.values() if is_composition(f.candidate) or f.candidate.kind == "staged"]:
         for kind in RIVALS:
             for limit, words in _limits(finalist):
                 rival = best(kind, limit)

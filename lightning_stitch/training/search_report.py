@@ -27,6 +27,7 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
     figures = {**best.scores, **{f"{stage}_seconds": seconds for stage, seconds in result.seconds.items()}}
     figures |= {"params": best.candidate.cost.params, "macs": best.candidate.cost.macs}
     measured = {"activation_bytes": best.activation_bytes, "latency_ms": best.latency_ms}
+    measured |= {"mean_macs": best.candidate.cost.mean_macs}
     figures |= {name: value for name, value in measured.items() if value is not None}
     for logger in trainer.loggers:
         logger.log_metrics({f"search/{name}": value for name, value in figures.items()}, step=0)
