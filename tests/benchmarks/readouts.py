@@ -41,6 +41,7 @@ from lightning_stitch.baselines.finetuning import Classifier, quiet_trainers, tr
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import Silent
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
+from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, choose, in_order, rank
 from lightning_stitch.search.rounds import going_on
 from lightning_stitch.search.sides import side_by_side
@@ -66,12 +67,19 @@ def scores_of(outcome: Outcome, labels: Tensor, train: Tensor, test: Tensor, num
         return figures_of(head(features[test]).softmax(1), labels[test], num_classes)
 
 
+def ranked_by_labels(
+    candidates: Sequence[Candidate], outcomes: Sequence[Outcome], labels: Tensor, num_classes: int
+) -> tuple[list[Ranked], SelectionData, dict[str, Outcome]]:
+    """Candidates as the search's default ranks them, what that looked at, and what they gave, by their keys."""
+    ranked, selection = rank(candidates, outcomes, labels, ranking="auto", num_classes=num_classes, rejected=Counter())
+    return ranked, selection, {c.key: outcome for c, outcome in zip(candidates, outcomes, strict=True)}
+
+
 def choices(
     pool: Pool, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], labels: Tensor, num_classes: int
 ) -> dict[str, Ranked]:
     """What is chosen by labelled images alone, by row of the table."""
-    ranked, selection = rank(candidates, outcomes, labels, ranking="auto", num_classes=num_classes, rejected=Counter())
-    by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
+    ranked, selection, by_key = ranked_by_labels(candidates, outcomes, labels, num_classes)
     cheapest = min(part.cost.macs for part in pool.parts)
     rows: dict[str, Ranked] = {"best source, all depths": next(r for r in ranked if r.candidate.kind == "source")}
     rows["best StitchNet"] = next(r for r in ranked if r.candidate.kind == "stitched")

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from readouts import (
     figures_of,
     half_width,
     joined,
+    ranked_by_labels,
     read_everything,
     scores_of,
     task_named,
@@ -47,7 +47,7 @@ from lightning_stitch.heads import HeadSettings, StagedHead
 from lightning_stitch.report.verdicts import judge_splits
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import SelectionData
-from lightning_stitch.search.results import Ranked, in_order, pick, rank
+from lightning_stitch.search.results import Ranked, in_order, pick
 from lightning_stitch.search.staging import Staging, staged
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -59,8 +59,7 @@ def choices(
     pool: Pool, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], labels: Tensor, num_classes: int
 ) -> dict[str, Ranked]:
     """What is chosen by labelled images alone, by row of the table."""
-    ranked, selection = rank(candidates, outcomes, labels, ranking="auto", num_classes=num_classes, rejected=Counter())
-    by_key = {candidate.key: outcome for candidate, outcome in zip(candidates, outcomes, strict=True)}
+    ranked, selection, by_key = ranked_by_labels(candidates, outcomes, labels, num_classes)
     cheapest = min(part.cost.macs for part in pool.parts)
     rows: dict[str, Ranked] = {"best source, all depths": next(r for r in ranked if r.candidate.kind == "source")}
     for share in (0.4, 0.6, 1.0):
