@@ -146,14 +146,14 @@ def going_on(alive: Sequence[Candidate], given: Sequence[Outcome], judge: Judge)
     place = {r.candidate.key: number for number, r in enumerate(ranked)}
     last = len(place)
     leaving: set[str] = set()
-    first = last
-    front: set[str] = set()  # what nothing cheaper beats: some budget would choose it
     by_cost = sorted(stitched, key=lambda candidate: candidate.cost.macs)
     for start in range(0, len(by_cost), _GROUP):
         group = sorted(by_cost[start : start + _GROUP], key=lambda candidate: place.get(candidate.key, last))
         leaving.update(candidate.key for candidate in group[(len(group) + 1) // 2 :])
+    front: set[str] = set()  # of each kind what nothing cheaper of it beats: some budget would choose it
+    best: dict[str, int] = {}
     for candidate in by_cost:
-        if place.get(candidate.key, last) < first or not front:
-            first = place.get(candidate.key, last)
+        if place.get(candidate.key, last) < best.get(candidate.kind, last + 1):
+            best[candidate.kind] = place.get(candidate.key, last)
             front.add(candidate.key)
     return [candidate for candidate in alive if candidate.key not in leaving - front]
