@@ -9,6 +9,7 @@ In reading order:
 - `options_page.py`: the options of this package's classes, which `fit --help` begins with
 - `inspect.py`: cuts, costs and licence of one source
 - `predict.py`: class names and probabilities of image files
+- `export.py`: the network of a checkpoint as ONNX or as a program of PyTorch's
 - `publish.py`: share the network of a checkpoint on the hub
 - `__main__.py`: `python -m lightning_stitch.cli` is `lightning-stitch`
 
@@ -23,6 +24,7 @@ Example::
     lightning-stitch fit --config examples/solar_cells.yaml
     lightning-stitch test --config examples/solar_cells.yaml --ckpt_path logs/solar_cells/version_0/stitched.ckpt
     lightning-stitch predict logs/solar_cells/version_0/stitched.ckpt new_images/ one_more.png --output predictions.csv
+    lightning-stitch export logs/solar_cells/version_0/stitched.ckpt solar.onnx
     lightning-stitch compare --config examples/solar_cells.yaml --finetuning.epochs 5
     lightning-stitch compare --config examples/solar_cells.yaml --methods '["StitchNet", "full fine-tuning"]'
     lightning-stitch inspect resnet50.a1_in1k --json

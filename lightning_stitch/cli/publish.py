@@ -68,7 +68,7 @@ def publish(
         licence=licence,
         licence_override=licence_override,
     )
-    network = _network_of(checkpoint)
+    network = network_of(checkpoint)
     if class_names:
         if not isinstance(network, StitchedClassifier):
             raise StitchError(f"--class_names names a classifier's outputs; {checkpoint} holds none.")
@@ -85,7 +85,7 @@ def publish(
     print(f"Published {published.url}\ncommit {published.commit}")
 
 
-def _network_of(checkpoint: str) -> StitchedClassifier | StitchedNetwork:
+def network_of(checkpoint: str) -> StitchedClassifier | StitchedNetwork:
     """What a checkpoint or a saved folder holds."""
     from lightning_stitch.hub import open_pretrained
     from lightning_stitch.networks import StitchedNetwork

@@ -5,7 +5,7 @@ from .ridge import DEFAULT_STRENGTHS, RidgeHead, fit_ridge_head
 from .ridge_learner import RidgeLearner
 from .score_calibration import class_temperature
 from .staged import StagedHead, confidence, log_residuals, thresholds_at
-from .targets import Task, comparable_columns, count_of, task_of
+from .targets import Task, comparable_columns, count_of, predictions, task_of
 
 __all__ = [
     "DEFAULT_STRENGTHS",
@@ -23,6 +23,7 @@ __all__ = [
     "fit_head",
     "fit_ridge_head",
     "log_residuals",
+    "predictions",
     "task_of",
     "thresholds_at",
 ]

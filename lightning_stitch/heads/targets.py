@@ -123,3 +123,10 @@ def _numbers(targets: Tensor, task: Task, num_classes: int) -> Tensor:
 def _require_rows(targets: Tensor) -> None:
     if not len(targets):
         raise CalibrationError("A head needs labelled rows to be fitted; found none.")
+
+
+def predictions(task: Task, outputs: Tensor) -> Tensor:
+    """Probabilities of classes, probabilities of labels, or the numbers themselves, of logits (batch, classes)."""
+    if task == "regression":
+        return outputs
+    return outputs.softmax(dim=-1) if task == "multiclass" else outputs.sigmoid()

@@ -13,7 +13,7 @@ In reading order:
 **Loading checks**, whoever wrote the folder: the size (before a download) and sha256 of the weights, and every tensor
 against the recipe, whose structure is built without memory. Fields that this version does not know and other formats
 are refused. A `python:` source needs `trust_factory=True`, which runs its code. A live module cannot be saved; the
-error offers `torch.export`. A stranger's recipe can still take long to build; Ctrl-C ends it.
+error offers `export`. A stranger's recipe can still take long to build; Ctrl-C ends it.
 
 **Publishing checks** licences, your credentials, a README.md that is there (`existing_card=`), the visibility asked
 for, and that the saved folder gives the same outputs. `PublishAfterFit` checks all but the last before it trains.

@@ -37,7 +37,7 @@ def check_rebuildable(recipe: Recipe) -> None:
             f"Source {live[0].name!r} was given as a live module ({live[0].architecture}), which has no factory that "
             f"could build it elsewhere. Load it as 'python:package.module:factory', with a function that returns such "
             f"a module, and compose again; or share the program itself, which needs no recipe: "
-            f"torch.export.save(torch.export.export(network.eval(), (images,)), 'network.pt2')."
+            f"network.export('network.pt2')."
         )
 
 

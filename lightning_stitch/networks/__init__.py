@@ -6,10 +6,13 @@ In reading order:
 - `network.py`: `StitchedNetwork`: images in [0, 1] in, features out; chains, exits and ensembles alike
 - `backbone.py`: `StitchedBackbone`: a stitched network where a module of your own had its backbone
 - `classifier.py`: a classifier's folder: its network with head, task and class names, with and without Lightning
+- `exporting.py`: ONNX and PyTorch's own programs, whole or stage by stage
 - `timm_entry.py`: a saved network as timm's tools want one; `import lightning_stitch.timm` registers it
 
 **Stages.** `StitchedNetwork.in_stages` runs each image of a batch until a stage's head is sure of it: the rest of the
-batch goes on from the activations that are there. What is exported or traced runs all stages, and gives the same.
+batch goes on from the activations that are there. What is exported or traced runs all stages, and gives the same; with
+`per_stage=True` each is a file, (images, features, activations so far) -> (answer, whether it is sure, what the next one
+needs), and examples/run_stages.py runs them with onnxruntime alone.
 
 **Backbones of your own modules**, for `FragmentSearch(attribute=...)`:
 

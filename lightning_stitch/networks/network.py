@@ -105,12 +105,12 @@ class StitchedNetwork(nn.Module):
         assert self.recipe.stages is not None
         self._check_once(images)
         activations: dict[int, Tensor] = {}
-        vectors: dict[int, Tensor] = {}
+        features: Tensor | None = None
         rows = torch.arange(len(images), device=images.device)
         answers, places, stopped = [], [], []
-        for stage, num_taps in enumerate(self.recipe.stages.taps):
-            self._run([index for index in self._order if self._stages[index] == stage], images, activations, vectors)
-            outputs = head.heads[stage](torch.cat([vectors[number] for number in range(num_taps)], dim=-1))
+        for stage in range(len(self.recipe.stages.taps)):
+            features = self.run_stage(stage, images, features, activations)
+            outputs = head.heads[stage](features)
             sure = head.is_sure(stage, outputs)
             answers.append(head.answer(outputs[sure]))
             places.append(rows[sure])
@@ -118,11 +118,39 @@ class StitchedNetwork(nn.Module):
             if bool(sure.all()):
                 break
             unsure = ~sure
-            rows, images = rows[unsure], images[unsure]
+            rows, images, features = rows[unsure], images[unsure], features[unsure]
             activations = {index: x[unsure] for index, x in activations.items()}
-            vectors = {number: x[unsure] for number, x in vectors.items()}
         order = torch.cat(places).argsort()
         return torch.cat(answers)[order], torch.cat(stopped)[order]
+
+    def run_stage(
+        self, stage: int, images: Tensor | None, features: Tensor | None, activations: dict[int, Tensor]
+    ) -> Tensor:
+        """Run a stage's fragments behind those of the stages before it.
+
+        Args:
+            stage: Which one.
+            images: In [0, 1]; None where the stage reads none (`reads_images`).
+            features: What the taps of the stages before it gave (batch, features); None: it is the first.
+            activations: What it goes on from, by fragment (`carried_into`); becomes what the next one does.
+
+        Returns:
+            What all taps so far gave (batch, features).
+        """
+        vectors: dict[int, Tensor] = {}
+        self._run([index for index in self._order if self._stages[index] == stage], images, activations, vectors)
+        read = [vectors[number] for number in sorted(vectors)]
+        return torch.cat(read if features is None else [features, *read], dim=-1)
+
+    def reads_images(self, stage: int) -> bool:
+        """Whether a fragment of a stage begins at the image."""
+        roots = (index for index, ref in enumerate(self.recipe.fragments) if ref.parent is None)
+        return any(self._stages[index] == stage for index in roots)
+
+    def carried_into(self, stage: int) -> list[int]:
+        """The fragments before a stage whose activations it or a later one goes on from."""
+        last_uses = {index: self._stages[child] for index, child in self._last_child.items()}
+        return [index for index, last in sorted(last_uses.items()) if self._stages[index] < stage <= last]
 
     def _check_once(self, images: Tensor) -> None:
         if torch.is_grad_enabled() not in self._checked and not is_traced(images):
@@ -130,7 +158,7 @@ class StitchedNetwork(nn.Module):
             self._checked.add(torch.is_grad_enabled())
 
     def _run(
-        self, order: Iterable[int], images: Tensor, activations: dict[int, Tensor], vectors: dict[int, Tensor]
+        self, order: Iterable[int], images: Tensor | None, activations: dict[int, Tensor], vectors: dict[int, Tensor]
     ) -> None:
         """Run fragments, by their numbers: keep the activations that others go on from, and what taps read."""
         for index in order:
@@ -220,6 +248,12 @@ class StitchedNetwork(nn.Module):
         )
         network: StitchedNetwork = parts["network"]
         return network
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write it as .onnx or .pt2, images in [0, 1] -> features; as `StitchedClassifier.export`."""
+        from lightning_stitch.networks.exporting import export_network  # which needs this module
+
+        return export_network(self, path, overwrite=overwrite)
 
     def fused(self) -> StitchedNetwork:
         """A copy for inference, faster: BatchNorm folded into convolutions, these channels-last; equal to rounding."""

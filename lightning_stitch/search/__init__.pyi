@@ -2,7 +2,7 @@ from .costs import CompositionCosts, costs_of_pairs
 from .evaluation import Outcome, Remembered, keys_of_reads, outcomes
 from .final_ranking import keys_worth_keeping, rank_all
 from .identity import search_identity
-from .latency import network_latency, piece_latencies
+from .latency import latency_per_image, network_latency, piece_latencies
 from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
 from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_ranking, require_labels
 from .ranks import ALONE, DistributedRanks, Ranks
@@ -39,6 +39,7 @@ __all__ = [
     "keys_of_reads",
     "keys_worth_keeping",
     "measure_candidates",
+    "latency_per_image",
     "network_latency",
     "on_smaller_images",
     "outcomes",

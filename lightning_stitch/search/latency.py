@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,26 @@ WARM_UP, RUNS = 3, 9
 def network_latency(network: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> float:
     """Milliseconds that a network, in eval mode on the device, takes for one image (channels, height, width)."""
     return _milliseconds(network, _image(image_shape, device), device)
+
+
+@torch.inference_mode()
+def latency_per_image(run: Callable[[Tensor], object], images: Tensor, *, batch_size: int) -> float:
+    """Milliseconds an image takes in batches of some size, on average, after one batch that does not count.
+
+    Args:
+        run: Takes batches of images.
+        images: (images, channels, height, width), on the device where `run` computes. Where images stop when a network
+            is sure of them, it is these that say how many.
+        batch_size: Images at once.
+    """
+    device, batches = images.device, images.split(batch_size)
+    run(batches[0])
+    _wait_for(device)
+    begun = time.perf_counter()
+    for batch in batches:
+        run(batch)
+    _wait_for(device)
+    return 1000 * (time.perf_counter() - begun) / len(images)
 
 
 @torch.inference_mode()

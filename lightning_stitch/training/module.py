@@ -19,13 +19,20 @@ from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import look_up_classes
 from lightning_stitch.errors import BudgetError, CalibrationError, RecipeError, StitchError
-from lightning_stitch.heads import HeadSettings, StagedHead, confidence
+from lightning_stitch.heads import HeadSettings, StagedHead, confidence, predictions
 from lightning_stitch.hub import CardDetails
-from lightning_stitch.networks import StitchedNetwork, check_classes, is_traced, load_classifier, save_classifier
+from lightning_stitch.networks import (
+    StitchedNetwork,
+    check_classes,
+    export_network,
+    is_traced,
+    load_classifier,
+    save_classifier,
+)
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stages import Stages
 from lightning_stitch.stitching import images_of, is_empty
-from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for, predictions
+from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for
 from lightning_stitch.training.thawing import TrainingPlan
 
 
@@ -227,6 +234,28 @@ class StitchedClassifier(pl.LightningModule):
     ) -> None:
         """Write network, head, task and class names, and a card, as `StitchedNetwork.save_pretrained`."""
         save_classifier(self, directory, details=details, name=name, overwrite=overwrite)
+
+    def export(self, path: str | Path, *, per_stage: bool = False, overwrite: bool = False) -> list[Path]:
+        """Write network and head as a file that runs without this package: `export_network`.
+
+        Args:
+            path: Ends in ".onnx", or in ".pt2" (`torch.export.load`).
+            per_stage: A file for each stage of a network that stops when it is sure; as a whole it runs all.
+            overwrite: Replace files of these names.
+
+        Returns:
+            The files. They take "images" (batch, channels, height, width), float32, in [0, 1], and give "probabilities"
+            of classes or labels, "numbers", or without a head "features".
+
+        Raises:
+            StitchError: If there is no network yet, a package is missing, or it cannot be written so.
+        """
+        network, settings = self._require_network(), self.head_settings
+        task = None if settings.name == "none" else settings.task
+        names = self.class_names
+        return export_network(
+            network, path, head=self.head, task=task, class_names=names, per_stage=per_stage, overwrite=overwrite
+        )
 
     @classmethod
     def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False, **options: Any) -> StitchedClassifier:

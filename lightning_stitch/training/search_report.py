@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from lightning_stitch._lightning import pl
+from lightning_stitch.heads import StagedHead
 from lightning_stitch.report import print_comparison, write_candidates, write_comparison
-from lightning_stitch.search import SearchResult
+from lightning_stitch.search import SearchResult, latency_per_image
+from lightning_stitch.stitching import images_of
+from lightning_stitch.training.module import StitchedClassifier
 
 if TYPE_CHECKING:
     from lightning_stitch.training.fragment_search import FragmentSearch
+
+_LATENCY_BATCHES = (1, 32)
 
 
 def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult) -> None:
@@ -29,10 +40,14 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
     measured = {"activation_bytes": best.activation_bytes, "latency_ms": best.latency_ms}
     measured |= {"mean_macs": best.candidate.cost.mean_macs}
     figures |= {name: value for name, value in measured.items() if value is not None}
+    latency = _latency(trainer)
+    figures |= {f"latency_ms_batch_{size}": value for size, value in latency.items()}
     for logger in trainer.loggers:
         logger.log_metrics({f"search/{name}": value for name, value in figures.items()}, step=0)
     if trainer.progress_bar_callback is not None or comparison is not None:
         print(result.summary())
+        if latency:
+            print(_latency_in_words(latency, trainer.strategy.root_device))
     if comparison is not None:
         title = "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
         sentence = " ".join([comparison.sentence, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
@@ -46,8 +61,30 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
             "seconds": result.seconds,
             "rejected": result.rejected,
             "num_candidates": len(result.ranked),
+            "latency_ms": latency,
         }
         paths = write_comparison(
             comparison.rows, sentence, Path(log_dir), verdicts=comparison.verdicts, settings=settings
         )
         print(f"The table is in {paths[0]} and {paths[1]}.")
+
+
+def _latency(trainer: pl.Trainer) -> dict[int, float]:
+    """Milliseconds of an image of the finished network, folded, by batch size; of calibration images, at most 32."""
+    module = trainer.lightning_module
+    if not isinstance(module, StitchedClassifier) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return {}
+    batches = map(images_of, trainer.datamodule.calibration_dataloader())  # type: ignore[attr-defined]
+    images = torch.stack(list(islice((image for batch in batches for image in batch), max(_LATENCY_BATCHES))))
+    device, network, head = trainer.strategy.root_device, module.network, module.head
+    assert network is not None
+    assert head is not None
+    network, head = network.fused().to(device), copy.deepcopy(head).to(device).eval()
+    run = partial(network.in_stages, head=head) if isinstance(head, StagedHead) else nn.Sequential(network, head)
+    return {size: latency_per_image(run, images.to(device), batch_size=size) for size in _LATENCY_BATCHES}
+
+
+def _latency_in_words(latency: dict[int, float], device: torch.device) -> str:
+    words = [f"{value:.2f} ms {'alone' if size == 1 else f'in batches of {size}'}" for size, value in latency.items()]
+    where = str(device) if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    return f"An image takes {', '.join(words)} ({where})."

@@ -24,7 +24,7 @@ from torchmetrics.classification import (
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
-from lightning_stitch.heads import Task
+from lightning_stitch.heads import Task, predictions
 
 
 def metrics_for(task: Task, num_classes: int) -> MetricCollection:
@@ -155,13 +155,6 @@ def loss_of(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
     return F.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype))
-
-
-def predictions(task: Task, outputs: Tensor) -> Tensor:
-    """Probabilities of classes, probabilities of labels, or the numbers themselves, of logits (batch, classes)."""
-    if task == "regression":
-        return outputs
-    return outputs.softmax(dim=-1) if task == "multiclass" else outputs.sigmoid()
 
 
 def metric_inputs(task: Task, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

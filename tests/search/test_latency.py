@@ -7,7 +7,7 @@ import torch
 from doubles.clock import Clock, timed
 from torch import Tensor, nn
 
-from lightning_stitch.search.latency import RUNS, WARM_UP, network_latency, piece_latencies
+from lightning_stitch.search.latency import RUNS, WARM_UP, latency_per_image, network_latency, piece_latencies
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching.segments import segment
 
@@ -35,6 +35,13 @@ def test_a_latency_is_the_median_of_runs_of_one_image_behind_those_that_warm_up(
     assert network_latency(network, (3, 5, 7), CPU) == pytest.approx(5.0)
     assert network.runs == [((1, 3, 5, 7), True)] * (WARM_UP + RUNS)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_batches_an_image_takes_its_share_of_all_batches_once_the_first_has_warmed_up(clock: Clock) -> None:
+    network = Scripted(clock, [900.0, 5.0, 7.0, 3.0])
+    assert latency_per_image(network, torch.rand(10, 3, 4, 4), batch_size=4) == pytest.approx(1.5)
+    assert [shape[0] for shape, _ in network.runs] == [4, 4, 4, 2]
+    assert all(inference for _, inference in network.runs)
 
 
 def test_an_accelerator_is_waited_for_before_each_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,8 @@ def test_scores_and_seconds_reach_the_logger(tmp_path: Path) -> None:
     assert float(row["search/macs"]) == callback.result.best.candidate.cost.macs
     assert float(row["search/loo_accuracy"]) == pytest.approx(callback.result.best.scores["loo_accuracy"])
     assert float(row["search/search_seconds"]) > 0
+    assert float(row["search/latency_ms_batch_1"]) > 0
+    assert float(row["search/latency_ms_batch_32"]) > 0
 
 
 @pytest.mark.parametrize("logged", [True, False])
