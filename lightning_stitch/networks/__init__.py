@@ -11,8 +11,8 @@ In reading order:
 
 **Stages.** `StitchedNetwork.in_stages` runs each image of a batch until a stage's head is sure of it: the rest of the
 batch goes on from the activations that are there. What is exported or traced runs all stages, and gives the same; with
-`per_stage=True` each is a file, (images, features, activations so far) -> (answer, whether it is sure, what the next one
-needs), and examples/run_stages.py runs them with onnxruntime alone.
+`per_stage=True` each is a file, (images, features, activations so far) -> (answer, whether it is sure, what the next
+one needs), and examples/run_stages.py runs them with onnxruntime alone.
 
 **Backbones of your own modules**, for `FragmentSearch(attribute=...)`:
 
