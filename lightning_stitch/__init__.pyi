@@ -13,7 +13,15 @@ from .report import Verdict, judge_splits
 from .search import Beam, DepthFirst, SearchResult
 from .settings import CalibrationSettings
 from .sources import Preflight, Source, load_source, load_sources, preflight
-from .training import FragmentSearch, ImageFiles, PredictionWriter, PublishAfterFit, StitchedClassifier, predict_files
+from .training import (
+    FragmentSearch,
+    ImageFiles,
+    PredictionWriter,
+    PublishAfterFit,
+    StitchedClassifier,
+    compose_folder,
+    predict_files,
+)
 
 __version__: str
 
@@ -26,6 +34,7 @@ __all__ = [
     "DepthFirst",
     "StitchedBackbone",
     "restore_backbones",
+    "compose_folder",
     "predict_files",
     "ImageFiles",
     "PredictionWriter",

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_stitch.errors import BudgetError
@@ -31,6 +32,11 @@ _UNITS = {
     "activation_bytes": ("MB", 1e6, "of activations"),
     "latency_ms": ("ms", 1.0, "for one image"),
 }
+
+# Limits in words: "mean 1.2G MACs".
+_LIMIT = re.compile(r"(mean )?\s*(\d+\.?\d*|\.\d+)\s*([kMG]|%)?\s*(MACs|parameters|params|ms|B)?")
+_FACTORS = {None: 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_THINGS = {"parameters": "max_params", "params": "max_params", "ms": "max_latency_ms", "B": "max_activation_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,40 @@ class Budget:
             raise BudgetError(f"mean_macs must be positive or None; found {self.mean_macs}.")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise BudgetError(f"min_score must be a finite number or None; found {self.min_score}.")
+
+    @classmethod
+    def of(cls, words: str, *, cheapest_macs: Callable[[], float] | None = None) -> Budget:
+        """Limits in words, several with commas between them.
+
+        Args:
+            words: "25M" or "1.2G MACs" (`max_macs`), "mean 25M" (`mean_macs`), "50%" or "mean 50%" (of the cheapest
+                source's MACs), "5M parameters" (`max_params`), "20 ms" (`max_latency_ms`), "8 MB"
+                (`max_activation_bytes`).
+            cheapest_macs: Tells the MACs of the cheapest source where a limit is a share; None: it is refused.
+
+        Raises:
+            BudgetError: If a limit has no such meaning, or one is given twice.
+
+        >>> print(Budget.of("25M, 20 ms"))
+        at most 25 M MACs and at most 20 ms for one image
+        """
+        limits: dict[str, float] = {}
+        for part in words.split(","):
+            match = _LIMIT.fullmatch(part.strip())
+            mean, number, unit, thing = match.groups() if match else (None, "", "", "")
+            measure = {"MACs": "mean_macs" if mean else "max_macs", **_THINGS}.get(thing or "MACs")
+            if not match or (mean and measure != "mean_macs") or (unit == "%" and thing not in (None, "MACs")):
+                raise BudgetError(
+                    f"{part.strip()!r} is no limit. Write '25M' or '50%' (multiply-accumulates, '%' of those of the "
+                    f"cheapest source), 'mean 25M', '5M parameters', '20 ms' or '8 MB'; several with commas."
+                )
+            if unit == "%" and cheapest_macs is None:
+                raise BudgetError(f"{part.strip()!r} is a share of a source's cost, and no sources are known here.")
+            if measure is None or measure in limits:
+                raise BudgetError(f"{words!r} limits {measure} twice.")
+            share = cheapest_macs() / 100 if unit == "%" and cheapest_macs is not None else 1.0
+            limits[measure] = float(number) * (share if unit == "%" else _FACTORS[unit])
+        return cls(**limits)
 
     @property
     def limits(self) -> dict[str, float]:

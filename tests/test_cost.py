@@ -23,12 +23,12 @@ from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting.graph import CutGraph
 from lightning_stitch.cutting.probing import network_cost
-from lightning_stitch.errors import CutError
+from lightning_stitch.errors import BudgetError, CutError
 from lightning_stitch.sources.source import load_source
 
 
 def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(cost) == (0, 1)
+    assert doctest.testmod(cost) == (0, 2)
 
 
 TORCHVISION = [f"torchvision:{name}" for name in ("resnet18", "densenet121", "mobilenet_v3_small", "vit_b_32")]
@@ -313,3 +313,36 @@ def test_a_search_under_a_limit_on_macs_warns_of_work_that_they_leave_out() -> N
 def test_no_limit_on_macs_no_warning_of_what_they_leave_out(recwarn: pytest.WarningsRecorder) -> None:
     Budget(max_params=1e9).warn_of_uncounted({"net": ["a: x.y"]})
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("25M", Budget(max_macs=25e6)),
+        ("1.2 G MACs", Budget(max_macs=1.2e9)),
+        ("mean 10M, 40M", Budget(mean_macs=10e6, max_macs=40e6)),
+        ("5M parameters,20ms", Budget(max_params=5e6, max_latency_ms=20)),
+        ("8 MB", Budget(max_activation_bytes=8e6)),
+        ("50%", Budget(max_macs=100.0)),
+        ("mean 25 %", Budget(mean_macs=50.0)),
+    ],
+)
+def test_limits_in_words(words: str, expected: Budget) -> None:
+    assert Budget.of(words, cheapest_macs=lambda: 200.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", "'' is no limit"),
+        ("25 apples", "'25 apples' is no limit"),
+        ("mean 20 ms", "'mean 20 ms' is no limit"),
+        ("50% parameters", "is no limit"),
+        ("25M, 30M", "limits max_macs twice"),
+        ("0M", "must be positive"),
+        ("50%", "no sources are known here"),
+    ],
+)
+def test_words_that_are_no_limits_are_refused(words: str, reason: str) -> None:
+    with pytest.raises(BudgetError, match=reason):
+        Budget.of(words)

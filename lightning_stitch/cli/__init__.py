@@ -7,6 +7,7 @@ In reading order:
 - `trainer.py`: `StitchTrainer`: Lightning's Trainer with `check` and `compare` beside `fit` and `test`
 - `refusals.py`: what a configuration is refused for, in one sentence
 - `options_page.py`: the options of this package's classes, which `fit --help` begins with
+- `compose.py`: a classifier for a folder of images, in one call
 - `inspect.py`: cuts, costs and licence of one source
 - `predict.py`: class names and probabilities of image files
 - `export.py`: the network of a checkpoint as ONNX or as a program of PyTorch's
@@ -20,6 +21,7 @@ than `pytorch_lightning.loggers.CSVLogger`, and a configuration serves both pack
 
 Example::
 
+    lightning-stitch compose photographs resnet18.a1_in1k efficientnet_b0.ra_in1k --budget 50%
     lightning-stitch check --config examples/solar_cells.yaml
     lightning-stitch fit --config examples/solar_cells.yaml
     lightning-stitch test --config examples/solar_cells.yaml --ckpt_path logs/solar_cells/version_0/stitched.ckpt

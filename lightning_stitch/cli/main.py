@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_stitch import __version__
+from lightning_stitch.cli.compose import compose
 from lightning_stitch.cli.export import export
 from lightning_stitch.cli.inspect import inspect
 from lightning_stitch.cli.predict import predict
 from lightning_stitch.cli.publish import publish
 from lightning_stitch.errors import StitchError, nearest
 
-FUNCTIONS: dict[str, Callable[..., None]] = {f.__name__: f for f in (inspect, predict, export, publish)}
+FUNCTIONS: dict[str, Callable[..., None]] = {f.__name__: f for f in (compose, inspect, predict, export, publish)}
 CONFIGURED = {
     "fit": "Search, compose and train as a configuration says (--config FILE).",
     "validate": "Evaluate a checkpoint on the validation images of a configuration.",

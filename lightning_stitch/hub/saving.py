@@ -41,6 +41,17 @@ def check_rebuildable(recipe: Recipe) -> None:
         )
 
 
+def check_free(directory: str | Path, *, overwrite: bool) -> Path:
+    """A folder to save in, which may not be there yet; a StitchError where it is a file or holds a network already."""
+    folder = Path(directory).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise StitchError(f"{folder} is a file; a stitched network is saved in a folder.")
+    present = [file for file in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(folder / file)]
+    if present and not overwrite:
+        raise StitchError(f"{folder} already holds {', '.join(present)}. Take another folder, or pass overwrite=True.")
+    return folder
+
+
 def save_folder(
     parts: Mapping[str, nn.Module],
     directory: str | Path,
@@ -61,13 +72,8 @@ def save_folder(
         RecipeError: If a source is a live module, which cannot be built elsewhere.
         StitchError: If the folder is a file, holds such files already, or cannot be written to.
     """
-    folder = Path(directory).expanduser()
     check_rebuildable(subject.recipe)
-    if folder.exists() and not folder.is_dir():
-        raise StitchError(f"{folder} is a file; a stitched network is saved in a folder.")
-    present = [file for file in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(folder / file)]
-    if present and not overwrite:
-        raise StitchError(f"{folder} already holds {', '.join(present)}. Take another folder, or pass overwrite=True.")
+    folder = check_free(directory, overwrite=overwrite)
     weights, config = folder / f"{WEIGHTS}{UNFINISHED}", folder / f"{CONFIG}{UNFINISHED}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,8 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
         before = chosen.get(id(candidate))
         if before is None:
             chosen[id(candidate)] = Finalist(candidate, words, spent, result.num_selection_labels)
-        elif before.budget is not None:
-            chosen[id(candidate)] = replace(before, budget=f"{before.budget}; {words}")
+        else:
+            chosen[id(candidate)] = replace(before, budget="; ".join(filter(None, (before.budget, words))))
 
     def best(kind: str, limit: float) -> Ranked | None:
         fitting = (r for r in result.ranked if r.candidate.kind == kind and r.candidate.cost.macs <= limit)
@@ -67,8 +67,7 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
                 add(first, words)
             elif kind == "stitched":
                 unmet.append(words if limit < math.inf else "any budget")
-    if id(result.best.candidate) not in chosen:
-        add(result.best, "the search's budget")
+    add(result.best, "chosen by the search")
     for finalist in [f for f in chosen.values() if is_composition(f.candidate) or f.candidate.kind == "staged"]:
         for kind in RIVALS:
             for limit, words in _limits(finalist):

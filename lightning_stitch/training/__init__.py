@@ -3,7 +3,7 @@
 In reading order: `module.py` (`StitchedClassifier`) with `task_metrics.py` and `thawing.py`; `fragment_search.py`
 (`FragmentSearch`) with `places.py`, `backbone_place.py` and `data_checks.py` (where the network goes, and for which
 data), `callback_order.py` and `search_report.py`; then what a trained network is used for: `checkpoints.py`,
-`predicting.py` and `publish_after_fit.py`.
+`predicting.py` and `publish_after_fit.py`; `one_call.py` is all of it for a folder of images.
 
 **Optimizers.** All parameters are there from the start, in groups named "head", "stitch_2", "fragment_2", ..., so that
 `LearningRateMonitor` shows `lr-AdamW/stitch_2` and a checkpoint of any epoch can be resumed, also under another

@@ -2,6 +2,7 @@ from .callback_order import check_order
 from .checkpoints import open_classifier
 from .fragment_search import FragmentSearch
 from .module import StitchedClassifier
+from .one_call import compose_folder
 from .places import place_for_network
 from .predicting import ImageFiles, PredictionWriter, predict_files
 from .publish_after_fit import PublishAfterFit
@@ -13,6 +14,7 @@ __all__ = [
     "PublishAfterFit",
     "StitchedClassifier",
     "check_order",
+    "compose_folder",
     "open_classifier",
     "place_for_network",
     "predict_files",
