@@ -47,6 +47,8 @@ class SelectionData:
         num_classes: Number of classes, labels or numbers; None without targets.
         errors: Where a ranking leaves, by a candidate's number, each image's squared error (images,) when it is left
             out, as a share of the targets' variance: their sum is 1 - R2.
+        losses: Likewise the loss by which stages are judged (`scores_of_predictions`); of targets that are no classes
+            the same as `errors`.
     """
 
     outcomes: Sequence[Outcome]
@@ -55,6 +57,7 @@ class SelectionData:
     sources: Mapping[str, Outcome]
     num_classes: int | None
     errors: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    losses: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def features(self) -> list[Tensor]:
@@ -87,13 +90,24 @@ class SelectionData:
         return comparable_columns(self.targets, num_classes=self.num_classes)
 
     @cached_property
-    def softened(self) -> Tensor:
-        """The softened label of each image (images x classes), float64: `by_loo_soft_r2`."""
+    def _of_sources(self) -> list[Tensor]:
+        """What ridge heads on the sources' own readouts say of each image left out (images x columns)."""
         predictions = []
         for name, gram in self.source_grams.items():
             with _naming([name]):
                 predictions += predict_left_out(gram, self.columns)
-        return (self.columns + torch.stack(predictions).mean(0)) / 2
+        return predictions
+
+    @cached_property
+    def softened(self) -> Tensor:
+        """The softened label of each image (images x classes), float64: `by_loo_soft_r2`."""
+        return (self.columns + torch.stack(self._of_sources).mean(0)) / 2
+
+    @cached_property
+    def softened_classes(self) -> Tensor:
+        """The same as probabilities of classes, those of the sources' heads calibrated."""
+        probabilities = [(class_temperature(x, self.columns) * x).softmax(1) for x in self._of_sources]
+        return (self.columns + torch.stack(probabilities).mean(0)) / 2
 
 
 Ranking = Callable[[Sequence[Candidate], SelectionData], Sequence[Mapping[str, float]]]
@@ -149,7 +163,7 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     """
     scores: dict[int, dict[str, float]] = {}
     for number, gram in selection.grams():
-        scores[number], selection.errors[number] = soft_scores(gram, selection)
+        scores[number], selection.errors[number], selection.losses[number] = soft_scores(gram, selection)
     return [scores[number] for number in range(len(candidates))]
 
 
@@ -160,34 +174,45 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
     """
     scores: dict[int, dict[str, float]] = {}
     for number, gram in selection.grams():
-        scores[number], selection.errors[number] = label_scores(gram, selection)
+        scores[number], selection.errors[number], selection.losses[number] = label_scores(gram, selection)
     return [scores[number] for number in range(len(candidates))]
 
 
-def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
-    """The scores of `by_loo_soft_r2` of one readout, and each image's squared error (images,)."""
+def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The scores of `by_loo_soft_r2` of one readout, and each image's squared error and loss (images,)."""
     predictions, softened = predict_left_out(gram, selection.columns, selection.softened)
     errors = squared_errors(softened, selection.softened)
-    return {"loo_soft_r2": 1 - float(errors.sum()), **scores_of_predictions(predictions, selection)}, errors
+    scores, losses = scores_of_predictions(predictions, selection)
+    return {"loo_soft_r2": 1 - float(errors.sum()), **scores}, errors, errors if losses is None else losses
 
 
-def label_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor]:
-    """The scores of `by_loo_r2` of one readout, and each image's squared error (images,)."""
+def label_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The scores of `by_loo_r2` of one readout, and each image's squared error and loss (images,)."""
     (predictions,) = predict_left_out(gram, selection.columns)
-    return scores_of_predictions(predictions, selection), squared_errors(predictions, selection.columns)
+    errors = squared_errors(predictions, selection.columns)
+    scores, losses = scores_of_predictions(predictions, selection)
+    return scores, errors, errors if losses is None else losses
 
 
-def scores_of_predictions(predictions: Tensor, selection: SelectionData) -> dict[str, float]:
-    """R2 of what a ridge head says of each image left out; of classes accuracy and log-loss, too."""
+def scores_of_predictions(predictions: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor | None]:
+    """R2 of what a ridge head says of each image left out; of classes accuracy and log-loss, too, and losses.
+
+    The loss of an image (images,), a share of their mean, is the cross entropy of its softened classes with
+    probabilities at the temperature that suits these: unlike a squared error it is small where a head is right and not
+    yet sure of it. None: no classes.
+    """
     columns = selection.columns
     scores = {"loo_r2": r2(predictions, columns)}
     assert selection.targets is not None  # or there would be no columns
-    if task_of(selection.targets) == "multiclass":
-        classes = columns.argmax(1)
-        logits = class_temperature(predictions, columns) * predictions
-        accuracy = (predictions.argmax(1) == classes).double().mean()
-        scores |= {"loo_accuracy": float(accuracy), "neg_loo_log_loss": -float(F.cross_entropy(logits, classes))}
-    return scores
+    if task_of(selection.targets) != "multiclass":
+        return scores, None
+    classes = columns.argmax(1)
+    logits = class_temperature(predictions, columns) * predictions
+    accuracy = (predictions.argmax(1) == classes).double().mean()
+    scores |= {"loo_accuracy": float(accuracy), "neg_loo_log_loss": -float(F.cross_entropy(logits, classes))}
+    softened = selection.softened_classes
+    logits = class_temperature(predictions, softened) * predictions
+    return scores, F.cross_entropy(logits, softened, reduction="none") / len(columns)
 
 
 def squared_errors(predictions: Tensor, columns: Tensor) -> Tensor:

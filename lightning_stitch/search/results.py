@@ -46,6 +46,8 @@ class Ranked:
         seconds: Wall time of running it over the selection images.
         errors: Each selection image's squared error when it is left out, as the ranking's first score has it (images,),
             so that two candidates are compared image by image; None: the ranking did not say.
+        losses: Each selection image's loss when it is left out (images,), by which one with stages is compared with
+            others; None: the ranking did not say.
         activation_bytes: Most bytes of activations alive at once in the assembled network (`network_cost`); None: no
             limit asked for it, or another limit was not kept.
         latency_ms: Milliseconds that the assembled network takes for one image (`lightning_stitch.search.latency`);
@@ -57,6 +59,7 @@ class Ranked:
     features: int
     seconds: float
     errors: Tensor | None = field(default=None, repr=False, compare=False)
+    losses: Tensor | None = field(default=None, repr=False, compare=False)
     activation_bytes: float | None = None
     latency_ms: float | None = None
 
@@ -76,8 +79,7 @@ class Ranked:
         """By how much it errs less than another, and the standard error of that over the images; 0 and 0: unknown."""
         if self.errors is None or rival.errors is None:
             return 0.0, 0.0
-        gains = rival.errors - self.errors
-        return float(gains.sum()), float(gains.std()) * math.sqrt(len(gains))
+        return gain_of(self.errors, rival.errors)
 
     @property
     def judged_by(self) -> str:
@@ -199,6 +201,12 @@ class SearchResult:
         )
 
 
+def gain_of(errors: Tensor, rival: Tensor) -> tuple[float, float]:
+    """By how much the sum over images (images,) is less than a rival's, and the standard error of that."""
+    gains = rival - errors
+    return float(gains.sum()), float(gains.std()) * math.sqrt(len(gains))
+
+
 def rank(
     candidates: Sequence[Candidate],
     outcomes: Sequence[Outcome],
@@ -238,16 +246,23 @@ def rank(
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
     ranked = []
     for number, ((candidate, outcome), score) in enumerate(zip(usable, scores, strict=True)):
-        ranked.append(rank_one(candidate, score, outcome, selection.errors.get(number)))
+        errors, losses = selection.errors.get(number), selection.losses.get(number)
+        ranked.append(rank_one(candidate, score, outcome, errors, losses))
     return in_order(ranked), selection
 
 
-def rank_one(candidate: Candidate, scores: Mapping[str, float], outcome: Outcome, errors: Tensor | None) -> Ranked:
+def rank_one(
+    candidate: Candidate,
+    scores: Mapping[str, float],
+    outcome: Outcome,
+    errors: Tensor | None,
+    losses: Tensor | None,
+) -> Ranked:
     """A candidate with its scores, which its recipe gets, too."""
     figures = {name: float(value) for name, value in scores.items()}
     recipe = dataclasses.replace(candidate.recipe, scores={**figures, **candidate.recipe.scores})
     candidate = dataclasses.replace(candidate, recipe=recipe)
-    return Ranked(candidate, figures, sum(x.shape[1] for x in outcome.vectors), outcome.seconds, errors)
+    return Ranked(candidate, figures, sum(x.shape[1] for x in outcome.vectors), outcome.seconds, errors, losses)
 
 
 def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
@@ -343,7 +358,7 @@ def pick(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
     The highest of a hundred scores on a few dozen images is in part luck. So of those that are not behind the first by
     more than one standard error over the images a whole source is taken, else the source ended early that sees the
     largest image and has the most MACs, else the first; and several side by side only where they are ahead of that by
-    more than one standard error; likewise one with stages.
+    more than one standard error; one with stages likewise, by the images' losses (`scores_of_predictions`).
     """
     if budget.min_score is not None:
         return min(fitting, key=lambda r: r.candidate.cost.expected_macs)
@@ -357,8 +372,21 @@ def pick(fitting: Sequence[Ranked], budget: Budget) -> Ranked:
         best = max(ended, key=lambda r: (_pixels(r), r.candidate.cost.macs))
     else:
         best = alone[0]
-    ahead = (r for r in fitting if r.candidate.kind in _COMPOUND and _is_ahead(r, best))
-    return next(ahead, best)
+    best = next((r for r in fitting if r.candidate.kind == "side by side" and _is_ahead(r, best)), best)
+    staged = [r for r in fitting if r.candidate.kind == "staged" and _loses_less(r, best)]
+    return min(staged, key=lambda r: _sum_of(r.losses), default=best)
+
+
+def _loses_less(r: Ranked, rival: Ranked) -> bool:
+    """Whether the loss of one is less than another's by more than one standard error; unknown: no."""
+    if r.losses is None or rival.losses is None:
+        return False
+    gain, error = gain_of(r.losses, rival.losses)
+    return gain > error
+
+
+def _sum_of(losses: Tensor | None) -> float:
+    return math.inf if losses is None else float(losses.sum())
 
 
 def _is_ahead(r: Ranked, rival: Ranked) -> bool:

@@ -59,8 +59,8 @@ def side_by_side(
             joint = join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
             if base is None:
                 base = gram_of_taps(joint, outcome.keys)
-            scores, errors = score(base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), selection)
-            trials.append((rank_one(candidate, scores, joint, errors), joint))
+            scores, errors, losses = score(base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), selection)
+            trials.append((rank_one(candidate, scores, joint, errors, losses), joint))
         worth = [(r, joint) for r, joint in trials if r.gain_over(best)[0] > r.gain_over(best)[1]]
         if not worth:
             break

@@ -29,7 +29,7 @@ from lightning_stitch.search.ranking import (
     scores_of_predictions,
     squared_errors,
 )
-from lightning_stitch.search.results import Ranked, rank_one
+from lightning_stitch.search.results import Ranked, gain_of, rank_one
 from lightning_stitch.search.sides import join, join_outcomes
 from lightning_stitch.stages import OperatingPoint, Stages
 from lightning_stitch.stitching import Candidate, Segmented
@@ -48,12 +48,14 @@ class _Judged:
     Attributes:
         predictions: Of the targets' columns (images x columns).
         errors: Each image's squared error (images,), as a share of the targets' variance, as the ranking has it.
+        losses: Each image's loss (images,), by which settings are judged: `SelectionData.losses`.
         sure: How sure it is of each image (images,).
         figures: Accuracy, and how well confidence tells right from wrong, of classes (`Stages.figures`).
     """
 
     predictions: Tensor
     errors: Tensor
+    losses: Tensor
     sure: Tensor
     figures: dict[str, float]
 
@@ -77,7 +79,9 @@ class _Judged:
                 # Imported here: it brings matplotlib along, which a search does without.
                 auroc = import_module("torchmetrics.functional.classification").binary_auroc
                 figures["confidence_auroc"] = float(auroc(sure.float(), right.long()))
-        return cls(predictions, squared_errors(softened[0] if soft else predictions, wanted), sure, figures)
+        errors = squared_errors(softened[0] if soft else predictions, wanted)
+        losses = scores_of_predictions(predictions, selection)[1]
+        return cls(predictions, errors, errors if losses is None else losses, sure, figures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +103,21 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Setting:
-    """Shares of the images that reach each stage but the last which go on, what that costs on average, and errs."""
+    """Shares of the images that reach each stage but the last which go on, what that costs on average, and loses."""
 
     goes_on: tuple[float, ...]
     mean_macs: float
-    error: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedNetwork:
-    """Stages in a row at the setting that errs least within a budget.
+    """Stages in a row at the setting that loses least within a budget.
 
     Attributes:
         stages: From the first to the last.
         settings: All that were tried.
-        setting: The one of least error.
+        setting: The one of least loss.
     """
 
     stages: tuple[_Stage, ...]
@@ -166,7 +170,7 @@ class Staging:
         whole = (*stages, _Stage(joined, outcome, judged))
         settings = tuple(_settings(whole))
         within = [s for s in settings if s.mean_macs <= self.mean_macs and s.goes_on[-1] > 0]
-        return StagedNetwork(whole, settings, min(within, key=lambda s: s.error)) if within else None
+        return StagedNetwork(whole, settings, min(within, key=lambda s: s.loss)) if within else None
 
     def ranked(self, network: StagedNetwork) -> Ranked:
         """A network as a candidate with scores."""
@@ -174,13 +178,14 @@ class Staging:
         stops = _stops(network.stages, network.setting.goes_on)
         each = torch.arange(len(stops))
         errors = torch.stack([stage.judged.errors for stage in network.stages])[stops, each]
+        losses = torch.stack([stage.judged.losses for stage in network.stages])[stops, each]
         predictions = torch.stack([stage.judged.predictions for stage in network.stages])[stops, each]
         scores = {"loo_soft_r2": 1 - float(errors.sum())} if self._soft else {}
-        scores |= scores_of_predictions(predictions, self._selection)
+        scores |= scores_of_predictions(predictions, self._selection)[0]
         stages = Stages(
             taps=tuple(len(stage.candidate.reads) for stage in network.stages),
             macs=tuple(stage.candidate.cost.macs for stage in network.stages),
-            points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {next(iter(scores)): 1 - s.error}) for s in points),
+            points=tuple(OperatingPoint(s.goes_on, s.mean_macs, {"neg_loo_loss": -s.loss}) for s in points),
             point=points.index(network.setting),
             figures=tuple(stage.judged.figures for stage in network.stages),
         )
@@ -188,7 +193,7 @@ class Staging:
         recipe = dataclasses.replace(last.recipe, stages=stages, scores={**last.recipe.scores, **mean})
         cost = dataclasses.replace(last.cost, **mean)  # type: ignore[arg-type]
         candidate = dataclasses.replace(last, recipe=recipe, kind="staged", cost=cost)
-        return rank_one(candidate, scores, network.stages[-1].outcome, errors)
+        return rank_one(candidate, scores, network.stages[-1].outcome, errors, losses)
 
     def _judge(self, outcome: Outcome, gram: Callable[[], Tensor]) -> _Judged:
         """What taps say, in whatever order; made once."""
@@ -207,10 +212,11 @@ def staged(
     *,
     max_stages: int,
 ) -> list[Ranked]:
-    """The network of two stages that errs least within a budget's mean, and of more where each is worth it.
+    """The network of two stages that loses least within a budget's mean, and of more where each is worth it.
 
-    A stage more is worth it where it lowers the squared error of the images left out by more than one standard error of
-    that over the images.
+    What counts is the loss of images left out, against softened labels (`SelectionData.losses`): squared errors are
+    large where a head half way is right already, and labels alone are too noisy where there are few. A stage more is
+    worth it where it lowers the loss by more than one standard error of that over the images.
 
     Args:
         ranked: Candidates, best first.
@@ -236,12 +242,14 @@ def staged(
     chosen: list[Ranked] = []
     for _ in range(max_stages - 1):
         trials = (staging.extend(stages, r.candidate) for stages in begun for r in _ways_on(single, stages[-1]))
-        networks = sorted((trial for trial in trials if trial is not None), key=lambda trial: trial.setting.error)
+        networks = sorted((trial for trial in trials if trial is not None), key=lambda trial: trial.setting.loss)
         if not networks:
             break
         best = staging.ranked(networks[0])
         if chosen:
-            gain, error = best.gain_over(chosen[-1])
+            assert best.losses is not None
+            assert chosen[-1].losses is not None
+            gain, error = gain_of(best.losses, chosen[-1].losses)
             if gain <= error:
                 break
         chosen.append(best)
@@ -277,37 +285,37 @@ def _ways_on(allowed: Sequence[Ranked], stage: _Stage) -> list[Ranked]:
 
 def _settings(stages: Sequence[_Stage]) -> Iterator[_Setting]:
     """All settings on a grid of shares, coarser where there are few images or many stages."""
-    num_images = len(stages[0].judged.errors)
+    num_images = len(stages[0].judged.losses)
     steps = max(2, min(_STEPS if len(stages) <= 3 else _STEPS // 2, num_images // 4))
     macs = [stage.candidate.cost.macs for stage in stages]
-    errors, sure = [stage.judged.errors for stage in stages], [stage.judged.sure for stage in stages]
+    losses, sure = [stage.judged.losses for stage in stages], [stage.judged.sure for stage in stages]
 
     def descend(stage: int, rows: Tensor) -> Iterator[tuple[tuple[float, ...], float, float]]:
-        """Shares from a stage on, the sum of MACs and the sum of errors of these images."""
+        """Shares from a stage on, the sum of MACs and the sum of losses of these images."""
         if stage == len(stages) - 1 or len(rows) == 0:
             shares = (0.0,) * (len(stages) - 1 - stage)
-            yield shares, len(rows) * macs[stage], float(errors[stage][rows].sum())
+            yield shares, len(rows) * macs[stage], float(losses[stage][rows].sum())
             return
         ordered = rows[sure[stage][rows].argsort()]
         for step in range(steps + 1):
             share = step / steps
             count = round(share * len(ordered))
             stop = ordered[count:]
-            spent, erred = len(stop) * macs[stage], float(errors[stage][stop].sum())
+            spent, lost = len(stop) * macs[stage], float(losses[stage][stop].sum())
             if count == 0 and step > 0:
                 continue
-            for shares, more_macs, more_errors in descend(stage + 1, ordered[:count]):
-                yield (share, *shares), spent + more_macs, erred + more_errors
+            for shares, more_macs, more_lost in descend(stage + 1, ordered[:count]):
+                yield (share, *shares), spent + more_macs, lost + more_lost
 
-    for goes_on, spent, erred in descend(0, torch.arange(num_images)):
-        yield _Setting(goes_on, spent / num_images, erred)
+    for goes_on, spent, lost in descend(0, torch.arange(num_images)):
+        yield _Setting(goes_on, spent / num_images, lost)
 
 
 def _points(network: StagedNetwork) -> list[_Setting]:
     """The settings that nothing cheaper beats, from none that goes on, with the one in use; the cheapest first."""
     front: list[_Setting] = []
-    for setting in sorted(network.settings, key=lambda s: (s.mean_macs, s.error)):
-        if not front or setting.error < front[-1].error:
+    for setting in sorted(network.settings, key=lambda s: (s.mean_macs, s.loss)):
+        if not front or setting.loss < front[-1].loss:
             front.append(setting)
     whole = next(s for s in network.settings if math.prod(s.goes_on) == 1)
     places = torch.linspace(0, len(front) - 1, min(len(front), _MOST_POINTS)).round().int().tolist()
@@ -317,7 +325,7 @@ def _points(network: StagedNetwork) -> list[_Setting]:
 
 def _stops(stages: Sequence[_Stage], goes_on: Sequence[float]) -> Tensor:
     """The stage at which each image stops (images,)."""
-    stops = torch.full((len(stages[0].judged.errors),), len(stages) - 1)
+    stops = torch.full((len(stages[0].judged.losses),), len(stages) - 1)
     rows = torch.arange(len(stops))
     for stage, share in enumerate(goes_on):
         ordered = rows[stages[stage].judged.sure[rows].argsort()]

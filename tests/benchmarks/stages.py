@@ -90,7 +90,7 @@ def ways_on(
         trials = [staging.extend(staging.begin(front.candidate), r.candidate) for r in ranked if allowed(r.candidate)]
         found = [trial for trial in trials if trial is not None]
         if found:
-            rows[f"front, then {words}"] = staging.ranked(min(found, key=lambda trial: trial.setting.error))
+            rows[f"front, then {words}"] = staging.ranked(min(found, key=lambda trial: trial.setting.loss))
     return rows
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_stitch.composing.personal import by_careful_r2
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.heads import class_temperature
 from lightning_stitch.io.journal import Answers
 from lightning_stitch.maths.cka import linear_cka
 from lightning_stitch.search.evaluation import outcomes
@@ -254,6 +255,26 @@ def test_outcomes_of_batches_are_joined_and_told_of_as_they_come(space: SearchSp
         assert one.seconds > 0
     with pytest.raises(CalibrationError, match="no images to run the candidates on"):
         outcomes(candidates, parts(space), [], journal=Answers(), on_batch=seen.append)
+
+
+def test_the_loss_of_an_image_is_the_cross_entropy_of_its_softened_classes_with_calibrated_probabilities() -> None:
+    own = [FEATURES[1], FEATURES[3], FEATURES[1], FEATURES[1]]
+    kinds: tuple[Kind, ...] = ("source", "source", "stitched", "stitched")
+    candidates = [candidate(source, kind=kind) for source, kind in zip("abaa", kinds, strict=True)]
+    selection = selection_of(own[:2] + FEATURES[2:4], LABELS, own, 3)
+    scores = RANKINGS["loo_soft_r2"](candidates, selection)
+
+    def probabilities(x: Tensor, wanted: np.ndarray = ONE_HOT) -> np.ndarray:
+        left_out = torch.as_tensor(left_out_predictions(x, ONE_HOT))
+        return (class_temperature(left_out, torch.as_tensor(wanted)) * left_out).softmax(1).numpy()
+
+    softened = (ONE_HOT + sum(probabilities(x) for x in own[:2]) / 2) / 2
+    for number, (x, score) in enumerate(zip(own[:2] + FEATURES[2:4], scores, strict=True)):
+        expected = -(softened * np.log(probabilities(x, softened))).sum(1) / len(x)
+        np.testing.assert_allclose(selection.losses[number], expected, rtol=1e-3, atol=1e-6)
+        assert score["neg_loo_log_loss"] == pytest.approx(
+            np.log(probabilities(x))[ONE_HOT.astype(bool)].mean(), rel=1e-3
+        )
 
 
 def test_careful_r2_takes_off_two_standard_errors_of_the_lead_over_the_best_source() -> None:

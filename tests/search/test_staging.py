@@ -81,16 +81,17 @@ def test_the_settings_reach_from_the_front_alone_to_all_going_all_the_way() -> N
     for ranked in staged(found()):
         stages = ranked.candidate.recipe.stages
         assert stages is not None
-        means, errors = zip(*((p.mean_macs, 1 - p.scores["loo_soft_r2"]) for p in stages.points), strict=True)
+        means, losses = zip(*((p.mean_macs, -p.scores["neg_loo_loss"]) for p in stages.points), strict=True)
         assert list(means) == sorted(means)
         assert means[0] == stages.macs[0]
         assert any(math.prod(point.goes_on) == 1 for point in stages.points)
-        assert min(errors) < errors[0]
+        assert min(losses) < losses[0]
         chosen = stages.chosen
         assert chosen.mean_macs == ranked.candidate.cost.mean_macs <= 0.7 * both()
-        assert chosen.scores["loo_soft_r2"] == pytest.approx(ranked.score)
-        best = max(p.scores["loo_soft_r2"] for p in stages.points if p.mean_macs <= 0.7 * both())
-        assert ranked.score == pytest.approx(best)
+        assert ranked.losses is not None
+        assert -chosen.scores["neg_loo_loss"] == pytest.approx(float(ranked.losses.sum()))
+        least = min(loss for mean, loss in zip(means, losses, strict=True) if mean <= 0.7 * both())
+        assert float(ranked.losses.sum()) == pytest.approx(least)
 
 
 def test_the_mean_of_a_setting_is_that_of_the_shares_that_go_on() -> None:
