@@ -17,9 +17,11 @@ from lightning_stitch.cli.export import export
 from lightning_stitch.cli.inspect import inspect
 from lightning_stitch.cli.predict import predict
 from lightning_stitch.cli.publish import publish
+from lightning_stitch.cli.report import report
 from lightning_stitch.errors import StitchError, nearest
 
-FUNCTIONS: dict[str, Callable[..., None]] = {f.__name__: f for f in (compose, inspect, predict, export, publish)}
+_COMMANDS = (compose, inspect, predict, report, export, publish)
+FUNCTIONS: dict[str, Callable[..., None]] = {function.__name__: function for function in _COMMANDS}
 CONFIGURED = {
     "fit": "Search, compose and train as a configuration says (--config FILE).",
     "validate": "Evaluate a checkpoint on the validation images of a configuration.",

@@ -1,5 +1,6 @@
 from .card import CardDetails, CardSubject
 from .loading import PretrainedFolder, open_pretrained
+from .picture import can_draw, composition_figure
 from .publishing import check_destination, check_publishable, publish
 from .repository import ExistingCard, HubRepository, Publication
 from .saving import check_free, save_folder
@@ -11,9 +12,11 @@ __all__ = [
     "HubRepository",
     "PretrainedFolder",
     "Publication",
+    "can_draw",
     "check_destination",
     "check_free",
     "check_publishable",
+    "composition_figure",
     "open_pretrained",
     "publish",
     "save_folder",

@@ -25,7 +25,14 @@ def can_draw() -> bool:
 
 
 def draw_composition(recipe: Recipe, path: Path) -> None:
-    """Draw fragments as boxes, a colour for each source, and stitches as arrows with their CKA, into a PNG file."""
+    """Draw `composition_figure` into a PNG file."""
+    # A link of that name is replaced; to write through it would change a file elsewhere.
+    with complete_or_absent(path) as file:
+        composition_figure(recipe).savefig(file, dpi=110, format="png")
+
+
+def composition_figure(recipe: Recipe) -> Any:
+    """Fragments as boxes, a colour for each source, and stitches as arrows with their CKA: a matplotlib figure."""
     colours = {ref.name: _COLOURS[index % len(_COLOURS)] for index, ref in enumerate(recipe.sources)}
     runs = recipe.runs
     places = _places(recipe)
@@ -64,9 +71,7 @@ def draw_composition(recipe: Recipe, path: Path) -> None:
             background = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
             middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
             axes.text(*middle, _stitch_label(fragment.stitch), ha="center", va="center", fontsize=8, bbox=background)
-    # A link of that name is replaced; to write through it would change a file elsewhere.
-    with complete_or_absent(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    return figure
 
 
 def _places(recipe: Recipe) -> list[tuple[int, int]]:

@@ -7,8 +7,10 @@ In reading order:
 - `verdicts.py`: better, equivalent, worse or undecided, and whether it is worth it
 - `kinds.py`: what kinds of networks there are, and what they are called
 - `finalists.py`: which networks are compared
+- `similarities.py`: how alike the sources are, cut by cut
 - `comparison.py`: chosen networks beside all sources, same head and labels, on test images that chose nothing
 - `tables.py`: tables of a comparison and of a search's candidates: on the console, as CSV and as JSON
+- `record.py`, `figures.py`, `page.py`: a search as values, as figures, and as one HTML page
 - `predictions.py`: predictions as rows of a table, CSV or JSON lines
 
 A row of predictions has the file, the class, its probability and every class's; rows stand in the order of the

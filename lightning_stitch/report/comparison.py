@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_stitch.recipe import Recipe
 from lightning_stitch.report.evaluation import Evaluation, correct
 from lightning_stitch.report.finalists import Finalist, finalists
 from lightning_stitch.report.kinds import RIVALS, is_composition, label_of, rival_group, row_name, sources_of
+from lightning_stitch.report.similarities import similarities_of
 from lightning_stitch.report.tables import comparison_table
 from lightning_stitch.report.verdicts import (
     MARGIN,
@@ -46,12 +47,18 @@ class Comparison:
             takes no more MACs.
         sentence: Whether it was worth it.
         unmet: The budgets, in words, that no StitchNet keeps.
+        probabilities: Of each class, that what the search chose gives for the test images (images x classes).
+        targets: Their classes (images,).
+        similarities: How alike the sources are (`record.similarities_of`), over the images for the heads.
     """
 
     rows: list[Record]
     verdicts: tuple[Verdict, ...]
     sentence: str
     unmet: tuple[str, ...]
+    probabilities: Tensor = field(repr=False, compare=False)
+    targets: Tensor = field(repr=False, compare=False)
+    similarities: list[Record] = field(repr=False, compare=False)
 
 
 def compare(
@@ -133,7 +140,10 @@ def compare(
     for contender in judged.contenders:
         rows[contender]["verdict"] = in_short(judged.verdicts[contender])
     verdicts = tuple(verdict for account in judged.verdicts.values() for verdict in account)
-    return Comparison(rows, verdicts, judged.sentence(), unmet)
+    chosen_one = evaluations[judged.choice].probabilities
+    sources = [n for n, candidate in enumerate(candidates) if candidate.kind == "source"]
+    alike = similarities_of([candidates[n] for n in sources], [outcomes[n] for n in sources])
+    return Comparison(rows, verdicts, judged.sentence(), unmet, chosen_one.cpu(), targets.cpu(), alike)
 
 
 def _mean_macs(recipe: Recipe, head: nn.Module, features: Tensor) -> float | None:

@@ -4,7 +4,15 @@ from .final_ranking import keys_worth_keeping, rank_all
 from .identity import search_identity
 from .latency import latency_per_image, network_latency, piece_latencies
 from .paths import early_exits, follow, on_smaller_images, self_stitched, unmodified
-from .ranking import NEED_LABELS, Ranking, SelectionData, by_loo_soft_r2, find_ranking, require_labels
+from .ranking import (
+    NEED_LABELS,
+    Ranking,
+    SelectionData,
+    by_loo_soft_r2,
+    find_ranking,
+    gram_of_taps,
+    require_labels,
+)
 from .ranks import ALONE, DistributedRanks, Ranks
 from .results import Ranked, SearchResult, choose, measure_candidates, rank
 from .rounds import outcomes_in_rounds
@@ -36,6 +44,7 @@ __all__ = [
     "early_exits",
     "find_ranking",
     "follow",
+    "gram_of_taps",
     "keys_of_reads",
     "keys_worth_keeping",
     "measure_candidates",

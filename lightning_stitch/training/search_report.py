@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+from PIL import Image
 from torch import nn
 
 from lightning_stitch._lightning import pl
 from lightning_stitch.heads import StagedHead
-from lightning_stitch.report import print_comparison, write_candidates, write_comparison
+from lightning_stitch.io import write_json
+from lightning_stitch.report import (
+    FILE,
+    figure_files,
+    images_to_show,
+    print_comparison,
+    record_of,
+    thumbnail,
+    write_candidates,
+    write_comparison,
+    write_page,
+)
 from lightning_stitch.search import SearchResult, latency_per_image
 from lightning_stitch.stitching import images_of
 from lightning_stitch.training.module import StitchedClassifier
@@ -67,6 +81,46 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
             comparison.rows, sentence, Path(log_dir), verdicts=comparison.verdicts, settings=settings
         )
         print(f"The table is in {paths[0]} and {paths[1]}.")
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        page = _write_page(trainer, search, result, Path(log_dir), latency)
+        if trainer.progress_bar_callback is not None or comparison is not None:
+            print(f"All of it is shown in {page}.")
+
+
+def _write_page(
+    trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, log_dir: Path, latency: dict[int, float]
+) -> Path:
+    """The page of the search, and what it is made of; loggers that take images get its figures."""
+    module, comparison, data = trainer.lightning_module, search.comparison, trainer.datamodule  # type: ignore[attr-defined]
+    network = module.network if isinstance(module, StitchedClassifier) else None  # a module's own may be another width
+    best = result.best.candidate
+    shown = [] if comparison is None else images_to_show(comparison)
+    tested = data.test_dataloader().dataset if shown else ()
+    record = record_of(
+        result,
+        search.search_settings,
+        comparison,
+        recipe=best.recipe if network is None else network.recipe,
+        description=f"{best.recipe.path}: {best.cost}" if network is None else network.describe(),
+        class_names=data.class_names,
+        thumbnails=[thumbnail(tested[index][0]) for index in shown],
+        latency=_latency_in_words(latency, trainer.strategy.root_device) if latency else "",
+    )
+    write_json(log_dir / FILE, record)
+    page = write_page(record, log_dir)
+    for logger in trainer.loggers:
+        _log_figures(logger, figure_files(log_dir))
+    return page
+
+
+def _log_figures(logger: Any, files: Sequence[Path]) -> None:
+    """As Weights & Biases and TensorBoard take them; others keep numbers alone."""
+    for file in files:
+        if hasattr(logger, "log_image"):
+            logger.log_image(f"search/{file.stem}", [str(file)])
+        elif hasattr(logger.experiment, "add_image"):
+            pixels = numpy.asarray(Image.open(file).convert("RGB"))
+            logger.experiment.add_image(f"search/{file.stem}", pixels, dataformats="HWC")
 
 
 def _latency(trainer: pl.Trainer) -> dict[int, float]:

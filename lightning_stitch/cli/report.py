@@ -1,0 +1,19 @@
+"""`lightning-stitch report RUN`: the page of a search, made again."""
+
+from __future__ import annotations
+
+
+def report(run: str) -> None:
+    """Make the HTML page of a search again, from the report.json that it left.
+
+    Args:
+        run: The log directory of a fit, or the output of compose.
+
+    Raises:
+        StitchError: If there is no such record, or the page cannot be written.
+    """
+    from pathlib import Path
+
+    from lightning_stitch.report import read_record, write_page
+
+    print(f"Wrote {write_page(read_record(Path(run)), run)}.")
