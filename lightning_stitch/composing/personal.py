@@ -79,6 +79,9 @@ class Composition:
     classes: tuple[Any, ...]
     result: SearchResult
 
+    def __repr__(self) -> str:
+        return f"Composition({len(self.classes)} classes, {self.result.best!r})"
+
 
 def compose(
     pool: Pool,

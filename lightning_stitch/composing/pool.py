@@ -181,6 +181,11 @@ class Pool:
         """
         self._calibrate(images, Answers(), progress or Silent(), groups)
 
+    def __repr__(self) -> str:
+        names = ", ".join(part.name for part in self.parts)
+        calibrated = "" if self.calibration is None else ", calibrated"
+        return f"Pool({names}; images {'x'.join(map(str, self.image_shape))}{calibrated})"
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save what `calibrate` gathered, to be searched again without running a source: `Pool.open`.
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from lightning_stitch.errors import StitchError
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.report.comparison import Comparison
-from lightning_stitch.report.tables import candidate_rows
-from lightning_stitch.search import SearchResult
+from lightning_stitch.search import SearchResult, fragments_in_words
 from lightning_stitch.settings import SearchSettings
 from lightning_stitch.tables import Record
 
@@ -66,8 +65,8 @@ def record_of(
         "best": result.ranked.index(result.best) + 1,
         "budget": {k: v for k, v in dataclasses.asdict(settings.limits).items() if v is not None},
         "candidates": [
-            {**row, "fragments": _fragments(r.candidate.recipe)}
-            for row, r in zip(candidate_rows(result), result.ranked, strict=True)
+            {**row, "fragments": fragments_in_words(r.candidate.recipe)}
+            for row, r in zip(result.to_records(), result.ranked, strict=True)
         ],
         "comparison": [] if comparison is None else comparison.rows,
         "rejected": dict(result.rejected),
@@ -117,11 +116,6 @@ def thumbnail(image: Tensor) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _fragments(recipe: Recipe) -> str:
-    """What a network is made of, one after the other or side by side."""
-    return " | ".join(str(run.ref) for run in recipe.runs)
 
 
 def _predictions(comparison: Comparison, class_names: Sequence[str] | None) -> Record:

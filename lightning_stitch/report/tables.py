@@ -99,32 +99,6 @@ def _macs_in_words(row: Record) -> str:
     return most if row["mean_macs"] is None else f"mean {row['mean_macs'] / 1e6:.1f}\nmost {most}"
 
 
-def candidate_rows(result: SearchResult) -> list[Record]:
-    """One flat row for each candidate, best first, of plain strings, numbers, booleans and None.
-
-    Its place (1 is the best), its kind and fragments, its costs (None: not measured), each score of the ranking, and
-    whether it is one of `SearchResult.pareto` in MACs and in parameters.
-    """
-    scores = dict.fromkeys(name for r in result.ranked for name in r.scores)
-    cheapest, smallest = result.pareto("macs"), result.pareto("params")
-    return [
-        {
-            "place": place,
-            "kind": r.candidate.kind,
-            "path": r.candidate.recipe.path,
-            "params": r.candidate.cost.params,
-            "macs": r.candidate.cost.macs,
-            "mean_macs": r.candidate.cost.mean_macs,
-            "activation_bytes": r.activation_bytes,
-            "latency_ms": r.latency_ms,
-            **{name: r.scores.get(name) for name in scores},
-            "on_pareto_macs": r in cheapest,
-            "on_pareto_params": r in smallest,
-        }
-        for place, r in enumerate(result.ranked, start=1)
-    ]
-
-
 def write_candidates(result: SearchResult, directory: str | Path) -> Path:
-    """Write `candidates.csv` of `candidate_rows` in a directory, replacing one that is there; returns its path."""
-    return write_csv(candidate_rows(result), Path(directory) / "candidates.csv")
+    """Write `candidates.csv` of the result's records in a directory, replacing one that is there; returns its path."""
+    return write_csv(result.to_records(), Path(directory) / "candidates.csv")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, in_words
@@ -18,8 +20,10 @@ from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.search.ranking import MAX_ROWS, Ranking, SelectionData, find_ranking
+from lightning_stitch.search.records import cells_of, html_of, records_of
 from lightning_stitch.search.stopping import Stopped
 from lightning_stitch.stitching import Candidate, Kind
+from lightning_stitch.tables import Record, print_table
 
 _IN_WORDS: dict[Stopped, str] = {
     "time limit": "The time limit ended the search early.",
@@ -98,6 +102,9 @@ class Ranked:
             figure += f" ({self.judged_by} {self.scores[self.judged_by]:.4f})"
         return figure
 
+    def __repr__(self) -> str:
+        return f"Ranked({self}, {self.judged_by} {self.scores[self.judged_by]:.4g})"
+
     def __str__(self) -> str:
         figures = {measure: getattr(self, measure) for measure in _MEASURED}
         measured = [in_words(measure, value, digits=4) for measure, value in figures.items() if value is not None]
@@ -170,6 +177,26 @@ class SearchResult:
     def beat_best_source(self) -> bool:
         """Whether the best candidate ranks before the best source, which may be over the budget."""
         return self.ranked.index(self.best) < self.ranked.index(self.best_source)
+
+    def to_records(self) -> list[Record]:
+        """One flat row for each candidate, best first, of plain strings, numbers, booleans and None.
+
+        Its place (1 is the best), its kind and fragments, its costs (None: not measured), each score of the ranking,
+        and whether it is one of `pareto` in MACs and in parameters. `pandas.DataFrame(result.to_records())` takes it.
+        """
+        return records_of(self)
+
+    def table(self, limit: int = 20, *, console: Console | None = None) -> None:
+        """Print the best candidates, and what was chosen (*), to standard output where no console is named."""
+        notes = ["", Text(self.summary())]
+        title = "Candidates, the best first; * was chosen"
+        print_table(cells_of(self, limit), title=title, notes=notes, left=("network",), console=console)
+
+    def _repr_html_(self) -> str:
+        return html_of(self, limit=20)
+
+    def __repr__(self) -> str:
+        return f"SearchResult({len(self.ranked)} candidates, best={self.best!r}, best_source={self.best_source!r})"
 
     def summary(self) -> str:
         """Whether the search was worth it, by the selection images alone, and what stopped it if something did."""

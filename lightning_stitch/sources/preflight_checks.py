@@ -96,6 +96,10 @@ class Preflight:
         """Whether every source can be used, and all of them together."""
         return not self.problems and all(row.fits for row in self.rows)
 
+    def __repr__(self) -> str:
+        fitting = sum(row.fits for row in self.rows)
+        return f"Preflight({fitting} of {len(self.rows)} sources fit, {len(self.problems)} problems)"
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values, without blueprints, with `fits` for the whole and for each source."""
         rows = [{**asdict(row), "fits": row.fits} for row in self.rows]

@@ -44,6 +44,9 @@ class Source:
     module: nn.Module
     graphs: dict[tuple[int, int, int], CutGraph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        return f"Source({self.name!r}, {self.ref.spec!r}, images {'x'.join(map(str, self.preprocessing.input_size))})"
+
     @property
     def name(self) -> str:
         """The short name by which fragments refer to it."""

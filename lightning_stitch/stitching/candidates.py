@@ -89,6 +89,9 @@ class Candidate:
     reads: tuple[Read, ...]
     cost: Cost
 
+    def __repr__(self) -> str:
+        return f"Candidate({self.kind}, {' | '.join(str(run.ref) for run in self.recipe.runs)}, {self.cost})"
+
     @classmethod
     def of(
         cls,

@@ -9,7 +9,7 @@ from doubles.tensors import digits, noise
 
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
-from lightning_stitch.report.tables import candidate_rows, write_candidates
+from lightning_stitch.report.tables import write_candidates
 from lightning_stitch.search.results import SearchResult
 
 SHAPE = (3, 16, 16)
@@ -24,7 +24,7 @@ def result(clock: Clock) -> SearchResult:
 
 
 def test_there_is_a_row_for_each_candidate_with_its_place_costs_and_scores(result: SearchResult) -> None:
-    rows = candidate_rows(result)
+    rows = result.to_records()
     assert [row["place"] for row in rows] == list(range(1, len(result.ranked) + 1))
     for row, r in zip(rows, result.ranked, strict=True):
         cost = r.candidate.cost
@@ -38,10 +38,10 @@ def test_there_is_a_row_for_each_candidate_with_its_place_costs_and_scores(resul
 
 
 def test_fragments_are_in_words(result: SearchResult) -> None:
-    for row, r in zip(candidate_rows(result), result.ranked, strict=True):
+    for row, r in zip(result.to_records(), result.ranked, strict=True):
         words = [f"{f.source}: {f.start or 'image'} .. {f.end}" for f in (run.ref for run in r.candidate.recipe.runs)]
         assert row["path"] == " -> ".join(words) + " (ends early)" * (row["kind"] == "early exit")
-    paths = {row["path"] for row in candidate_rows(result)}
+    paths = {row["path"] for row in result.to_records()}
     assert len(paths) == len(result.ranked)
     assert {"fast: image .. 2", "slow: image .. 0 (ends early)"} < paths
 
@@ -54,7 +54,7 @@ def test_the_file_holds_the_rows_and_replaces_an_older_one(result: SearchResult,
     assert path == folder / "candidates.csv"
     with path.open() as file:
         found = list(csv.DictReader(file))
-    expected = candidate_rows(result)
+    expected = result.to_records()
     assert found == [{name: "" if value is None else str(value) for name, value in row.items()} for row in expected]
     assert "" in {row["latency_ms"] for row in found}
     assert write_candidates(result, tmp_path / "new" / "folder").is_file()

@@ -27,7 +27,6 @@ from lightning_stitch import (
     fit_ridge_head,
     network_cost,
 )
-from lightning_stitch.report.tables import candidate_rows
 
 
 def test_no_epoch_at_all_gives_a_usable_classifier_and_prints_nothing(
@@ -168,7 +167,7 @@ def test_every_candidate_is_written_in_the_log_directory(tmp_path: Path, logged:
     assert callback.result is not None
     with (Path(run.log_dir or "") / "candidates.csv" if logged else tmp_path / "candidates.csv").open() as file:
         rows = list(csv.DictReader(file))
-    expected = candidate_rows(callback.result)
+    expected = callback.result.to_records()
     assert [(row["place"], row["path"]) for row in rows] == [(str(row["place"]), row["path"]) for row in expected]
     assert {row["kind"] for row in rows} >= {"source", "self-stitched", "early exit", "stitched"}
 
