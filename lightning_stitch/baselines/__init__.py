@@ -14,6 +14,10 @@ closed-form head), learning rate, penalty and StitchNet. Test images choose noth
 selection images together; the heads of composed networks are fitted on the calibration images, too, and the column
 `labels` counts them. Parameters, MACs and latency are of the whole classifier.
 
+**What a search gives** are five rows of one search: the best source read at all depths, the best one that ends early
+or sees smaller images, sources side by side, and the StitchNet, each with its head; all but the source keep the budget.
+Each counts the whole search.
+
 **The StitchNet** is the best one of the search, also where the search itself would rather take a source or an early
 exit; the column `search_choice` then names that. "closed-form head, fine-tuned" tells what its fine-tuning owes to the
 head that it starts with. The outcome on solar cells: for accuracy's sake composing is not worth it

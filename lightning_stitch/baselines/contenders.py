@@ -17,12 +17,14 @@ from lightning_stitch._lightning import isolate_rng, pl
 from lightning_stitch.baselines.finetuning import Classifier, FineTuning, Trained, train_best
 from lightning_stitch.baselines.flops import Meter, Spent
 from lightning_stitch.baselines.linear_probe import fit_logistic
+from lightning_stitch.cost import Budget
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork
+from lightning_stitch.recipe import Recipe
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
-from lightning_stitch.stitching import chunks, segment
+from lightning_stitch.stitching import Kind, chunks, segment
 from lightning_stitch.training import FragmentSearch, StitchedClassifier
 
 Method = Literal[
@@ -31,12 +33,25 @@ Method = Literal[
     "head-only fine-tuning",
     "full fine-tuning",
     "closed-form head, fine-tuned",
+    "all depths",
+    "early exit",
+    "smaller image",
+    "side by side",
     "StitchNet",
     "StitchNet, fine-tuned",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-# Those that are judged, against all others. Sources side by side belong here.
-COMPOSED: frozenset[Method] = frozenset(("StitchNet", "StitchNet, fine-tuned"))
+# Those that are judged, against all others.
+COMPOSED: frozenset[Method] = frozenset(("side by side", "StitchNet", "StitchNet, fine-tuned"))
+# What one search gives, and which kind of candidate each is.
+_KINDS: dict[Method, Kind] = {
+    "all depths": "source",
+    "early exit": "early exit",
+    "smaller image": "smaller image",
+    "side by side": "side by side",
+    "StitchNet": "stitched",
+}
+SEARCHED: frozenset[Method] = frozenset((*_KINDS, "StitchNet, fine-tuned"))
 
 # A head's loss on the selection images, the head, and the penalty it was fitted with, if one was chosen.
 _Fit = tuple[float, nn.Module, float | None]
@@ -98,8 +113,8 @@ class Contenders:
         settings = CalibrationSettings(granularity=search.calibration_settings.granularity)
         self.parts = [segment(source, settings, data.image_shape) for source in sources]
 
-    def make(self, method: Method) -> Contender:
-        """Make a method's classifier, on the device.
+    def make(self, method: Method) -> Contender | None:
+        """Make a method's classifier, on the device; None: the search found none that keeps its budget.
 
         Raises:
             BudgetError: If no network keeps the search's budget; likewise whatever else a search raises.
@@ -110,12 +125,11 @@ class Contenders:
             "head-only fine-tuning": partial(self._finetuned, head_alone=True),
             "full fine-tuning": self._finetuned,
             "closed-form head, fine-tuned": partial(self._finetuned, closed_form=True),
-            "StitchNet": lambda: self._stitched[1],
             "StitchNet, fine-tuned": self._stitched_finetuned,
         }
         with isolate_rng():
             torch.manual_seed(self.seed)
-            return ways[method]()
+            return self._found[1].get(method) if method in _KINDS else ways[method]()
 
     # -- on a source -------------------------------------------------------------------------------------------------
 
@@ -206,29 +220,40 @@ class Contenders:
     # -- composed ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _stitched(self) -> tuple[StitchedClassifier, Contender]:
-        """The best StitchNet by the selection images; what the search itself would take where it found none."""
-        model = StitchedClassifier(self.data.num_classes)
+    def _found(self) -> tuple[StitchedClassifier, dict[Method, Contender]]:
+        """The best of each kind of one search, by the selection images, and the module that holds the StitchNet.
+
+        Where there is no StitchNet, that is what the search itself would take. Sources are there over the budget, too.
+        """
+        model, limits = StitchedClassifier(self.data.num_classes), self.search.search_settings.limits
         self.search.fetch_sources()
         with Meter() as meter:
             trainer = pl.Trainer(
                 max_epochs=0, callbacks=[self.search], enable_checkpointing=False, **self.trainer_options
             )
             trainer.fit(model, datamodule=self.data)
-            result = self.search.result
-            assert result is not None
-            first = result.best.candidate
-            if first.kind != "stitched" and result.best_stitched is not None:
-                self.search.install_within(trainer, self.search.search_settings.limits, kind="stitched")
-        network, head = model.network, model.head
-        assert isinstance(network, StitchedNetwork)
-        assert head is not None
-        ranked_first = None if first.kind == "stitched" else f"{first.kind}: {first.recipe.path}"
+        result, searched, found = self.search.result, meter.spent, dict[Method, Contender]()
+        assert result is not None
+        first = result.best.candidate
+        for method, kind in _KINDS.items():  # the StitchNet last, which stays in the module
+            budget = Budget() if kind == "source" else limits
+            with Meter() as meter:
+                if first.kind != kind and result.within(budget, kind=kind) is not None:
+                    self.search.install_within(trainer, budget, kind=kind)
+                elif first.kind != kind and kind != "stitched":
+                    continue
+            network, head = copy.deepcopy(model.network), copy.deepcopy(model.head)
+            assert isinstance(network, StitchedNetwork)
+            assert head is not None
+            choice = f"{first.kind}: {first.recipe.path}" if kind == "stitched" and first.kind != kind else None
+            spent = searched + meter.spent
+            found[method] = Contender(network, head, _name(network.recipe), spent, search_choice=choice)
         self.search.pool = None  # and with it the sources
-        return model, Contender(network, head, network.recipe.path, meter.spent, search_choice=ranked_first)
+        return model, found
 
     def _stitched_finetuned(self) -> Contender:
-        model, contender = self._stitched
+        model, found = self._found
+        contender = found["StitchNet"]
         with Meter() as meter:
             trained = self._train(model, learning_rates=self.finetuning.learning_rates)
         assert model.network is not None
@@ -241,6 +266,12 @@ class Contenders:
             selection_loss=trained.loss,
             learning_rate=trained.learning_rate,
         )
+
+
+def _name(recipe: Recipe) -> str:
+    """A source's name where it is whole, else what the network is made of."""
+    whole = len(recipe.runs) == 1 and recipe.fragments[-1].end is None
+    return recipe.runs[0].ref.source if whole else " | ".join(str(run.ref) for run in recipe.runs)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import COMPOSED, METHODS, Contender, Contenders, Method
+from lightning_stitch.baselines.contenders import COMPOSED, METHODS, SEARCHED, Contender, Contenders, Method
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.plots import check_can_plot, plot_methods
 from lightning_stitch.baselines.tables import COUNTED
@@ -50,6 +50,9 @@ def compare_methods(
     | head-only fine-tuning | a linear layer, trained through the frozen network |
     | full fine-tuning | network and linear layer; BatchNorm statistics stay |
     | closed-form head, fine-tuned | the same, beginning with the closed-form head |
+    | all depths | the best source of the search, with a closed-form head on every depth |
+    | early exit, smaller image | likewise the best source that ends early, or sees a smaller image, within the budget |
+    | side by side | likewise sources side by side with one head |
     | StitchNet | the best StitchNet of the search, with its closed-form head: no back-propagation |
     | StitchNet, fine-tuned | that trained as a whole by the same recipe |
 
@@ -57,7 +60,7 @@ def compare_methods(
     methods.csv and methods.json after each method, so that a run which is stopped keeps what it has; methods.png shows
     accuracy against training FLOPs.
 
-    The StitchNets are judged against every other method on the same test images (`report.judge`), at the cost of
+    What is composed is judged against every other method on the same test images (`report.judge`), at the cost of
     training FLOPs: their rows say in "verdict" whether they were worth it, methods.json has each verdict's figures.
 
     A row has accuracy, balanced accuracy and AUROC on the test images with 95 % intervals (`report.score`); `seconds`,
@@ -78,7 +81,7 @@ def compare_methods(
         progress: Where to show progress.
 
     Returns:
-        One row for each method, in the order of the table.
+        One row for each method, in the order of the table, but for those of which the search found none.
 
     Raises:
         StitchError: If arguments cannot be used; before any source runs. So do errors of sources, data and budget.
@@ -116,7 +119,8 @@ def compare_methods(
         show = not isinstance(progress, Silent)
         sources = load_sources(search.check_sources(lambda: data.image_shape, until="features", show=show))
         contenders = Contenders(search, sources, data, finetuning, seed=seed, trainer_options=options, device=device)
-        settings = {
+        settings: dict[str, Any] = {
+            "not_found": [],
             "sources": [part.name for part in contenders.parts],
             "finetuning": dataclasses.asdict(finetuning),
             "images": data.summary,
@@ -125,14 +129,19 @@ def compare_methods(
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
-        if any(name.startswith("StitchNet") for name in methods):
+        if SEARCHED.intersection(methods):
             # First of all: it refuses most of what cannot work before it runs a source, and training takes longest.
             progress.start("search", None)
             contenders.make("StitchNet")
         # In the table's order, whatever shares the StitchNet comes before what trains it.
         for method in [name for name in METHODS if name in methods]:
             progress.start(method, None)
-            tested[method] = _test(method, contenders.make(method), data, device)
+            contender = contenders.make(method)
+            if contender is None:
+                settings["not_found"].append(method)
+                pl.utilities.rank_zero_info(f"The search found no {method} within its budget; the table has none.")
+                continue
+            tested[method] = _test(method, contender, data, device)
             rows.append(_row(tested[method], seed))
             # The composed ones come last, when all rivals are there.
             if method in COMPOSED and (account := _judge(method, tested, margin)):
@@ -173,7 +182,7 @@ def _test(method: Method, contender: Contender, data: CalibrationDataModule, dev
         for images, targets in data.test_dataloader():
             probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
             labels.append(targets)
-    parts = ("train", "selection", "calibration") if method in COMPOSED else ("train", "selection")
+    parts = ("train", "selection", "calibration") if method in SEARCHED else ("train", "selection")
     num_labels = sum(data.summary[part] for part in parts)
     sources = {fragment.source for fragment in getattr(getattr(contender.network, "recipe", None), "fragments", ())}
     evaluation = Evaluation(
@@ -184,7 +193,7 @@ def _test(method: Method, contender: Contender, data: CalibrationDataModule, dev
         cost.macs,
         contender.spent.seconds,
         num_labels,
-        label=f"{method} (of one source: {contender.name})" if len(sources) == 1 else None,
+        label=f"{method} (of one source: {contender.name})" if len(sources) == 1 and method in COMPOSED else None,
     )
     return _Tested(contender, evaluation, torch.cat(labels), network_latency(classifier, data.image_shape, device))
 

@@ -13,9 +13,10 @@ COUNTED = (
     "Seconds and FLOPs are of everything from loaded sources to the finished classifier. All methods on a source count "
     "the choice of it: one pass of every source over the train and selection images, and a head on each. Trained ones "
     "count every epoch, forward and backward, and a pass over the selection images, for every learning rate tried. "
-    "StitchNet counts the whole search (cutting, calibration, CKAs, solves, ranking) and the head; what is fine-tuned "
-    "counts what it starts from. Loading the sources, test images and measuring latency count for none. Labels are "
-    "those of the train and selection images; a composed network's head has those of the calibration images besides. "
+    "All depths, early exit, smaller image, side by side and StitchNet are of one search; each counts all of it "
+    "(cutting, calibration, CKAs, solves, ranking) and the head; what is fine-tuned counts what it starts from. "
+    "Loading the sources, test images and measuring latency count for none. Labels are those of the train and "
+    "selection images; what a search gives has those of the calibration images besides. "
     "Test images choose nothing."
 )
 

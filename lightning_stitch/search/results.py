@@ -188,7 +188,7 @@ class SearchResult:
 
     def table(self, limit: int = 20, *, console: Console | None = None) -> None:
         """Print the best candidates, and what was chosen (*), to standard output where no console is named."""
-        notes = ["", Text(self.summary())]
+        notes: list[str | Text] = ["", Text(self.summary())]
         title = "Candidates, the best first; * was chosen"
         print_table(cells_of(self, limit), title=title, notes=notes, left=("network",), console=console)
 

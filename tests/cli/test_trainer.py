@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from lightning_stitch import StitchedClassifier
 from lightning_stitch._lightning import pl
-from lightning_stitch.baselines.contenders import METHODS
+from lightning_stitch.baselines.contenders import METHODS, SEARCHED
 from lightning_stitch.cli.main import main
 from lightning_stitch.cli.trainer import StitchTrainer
 from lightning_stitch.errors import StitchError
@@ -68,18 +68,17 @@ def test_compare_takes_the_configuration_of_fit(
     folder = tmp_path / name / "version_0"
     with (folder / "methods.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == [method for method in METHODS if method != "smaller image"]
     assert all(row["method"] in printed for row in rows)
-    composed = [row["labels"] for row in rows if row["method"].startswith("StitchNet")]
-    assert {row["labels"] for row in rows if not row["method"].startswith("StitchNet")} == {"60"}
-    assert composed == ["72", "72"]  # the calibration images', too
+    assert {row["labels"] for row in rows if row["method"] not in SEARCHED} == {"60"}
+    assert {row["labels"] for row in rows if row["method"] in SEARCHED} == {"72"}  # the calibration images', too
     assert f"{folder / 'methods.csv'}" in printed.replace("\n", "")
     assert (folder / "methods.png").stat().st_size > 10_000
     recipe = json.loads((folder / "methods.json").read_text())["settings"]["finetuning"]
     assert (recipe["epochs"], recipe["probe_penalties"]) == (1, [2])
     assert recipe["learning_rates"] == ([1e-4, 1e-3] if name == "compare_solar_cells" else [1e-4, 3e-4, 1e-3])
     assert all(" ".join(row["verdict"].split()) in " ".join(printed.split()) for row in rows if row["verdict"])
-    assert [row["method"] for row in rows if row["verdict"]] == ["StitchNet", "StitchNet, fine-tuned"]
+    assert [row["method"] for row in rows if row["verdict"]] == ["side by side", "StitchNet", "StitchNet, fine-tuned"]
 
 
 def test_methods_and_the_plot_can_be_chosen_on_the_command_line(tmp_path: Path, image_folder: Path) -> None:
