@@ -8,6 +8,7 @@ In reading order:
 - `refusals.py`: what a configuration is refused for, in one sentence
 - `options_page.py`: the options of this package's classes, which `fit --help` begins with
 - `compose.py`: a classifier for a folder of images, in one call
+- `init.py`: a commented configuration for a folder of images
 - `inspect.py`: cuts, costs and licence of one source
 - `predict.py`: class names and probabilities of image files
 - `export.py`: the network of a checkpoint as ONNX or as a program of PyTorch's

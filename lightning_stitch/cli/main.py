@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from lightning_stitch import __version__
 from lightning_stitch.cli.compose import compose
 from lightning_stitch.cli.export import export
+from lightning_stitch.cli.init import init
 from lightning_stitch.cli.inspect import inspect
 from lightning_stitch.cli.predict import predict
 from lightning_stitch.cli.publish import publish
 from lightning_stitch.cli.report import report
 from lightning_stitch.errors import StitchError, nearest
 
-_COMMANDS = (compose, inspect, predict, report, export, publish)
+_COMMANDS = (compose, init, inspect, predict, report, export, publish)
 FUNCTIONS: dict[str, Callable[..., None]] = {function.__name__: function for function in _COMMANDS}
 CONFIGURED = {
     "fit": "Search, compose and train as a configuration says (--config FILE).",

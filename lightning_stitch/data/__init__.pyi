@@ -1,5 +1,6 @@
 from .class_names import look_up_classes
 from .datamodule import CalibrationDataModule
+from .folders import open_class_folders
 from .image_files import ImageFileSet, list_images, select_readable
 from .images import Decoder
 from .target_values import check_batch_labels, read_labels
@@ -11,6 +12,7 @@ __all__ = [
     "check_batch_labels",
     "list_images",
     "look_up_classes",
+    "open_class_folders",
     "read_labels",
     "select_readable",
 ]

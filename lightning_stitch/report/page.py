@@ -65,6 +65,7 @@ def page_of(record: Record, svgs: dict[str, str]) -> str:
         "<h2>Candidates</h2>",
         _figure("candidates", svgs),
         _table(record["candidates"], _candidate_columns(record), chosen=record["best"]),
+        "" if svgs else "<p>There would be figures with matplotlib: pip install 'lightning-stitch[plots]'</p>",
     ]
     if record["comparison"]:
         parts += ["<h2>On test images that nothing else has touched</h2>", _table(record["comparison"], _COMPARISON)]

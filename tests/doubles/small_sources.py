@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from doubles.tensors import seeded
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_stitch.recipe import Preprocessing
@@ -67,3 +70,11 @@ def images_seen(source: Source) -> Iterator[list[int]]:
 
 def assert_same_weights(module: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
     torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def write_local(source: Source, folder: Path) -> None:
+    """A folder in timm's layout, for "local-dir:"."""
+    folder.mkdir()
+    save_file(dict(source.module.state_dict()), folder / "model.safetensors")
+    config = {"architecture": source.ref.architecture, "num_classes": 1000, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from doubles.predictions import write_digits
+from doubles.small_sources import write_local
 from sklearn.datasets import load_digits
 from torchvision.utils import save_image
 
@@ -85,7 +86,7 @@ def test_the_command_says_what_it_made_and_where_it_is(
 ) -> None:
     for name in ("a", "b"):
         saved = ls.load_source({"a": "test_resnet", "b": "test_efficientnet"}[name], pretrained=False)
-        _write_local(saved, tmp_path / name)
+        write_local(saved, tmp_path / name)
     sources, options = (f"local-dir:{tmp_path / name}" for name in "ab"), ("--image_size", "32", "--budget", "2G")
     main(["compose", str(folder), *sources, "--output", str(tmp_path / "out"), *options])
     said = capsys.readouterr().out
@@ -93,12 +94,3 @@ def test_the_command_says_what_it_made_and_where_it_is(
     assert f"lightning-stitch predict {tmp_path / 'out'}" in said
     main(["predict", str(tmp_path / "out"), str(folder / "two"), "--output", str(tmp_path / "rows.csv")])
     assert "two" in (tmp_path / "rows.csv").read_text()
-
-
-def _write_local(source: ls.Source, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    save_file(dict(source.module.state_dict()), folder / "model.safetensors")
-    config = {"architecture": source.ref.architecture, "num_classes": 1000, "pretrained_cfg": {}}
-    (folder / "config.json").write_text(json.dumps(config))
