@@ -14,6 +14,10 @@ rate and epochs on held-out images.
 **Stages.** A network that stops when it is sure is tested and predicts that way. Training runs all of it, its loss is
 the sum over its stages, and thresholds stay until `StitchedClassifier.fit_thresholds` sets them by images held out.
 
+**Files.** A search leaves candidates.csv, report.html with its figures, report.json and, of a comparison,
+comparison.csv and comparison.json in the log directory; without a logger in the Trainer's `default_root_dir`, or where
+that is the working directory in `stitch_logs/version_N` there. With max_epochs=0 `stitched.ckpt` is beside them.
+
 **Callbacks.** `FragmentSearch` stands before callbacks that look at the module when they are set up (`WeightAveraging`,
 `StochasticWeightAveraging`, `ModelPruning`, `BackboneFinetuning`).
 

@@ -52,8 +52,9 @@ class FragmentSearch(pl.Callback):
     """Composes a network from sources before fitting and installs it, with a closed-form head, in the module.
 
     It runs in `setup` of the fit stage, before optimizers are built, and only if the module has no recipe. With
-    `Trainer(max_epochs=0)` that is all: no back-propagation. Every candidate with its costs and scores goes into
-    candidates.csv in the log directory; `install_within` takes another of them afterwards.
+    `Trainer(max_epochs=0)` that is all: no back-propagation, and `stitched.ckpt` is the best checkpoint. Every
+    candidate with its costs and scores goes into candidates.csv in the log directory, all of it into report.html;
+    `install_within` takes another of them afterwards.
 
     The module is a `StitchedClassifier`, or any LightningModule with the `attribute` that its backbone is in; the data
     module is a `CalibrationDataModule`. Ctrl-C while it composes ends the composing, not the run: the best network by
@@ -159,6 +160,7 @@ class FragmentSearch(pl.Callback):
         self._found: Sequence[Blueprint] | None = None  # looked up, not checked yet
         self._usable: Sequence[Blueprint] | None = None  # checked, not loaded yet
         self._restoring: RemovableHandle | None = None
+        self._directory: Path | None = None  # of what the search reported
 
     def check_sources(
         self, image_shape: Callable[[], tuple[int, int, int] | None], *, until: str, show: bool
@@ -251,7 +253,16 @@ class FragmentSearch(pl.Callback):
         with isolate_rng(), Bar() if show else Silent() as progress:
             result = self._search(trainer, place, data, sources, progress)
         self._fetched = self._usable = None
-        report_search(trainer, self, result)
+        self._directory = report_search(trainer, self, result)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where nothing trained leave `stitched.ckpt` beside the report, for `test(ckpt_path="best")`."""
+        saver, directory = trainer.checkpoint_callback, self._directory
+        if directory is None or saver is None or trainer.max_epochs != 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = directory / "stitched.ckpt"
+        trainer.save_checkpoint(path)
+        saver.best_model_path = str(path)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as other modules are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,28 @@ if TYPE_CHECKING:
 _LATENCY_BATCHES = (1, 32)
 
 
-def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult) -> None:
-    """Write the candidates and the table in the log directory, log the best one's figures, and print the summary.
+def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult) -> Path:
+    """Write candidates, table and page, log the best one's figures, and print the summary; returns where it wrote.
 
     Call it on every rank; rank zero alone writes.
     """
+    log_dir = _directory(trainer)
+    if trainer.is_global_zero:
+        _report(trainer, search, result, log_dir)
+    return log_dir
+
+
+def _directory(trainer: pl.Trainer) -> Path:
+    """The log directory; without a logger the Trainer's own, or where that is the working directory a new one in it."""
     log_dir = trainer.log_dir or trainer.default_root_dir  # asks rank zero, so that every rank must be here
-    if not trainer.is_global_zero:
-        return
+    if trainer.loggers or Path(log_dir).resolve() != Path.cwd():
+        return Path(log_dir)
+    folder = Path(trainer.default_root_dir) / "stitch_logs"
+    version = next(n for n in count() if not (folder / f"version_{n}").exists())
+    return Path(trainer.strategy.broadcast(str(folder / f"version_{version}"), src=0))
+
+
+def _report(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, log_dir: Path) -> None:
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         write_candidates(result, log_dir)
     best, comparison = result.best, search.comparison
@@ -77,12 +91,10 @@ def report_search(trainer: pl.Trainer, search: FragmentSearch, result: SearchRes
             "num_candidates": len(result.ranked),
             "latency_ms": latency,
         }
-        paths = write_comparison(
-            comparison.rows, sentence, Path(log_dir), verdicts=comparison.verdicts, settings=settings
-        )
+        paths = write_comparison(comparison.rows, sentence, log_dir, verdicts=comparison.verdicts, settings=settings)
         print(f"The table is in {paths[0]} and {paths[1]}.")
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        page = _write_page(trainer, search, result, Path(log_dir), latency)
+        page = _write_page(trainer, search, result, log_dir, latency)
         if trainer.progress_bar_callback is not None or comparison is not None:
             print(f"All of it is shown in {page}.")
 

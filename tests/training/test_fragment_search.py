@@ -27,6 +27,7 @@ from lightning_stitch import (
     fit_ridge_head,
     network_cost,
 )
+from lightning_stitch._lightning import pl
 
 
 def test_no_epoch_at_all_gives_a_usable_classifier_and_prints_nothing(
@@ -50,6 +51,29 @@ def test_a_bar_shows_each_stage_and_the_summary_says_whether_it_was_worth_it(
     printed = capsys.readouterr().out
     for word in ("calibrating", "composing", "ranking", "on the selection images"):
         assert word in printed
+
+
+def test_what_a_search_made_is_the_best_checkpoint_where_nothing_trained(tmp_path: Path) -> None:
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    run = pl.Trainer(max_epochs=0, callbacks=[search()], default_root_dir=tmp_path, **options)
+    data = digits()
+    model = StitchedClassifier(num_classes=3)
+    run.fit(model, data)
+    assert run.checkpoint_callback is not None
+    assert Path(run.checkpoint_callback.best_model_path) == tmp_path / "stitched.ckpt"
+    (expected,) = run.test(model, data)
+    (found,) = run.test(datamodule=data, ckpt_path="best", weights_only=True)
+    assert found == expected
+
+
+def test_without_a_logger_each_run_writes_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        callback = search()
+        trainer(tmp_path, callback).fit(StitchedClassifier(num_classes=3), digits())
+        assert {path.name for path in tmp_path.iterdir()} == {"stitch_logs"}
+        folder = tmp_path / "stitch_logs" / f"version_{number}"
+        assert {path.name for path in folder.iterdir()} == {"candidates.csv", "report.html", "report.json", "figures"}
 
 
 def test_the_optimizer_of_a_training_run_holds_the_found_network(tmp_path: Path) -> None:
