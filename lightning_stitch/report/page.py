@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lightning_stitch.errors import StitchError
 from lightning_stitch.hub import can_draw
-from lightning_stitch.io import complete_or_absent
+from lightning_stitch.io import WRITING_MEND, complete_or_absent
 from lightning_stitch.report.figures import as_png, as_svg, figures_of
 from lightning_stitch.tables import Record
 
@@ -36,8 +37,11 @@ def write_page(record: Record, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     svgs: dict[str, str] = {}
+    try:
+        (directory / _FIGURES if can_draw() else directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StitchError(f"{directory} cannot hold a report: {error}. {WRITING_MEND}") from error
     if can_draw():
-        (directory / _FIGURES).mkdir(parents=True, exist_ok=True)
         for name, figure in figures_of(record).items():
             svgs[name] = as_svg(figure)
             for suffix, content in ((".svg", svgs[name].encode()), (".png", as_png(figure))):

@@ -334,6 +334,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_no_tensor_outlives_a_request() -> None:
     compose(prepared(), MINE, MY_LABELS)  # what is kept for all pools: which positions of a grid are sampled
     pool = prepared()

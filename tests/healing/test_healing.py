@@ -141,6 +141,7 @@ def test_of_a_token_network_attention_and_projections_are_healed() -> None:
     assert set(found.recipe.unhealed.values()) <= {"better as it is"}
 
 
+@pytest.mark.slow
 def test_no_stitch_of_three_sources_explains_less_when_healed_and_most_explain_more() -> None:
     better, skips = 0, 0
     for candidate in every_stitch():

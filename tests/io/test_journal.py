@@ -120,6 +120,7 @@ def test_a_search_goes_on_where_its_journal_ends(journal: Path, uninterrupted: S
     assert runs[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_at_any_record_loses_none_that_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: SearchResult
 ) -> None:

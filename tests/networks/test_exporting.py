@@ -143,6 +143,7 @@ def test_a_file_for_each_stage_runs_each_image_as_far_as_the_network_does(tmp_pa
     numpy.testing.assert_allclose(probabilities, logits.softmax(1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_network_alone_and_an_ensemble_are_exported_with_their_features(tmp_path: Path) -> None:
     pool, result = searched("test_resnet", "test_efficientnet")
     networks = [pool.assemble(cheapest(result)), ensemble(pool, result, [(IMAGES, LABELS)], top=2)]
@@ -152,6 +153,7 @@ def test_a_network_alone_and_an_ensemble_are_exported_with_their_features(tmp_pa
             torch.testing.assert_close(run(file, NEW), network(NEW), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_saved_folder_and_the_example_runs_it_without_torch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

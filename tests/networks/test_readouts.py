@@ -72,6 +72,7 @@ def test_a_source_is_read_at_the_end_of_each_block_and_at_its_own(pool: Pool, re
         assert network.num_features == ranked.features == sum(recipe.blocks)
 
 
+@pytest.mark.slow
 def test_whatever_was_found_costs_and_gives_what_its_network_does(pool: Pool, result: SearchResult) -> None:
     kinds = set()
     for ranked in result.ranked:

@@ -156,6 +156,9 @@ def test_a_page_is_made_again_from_its_record_and_without_matplotlib_has_no_figu
     write_page(read_record(folder), tmp_path)
     _, page = page_of(tmp_path)
     assert "figure" not in {tag for tag, _ in page.elements}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StitchError, match="cannot hold a report"):
+        write_page(read_record(folder), tmp_path / "file")
     with pytest.raises(StitchError, match=r"holds no report.json of a search"):
         read_record(tmp_path / "nowhere")
     (tmp_path / FILE).write_text("{}")

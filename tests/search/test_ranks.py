@@ -44,6 +44,7 @@ def assert_as_alone(world_size: int) -> None:
     assert max(selection) <= -(-7 // world_size) * 10
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_what_one_process_finds_and_share_its_passes() -> None:
     assert_as_alone(2)
 

@@ -286,6 +286,7 @@ print(json.dumps({"same": same, "left": left, "ranked": len(json.load(open("alon
 """
 
 
+@pytest.mark.slow
 def test_a_search_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(KILLED)
