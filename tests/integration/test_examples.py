@@ -245,8 +245,14 @@ def test_the_readmes_first_python_example_runs(
 ) -> None:
     monkeypatch.chdir(workplace)
     code = blocks_of_readme("python")[0]
-    smaller = code.replace("image_size=128", "image_size=48, train_samples=64, selection_samples=32")
+    smaller = code.replace("image_size=128", "image_size=48, train_samples=64, selection_samples=32", 1)
+    smaller = smaller.replace("image_size=128", "image_size=48, max_candidates=4")
+    for name in ("defective", "functional"):  # the last line takes all images of a folder
+        (workplace / "few" / name).mkdir(parents=True)
+        for file in sorted((workplace / "solar_cells" / "images" / name).iterdir())[:40]:
+            (workplace / "few" / name / file.name).symlink_to(file)
+    smaller = "few/".join(smaller.rsplit("solar_cells/images", 1))
     quiet = smaller.replace("max_epochs=0", "max_epochs=0, logger=False, log_every_n_steps=1").replace("100e6", "14e6")
-    assert quiet.count("48") == quiet.count("14e6") == 1
+    assert (quiet.count("48"), quiet.count("14e6"), quiet.count('"few/"')) == (2, 1, 1)
     exec(compile(quiet, "README.md", "exec"), {})
     assert "Stitched network of " in capsys.readouterr().out
