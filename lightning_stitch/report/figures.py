@@ -85,7 +85,7 @@ def _candidates(record: Record) -> Any:
     axes.scatter([_macs(best) / 1e6], [best[score]], s=150, facecolors="none", edgecolors="#D55E00", label="chosen")
     sources = sorted((row for row in rows if row["kind"] == "source"), key=_macs)
     for number, row in enumerate(sources):
-        offset = (0, 7 if number % 2 == 0 else -14)  # above and below in turn, where several are of about the same cost
+        offset = (0, -14 - 11 * number)  # each lower than the one before: they may cost about the same
         style = {"textcoords": "offset points", "ha": "center", "color": _GREY, "fontsize": 8, "parse_math": False}
         axes.annotate(row["path"].split(":")[0], (_macs(row) / 1e6, row[score]), xytext=offset, **style)
     limit = record["budget"].get("mean_macs") or record["budget"].get("max_macs")
