@@ -234,13 +234,17 @@ class Contenders:
             trainer.fit(model, datamodule=self.data)
         result, searched, found = self.search.result, meter.spent, dict[Method, Contender]()
         assert result is not None
-        first = result.best.candidate
+        assert model.network is not None
+        assert model.head is not None
+        first, own = result.best.candidate, (copy.deepcopy(model.network), copy.deepcopy(model.head))
         for method, kind in _KINDS.items():  # the StitchNet last, which stays in the module
             budget = Budget() if kind == "source" else limits
             with Meter() as meter:
-                if first.kind != kind and result.within(budget, kind=kind) is not None:
+                if result.within(budget, kind=kind) is not None:
                     self.search.install_within(trainer, budget, kind=kind)
-                elif first.kind != kind and kind != "stitched":
+                elif kind == "stitched":
+                    model.install(*own)
+                else:
                     continue
             network, head = copy.deepcopy(model.network), copy.deepcopy(model.head)
             assert isinstance(network, StitchedNetwork)

@@ -220,6 +220,25 @@ def test_where_there_is_no_stitchnet_the_searchs_own_choice_stands(tmp_path: Pat
     assert made.search_choice.split(": ", 1)[1] == made.name
 
 
+@pytest.mark.parametrize("first", ["source", "early exit", "stitched"])
+def test_each_kind_of_a_search_is_a_method_of_its_own_whatever_the_search_takes(tmp_path: Path, first: str) -> None:
+    search = search_of()
+    ranking = lambda candidates, _: [{"score": float(c.kind == first)} for c in candidates]  # noqa: E731
+    search.search_settings = replace(search.search_settings, ranking=ranking)
+    pile = contenders(tmp_path, search)
+    recipes = {}
+    for method in ("all depths", "early exit", "StitchNet"):
+        made = pile.make(method)
+        assert made is not None
+        recipes[method] = made.network.recipe
+        with torch.no_grad():
+            assert made.head(made.network(torch.rand(2, 3, 16, 16))).shape == (2, 3)
+    assert recipes["all depths"].scores["macs"] > recipes["early exit"].scores["macs"]
+    assert len({run.ref.source for run in recipes["early exit"].runs}) == 1
+    assert not recipes["early exit"].stitches
+    assert recipes["StitchNet"].stitches
+
+
 def test_methods_without_back_propagation_never_call_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("back-propagation")
