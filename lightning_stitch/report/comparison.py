@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.composing import Pool
+from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import HeadSettings, StagedHead
 from lightning_stitch.progress import Progress, Silent, num_images
@@ -70,6 +71,7 @@ def compare(
     num_classes: int,
     head: HeadSettings | None = None,
     fractions: Sequence[float] = (0.75, 0.5, 1 / 3),
+    budget: Budget | None = None,
     margin: float = MARGIN,
     num_resamples: int = 1000,
     includes_selection: bool = False,
@@ -85,6 +87,7 @@ def compare(
         num_classes: Number of classes.
         head: The head, for classes; None: ridge.
         fractions: Shares of the smallest source's MACs under which the best networks are shown.
+        budget: The search's, so that rows over it say so; None: it had none.
         margin: The least difference in accuracy that counts (`judge`).
         num_resamples: Bootstrap resamples of the test images.
         includes_selection: Whether the images for the heads include those that the search chose by, whose labels are
@@ -100,7 +103,7 @@ def compare(
         raise StitchError(f"The comparison tells classes apart; found head={head.name!r} with task={head.task!r}.")
     check_margin(margin)
     progress = progress or Silent()
-    chosen, unmet = finalists(result, fractions)
+    chosen, unmet = finalists(result, fractions, budget)
     candidates = [finalist.candidate for finalist in chosen]
     progress.start("head images", num_images(train))
     # A head that takes no labels is fitted on nothing, but each candidate has its seconds from running some images.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning_stitch.cost import Budget
 from lightning_stitch.report.kinds import RIVALS, UNDER_BUDGETS, is_composition, row_name
 from lightning_stitch.search import Ranked, SearchResult
 from lightning_stitch.stitching import Candidate
@@ -29,12 +30,15 @@ class Finalist:
         return self.candidate.cost.macs
 
 
-def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Finalist], tuple[str, ...]]:
+def finalists(
+    result: SearchResult, fractions: Sequence[float], budget: Budget | None = None
+) -> tuple[list[Finalist], tuple[str, ...]]:
     """Which networks the comparison shows, each once.
 
     Every source, every self-stitched source, the search's choice, the best network of each kind under each share of the
     budget, and the best of each kind of one source alone that takes no more MACs than one of those compositions.
-    Shares are of the smallest source's MACs. Returned are the finalists, and the budgets that no StitchNet keeps.
+    Shares are of the smallest source's MACs. What is over the search's budget says so. Returned are the finalists, and
+    the budgets that no StitchNet keeps.
     """
     spent = sum(result.seconds.values())
     prepared = result.seconds["cut"] + result.seconds["calibrate"]
@@ -74,6 +78,11 @@ def finalists(result: SearchResult, fractions: Sequence[float]) -> tuple[list[Fi
                 rival = best(kind, limit)
                 if rival is not None and id(rival.candidate) not in chosen:
                     add(rival, words)
+    if budget is not None:
+        for key, finalist in chosen.items():
+            if not budget.allows(finalist.candidate.cost):
+                words = "; ".join(filter(None, (finalist.budget, "over the search's budget")))
+                chosen[key] = replace(finalist, budget=words)
     return list(chosen.values()), tuple(unmet)
 
 

@@ -362,6 +362,7 @@ class FragmentSearch(pl.Callback):
                     num_classes=head.num_classes,
                     head=head,
                     fractions=self.fractions,
+                    budget=self.search_settings.limits,
                     margin=self.margin,
                     includes_selection=trainer.max_epochs == 0,
                     progress=progress,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_stitch.composing.pool import Pool
+from lightning_stitch.cost import Budget
 from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads.ridge import fit_ridge_head
@@ -94,6 +95,16 @@ def test_each_network_is_in_the_table_once_and_its_sources_are_told(
         sources = list(dict.fromkeys(source for source, _, _ in path(finalist.candidate)))
         assert row["sources"] == " + ".join(sources)
         assert (len(sources) > 1) is (row["kind"] == "stitched")
+
+
+def test_the_choice_and_what_is_over_the_searchs_budget_are_marked(result: SearchResult) -> None:
+    limit = sorted(r.candidate.cost.macs for r in result.ranked)[len(result.ranked) // 2]
+    chosen, _ = finalists(result, FRACTIONS, Budget(max_macs=limit))
+    over = [finalist for finalist in chosen if "over the search's budget" in (finalist.budget or "")]
+    assert over
+    assert {id(f) for f in over} == {id(f) for f in chosen if f.macs > limit}
+    (best,) = [finalist for finalist in chosen if "chosen by the search" in (finalist.budget or "")]
+    assert best.candidate is result.best.candidate
 
 
 @pytest.mark.parametrize("kind", ["stitched", "early exit"])
