@@ -12,6 +12,7 @@ from doubles.clock import CLOCK, Clock
 from doubles.hub import HubDouble
 from doubles.hub_server import point_client_at, serve_hub
 
+from lightning_stitch.report import page
 from lightning_stitch.search import latency
 
 # One thread a process: pytest-xdist gives each core a worker, and processes that tests start are given no core at all.
@@ -25,6 +26,13 @@ def heeded_ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def undrawn_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of searches without figures, which take half a second each, but where a test is marked `figures`."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(page, "can_draw", lambda: False)
 
 
 @pytest.fixture

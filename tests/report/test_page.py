@@ -21,6 +21,8 @@ from lightning_stitch.maths import linear_cka
 from lightning_stitch.report import FILE, images_to_show, read_record, write_page
 from lightning_stitch.tables import Record
 
+pytestmark = pytest.mark.figures
+
 _VOID = {"meta", "link", "img", "br", "path", "use", "rect"}
 
 

@@ -66,6 +66,7 @@ def test_what_a_search_made_is_the_best_checkpoint_where_nothing_trained(tmp_pat
     assert found == expected
 
 
+@pytest.mark.figures
 def test_without_a_logger_each_run_writes_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(2):
