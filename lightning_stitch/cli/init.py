@@ -58,7 +58,7 @@ def init(folder: str, sources: list[str] = list(_SOURCES), output: str = "stitch
     import json
     from pathlib import Path
 
-    from lightning_stitch.data import list_images, open_class_folders
+    from lightning_stitch.data import calibration_samples_of, list_images, open_class_folders
     from lightning_stitch.errors import StitchError
     from lightning_stitch.io import complete_or_absent
 
@@ -75,7 +75,7 @@ def init(folder: str, sources: list[str] = list(_SOURCES), output: str = "stitch
         file=path,
         folder=json.dumps(str(folder), ensure_ascii=False),
         image_size=image_size,
-        calibration=max(4, min(32, num_images // 4)),
+        calibration=calibration_samples_of(num_images),
         test="all of the folder's test set" if "test" in sets else "a fifth of the images",
         sources="\n".join(f"          - {json.dumps(source)}" for source in sources),
     )

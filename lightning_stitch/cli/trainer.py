@@ -200,9 +200,10 @@ class StitchCLI(LightningCLI):
         """Save what a search without training made."""
         if self.trainer.max_epochs != 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", None)  # the search's
-        path = Path(saved or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "stitched.ckpt")
-        if not saved:
+        searches = [callback for callback in self.trainer.callbacks if isinstance(callback, FragmentSearch)]  # type: ignore[attr-defined]
+        path = next((search.checkpoint for search in searches if search.checkpoint is not None), None)
+        if path is None:
+            path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "stitched.ckpt"
             self.trainer.save_checkpoint(path)
         if self.trainer.is_global_zero:
             print(f"The stitched network is in {path}.")

@@ -86,6 +86,7 @@ class FragmentSearch(pl.Callback):
         pool: The sources, cut, that the search composed from; None before it ran.
         result: What the search found; None before it ran.
         comparison: The table, if asked for.
+        checkpoint: Where the last `fit` left the network, if it searched and trained nothing.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class FragmentSearch(pl.Callback):
         self._found: Sequence[Blueprint] | None = None  # looked up, not checked yet
         self._usable: Sequence[Blueprint] | None = None  # checked, not loaded yet
         self._restoring: RemovableHandle | None = None
+        self.checkpoint: Path | None = None
         self._directory: Path | None = None  # of what the search reported
 
     def check_sources(
@@ -225,6 +227,7 @@ class FragmentSearch(pl.Callback):
             self._restoring = restore_when_loaded(pl_module, self.attribute)
         if stage != "fit":
             return
+        self.checkpoint = self._directory = None
         place, data = self.check_run(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         check_order(trainer, self)
         if place.recipe is not None:
@@ -260,9 +263,9 @@ class FragmentSearch(pl.Callback):
         saver, directory = trainer.checkpoint_callback, self._directory
         if directory is None or saver is None or trainer.max_epochs != 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = directory / "stitched.ckpt"
-        trainer.save_checkpoint(path)
-        saver.best_model_path = str(path)  # type: ignore[attr-defined]
+        self.checkpoint = directory / "stitched.ckpt"
+        trainer.save_checkpoint(self.checkpoint)
+        saver.best_model_path = str(self.checkpoint)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as other modules are."""

@@ -257,6 +257,11 @@ def test_fit_then_test_validate_and_predict_from_yaml(
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint)])
         assert metric in capsys.readouterr().out
 
+    # What goes on from it trains nothing either, and is saved where it ran, not where the checkpoint says it was.
+    main(["fit", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    assert f"The stitched network is in {checkpoint}." not in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("stitched.ckpt"))) == 2
+
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_fit_that_goes_on_from_a_checkpoint_needs_no_sources_in_a_module_of_ones_own(

@@ -64,6 +64,11 @@ def test_what_a_search_made_is_the_best_checkpoint_where_nothing_trained(tmp_pat
     (expected,) = run.test(model, data)
     (found,) = run.test(datamodule=data, ckpt_path="best", weights_only=True)
     assert found == expected
+    again = pl.Trainer(max_epochs=0, callbacks=run.callbacks[:1], default_root_dir=tmp_path / "other", **options)
+    before = (tmp_path / "stitched.ckpt").stat().st_mtime_ns
+    again.fit(model, data)  # which has a network, so that nothing is searched or left
+    assert (tmp_path / "stitched.ckpt").stat().st_mtime_ns == before
+    assert run.callbacks[0].checkpoint is None
 
 
 @pytest.mark.figures
