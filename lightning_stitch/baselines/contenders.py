@@ -22,6 +22,7 @@ from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.search import fragments_in_words
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources import Source
 from lightning_stitch.stitching import Kind, chunks, segment
@@ -275,7 +276,7 @@ class Contenders:
 def _name(recipe: Recipe) -> str:
     """A source's name where it is whole, else what the network is made of."""
     whole = len(recipe.runs) == 1 and recipe.fragments[-1].end is None
-    return recipe.runs[0].ref.source if whole else " | ".join(str(run.ref) for run in recipe.runs)
+    return recipe.runs[0].ref.source if whole else fragments_in_words(recipe)
 
 
 @torch.no_grad()

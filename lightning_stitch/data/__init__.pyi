@@ -1,5 +1,5 @@
 from .class_names import look_up_classes
-from .datamodule import CalibrationDataModule
+from .datamodule import CalibrationDataModule, calibration_samples_of
 from .folders import open_class_folders
 from .image_files import ImageFileSet, list_images, select_readable
 from .images import Decoder
@@ -9,6 +9,7 @@ __all__ = [
     "CalibrationDataModule",
     "Decoder",
     "ImageFileSet",
+    "calibration_samples_of",
     "check_batch_labels",
     "list_images",
     "look_up_classes",

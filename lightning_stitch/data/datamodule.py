@@ -24,6 +24,12 @@ from lightning_stitch.data.transforms import without_chance
 from lightning_stitch.errors import CalibrationError
 
 _DEFAULT_SHARE = 0.2
+_CALIBRATION, _FEWEST_CALIBRATION = 32, 4
+
+
+def calibration_samples_of(num_images: int) -> int:
+    """How many of few images to calibrate on: a quarter, at least as many as stitches need, at most the default."""
+    return max(_FEWEST_CALIBRATION, min(_CALIBRATION, num_images // 4))
 
 
 class CalibrationDataModule(pl.LightningDataModule):
@@ -87,7 +93,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         image_folder: str | None = None,
         datamodule: pl.LightningDataModule | None = None,
         image_size: int | tuple[int, int] | None = None,
-        calibration_samples: int = 32,
+        calibration_samples: int = _CALIBRATION,
         train_samples: int | None = None,
         selection_samples: int | float | None = None,
         test_samples: int | float | None = None,
@@ -116,8 +122,10 @@ class CalibrationDataModule(pl.LightningDataModule):
             )
         if train is None and (val is not None or test is not None):
             raise CalibrationError(f"val= and test= belong to train=; {passed[0]}= brings its own.")
-        if calibration_samples < 4:
-            raise CalibrationError(f"calibration_samples is {calibration_samples}, but stitches need at least 4.")
+        if calibration_samples < _FEWEST_CALIBRATION:
+            raise CalibrationError(
+                f"calibration_samples is {calibration_samples}, but stitches need at least {_FEWEST_CALIBRATION}."
+            )
         samples = {"train": train_samples, "selection": selection_samples, "test": test_samples}
         for part, size in samples.items():
             if isinstance(size, float) and size > 1 and size.is_integer():

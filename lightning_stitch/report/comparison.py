@@ -50,7 +50,7 @@ class Comparison:
         unmet: The budgets, in words, that no StitchNet keeps.
         probabilities: Of each class, that what the search chose gives for the test images (images x classes).
         targets: Their classes (images,).
-        similarities: How alike the sources are (`record.similarities_of`), over the images for the heads.
+        similarities: How alike the sources are (`report.similarities_of`), over the images for the heads.
     """
 
     rows: list[Record]

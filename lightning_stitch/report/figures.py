@@ -1,4 +1,4 @@
-"""Figures of a search: its candidates by accuracy and cost, how alike its sources are, and which classes are mixed up.
+"""Figures of a search: its candidates by score and cost, how alike its sources are, and which classes are mixed up.
 
 matplotlib draws them, as SVG for the page and as PNG for loggers: it is what the other pictures are drawn with, and its
 SVG needs no script. Letters and axes are of a grey that can be read on white and on black.

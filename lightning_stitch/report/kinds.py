@@ -5,16 +5,16 @@ from __future__ import annotations
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stitching import Candidate
 
-# Kind -> the name of its row, and what sentences call it. `names` are those of its sources.
+# Kind -> the name of its row, what sentences call it, and a headline. `names` are those of its sources.
 _WORDS = {
-    "source": ("{names}", "{names}"),
-    "self-stitched": ("{names}", "{names} stitched to itself"),
-    "early exit": ("{names}", "{names} ended at {end}"),
-    "smaller image": ("{names}", "{names} at {size} to {end}"),
-    "shortened": ("{names}", "{names} shortened"),
-    "stitched": ("StitchNet", "StitchNet of {names}"),
-    "side by side": ("side by side", "{names} side by side"),
-    "staged": ("stops when sure", "{names}, stopping when sure"),
+    "source": ("{names}", "{names}", "A source was chosen, as it is"),
+    "self-stitched": ("{names}", "{names} stitched to itself", "A source stitched to itself was chosen"),
+    "early exit": ("{names}", "{names} ended at {end}", "A source that ends early was chosen"),
+    "smaller image": ("{names}", "{names} at {size} to {end}", "A source on smaller images was chosen"),
+    "shortened": ("{names}", "{names} shortened", "A shortened source was chosen"),
+    "stitched": ("StitchNet", "StitchNet of {names}", "A StitchNet was chosen"),
+    "side by side": ("side by side", "{names} side by side", "Sources side by side were chosen"),
+    "staged": ("stops when sure", "{names}, stopping when sure", "A network that stops when it is sure was chosen"),
 }
 # What is shown under every budget; the others are compared whatever they cost.
 UNDER_BUDGETS = ("stitched", "side by side", "shortened", "early exit", "smaller image", "staged")
@@ -50,6 +50,11 @@ def row_name(candidate: Candidate) -> str:
 def label_of(candidate: Candidate) -> str:
     """What sentences call the candidate, as "StitchNet of resnet and vit"."""
     return _fill(1, candidate)
+
+
+def headline(kind: str) -> str:
+    """That a candidate of a kind was chosen, as "A StitchNet was chosen"; a record's kind may be from elsewhere."""
+    return _WORDS[kind][2] if kind in _WORDS else f"{kind} was chosen"
 
 
 def _fill(which: int, candidate: Candidate) -> str:

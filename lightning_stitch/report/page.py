@@ -15,6 +15,7 @@ from lightning_stitch.errors import StitchError
 from lightning_stitch.hub import can_draw
 from lightning_stitch.io import WRITING_MEND, complete_or_absent
 from lightning_stitch.report.figures import as_png, as_svg, figures_of
+from lightning_stitch.report.kinds import headline
 from lightning_stitch.tables import Record
 
 PAGE = "report.html"
@@ -60,8 +61,9 @@ def figure_files(directory: str | Path) -> list[Path]:
 def page_of(record: Record, svgs: dict[str, str]) -> str:
     """The page's HTML, with its figures as SVG elements by name."""
     best = next(row for row in record["candidates"] if row["place"] == record["best"])
+    title = _text(headline(best["kind"]))
     parts = [
-        f"<h1>{_text(_title(best))}</h1>",
+        f"<h1>{title}</h1>",
         _verdict(record["verdict"] or record["summary"]),
         _cards(record, best),
         _figure("composition", svgs),
@@ -90,21 +92,9 @@ def page_of(record: Record, svgs: dict[str, str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="{icon}"><title>{_text(_title(best))}</title><style>{style}</style></head>\n'
+        f'<link rel="icon" href="{icon}"><title>{title}</title><style>{style}</style></head>\n'
         f"<body>\n{body}\n<script>{script}</script>\n</body></html>\n"
     )
-
-
-def _title(best: Record) -> str:
-    return {
-        "source": "A source was chosen, as it is",
-        "early exit": "A source that ends early was chosen",
-        "smaller image": "A source on smaller images was chosen",
-        "shortened": "A shortened source was chosen",
-        "stitched": "A StitchNet was chosen",
-        "side by side": "Sources side by side were chosen",
-        "staged": "A network that stops when it is sure was chosen",
-    }.get(best["kind"], f"{best['kind']} was chosen")
 
 
 def _part(name: str) -> str:

@@ -9,14 +9,13 @@ from typing import Any
 
 from lightning_stitch._lightning import pl
 from lightning_stitch.cost import Budget
-from lightning_stitch.data import CalibrationDataModule, list_images
+from lightning_stitch.data import CalibrationDataModule, calibration_samples_of, list_images
 from lightning_stitch.errors import SourceError, StitchError
 from lightning_stitch.hub import CardDetails, check_free
 from lightning_stitch.sources import find_sources, preflight, require
 from lightning_stitch.training.fragment_search import FragmentSearch
 from lightning_stitch.training.module import StitchedClassifier
 
-_CALIBRATION = 32  # images whose labels stitches leave unused; of few images a quarter
 _FEWEST = 16
 _CHANNELS = 3
 
@@ -84,7 +83,7 @@ def compose_folder(
     data = CalibrationDataModule(
         image_folder=str(folder),
         image_size=size,
-        calibration_samples=max(4, min(_CALIBRATION, num_images // 4)),
+        calibration_samples=calibration_samples_of(num_images),
         seed=seed,
     )
     data.setup()

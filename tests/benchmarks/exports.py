@@ -14,7 +14,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,17 +23,9 @@ from torch import Tensor, nn
 
 from lightning_stitch import StitchedClassifier
 from lightning_stitch.data import ImageFileSet, list_images
+from lightning_stitch.search import latency_per_image
 
 ROUNDS = 5
-
-
-def milliseconds(run: Callable[[Tensor], object], images: Tensor, batch: int) -> float:
-    """For one image, in batches of some size."""
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        for portion in images.split(batch):
-            run(portion)
-    return 1e3 * (time.perf_counter() - begun) / len(images)
 
 
 def main() -> None:
@@ -73,7 +64,7 @@ def main() -> None:
         for turn in range(ROUNDS + 1):
             for name, run in ways.items():
                 for batch, measured in times[name].items():
-                    spent = milliseconds(run, images, batch)
+                    spent = latency_per_image(run, images, batch_size=batch)
                     measured += [spent] if turn else []
         base = {batch: statistics.median(measured) for batch, measured in times["PyTorch, folded"].items()}
         for name, by_batch in times.items():

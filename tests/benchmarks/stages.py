@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 from lightning_stitch import Budget, Pool
 from lightning_stitch.heads import HeadSettings, StagedHead
 from lightning_stitch.report.verdicts import judge_splits
+from lightning_stitch.search import latency_per_image
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, in_order, pick
@@ -197,20 +197,11 @@ def latency(task: Task, sizes: Sequence[int], num_labels: int = 512) -> list[str
         network = pool.assemble(candidate).fused()
         ways = (partial(network.in_stages, head=head), nn.Sequential(network, head.heads[-1]))
         for batch in (1, 32):
-            times = [[milliseconds(run, images, batch) for run in ways] for _ in range(6)][1:]
+            times = [[latency_per_image(run, images, batch_size=batch) for run in ways] for _ in range(6)][1:]
             mine, whole = (statistics.median(column) for column in zip(*times, strict=True))
             macs = f"{candidate.cost.expected_macs / 1e6:.3g} / {candidate.cost.macs / 1e6:.3g}"
             lines.append(f"| {name} | {macs} | {batch} | {mine:.2f} | {whole:.2f} | {mine / whole:.2f} |")
     return lines
-
-
-def milliseconds(run: Callable[[Tensor], object], images: Tensor, batch: int) -> float:
-    """For one image, in batches of some size."""
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        for portion in images.split(batch):
-            run(portion)
-    return 1e3 * (time.perf_counter() - begun) / len(images)
 
 
 def main() -> None:
