@@ -315,8 +315,8 @@ class Recipe:
             raise RecipeError(f"No fragment and no tap is behind {self.fragments[min(idle)]}: it leads nowhere.")
         if self.average is not None:
             self._check_average(self.average)
-        if self.stages is not None:
-            self._check_stages(self.stages)
+        if self.stages is not None and (self.average is not None or self.stages.taps[-1] != len(self.taps)):
+            raise RecipeError(f"The last stage reads all {len(self.taps)} taps, averages none; found {self.stages}.")
 
     def _check_entry(self, index: int, fragment: FragmentRef) -> None:
         if fragment.parent is None:
@@ -356,10 +356,6 @@ class Recipe:
             raise RecipeError(
                 f"An average over {average.num_classes} classes needs members of that width, or heads; found {widths}."
             )
-
-    def _check_stages(self, stages: Stages) -> None:
-        if self.average is not None or stages.taps[-1] != len(self.taps):
-            raise RecipeError(f"The last stage reads all {len(self.taps)} taps, and averages none; found {stages}.")
 
     @property
     def fragment_stages(self) -> tuple[int, ...]:
@@ -434,12 +430,6 @@ class Recipe:
         """Whether the fragments stand in a row, wherever they are read."""
         parents = [fragment.parent for fragment in self.fragments]
         return parents == [None, *range(len(parents) - 1)] and self.average is None
-
-    @property
-    def reads_last(self) -> bool:
-        """Whether each tap is at an end of the tree, as in the StitchNet paper."""
-        parents = {fragment.parent for fragment in self.fragments}
-        return all(tap.fragment not in parents for tap in self.taps)
 
     @property
     def path(self) -> str:

@@ -3,6 +3,7 @@
 In reading order:
 
 - `pool.py`: `Pool`: from sources and a few images to a ranked list of networks, without a Trainer
+- `search_steps.py`: what a pool does in a search, step by step
 - `shrinking.py`: `shrink`: a shorter version of one network, by skips within it, healed
 - `personal.py`: `compose`: a network for a few images of one person, from a pool that was prepared once
 - `cross_fitting.py`: what a network gives for the images that its stitch is fitted on, as though it had not seen them

@@ -9,57 +9,42 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_stitch.cost import Budget
-from lightning_stitch.cutting import CutGraph, network_activation_bytes
+from lightning_stitch.composing.search_steps import SearchSteps
+from lightning_stitch.cutting import CutGraph
 from lightning_stitch.data import check_batch_labels
-from lightning_stitch.errors import CalibrationError, CutError, StitchError, nearest
+from lightning_stitch.errors import CalibrationError, StitchError, nearest
 from lightning_stitch.healing import Healer
-from lightning_stitch.io import Answer, Answers, Journal, Spool
+from lightning_stitch.io import Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
-from lightning_stitch.progress import Progress, Silent, counted, num_images, timed
+from lightning_stitch.progress import Progress, Silent, timed
 from lightning_stitch.recipe import FragmentRef
 from lightning_stitch.search import (
     ALONE,
     NEED_LABELS,
-    Beam,
     CompositionCosts,
     Outcome,
-    Ranked,
     Ranks,
     Remembered,
     SearchResult,
     SearchSpace,
-    Stopped,
     TimeLimit,
     choose,
     costs_of_pairs,
-    early_exits,
     find_ranking,
     follow,
     keys_worth_keeping,
-    measure_candidates,
-    network_latency,
-    on_smaller_images,
     outcomes,
-    outcomes_in_rounds,
-    piece_latencies,
-    rank_all,
     require_labels,
     search_identity,
-    self_stitched,
-    unmodified,
-    until_stopped,
 )
 from lightning_stitch.settings import LEAN, CalibrationSettings, SearchSettings
 from lightning_stitch.sources import Source, check_names
@@ -67,7 +52,6 @@ from lightning_stitch.stitching import (
     Batch,
     Calibration,
     Candidate,
-    Kind,
     Segmented,
     read_images,
     saved_settings,
@@ -90,7 +74,13 @@ class Pool:
         device: Where to run; the sources' modules are moved there.
 
     Attributes:
+        parts: The sources, cut; `smaller` has by shape those for smaller images that a search asked for.
+        calibration: What they gave of the calibration images; None: nothing yet.
+        latencies: Of each part's pieces, in milliseconds, once they were measured.
+        remembered: What was read of the images that the last search chose by.
+        prepared: For `compose`: what compositions cost, with early exits and without.
         ranks: Who shares the passes over images.
+        seconds: What each step of the last search took.
 
     Raises:
         CutError: If a source cannot be cut or does not take such images.
@@ -127,13 +117,13 @@ class Pool:
                 )
         for part in self.parts:
             part.to(self.device)
-        self._smaller: dict[tuple[int, int, int], list[Segmented]] = {}
+        self.smaller: dict[tuple[int, int, int], list[Segmented]] = {}
         self.calibration: Calibration | None = None
-        self._latencies: list[list[float]] | None = None
+        self.latencies: list[list[float]] | None = None
         self.ranks: Ranks = ALONE
         self._in_search = threading.Lock()
-        self._remembered = Remembered()
-        self.prepared: dict[bool, CompositionCosts] = {}  # for `compose`, with early exits and without
+        self.remembered = Remembered()
+        self.prepared: dict[bool, CompositionCosts] = {}
 
     @classmethod
     def prepare(
@@ -278,10 +268,10 @@ class Pool:
             self._whole_calibration()
         with self._one_search(), Answers() if settings.journal is None else Journal(settings.journal) as journal:
             self.seconds = {"cut": self._cutting_seconds}
-            costs, smaller = self._costs(settings)
+            steps = SearchSteps(self, settings, num_classes=num_classes, journal=journal, progress=progress)
+            costs, smaller = steps.costs()
             journal.agree(search_identity(self.parts, self.settings, settings, self.device))
-            limits = settings.limits.of_all_images
-            self._time_pieces(costs, smaller, settings.limits.of_static, journal)
+            steps.time_pieces(costs, smaller)
             settings.limits.warn_of_uncounted({part.name: part.graph.uncounted for part in self.parts})
             if calibration is not None:
                 self._calibrate(calibration, journal, progress, groups)
@@ -291,12 +281,12 @@ class Pool:
                 whole.sources,
                 self.settings,
                 costs=costs,
-                budget=limits,
+                budget=settings.limits.of_all_images,
                 ridge=settings.ridge,
                 journal=journal,
                 time_limit=limit,
             )
-            candidates, stopped = self._compose(space, smaller, settings, progress)
+            candidates, stopped = steps.compose(space, smaller)
             if settings.heal:
                 with timed(self.seconds, "heal"):
                     healer = Healer(whole.sources, settings=self.settings, ridge=settings.ridge, journal=journal)
@@ -304,9 +294,9 @@ class Pool:
             if calibration is not None:
                 whole.release()
             with timed(self.seconds, "rank"):
-                ranked, num_labels = self._rank(candidates, selection, space, settings, num_classes, progress)
-            self._remembered.keep(keys_worth_keeping(ranked))
-            ranked = self._measure(ranked, settings.limits, journal, progress)
+                ranked, num_labels = steps.rank(candidates, selection, space)
+            self.remembered.keep(keys_worth_keeping(ranked))
+            ranked = steps.measure(ranked)
             return choose(
                 ranked,
                 settings.limits,
@@ -337,7 +327,7 @@ class Pool:
             self.all_parts,
             images,
             journal=journal or Answers(),
-            remembered=self._remembered,
+            remembered=self.remembered,
             ranks=self.ranks,
             on_batch=progress.advance,
         )
@@ -389,7 +379,7 @@ class Pool:
     @property
     def all_parts(self) -> list[Segmented]:
         """The sources for images of the pool's size, then those for smaller ones that a search asked for."""
-        return [*self.parts, *chain.from_iterable(self._smaller.values())]
+        return [*self.parts, *chain.from_iterable(self.smaller.values())]
 
     @property
     def graphs(self) -> dict[str, CutGraph]:
@@ -405,51 +395,6 @@ class Pool:
         finally:
             self._in_search.release()
 
-    def _costs(self, settings: SearchSettings) -> tuple[CompositionCosts, CompositionCosts | None]:
-        """What compositions cost, and sources on smaller images; refuses a budget that none can keep."""
-        exits = settings.exits and self.settings.until == "features" and settings.ranking != "cka_product"
-        longest = getattr(settings.strategy or Beam(), "max_fragments", 16)
-        with timed(self.seconds, "cut"):
-            costs = CompositionCosts(self.parts, bias=settings.bias, max_fragments=longest, early_exits=exits)
-            smaller = None
-            if exits and (parts := self._segment_smaller(settings.smaller_shapes(self.image_shape))):
-                smaller = CompositionCosts(parts, bias=settings.bias, max_fragments=1, early_exits=True)
-            costs.check(settings.limits.of_static, *([smaller] if smaller else []))
-        return costs, smaller
-
-    def _segment_smaller(self, shapes: Sequence[tuple[int, int, int]]) -> list[Segmented]:
-        """The sources for smaller images, those that take them; cut once."""
-        for shape in shapes:
-            if shape not in self._smaller:
-                self._smaller[shape] = []
-                for part in self.parts:
-                    if not part.source.preprocessing.fixed_size:
-                        with suppress(CutError):
-                            self._smaller[shape].append(segment(part.source, self.settings, shape, resize=True))
-                            self._smaller[shape][-1].to(self.device)
-        return self.all_parts[len(self.parts) :]
-
-    def _time_pieces(
-        self, costs: CompositionCosts, smaller: CompositionCosts | None, budget: Budget, journal: Answers
-    ) -> None:
-        """Measure how long the pieces take, where the budget limits that."""
-        if budget.max_latency_ms is None:
-            return
-        with timed(self.seconds, "measure"):
-
-            def recall(question: str, times: Callable[[], list[list[float]]]) -> list[list[float]]:
-                return self.ranks.of_first(lambda: list(journal.recall([question], lambda: Answer(times())).value))
-
-            def here() -> list[list[float]]:
-                return self._latencies or piece_latencies(self.parts, self.device)
-
-            self._latencies = recall("latencies of the pieces", here)
-            costs.time(self._latencies)
-            if smaller is not None:
-                question = "latencies of the pieces on smaller images"
-                smaller.time(recall(question, lambda: piece_latencies(smaller.parts, self.device)))
-            costs.check(budget, *([smaller] if smaller else []))
-
     def _calibrate(
         self, images: Iterable[Batch], journal: Answers, progress: Progress, groups: Sequence[Hashable] | None
     ) -> None:
@@ -462,74 +407,6 @@ class Pool:
             self.calibration = Calibration.of(
                 self.parts, read, self.settings, device=self.device, progress=progress, directory=journal.calibration
             )
-
-    def _compose(
-        self, space: SearchSpace, smaller: CompositionCosts | None, settings: SearchSettings, progress: Progress
-    ) -> tuple[list[Candidate], Stopped | None]:
-        """Sources, self-stitched, ended early or on smaller images, and StitchNets; and what ended the composing."""
-        with timed(self.seconds, "search"):
-            candidates, ends = unmodified(space), early_exits(space) if space.costs.early_exits else []
-            if smaller is not None:
-                ends += on_smaller_images(smaller.parts, smaller, settings.limits.of_all_images, before=self.parts)
-            progress.start("composing", settings.max_candidates)
-            proposed = islice((settings.strategy or Beam())(space), settings.max_candidates)
-            stopped = until_stopped(chain(self_stitched(space), counted(proposed, progress)), candidates)
-            # In this order: of equal scores the first one wins.
-            return sorted([*candidates, *ends], key=lambda c: get_args(Kind).index(c.kind)), stopped
-
-    def _rank(
-        self,
-        candidates: list[Candidate],
-        selection: Iterable[Batch],
-        space: SearchSpace,
-        settings: SearchSettings,
-        num_classes: int | None,
-        progress: Progress,
-    ) -> tuple[list[Ranked], int]:
-        """Run candidates over the selection images and rank them, best first; and how many labels that used."""
-        progress.start("ranking", num_images(selection))
-        labels: list[Tensor] = []
-        images = read_images(check_batch_labels(selection, num_classes), self.image_shape, self.device, labels)
-        options: dict[str, Any] = {"num_classes": num_classes, "seed": self.settings.seed}
-
-        def judge(candidates: Sequence[Candidate], outcomes: Sequence[Outcome], **more: Any) -> list[Ranked]:
-            targets = torch.cat(labels) if labels else None
-            return rank_all(candidates, outcomes, targets, self.all_parts, settings, **options, **more)
-
-        going, outcomes = outcomes_in_rounds(
-            candidates,
-            self.all_parts,
-            images,
-            num_images(selection),
-            partial(judge, compounds=False, rejected=Counter()) if isinstance(settings.ranking, str) else None,
-            labels=labels,
-            journal=space.journal,
-            remembered=self._remembered,
-            rejected=space.rejected,
-            ranks=self.ranks,
-            on_batch=progress.advance,
-        )
-        ranked = judge(going, outcomes, compounds=space.costs.early_exits, rejected=space.rejected)
-        return ranked, sum(map(len, labels))
-
-    def _measure(self, ranked: list[Ranked], budget: Budget, journal: Answers, progress: Progress) -> list[Ranked]:
-        """The same, assembled and measured in what the budget limits and only an assembled network shows."""
-
-        def activation_bytes(candidate: Candidate) -> float:
-            return network_activation_bytes(self.assemble(candidate), self.image_shape)
-
-        def latency(candidate: Candidate) -> float:
-            def measure() -> Answer:
-                return Answer(network_latency(self.assemble(candidate).fused(), self.image_shape, self.device))
-
-            return self.ranks.of_first(lambda: float(journal.recall(["latency", candidate.key], measure).value))
-
-        meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
-        meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
-        if not meters:
-            return ranked
-        with timed(self.seconds, "measure"):
-            return measure_candidates(ranked, budget, meters, progress)
 
     def _whole_calibration(self) -> Calibration:
         if self.calibration is None or not self.calibration.is_whole:

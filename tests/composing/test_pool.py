@@ -445,7 +445,7 @@ def test_images_that_chose_are_not_run_again_for_what_some_budget_would_choose()
     assert seen
     for hook in hooks:
         hook.remove()
-    pool._remembered.keep([])
+    pool.remembered.keep([])
     fresh, _ = pool.outcomes(candidates, [torch.cat([images.flip(0)[:7], images[:3]])], progress=Silent())
     for one, other in zip(again, fresh, strict=True):
         torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)

@@ -55,7 +55,6 @@ def test_a_source_is_read_at_the_end_of_each_block_and_at_its_own(pool: Pool, re
         assert [fragment.end for fragment in recipe.fragments] == [*(cut.name for cut in part.cuts), part.end]
         assert len(recipe.runs) == 1
         assert recipe.is_chain
-        assert not recipe.reads_last
         expected = []
         for cut in part.cuts:
             x = outputs(part.graph.fragment(None, cut.name), part.preprocess(PROBES))
