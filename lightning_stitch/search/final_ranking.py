@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import NEED_LABELS
+from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.search.results import Ranked, draw_rows, in_order, rank
 from lightning_stitch.search.sides import side_by_side
 from lightning_stitch.search.staging import staged
@@ -27,6 +28,7 @@ def rank_all(
     seed: int,
     compounds: bool,
     rejected: Counter[str],
+    ranks: Ranks = ALONE,
 ) -> list[Ranked]:
     """Candidates, some of them side by side or as stages where labels allow it, best first.
 
@@ -40,13 +42,20 @@ def rank_all(
         seed: Draws the images that the ranking goes by, where there are many.
         compounds: Whether candidates may be joined.
         rejected: Counts those that cannot be ranked.
+        ranks: Who shares the judging.
 
     Raises:
         CalibrationError: If a source overflows on the images.
     """
     outcomes, labels = draw_rows(outcomes, labels, seed)
     ranked, looked_at = rank(
-        candidates, outcomes, labels, ranking=settings.ranking, num_classes=num_classes, rejected=rejected
+        candidates,
+        outcomes,
+        labels,
+        ranking=settings.ranking,
+        num_classes=num_classes,
+        rejected=rejected,
+        ranks=ranks,
     )
     if labels is None or settings.ranking not in ("auto", *NEED_LABELS) or not compounds:
         return ranked

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +28,24 @@ from lightning_stitch.heads import (
 )
 from lightning_stitch.maths import block_gram, centre_gram, centre_rows, cka_of_grams, loo_ridge_of_gram, r2
 from lightning_stitch.search.evaluation import Outcome
+from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.stitching import Batch, Candidate
 
 _REFERENCE_DIRECTIONS = 64  # of three networks' 3,840 features they hold nine tenths; more order no differently
 MAX_ROWS = 1024
 """Most images that a ranking goes by, drawn by seed: leave-one-out of so many takes a quarter of a second."""
+
+
+class Judgement(NamedTuple):
+    """What a ranking says of one candidate: its scores, and each image's squared error and loss (images,).
+
+    Errors are shares of the targets' variance: their sum is 1 - R2. Losses are those by which stages are judged
+    (`scores_of_predictions`); of targets that are no classes the same as the errors.
+    """
+
+    scores: dict[str, float]
+    errors: Tensor
+    losses: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,10 +59,9 @@ class SelectionData:
         last_sources: For each candidate the name of the source that its first way ends in.
         sources: What each source, unmodified, gave of the same images, by name.
         num_classes: Number of classes, labels or numbers; None without targets.
-        errors: Where a ranking leaves, by a candidate's number, each image's squared error (images,) when it is left
-            out, as a share of the targets' variance: their sum is 1 - R2.
-        losses: Likewise the loss by which stages are judged (`scores_of_predictions`); of targets that are no classes
-            the same as `errors`.
+        ranks: Who shares the judging.
+        errors: Where a ranking leaves, by a candidate's number, its errors on images left out (`Judgement`).
+        losses: Likewise its losses.
     """
 
     outcomes: Sequence[Outcome]
@@ -56,6 +69,7 @@ class SelectionData:
     last_sources: Sequence[str]
     sources: Mapping[str, Outcome]
     num_classes: int | None
+    ranks: Ranks = ALONE
     errors: dict[int, Tensor] = field(default_factory=dict, repr=False)
     losses: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -69,9 +83,22 @@ class SelectionData:
         """For each candidate the features that its last source, unmodified, gives."""
         return [self.sources[name].features for name in self.last_sources]
 
-    def grams(self) -> Iterator[tuple[int, Tensor]]:
-        """Each candidate's number with its readout's Gram matrix, in an order in which few are held at once."""
-        return grams_of(self.outcomes)
+    def judge(self, score: Callable[[int, Tensor], Judgement]) -> list[dict[str, float]]:
+        """What is said of each candidate by its number and its readout's Gram matrix; notes errors and losses.
+
+        Those that begin alike are judged in a row, so that few matrices are held at once.
+        """
+        numbers = in_order_of_taps(self.outcomes)
+
+        def judge_some(some: Sequence[int]) -> list[Judgement]:
+            grams = grams_of([self.outcomes[number] for number in some])
+            return [score(some[place], gram) for place, gram in grams]
+
+        scores: dict[int, dict[str, float]] = {}
+        for number, judgement in zip(numbers, self.ranks.share(numbers, judge_some), strict=True):
+            scores[number] = judgement.scores
+            self.errors[number], self.losses[number] = judgement.errors, judgement.losses
+        return [scores[number] for number in range(len(self.outcomes))]
 
     @cached_property
     def source_grams(self) -> dict[str, Tensor]:
@@ -114,10 +141,15 @@ Ranking = Callable[[Sequence[Candidate], SelectionData], Sequence[Mapping[str, f
 """Gives each candidate's scores by name; the first name decides, the others break ties; more is better."""
 
 
+def in_order_of_taps(outcomes: Sequence[Outcome]) -> list[int]:
+    """The numbers of outcomes, those whose taps begin alike in a row."""
+    return sorted(range(len(outcomes)), key=lambda number: outcomes[number].keys)
+
+
 def grams_of(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, Tensor]]:
     """The number and the Gram matrix (images x images, float64) of each outcome, those that begin alike in a row."""
     sums: list[tuple[str, Tensor]] = []  # of the taps so far
-    for number in sorted(range(len(outcomes)), key=lambda number: outcomes[number].keys):
+    for number in in_order_of_taps(outcomes):
         outcome = outcomes[number]
         if outcome.blocks is None:
             x = outcome.features.double()
@@ -161,10 +193,7 @@ def by_loo_soft_r2(candidates: Sequence[Candidate], selection: SelectionData) ->
     favours the sources a little, whose own words they are. Numbers are standardised, and softened likewise; for them
     and for several labels R2 alone breaks ties.
     """
-    scores: dict[int, dict[str, float]] = {}
-    for number, gram in selection.grams():
-        scores[number], selection.errors[number], selection.losses[number] = soft_scores(gram, selection)
-    return [scores[number] for number in range(len(candidates))]
+    return selection.judge(lambda _, gram: soft_scores(gram, selection))
 
 
 def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:
@@ -172,26 +201,23 @@ def by_loo_r2(candidates: Sequence[Candidate], selection: SelectionData) -> list
 
     Accuracy counts on which side of a boundary an image falls; this counts how far, and needs no temperature.
     """
-    scores: dict[int, dict[str, float]] = {}
-    for number, gram in selection.grams():
-        scores[number], selection.errors[number], selection.losses[number] = label_scores(gram, selection)
-    return [scores[number] for number in range(len(candidates))]
+    return selection.judge(lambda _, gram: label_scores(gram, selection))
 
 
-def soft_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The scores of `by_loo_soft_r2` of one readout, and each image's squared error and loss (images,)."""
+def soft_scores(gram: Tensor, selection: SelectionData) -> Judgement:
+    """What `by_loo_soft_r2` says of one readout."""
     predictions, softened = predict_left_out(gram, selection.columns, selection.softened)
     errors = squared_errors(softened, selection.softened)
     scores, losses = scores_of_predictions(predictions, selection)
-    return {"loo_soft_r2": 1 - float(errors.sum()), **scores}, errors, errors if losses is None else losses
+    return Judgement({"loo_soft_r2": 1 - float(errors.sum()), **scores}, errors, errors if losses is None else losses)
 
 
-def label_scores(gram: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The scores of `by_loo_r2` of one readout, and each image's squared error and loss (images,)."""
+def label_scores(gram: Tensor, selection: SelectionData) -> Judgement:
+    """What `by_loo_r2` says of one readout."""
     (predictions,) = predict_left_out(gram, selection.columns)
     errors = squared_errors(predictions, selection.columns)
     scores, losses = scores_of_predictions(predictions, selection)
-    return scores, errors, errors if losses is None else losses
+    return Judgement(scores, errors, errors if losses is None else losses)
 
 
 def scores_of_predictions(predictions: Tensor, selection: SelectionData) -> tuple[dict[str, float], Tensor | None]:
@@ -231,17 +257,19 @@ def by_consensus(candidates: Sequence[Candidate], selection: SelectionData) -> l
     """
     sources = selection.source_grams
     reference = _reference(sources)
-    scores: dict[int, dict[str, float]] = {}
-    for number, gram in selection.grams():
+
+    def score(number: int, gram: Tensor) -> Judgement:
         with _naming(sources):
             (predictions,) = predict_left_out(gram, reference)
-        selection.errors[number] = squared_errors(predictions, reference)
-        last = selection.last_sources[number]
+        last, errors = selection.last_sources[number], squared_errors(predictions, reference)
         with _naming([last]):
             agreement = float(cka_of_grams(gram, sources[last]))
-        scores[number] = {"consensus": 1 - float(selection.errors[number].sum()), "agreement": agreement}
-    best = max((scores[n]["consensus"] for n, c in enumerate(candidates) if c.kind == "source"), default=math.inf)
-    return [{**scores[n], "consensus": min(scores[n]["consensus"], best)} for n in range(len(candidates))]
+        return Judgement({"consensus": 1 - float(errors.sum()), "agreement": agreement}, errors, errors)
+
+    scores = selection.judge(score)
+    pairs = list(zip(candidates, scores, strict=True))
+    best = max((found["consensus"] for candidate, found in pairs if candidate.kind == "source"), default=math.inf)
+    return [{**found, "consensus": min(found["consensus"], best)} for found in scores]
 
 
 def by_cka_product(candidates: Sequence[Candidate], selection: SelectionData) -> list[dict[str, float]]:

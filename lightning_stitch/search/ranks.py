@@ -1,8 +1,8 @@
-"""Processes that search together: each runs its share of the images, and all get what all found.
+"""Processes that search together: each does its share of the work, and all get what all found.
 
-Every rank is given the same images and proposes the same candidates; only what runs over images is divided. Before each
-exchange ranks tell each other whether one has failed, so that its own words end all of them at their next meeting,
-and none waits for one that is gone.
+Every rank is given the same images and proposes the same candidates; the passes over images, and the judging of what
+they gave, are divided. Before each exchange ranks tell each other whether one has failed, so that its own words end all
+of them at their next meeting, and none waits for one that is gone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from lightning_stitch.errors import StitchError, first_lines
+from lightning_stitch.errors import CalibrationError, StitchError, first_lines
 from lightning_stitch.io import key_of
 
 _Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 
 class OtherRankFailed(StitchError):
@@ -50,6 +51,13 @@ class Ranks:
     def gather(self, own: Tensor, num_rows: Sequence[int]) -> list[Tensor]:
         """Every rank's rows (num_rows[rank] x width), own ones among them."""
         return [own]
+
+    def share(self, items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[_Value]]) -> list[_Value]:
+        """What work gives for each item, the same for all ranks; each does some in a row.
+
+        A CalibrationError of one rank's share is raised by all.
+        """
+        return list(work(items))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -87,6 +95,21 @@ class DistributedRanks(Ranks):
         parts = [torch.empty_like(padded) for _ in num_rows]
         distributed.all_gather(parts, padded)
         return [part[:count].to(own.device) for part, count in zip(parts, num_rows, strict=True)]
+
+    def share(self, items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[_Value]]) -> list[_Value]:
+        """As in `Ranks`; a meeting."""
+        first, last = (len(items) * rank // self.count for rank in (self.index, self.index + 1))
+        own: list[_Value] | CalibrationError
+        try:
+            own = list(work(items[first:last]))
+        except CalibrationError as error:
+            own = error
+        results: list[_Value] = []
+        for part in self._meet(own):
+            if isinstance(part, CalibrationError):
+                raise part
+            results += part
+        return results
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from lightning_stitch.heads import count_of
 from lightning_stitch.progress import Progress
 from lightning_stitch.search.evaluation import Outcome
 from lightning_stitch.search.ranking import MAX_ROWS, Ranking, SelectionData, find_ranking
+from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.search.records import cells_of, html_of, records_of
 from lightning_stitch.search.stopping import Stopped
 from lightning_stitch.stitching import Candidate, Kind
@@ -242,11 +243,13 @@ def rank(
     ranking: str | Ranking,
     num_classes: int | None,
     rejected: Counter[str],
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Ranked], SelectionData]:
     """Candidates, every source as it is among them, by what they gave on the selection images, best first.
 
     Those whose features tell no images apart are left out and counted in `rejected`. `labels` are the targets
-    (`SelectionData`); `num_classes` None: as many as they say. Gives, too, what the ranking looked at.
+    (`SelectionData`); `num_classes` None: as many as they say. `ranks` share the judging. Gives, too, what the ranking
+    looked at.
 
     Raises:
         CalibrationError: If a source overflows on the selection images.
@@ -269,6 +272,7 @@ def rank(
         last_sources=[_last_source(c) for c, _ in usable],
         sources={_last_source(c): outcome for c, outcome in pairs if c.kind == "source"},
         num_classes=num_classes if num_classes is not None or labels is None else count_of(labels),
+        ranks=ranks,
     )
     scores = find_ranking(ranking, labelled=labels is not None)([c for c, _ in usable], selection)
     ranked = []

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice, takewhile
 
 import torch
+from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
-from lightning_stitch.search.ranking import SelectionData, gram_of_taps, label_scores, soft_scores
+from lightning_stitch.search.ranking import Judgement, SelectionData, gram_of_taps, label_scores, soft_scores
 from lightning_stitch.search.results import Ranked, pick, rank_one
 from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
 
@@ -47,30 +49,40 @@ def side_by_side(
     allowed = [r for r in ranked if r.candidate.kind != "self-stitched" and budget.allows(r.candidate.cost)]
     if not allowed or allowed[0].errors is None:
         return []
-    best, chosen = pick(allowed, dataclasses.replace(budget, min_score=None)), []
+    best = pick(allowed, dataclasses.replace(budget, min_score=None))
     score = soft_scores if "loo_soft_r2" in best.scores else label_scores
-    outcome, base = outcomes[best.candidate.key], None
+    outcome, chosen = outcomes[best.candidate.key], list[Ranked]()
     for _ in range(max_roots - 1):
-        trials = []
+        joined: list[tuple[Candidate, Outcome]] = []
         for addition in _additions(allowed, best.candidate):
             candidate = join(best.candidate, addition.candidate, parts)
-            if candidate is None or not budget.allows(candidate.cost):
-                continue
-            joint = join_outcomes(outcome, outcomes[addition.candidate.key], candidate)
-            if base is None:
-                base = gram_of_taps(joint, outcome.keys)
-            scores, errors, losses = score(base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), selection)
-            trials.append((rank_one(candidate, scores, joint, errors, losses), joint))
+            if candidate is not None and budget.allows(candidate.cost):
+                joined.append((candidate, join_outcomes(outcome, outcomes[addition.candidate.key], candidate)))
+        joints = [joint for _, joint in joined]
+        if not joints:
+            break
+        base = gram_of_taps(joints[0], outcome.keys)
+        judge = partial(_judge_joints, base=base, known=outcome.keys, score=partial(score, selection=selection))
+        judgements = selection.ranks.share(joints, judge)
+        trials = [
+            (rank_one(candidate, judged.scores, joint, judged.errors, judged.losses), joint)
+            for (candidate, joint), judged in zip(joined, judgements, strict=True)
+        ]
         worth = [(r, joint) for r, joint in trials if r.gain_over(best)[0] > r.gain_over(best)[1]]
         if not worth:
             break
         first = max((r for r, _ in worth), key=lambda r: r.gain_over(best)[0])
         alike = [(r, joint) for r, joint in worth if first.gain_over(r)[0] <= first.gain_over(r)[1]]
-        best, joint = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
-        assert base is not None
-        base, outcome = base + gram_of_taps(joint, {*joint.keys} - {*outcome.keys}), joint
+        best, outcome = min(alike, key=lambda pair: pair[0].candidate.cost.macs)
         chosen.append(best)
     return chosen
+
+
+def _judge_joints(
+    joints: Sequence[Outcome], *, base: Tensor, known: Sequence[str], score: Callable[[Tensor], Judgement]
+) -> list[Judgement]:
+    """What is said of readouts that have more taps than those that are known, whose Gram matrix is `base`."""
+    return [score(base + gram_of_taps(joint, {*joint.keys} - {*known})) for joint in joints]
 
 
 def _additions(ranked: Sequence[Ranked], chosen: Candidate) -> list[Ranked]:

@@ -243,18 +243,18 @@ class FragmentSearch(pl.Callback):
             return
         if isinstance(pl_module, StitchedClassifier):
             pl_module.check_stage(stage)
+        ranks = _ranks_of(trainer)
         # The first rank of each node fetches before the others.
-        if trainer.local_rank != 0:
-            trainer.strategy.barrier("sources")
-        self._prepare(trainer, place, lambda: data.image_shape)
-        if trainer.local_rank == 0:
-            trainer.strategy.barrier("sources")
-        assert self._fetched is not None
-        settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
-        sources = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
+        for is_turn in (trainer.local_rank == 0, trainer.local_rank != 0):
+            with ranks.together():
+                if is_turn:
+                    self._prepare(trainer, place, lambda: data.image_shape)
+                    assert self._fetched is not None
+                    settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
+                    sources = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         show = trainer.progress_bar_callback is not None and trainer.is_global_zero
         with isolate_rng(), Bar() if show else Silent() as progress:
-            result = self._search(trainer, place, data, sources, progress)
+            result = self._search(trainer, place, data, sources, ranks, progress)
         self._fetched = self._usable = None
         self._directory = report_search(trainer, self, result)
 
@@ -344,13 +344,13 @@ class FragmentSearch(pl.Callback):
         place: Place,
         data: CalibrationDataModule,
         sources: list[Source],
+        ranks: Ranks,
         progress: Progress,
     ) -> SearchResult:
         head = place.head_settings
         settings_of_pool = without_strangers(self.settings_until(head.until), [source.name for source in sources])
         if self.chooses_readout:
             settings_of_pool = replace(settings_of_pool, readout=place.readout)
-        ranks = _ranks_of(trainer)
         with ranks.together():
             result = self._find(trainer, place, data, sources, settings_of_pool, ranks, progress)
         place.agree(trainer.strategy)

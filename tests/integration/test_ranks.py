@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from doubles.fragment_searches import digits, search, trainer
+from doubles.small_sources import donor, write_local
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from lightning_stitch import Budget, StitchedClassifier
@@ -32,6 +33,52 @@ def test_a_network_that_differs_from_rank_zeros_only_in_its_latency_is_kept(tmp_
     torch.testing.assert_close(second.state_dict(), own.state_dict(), rtol=0, atol=0)
 
 
+FAILING = """
+import os, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from lightning_stitch import Beam, StitchedClassifier
+from doubles.fragment_searches import SOURCES, digits, search, trainer
+
+IS_SECOND = os.environ.get("LOCAL_RANK") == "1"
+
+@dataclass(frozen=True)
+class Full(Beam):
+    def __call__(self, space):
+        if IS_SECOND:
+            raise OSError("the disk of the second rank is full")
+        return super().__call__(space)
+
+if __name__ == "__main__":
+    options = {"strategy": Full()}
+    if sys.argv[3] == "loading":
+        options = {"sources": [*SOURCES, "local-dir:" + sys.argv[1] + ("/nothing" if IS_SECOND else "/source")]}
+    run = trainer(Path(sys.argv[1]), search(**options), strategy="ddp", devices=2)
+    try:
+        run.fit(StitchedClassifier(num_classes=3), digits())
+    except Exception as error:
+        Path(sys.argv[1], f"error{run.global_rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["loading", "composing"])
+def test_where_one_rank_fails_the_other_says_so_in_its_words_and_does_not_wait(tmp_path: Path, when: str) -> None:
+    write_local(donor("test_vit"), tmp_path / "source")
+    script = tmp_path / "fit.py"
+    script.write_text(FAILING)
+    command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parents[1]), when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    told = (tmp_path / "error0.txt").read_text()
+    assert told.startswith("OtherRankFailed: Rank 1 of 2 failed, and with it this one.")
+    words = "the disk of the second rank is full" if when == "composing" else str(tmp_path / "nothing")
+    assert words in told
+    assert "Connection closed by peer" not in told
+
+
 SCRIPT = """
 import json, os, sys
 import torch
@@ -39,6 +86,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from lightning_stitch import Budget, StitchedClassifier
 from doubles.fragment_searches import digits, search, trainer
+from doubles.small_sources import donor, write_local
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
