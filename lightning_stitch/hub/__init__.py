@@ -6,6 +6,7 @@ In reading order:
 - `picture.py`: the composition drawn, with matplotlib
 - `card.py`: README.md with metadata that the hub reads; `CardDetails` is what the author says
 - `saving.py`: write config.json, model.safetensors and the card
+- `structure.py`: what fragments did when they were saved, node by node, and what they do now
 - `loading.py`: read them, from whomever they come
 - `repository.py`: a hub repository to write to: what it holds, one commit, errors in words that help
 - `publishing.py`: `publish`: check, write, load again and compare, then upload
@@ -13,7 +14,8 @@ In reading order:
 **Loading checks**, whoever wrote the folder: the size (before a download) and sha256 of the weights, and every tensor
 against the recipe, whose structure is built without memory. Fields that this version does not know and other formats
 are refused. A `python:` source needs `trust_factory=True`, which runs its code. A live module cannot be saved; the
-error offers `export`. A stranger's recipe can still take long to build; Ctrl-C ends it.
+error offers `export`. A stranger's recipe can still take long to build; Ctrl-C ends it. Folders and checkpoints say
+what their fragments do: where a source's code does something else by now, a warning names the node and the versions.
 
 **Publishing checks** licences, your credentials, a README.md that is there (`existing_card=`), the visibility asked
 for, and that the saved folder gives the same outputs. `PublishAfterFit` checks all but the last before it trains.

@@ -4,6 +4,7 @@ from .picture import can_draw, composition_figure
 from .publishing import check_destination, check_publishable, publish
 from .repository import ExistingCard, HubRepository, Publication
 from .saving import check_free, save_folder
+from .structure import structure_of, warn_of_changes
 
 __all__ = [
     "CardDetails",
@@ -20,4 +21,6 @@ __all__ = [
     "open_pretrained",
     "publish",
     "save_folder",
+    "structure_of",
+    "warn_of_changes",
 ]

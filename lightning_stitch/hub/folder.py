@@ -21,7 +21,7 @@ CARD, PICTURE = "README.md", "composition.png"
 
 # Another file than the one that is there, so that a folder is written over by one rename, that of its config.
 WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
-_KEYS = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "versions"}
+_KEYS = {"format", "kind", "recipe", "head", "task", "num_classes", "class_names", "weights", "nodes", "versions"}
 
 
 def read_config(path: Path, where: str) -> tuple[dict[str, Any], Recipe]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, SourceError, StitchError, first_lines
 from lightning_stitch.hub.folder import BUILDERS, read_config, tensors_of
+from lightning_stitch.hub.structure import warn_of_changes
 from lightning_stitch.io import (
     CONFIG,
     LARGEST_CONFIG,
@@ -72,6 +73,7 @@ class PretrainedFolder:
                 f"The structure that {self.where!r} asks for cannot be built: {first_lines(error)}"
             ) from error
         self._fill(parts, numbers)
+        warn_of_changes(self.config, parts.get_submodule("network"), repr(self.where))
         return parts.eval()
 
     def _read_weights(self, weights: Path) -> dict[str, Tensor]:

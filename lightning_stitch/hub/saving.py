@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.errors import RecipeError, StitchError, require_text
 from lightning_stitch.hub.card import CardDetails, CardSubject, write_card
 from lightning_stitch.hub.folder import (
     ARCHITECTURE,
-    BUILDERS,
     CARD,
     FORMAT,
     PICTURE,
@@ -25,7 +24,8 @@ from lightning_stitch.hub.folder import (
     public_recipe,
     tensors_of,
 )
-from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, WRITING_MEND, sha256_of, versions, write_json
+from lightning_stitch.hub.structure import structure_of
+from lightning_stitch.io import CONFIG, UNFINISHED, WEIGHTS, WRITING_MEND, sha256_of, write_json
 from lightning_stitch.recipe import Recipe
 
 
@@ -44,6 +44,7 @@ def check_rebuildable(recipe: Recipe) -> None:
 def check_free(directory: str | Path, *, overwrite: bool) -> Path:
     """A folder to save in, which may not be there yet; a StitchError where it is a file or holds a network already."""
     folder = Path(directory).expanduser()
+    require_text([str(folder)], "The folder")
     if folder.exists() and not folder.is_dir():
         raise StitchError(f"{folder} is a file; a stitched network is saved in a folder.")
     present = [file for file in (CONFIG, WEIGHTS, CARD, PICTURE) if os.path.lexists(folder / file)]
@@ -90,7 +91,7 @@ def save_folder(
             "recipe": public_recipe(subject.recipe),
             **(task or {}),
             "weights": facts,
-            "versions": versions(*BUILDERS),
+            **structure_of(parts["network"]),
         }
         write_json(config, _config(entry, subject.recipe.input_size, num_outputs))
         os.replace(weights, folder / file)

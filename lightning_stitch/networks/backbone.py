@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch.errors import RecipeError, StitchError
+from lightning_stitch.hub import structure_of, warn_of_changes
 from lightning_stitch.networks.network import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 
@@ -129,6 +130,7 @@ class StitchedBackbone(nn.Module):
         return {
             "format": _FORMAT,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            **({} if self.network is None else structure_of(self.network)),
             "num_features": self._width,
             "projected": self.projection is not None,
             "mean": self.mean.flatten().tolist(),
@@ -156,6 +158,7 @@ class StitchedBackbone(nn.Module):
         if (self.recipe, self.projection is not None) == (recipe, state["projected"]):
             return False
         network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
+        warn_of_changes(state, network, "this checkpoint's StitchedBackbone")
         self.install(network, nn.Linear(network.num_features, self.num_features) if state["projected"] else None)
         return True
 

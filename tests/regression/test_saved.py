@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -45,13 +46,48 @@ def assert_as_then(classifier: StitchedClassifier, make: ModuleType, expected: d
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=0, atol=0.01)
 
 
+@pytest.mark.filterwarnings("error:Fragment")
 def test_a_saved_folder(make: ModuleType, expected: dict[str, Any]) -> None:
     assert_as_then(StitchedClassifier.from_pretrained(SAVED / "classifier"), make, expected)
 
 
+@pytest.mark.filterwarnings("error:Fragment")
 def test_a_lightning_checkpoint(make: ModuleType, expected: dict[str, Any]) -> None:
     loaded = StitchedClassifier.load_from_checkpoint(SAVED / "classifier.ckpt", weights_only=True)
     assert_as_then(loaded, make, expected)
+
+
+def renamed(nodes: list[list[str]]) -> list[list[str]]:
+    """What fragments would say of themselves whose source called its first norm by another name then."""
+    return [[name.replace("norm1", "norm_before") for name in fragment] for fragment in nodes]
+
+
+def test_a_source_whose_code_has_become_another_is_told_with_the_versions(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SAVED / "classifier", tmp_path / "classifier"))
+    config = json.loads((folder / "config.json").read_text())
+    config["lightning_stitch"]["nodes"] = renamed(config["lightning_stitch"]["nodes"])
+    config["lightning_stitch"]["versions"]["timm"] = "0.9.16"
+    (folder / "config.json").write_text(json.dumps(config))
+    words = r"Fragment \d of '.*' does something .* was 'blocks.0.norm_before.weight' and is 'blocks.0.norm1.weight'"
+    with pytest.warns(UserWarning, match=words) as told:
+        StitchedClassifier.from_pretrained(folder)
+    assert 'timm: "0.9.16" there' in str(told[0].message)
+
+    checkpoint = torch.load(SAVED / "classifier.ckpt", weights_only=True)
+    checkpoint["lightning_stitch"]["nodes"] = renamed(checkpoint["lightning_stitch"]["nodes"])
+    torch.save(checkpoint, tmp_path / "classifier.ckpt")
+    with pytest.warns(UserWarning, match="of this checkpoint does something else"):
+        StitchedClassifier.load_from_checkpoint(tmp_path / "classifier.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("nonsense", [None, 3, {"nodes": 3}, {"nodes": [3, None]}, {"nodes": [[3] * 9], "versions": 3}])
+def test_what_says_nothing_of_fragments_does_not_keep_a_checkpoint_from_loading(nonsense: Any, tmp_path: Path) -> None:
+    checkpoint = torch.load(SAVED / "classifier.ckpt", weights_only=True)
+    checkpoint["lightning_stitch"] = nonsense
+    torch.save(checkpoint, tmp_path / "classifier.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        StitchedClassifier.load_from_checkpoint(tmp_path / "classifier.ckpt", weights_only=True)
 
 
 def test_a_journal_of_a_search_that_goes_on(make: ModuleType, expected: dict[str, Any], tmp_path: Path) -> None:
