@@ -47,6 +47,7 @@ def plot_methods(rows: Sequence[Record], path: str | Path) -> Path:
     low, high = min(row["flops"] for row in rows), max(row["flops"] for row in rows)
     wider = max(1.5, math.sqrt(30 * low / high))
     panels[0].set_xscale("log")  # of all, which share it
+    panels[0].xaxis.set_major_formatter(import_module("matplotlib.ticker").LogFormatter())
     panels[0].set_xlim(low / wider, high * wider)
     for axes, labels in zip(panels, counts, strict=True):
         for index, method in enumerate(methods):

@@ -93,6 +93,10 @@ def _candidates(record: Record) -> Any:
         axes.axvline(limit / 1e6, color=_GREY, ls="--", lw=1)
         axes.annotate(" budget", (limit / 1e6, 0.02), xycoords=("data", "axes fraction"), color=_GREY, fontsize=9)
     axes.set_xscale("log")
+    # Not its kin that writes formulas, whose parser keeps alive what called it: a Trainer, after a search.
+    formatter = import_module("matplotlib.ticker").LogFormatter
+    axes.xaxis.set_major_formatter(formatter())
+    axes.xaxis.set_minor_formatter(formatter())
     axes.set_xlabel("M MACs of an image" + (", on average" if any(row["mean_macs"] for row in rows) else ""))
     axes.set_ylabel(_in_words(score))
     axes.xaxis.label.set_color(_GREY)
