@@ -136,7 +136,8 @@ def with_head(pool: ls.Pool, candidate: Candidate, found: ls.Composition, person
     body = pool.assemble(candidate)
     with torch.no_grad():
         features = torch.cat([body(images) for images in person.images.split(4)])
-    head, _ = ls.fit_ridge_head(features, numbers(found, person), num_classes=len(found.classes))
+    targets, blocks = numbers(found, person), body.recipe.head_blocks  # each depth as loud as another
+    head, _ = ls.fit_ridge_head(features, targets, num_classes=len(found.classes), blocks=blocks)
     return nn.Sequential(body, head).eval()
 
 

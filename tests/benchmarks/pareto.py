@@ -48,7 +48,7 @@ def answers(pool: Pool, chosen: list[Ranked], train: DataLoader, test: DataLoade
     found = []
     with torch.no_grad():
         for one, other in zip(fitted, seen, strict=True):
-            head, _ = fit_ridge_head(one.features, labels, num_classes=num_classes)
+            head, _ = fit_ridge_head(one.features, labels, num_classes=num_classes, blocks=one.blocks)
             found.append((head(other.features).argmax(1) == targets).double())
     return found
 
