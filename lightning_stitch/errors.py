@@ -37,6 +37,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in difflib.get_close_matches(word, list(known), n=3, cutoff=0.0))
 
 
+def require_text(names: Iterable[str], what: str) -> None:
+    """Refuse names that cannot be written as UTF-8, as of files whose names are bytes in another encoding."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise StitchError(f"{what} {name!a} is no text: it cannot be written as UTF-8. Rename it.") from None
+
+
 def first_lines(error: BaseException) -> str:
     """The start of a long error; `load_state_dict` of a wrong file names hundreds of keys."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

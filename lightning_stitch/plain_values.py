@@ -45,6 +45,15 @@ def built(cls: type[_Part], fields: dict[str, Any]) -> _Part:
     return cls(**values)
 
 
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a plain value is one of a type hint's, lists standing for tuples."""
+    try:
+        _converted(value, hint)
+    except (_IllTyped, TypeError):
+        return False
+    return True
+
+
 class _IllTyped(Exception):
     """A value is not of the type that its field has."""
 

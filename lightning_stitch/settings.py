@@ -53,20 +53,35 @@ class CalibrationSettings:
         """Check the words and numbers."""
         if self.until not in ("features", "output"):
             raise StitchError(f"until must be 'features' or 'output'; found {self.until!r}.")
-        if isinstance(self.readout, str) and self.readout not in ("all", "last"):
+        per_source = self.granularity.values() if isinstance(self.granularity, Mapping) else [self.granularity]
+        if not all(_names_cuts(one, get_args(Granularity)) for one in per_source):
+            raise StitchError(
+                f"granularity must be one of {get_args(Granularity)}, a list of cut names, or a mapping from sources "
+                f"to these; found {self.granularity!r}."
+            )
+        if not _names_cuts(self.readout, ("all", "last")):
             raise StitchError(f"readout must be 'all', 'last' or a list of cut names; found {self.readout!r}.")
         if self.estimator not in get_args(Estimator):
             raise StitchError(f"estimator must be one of {get_args(Estimator)}; found {self.estimator!r}.")
         if self.keep_activations not in get_args(Keeping):
             raise StitchError(f"keep_activations must be one of {get_args(Keeping)}; found {self.keep_activations!r}.")
-        if self.rows_per_image < 1:
-            raise StitchError(f"rows_per_image must be at least 1; found {self.rows_per_image}.")
+        if not isinstance(self.rows_per_image, int) or self.rows_per_image < 1:
+            raise StitchError(f"rows_per_image must be an integer, at least 1; found {self.rows_per_image!r}.")
+        if not isinstance(self.seed, int):
+            raise StitchError(f"seed must be an integer; found {self.seed!r}.")
 
     def granularity_of(self, source: str) -> Granularity | Sequence[str]:
         """Which cuts of a source are offered."""
         if isinstance(self.granularity, Mapping):
             return self.granularity.get(source, "blocks")
         return self.granularity
+
+
+def _names_cuts(value: object, words: Sequence[str]) -> bool:
+    """Whether it is one of some words, or a list of names."""
+    if isinstance(value, str):
+        return value in words
+    return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from lightning_stitch.errors import CutError
 from lightning_stitch.io import Answer, Answers
 from lightning_stitch.progress import Progress, counted, num_images, timed
 from lightning_stitch.search import (
+    ALONE,
     Beam,
     CompositionCosts,
     Outcome,
@@ -93,7 +94,8 @@ class SearchSteps:
         with timed(pool.seconds, "measure"):
 
             def recall(question: str, times: Callable[[], list[list[float]]]) -> list[list[float]]:
-                answer = partial(self._journal.recall, [question], lambda: Answer(times()))
+                hint = tuple[tuple[float, ...], ...]
+                answer = partial(self._journal.recall, [question], lambda: Answer(times()), hint)
                 return pool.ranks.of_first(lambda: list(answer().value))
 
             def here() -> list[list[float]]:
@@ -124,9 +126,11 @@ class SearchSteps:
     ) -> tuple[list[Ranked], int]:
         """Run candidates over the selection images and rank them, best first; and how many labels that used."""
         pool, settings, labels = self._pool, self._settings, list[Tensor]()
+        # Where a time limit or other processors gave ranks other candidates, each goes on by itself.
+        ranks = pool.ranks if pool.ranks.agree([candidate.key for candidate in candidates]) else ALONE
         self._progress.start("ranking", num_images(selection))
         images = read_images(check_batch_labels(selection, self._num_classes), pool.image_shape, pool.device, labels)
-        options: dict[str, Any] = {"num_classes": self._num_classes, "seed": pool.settings.seed}
+        options: dict[str, Any] = {"num_classes": self._num_classes, "seed": pool.settings.seed, "ranks": ranks}
 
         def judge(candidates: Sequence[Candidate], outcomes: Sequence[Outcome], **more: Any) -> list[Ranked]:
             targets = torch.cat(labels) if labels else None
@@ -142,7 +146,7 @@ class SearchSteps:
             journal=self._journal,
             remembered=pool.remembered,
             rejected=space.rejected,
-            ranks=pool.ranks,
+            ranks=ranks,
             on_batch=self._progress.advance,
         )
         ranked = judge(going, outcomes, compounds=space.costs.early_exits, rejected=space.rejected)
@@ -159,7 +163,8 @@ class SearchSteps:
             def measure() -> Answer:
                 return Answer(network_latency(pool.assemble(candidate).fused(), pool.image_shape, pool.device))
 
-            return pool.ranks.of_first(lambda: float(self._journal.recall(["latency", candidate.key], measure).value))
+            answer = partial(self._journal.recall, ["latency", candidate.key], measure, float)
+            return pool.ranks.of_first(lambda: float(answer().value))
 
         meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}

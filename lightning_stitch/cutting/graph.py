@@ -71,10 +71,16 @@ class CutGraph:
         way: "symbolic", good for every input size; or "example", for networks whose Python looks at sizes.
 
     Raises:
-        CutError: If the network cannot be traced, does not accept that input size, or has no cut.
+        CutError: If the network cannot be traced, does not accept that input size, or has no cut; or if torch's default
+            dtype is not float32.
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
+        if torch.get_default_dtype() != torch.float32:
+            raise CutError(
+                f"Fragments, stitches and heads compute in float32, but torch's default dtype is "
+                f"{torch.get_default_dtype()}. Call torch.set_default_dtype(torch.float32) first."
+            )
         self._network = network
         self._num_prefix_tokens = int(getattr(network, "num_prefix_tokens", 0) or 0)
         self._trace(input_size)

@@ -16,7 +16,7 @@ from lightning_stitch.data.images import Items, image_of, spread, target_of
 from lightning_stitch.data.labels import count_classes, read_targets
 from lightning_stitch.data.origins import find_origins, find_wrapped
 from lightning_stitch.data.target_values import Label, TargetReader, TargetReaders, read_label
-from lightning_stitch.errors import CalibrationError
+from lightning_stitch.errors import CalibrationError, require_text
 
 
 def find_class_names(dataset: Any) -> list[str] | None:
@@ -46,6 +46,7 @@ def _names_at_bottom(dataset: Any) -> list[str] | None:
                 f"{dataset.root} has hidden or system folders among its classes: {list(filter(is_hidden, listed))}. "
                 f"Remove them, or give image_folder=, which leaves them out."
             )
+        require_text(listed, "The class name")
         return listed if len(set(listed)) == len(listed) else None
     wrapped = find_wrapped(dataset)
     if wrapped is None:

@@ -66,7 +66,7 @@ class HeadSettings:
             StitchError: If a name or option is unknown or does not fit the task, or a number is missing.
         """
         name, options = _name_and_options(head)
-        if task not in get_args(Task):
+        if not isinstance(task, str) or task not in get_args(Task):
             raise StitchError(f"task must be one of {get_args(Task)}; found {task!r}.")
         if task != "multiclass" and name == "class_map":
             raise StitchError(f"head={name!r} tells classes apart; for task={task!r} use 'ridge' or 'knn'.")
@@ -80,8 +80,9 @@ class HeadSettings:
         if count is None:
             what = "labels" if task == "multilabel" else "classes"
             raise StitchError(f"head={name!r} with task={task!r} needs num_classes=, the number of {what}.")
-        if count < (2 if task == "multiclass" else 1):
-            raise StitchError(f"num_classes must be at least {2 if task == 'multiclass' else 1}; found {count}.")
+        least = 2 if task == "multiclass" else 1
+        if not isinstance(count, int) or count < least:
+            raise StitchError(f"num_classes must be an integer, at least {least}; found {count!r}.")
         return cls(name, task, count, options)  # type: ignore[arg-type]
 
     @property
@@ -209,11 +210,11 @@ def fit_head(
 
 
 def _name_and_options(head: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    options = {"name": head} if isinstance(head, str) else dict(head)
+    options = dict(head) if isinstance(head, Mapping) else {"name": head}
     name = options.pop("name", None)
-    if name not in _OPTIONS:
+    if not isinstance(name, str) or name not in _OPTIONS:
         raise StitchError(f"head must be one of {HEADS}, or a mapping with such a 'name'; found {head!r}.")
-    unknown = sorted(set(options) - set(_OPTIONS[name]))
+    unknown = sorted(map(str, set(options) - set(_OPTIONS[name])))
     if unknown:
         raise StitchError(f"head={name!r} has no options {unknown}; it takes {list(_OPTIONS[name])}.")
     return name, {key: value for key, value in options.items() if value is not None}

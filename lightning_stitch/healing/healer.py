@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,16 @@ class Healer:
         """
         if len(candidate.steps) == 1:
             return candidate
-        answer = self.journal.recall(["healed", candidate.key], lambda: self._heal(candidate))
-        return candidate if answer.value is None else self._with_numbers(candidate, answer)
+        answer = self.journal.recall(["healed", candidate.key], lambda: self._heal(candidate), dict[str, Any] | None)
+        if answer.value is None:
+            return candidate
+        with self.journal.reading():
+            return self._with_numbers(candidate, answer)
 
     def explained(self, candidate: Candidate) -> float | None:
         """Held-out R2 of a candidate whose stitches have not seen those images; None where that cannot be had."""
         explained: float | None = self.journal.recall(
-            ["explained", candidate.key], lambda: Answer(self._explained(candidate))
+            ["explained", candidate.key], lambda: Answer(self._explained(candidate)), float | None
         ).value
         return explained
 

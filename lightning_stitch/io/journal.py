@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lightning_stitch.errors import JournalError
+from lightning_stitch.errors import JournalError, first_lines
 from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
+from lightning_stitch.plain_values import has_type
 
 SCHEMA_VERSION = 1
 _DATABASE = "journal.sqlite"
@@ -60,15 +61,23 @@ class Answers:
 
     calibration: Path | None = None
 
-    def recall(self, question: Sequence[Any], compute: Callable[[], Answer]) -> Answer:
-        """The answer to one question (its kind in a word, and plain values), computed where it is not remembered."""
-        return self.recall_all([question], lambda missing: [compute()])[0]
+    def recall(self, question: Sequence[Any], compute: Callable[[], Answer], hint: Any) -> Answer:
+        """The answer to one question (its kind in a word, and plain values), computed where it is not remembered.
+
+        `hint` is the type of the answer's value, lists standing for tuples.
+        """
+        return self.recall_all([question], lambda missing: [compute()], hint)[0]
 
     def recall_all(
-        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
+        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]], hint: Any
     ) -> list[Answer]:
         """The answers to several questions; `compute` gets the places of those that are not remembered, together."""
         return list(compute(range(len(questions))))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is done here with an answer's tensors fails only where they are not those that were recorded."""
+        yield
 
     def agree(self, entries: Mapping[str, Any]) -> None:
         """Remember what the search depends on, plain values by name, or find it unchanged."""
@@ -108,12 +117,12 @@ class Journal(Answers):
         self._database.close()
 
     def recall_all(
-        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]]
+        self, questions: Sequence[Sequence[Any]], compute: Callable[[Sequence[int]], Sequence[Answer]], hint: Any
     ) -> list[Answer]:
         """As in `Answers`; those that were computed are recorded."""
         keys = [key_of(*question) for question in questions]
         with self._errors_in_words():
-            answers = {key: answer for key in dict.fromkeys(keys) if (answer := self._find(key)) is not None}
+            answers = {key: answer for key in dict.fromkeys(keys) if (answer := self._find(key, hint)) is not None}
         missing = [place for place, key in enumerate(keys) if key not in answers]
         if missing:
             computed = compute(missing)
@@ -122,6 +131,14 @@ class Journal(Answers):
                     self._record(keys[place], questions[place][0], answer)
                     answers[keys[place]] = answer
         return [answers[key] for key in keys]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """As in `Answers`; there it is damage."""
+        try:
+            yield
+        except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+            raise self._damage(first_lines(error)) from error
 
     def agree(self, entries: Mapping[str, Any]) -> None:
         """As in `Answers`.
@@ -154,7 +171,7 @@ class Journal(Answers):
         if schema == 0:
             self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _find(self, key: str) -> Answer | None:
+    def _find(self, key: str, hint: Any) -> Answer | None:
         """What was recorded; None where nothing was, or it is damaged."""
         row = self._database.execute("SELECT value, checksum FROM answers WHERE key = ?", (key,)).fetchone()
         if row is None:
@@ -164,7 +181,10 @@ class Journal(Answers):
         value, checksum = row
         if _checksum(value, contents) != checksum:
             return None
-        return Answer(json.loads(value), {name: x for content in contents for name, x in load(content).items()})
+        plain_value = json.loads(value)
+        if not has_type(plain_value, hint):
+            raise TypeError(f"an answer is {value[:80]}")
+        return Answer(plain_value, {name: x for content in contents for name, x in load(content).items()})
 
     def _record(self, key: str, kind: str, answer: Answer) -> None:
         value = json.dumps(answer.value)
@@ -192,9 +212,12 @@ class Journal(Answers):
             ) from error
         except (sqlite3.DatabaseError, SafetensorError, ValueError, TypeError, AttributeError) as error:
             # The last three are of columns that hold other types than those written.
-            raise JournalError(
-                f"The journal in {self.directory} is damaged: {error}. Delete it, or name another directory."
-            ) from error
+            raise self._damage(str(error)) from error
+
+    def _damage(self, words: str) -> JournalError:
+        return JournalError(
+            f"The journal in {self.directory} is damaged: {words}. Delete it, or name another directory."
+        )
 
 
 def _checksum(value: str, contents: Iterable[bytes]) -> int:

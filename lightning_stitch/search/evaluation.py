@@ -189,6 +189,11 @@ def outcomes(
         for key, (way, num_pieces, statistics) in zip(of_one, candidate.reads, strict=True):
             reads.setdefault(key, (candidate.ways[way], num_pieces, statistics))
     keys = list(reads)
+    widths = {
+        key: tap.num_features
+        for candidate, of_one in zip(candidates, keys_of_candidates, strict=True)
+        for key, tap in zip(of_one, candidate.recipe.taps, strict=True)
+    }
 
     @lru_cache(maxsize=1)
     def tree_of(places: tuple[int, ...]) -> PrefixTree:
@@ -216,7 +221,11 @@ def outcomes(
         found: Iterator[Answer | None] = iter([None] * len(places))
         if ranks.does(number):
             questions = [["tap", number, content, keys[place]] for place in places]
-            found = iter(journal.recall_all(questions, partial(run, batch, places)))
+            answers_of_batch = journal.recall_all(questions, partial(run, batch, places), float)
+            with journal.reading():
+                for place, answer in zip(places, answers_of_batch, strict=True):
+                    answer.tensors["vector"].view(len(batch), widths[keys[place]])
+            found = iter(answers_of_batch)
         answers.append([known[key] or next(found) for key in keys])
         unknown.append(set(places))
         sizes.append(len(batch))
@@ -224,11 +233,6 @@ def outcomes(
         on_batch(len(batch))
     if not answers:
         raise CalibrationError("There are no images to run the candidates on.")
-    widths = {
-        key: tap.num_features
-        for candidate, of_one in zip(candidates, keys_of_candidates, strict=True)
-        for key, tap in zip(of_one, candidate.recipe.taps, strict=True)
-    }
     vectors: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     complete = _exchanged(answers, unknown, sizes, [widths[key] for key in keys], first_batch, ranks)

@@ -156,8 +156,9 @@ class SearchSpace:
             )
 
         number = self.costs.index[edge.source, edge.receiver]
-        answer = self.journal.recall(self._question("stitch", edge.state, edge.cut, [number]), fit)
-        with torch.inference_mode():
+        question = self._question("stitch", edge.state, edge.cut, [number])
+        answer = self.journal.recall(question, fit, dict[str, float | None])
+        with torch.inference_mode(), self.journal.reading():
             stitch = Stitch(dataclasses.replace(spec, placement="explicit", **answer.value))
             stitch.load_state_dict(dict(answer.tensors))
             stitch.to(receiver.features.device)
@@ -243,14 +244,17 @@ class SearchSpace:
             return Answer([scored, rejected])
 
         question = self._question("ckas", state, cut, chain.from_iterable(admissible.values()))
-        scored, rejected = self.journal.recall(question, score).value
+        scored, rejected = self.journal.recall(
+            question, score, tuple[tuple[tuple[int, float], ...], dict[str, int]]
+        ).value
         self.rejected.update(rejected)
         edges = []
-        for flat, cka in scored:
-            s, r = self._receivers[flat]
-            cost = self._cost_to(state, cut, s, r)
-            total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
-            edges.append(Edge(state, cut, s, r, cka, state.product * cka, cost, total))
+        with self.journal.reading():
+            for flat, cka in scored:
+                s, r = self._receivers[flat]
+                cost = self._cost_to(state, cut, s, r)
+                total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
+                edges.append(Edge(state, cut, s, r, cka, state.product * cka, cost, total))
         return edges
 
     @cached_property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_stitch.cutting import Cut, CutGraph
-from lightning_stitch.errors import CutError, StitchError
+from lightning_stitch.errors import CutError, StitchError, require_text
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
@@ -88,6 +88,7 @@ def check_names(names: Sequence[str], settings: CalibrationSettings) -> None:
     """Refuse, with a StitchError, to have no sources, two of one name, or settings for sources that are not there."""
     if not names:
         raise StitchError("A pool needs at least one source.")
+    require_text(names, "The name of a source")
     if len(set(names)) < len(names):
         raise StitchError(f"Sources of a pool need names of their own; found {names}. load_source takes a name=.")
     named = settings.granularity

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_stitch.cutting import Cut
 from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.io import (
     UNFINISHED,
@@ -154,7 +156,7 @@ class Calibration:
             try:
                 files = [directory / Path(name).name for name in saved[part.name]["files"]]
                 sources.append(_open_source(part, files, settings, device, description["num_held_out"]))
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 raise CalibrationError(
                     f"The saved calibration of source {part.name!r} in {directory} cannot be used: {error}. Calibrate "
                     f"and save again."
@@ -207,7 +209,12 @@ def _read_description(directory: Path) -> dict[str, Any]:
             f"lightning_stitch if it is newer, else calibrate and save again."
         )
     needed = {"image_shape": list, "images": str, "num_held_out": int, "settings": dict, "sources": dict}
-    if wrong := [name for name, kind in needed.items() if not isinstance(description.get(name), kind)]:
+    wrong = [name for name, kind in needed.items() if not isinstance(description.get(name), kind)]
+    if not wrong and not all(isinstance(source, dict) for source in description["sources"].values()):
+        wrong = ["sources"]
+    if not wrong and not all(isinstance(size, int) and size > 0 for size in description["image_shape"]):
+        wrong = ["image_shape"]
+    if wrong:
         raise CalibrationError(f"{path} has no {', '.join(wrong)} that can be used. Calibrate and save again.")
     return dict(description)
 
@@ -218,7 +225,7 @@ def saved_settings(directory: Path) -> tuple[tuple[int, int, int], CalibrationSe
     try:
         channels, height, width = description["image_shape"]
         return (channels, height, width), CalibrationSettings(**description["settings"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StitchError) as error:
         raise CalibrationError(f"{directory / _DESCRIPTION} cannot be used ({error}).") from error
 
 
@@ -242,17 +249,39 @@ def _open_source(
             raise ValueError(f"{file.name} is damaged or not the file that was written")
     *of_cuts, of_features = files
     statistics, activations = [], []
+    num_images, _ = _shapes(of_features)["features"]
     for cut, file in zip(part.cuts, of_cuts, strict=True):
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
+        names = _check_shapes(file, cut, num_images)
         rows = _read_tensor(file, "rows", device)
         prefix = _read_tensor(file, "prefix", device) if "prefix" in names else None
         centred = centred_or_none(rows, settings, name=f"cut {cut.name!r} of source {part.name!r}")
         statistics.append(CutStatistics(cut, rows, centred, prefix))
-        portions = sorted(names - {"rows", "prefix"}, key=lambda name: int(name.split(".")[1]))
+        portions = sorted({*names} - {"rows", "prefix"}, key=lambda name: int(name.split(".")[1]))
         activations.append(Carried([partial(_read_tensor, file, portion, device) for portion in portions]))
     features = _read_tensor(of_features, "features", device)
     return Calibrated(part, statistics, activations, features, num_held_out, stored=True)
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors; a ValueError where one is not of float32."""
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+    if strangers := [name for name, x in slices.items() if x.get_dtype() != "F32"]:
+        raise ValueError(f"{strangers[0]} in {file.name} is no float32")
+    return {name: tuple(x.get_shape()) for name, x in slices.items()}
+
+
+def _check_shapes(file: Path, cut: Cut, num_images: int) -> list[str]:
+    """The names of a cut's tensors; a ValueError where they are not those that were written of it."""
+    shapes = _shapes(file)
+    names = [name for name in shapes if name not in ("rows", "prefix")]
+    channels_last = (*cut.shape[1:], cut.shape[0])
+    fits = all(shapes[name][1:] == (channels_last if name.endswith(_NHWC) else cut.shape) for name in names)
+    fits &= all(re.fullmatch(rf"activation\.\d+({re.escape(_NHWC)})?", name) is not None for name in names)
+    fits &= sum(shapes[name][0] for name in names) == num_images
+    if not fits or len(shapes["rows"]) != 2 or shapes["rows"][1] != cut.channels:
+        raise ValueError(f"{file.name} holds no activations of cut {cut.name!r}")
+    return list(shapes)
 
 
 def _read_tensor(file: Path, name: str, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_stitch._lightning import pl, warn_where_both_are_loaded
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import look_up_classes
-from lightning_stitch.errors import BudgetError, CalibrationError, RecipeError, StitchError
+from lightning_stitch.errors import BudgetError, CalibrationError, RecipeError, StitchError, require_text
 from lightning_stitch.heads import HeadSettings, StagedHead, confidence, predictions
-from lightning_stitch.hub import CardDetails
+from lightning_stitch.hub import CardDetails, structure_of, warn_of_changes
 from lightning_stitch.networks import (
     StitchedNetwork,
     check_classes,
@@ -147,12 +147,16 @@ class StitchedClassifier(pl.LightningModule):
 
     @class_names.setter
     def class_names(self, names: list[str] | None) -> None:
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+            raise StitchError(f"class_names should be a list of names; found {names!r}.")
         if names is not None and (len(names) != self.num_classes or len(set(names)) < len(names)):
             raise StitchError(
                 f"class_names should be {self.num_classes} different names (num_classes={self.num_classes}); found "
                 f"{len(names)}: {names[:10]}."
             )
-        self.hparams["class_names"] = None if names is None else [str(name) for name in names]
+        texts = None if names is None else [str(name) for name in names]
+        require_text(texts or [], "The class name")
+        self.hparams["class_names"] = texts
 
     def install(self, network: StitchedNetwork, head: nn.Module) -> None:
         """Take a network and a head, for an ensemble `nn.Identity()`, and note the recipe as a hyper-parameter."""
@@ -279,6 +283,11 @@ class StitchedClassifier(pl.LightningModule):
         network = StitchedNetwork.from_recipe(recipe, trust_factory=self.trust_factory)
         self.install(network, self.head_settings.empty_for(recipe))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the network's fragments do."""
+        if self.network is not None:
+            checkpoint["lightning_stitch"] = structure_of(self.network)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the network where the checkpoint holds another one, before its weights are loaded."""
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -302,6 +311,7 @@ class StitchedClassifier(pl.LightningModule):
             assert self.head is not None
             self.network.to(self.device)
             self.head.to(self.device)
+        warn_of_changes(checkpoint.get("lightning_stitch"), self.network, "this checkpoint")
         self._plan.thaw(self, epoch=checkpoint.get("epoch", 0))
 
     # -- Lightning ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from doubles.journals import answers, opened
 from doubles.pair_searches import BEAM, CALIBRATION, IMAGES, LABELS, SELECTION, never, new_pool, pair, search
 from doubles.pools import pieces_run, records
 from doubles.small_sources import plain
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_stitch import Pool
@@ -406,11 +407,11 @@ def test_a_journal_is_let_go_of_when_it_is_left(tmp_path: Path) -> None:
     with Journal(tmp_path), pytest.raises(JournalError, match="is in use"):
         Journal(tmp_path)
     with pytest.raises(ZeroDivisionError), Journal(tmp_path) as journal:
-        journal.recall(["sum"], lambda: Answer(1 / 0))
+        journal.recall(["sum"], lambda: Answer(1 / 0), float)
     with Journal(tmp_path) as journal:
-        assert journal.recall(["sum"], lambda: Answer(0.1 + 0.2)).value == 0.1 + 0.2
+        assert journal.recall(["sum"], lambda: Answer(0.1 + 0.2), float).value == 0.1 + 0.2
     with Journal(tmp_path) as journal:
-        assert journal.recall(["sum"], lambda: Answer(0.5)).value == 0.1 + 0.2
+        assert journal.recall(["sum"], lambda: Answer(0.5), float).value == 0.1 + 0.2
 
 
 def test_of_several_questions_only_those_are_computed_that_are_not_remembered(tmp_path: Path) -> None:
@@ -421,12 +422,15 @@ def test_of_several_questions_only_those_are_computed_that_are_not_remembered(tm
         return [Answer(place, {"square": torch.tensor([asked[place] ** 2])}) for place in places]
 
     with Journal(tmp_path) as journal:
-        journal.recall(["of", 1], lambda: Answer(1, {"square": torch.tensor([1])}))
+        journal.recall(["of", 1], lambda: Answer(1, {"square": torch.tensor([1])}), int)
         for asked in ([0, 1, 2, 2], [2, 1, 0]):
-            found = journal.recall_all([["of", number] for number in asked], partial(squares, asked))
+            found = journal.recall_all([["of", number] for number in asked], partial(squares, asked), int)
             assert [int(answer.tensors["square"]) for answer in found] == [number**2 for number in asked]
     assert computed == [0, 2, 3]
-    assert [answer.value for answer in Answers().recall_all([["of", 5], ["of", 1]], partial(squares, [5, 1]))] == [0, 1]
+    assert [answer.value for answer in Answers().recall_all([["of", 5], ["of", 1]], partial(squares, [5, 1]), int)] == [
+        0,
+        1,
+    ]
 
 
 def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
@@ -460,6 +464,8 @@ def test_activations_are_deferred_but_the_same(tmp_path: Path) -> None:
     [
         ("answers.value", b"5"),
         ("answers.value", "{"),
+        ("answers.value", "3.0"),
+        ("answers.value", '["3"]'),
         ("tensors.content", "words"),
         ("tensors.content", b"12345678"),
         ("entries.value", b"\xff"),
@@ -471,7 +477,7 @@ def test_what_has_another_type_is_damage_even_where_the_checksum_is_right(
     def ask() -> None:
         with Journal(tmp_path) as journal:
             journal.agree({"a": 1})
-            journal.recall(["kind", 1], lambda: Answer([1.0], {"x": torch.ones(2)}))
+            journal.recall(["kind", 1], lambda: Answer([1.0], {"x": torch.ones(2)}), tuple[float, ...])
 
     ask()
     table, _, name = column.partition(".")
@@ -483,3 +489,35 @@ def test_what_has_another_type_is_damage_even_where_the_checksum_is_right(
             database.execute("UPDATE answers SET checksum = ?", (zlib.crc32(content, zlib.crc32(text.encode())),))
     with pytest.raises(JournalError, match=r"is damaged: .*Delete it, or name another"):
         ask()
+
+
+def forge(journal: Path, key: str, value: str | None, tensors: dict[str, Tensor] | None) -> None:
+    """Give an answer another value, or other tensors, with the checksum that goes with them."""
+    with opened(journal) as database:
+        [(text,)] = database.execute("SELECT value FROM answers WHERE key = ?", (key,))
+        contents = dict(database.execute("SELECT name, content FROM tensors WHERE key = ? ORDER BY name", (key,)))
+        if tensors is not None:
+            contents = {name: save({name: x}) for name, x in sorted(tensors.items())}
+        database.execute("DELETE FROM tensors WHERE key = ?", (key,))
+        rows = [(key, name, content) for name, content in contents.items()]
+        database.executemany("INSERT INTO tensors VALUES (?, ?, ?)", rows)
+        value = text if value is None else value
+        checksum = zlib.crc32(b"".join([value.encode(), *contents.values()]))
+        database.execute("UPDATE answers SET value = ?, checksum = ? WHERE key = ?", (value, checksum, key))
+
+
+NONSENSE = ['"words"', "[]", "[3]", "[[[9999, 0.5]], {}]", '[[["a", 0.5]], {}]', '{"r2": "high"}', "true"]
+STRANGERS: list[dict[str, Tensor]] = [{}, {"vector": torch.ones(3)}, {"vector": torch.ones(16, 2)}]
+
+
+@pytest.mark.parametrize("kind", ["ckas", "stitch", "tap"])
+def test_an_answer_of_another_kind_is_damage_wherever_it_is_read(kind: str, journal: Path, tmp_path: Path) -> None:
+    keys = [key for key, name, _ in answers(journal) if name == kind]
+    forgeries = [(value, None) for value in NONSENSE]
+    if kind != "ckas":
+        forgeries += [(None, tensors) for tensors in STRANGERS]
+    for number, (value, tensors) in enumerate(forgeries):
+        forged = Path(shutil.copytree(journal, tmp_path / f"forged_{number}"))
+        forge(forged, keys[number % len(keys)], value, tensors)
+        with pytest.raises(JournalError, match=r"is damaged: .*Delete it, or name another"):
+            search(new_pool(), journal=forged)

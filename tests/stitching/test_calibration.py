@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from doubles.pools import path, pieces_run, records
 from doubles.progress import Recorder
 from doubles.small_sources import donor, plain
 from doubles.tensors import digits, noise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_stitch import CalibrationSettings, Pool
@@ -216,6 +217,50 @@ def incomplete(folder: Path) -> None:
 def test_files_that_cannot_be_used_are_refused(saved: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(saved)
     with pytest.raises(CalibrationError, match=words):
+        Pool.open(saved, pair())
+
+
+@pytest.mark.parametrize(
+    ("source_and_file", "name", "spoil"),
+    [
+        ("1-1", "activation.0", lambda x: x.double()),
+        ("1-1", "activation.0", lambda x: x[:-1]),
+        ("1-1", "activation.0", lambda x: x[..., :-1]),
+        ("0-0", "activation.0", None),
+        ("0-0", "activation", lambda x: torch.ones(2)),
+        ("0-0", "rows", lambda x: torch.cat([x, x], 1)),
+        ("0-0", "rows", None),
+        ("1-2", "features", lambda x: torch.ones(())),
+    ],
+)
+def test_tensors_of_another_shape_or_type_are_refused_though_their_names_say_their_hashes(
+    source_and_file: str, name: str, spoil: Callable[[Tensor], Tensor] | None, saved: Path
+) -> None:
+    (file,) = saved.glob(f"source-{source_and_file}-*")
+    tensors = load_file(file)
+    first = next(key for key in tensors if key.startswith(name)) if name != "activation" else "activation"
+    x = tensors.pop(first, None)
+    if spoil is not None:
+        tensors[first] = spoil(x).contiguous()
+    file.unlink()
+    save_file(tensors, file)
+    forged = file.with_name(f"source-{source_and_file}-{sha256(file.read_bytes()).hexdigest()[:16]}.safetensors")
+    file.rename(forged)
+    description = (saved / "calibration.json").read_text()
+    (saved / "calibration.json").write_text(description.replace(file.name, forged.name))
+    with pytest.raises(CalibrationError, match=r"The saved calibration of source '[ab]' in .* cannot be used"):
+        Pool.open(saved, pair())
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("sources", {"a": 3}), ("settings", {"seed": {}}), ("settings", {"granularity": 3}), ("image_shape", [3, {}, 16])],
+)
+def test_a_description_of_other_types_is_refused(entry: str, value: object, saved: Path) -> None:
+    described = json.loads((saved / "calibration.json").read_text())
+    described[entry] = {**described[entry], **value} if isinstance(value, dict) else value
+    (saved / "calibration.json").write_text(json.dumps(described))
+    with pytest.raises(CalibrationError, match=r"can be used|cannot be used|another one's"):
         Pool.open(saved, pair())
 
 
