@@ -92,7 +92,8 @@ def check_publishable(network: nn.Module, details: CardDetails) -> None:
     if recipe is None or not hasattr(network, "save_pretrained"):
         raise StitchError(
             f"{type(network).__name__} has no recipe, so there is nothing to publish: give a StitchedClassifier that "
-            f"has its network (from fit or load_from_checkpoint), or a StitchedNetwork; of a wrapper its .module."
+            f"has its network (from fit or load_from_checkpoint), or a StitchedNetwork; of a wrapper its .module, of a "
+            f"StitchedBackbone its .network."
         )
     check_rebuildable(recipe)
     check_licence(recipe, details)

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_stitch._lightning import NAMESPACE, check_same_namespace, pl
 from lightning_stitch.data import ImageFileSet, list_images, select_readable
 from lightning_stitch.errors import CalibrationError, StitchError
+from lightning_stitch.heads import predictions
+from lightning_stitch.networks import StitchedBackbone
 from lightning_stitch.report import check_output, prediction_rows, write_predictions
 
 
@@ -170,8 +172,10 @@ def predict_files(
     (`image_size`).
 
     Args:
-        module: A `StitchedClassifier` with a network, or a LightningModule with a `recipe` whose `predict_step` takes
-            `(images, indices)`. It comes back on the CPU.
+        module: A `StitchedClassifier` with a network; a LightningModule of your own that holds a `StitchedBackbone` and
+            whose `forward` gives logits (or values, if its attribute `task` is "regression"), of which its attribute
+            `class_names` says what they are of; or one with a `recipe` whose `predict_step` takes `(images, indices)`.
+            It comes back on the CPU.
         paths: Files and folders, as for `ImageFiles`; or an `ImageFiles`, which says afterwards what it skipped, and
             takes the place of `batch_size`, `num_workers` and `skip_unreadable`.
         output: As for `PredictionWriter`, like `overwrite`.
@@ -190,6 +194,7 @@ def predict_files(
         StitchError: If the module has no network, the device is not there, or the output file cannot be written.
     """
     check_same_namespace(module, "module")
+    module = _with_steps(module)
     _find_image_shape(module)
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -213,13 +218,36 @@ def predict_files(
     return writer.rows
 
 
+class _OfBackbone(pl.LightningModule):
+    """A module of one's own around a `StitchedBackbone`, as one that predicts images in [0, 1]."""
+
+    def __init__(self, module: pl.LightningModule, backbone: StitchedBackbone) -> None:
+        super().__init__()
+        self.module, self.recipe = module, backbone.recipe
+        self.class_names = getattr(module, "class_names", None)
+        self.task: Any = getattr(module, "task", "multiclass")
+        self.mean, self.std = backbone.mean, backbone.std  # which the module's images are normalised with
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = (batch[0] - self.mean.to(self.device)) / self.std.to(self.device)
+        return predictions(self.task, self.module(images))
+
+
+def _with_steps(module: pl.LightningModule) -> pl.LightningModule:
+    """The module, or around one that has no recipe but holds one backbone with a network, one that predicts by it."""
+    backbones = [part for part in module.modules() if isinstance(part, StitchedBackbone) and part.recipe is not None]
+    is_own = getattr(module, "recipe", None) is None and len(backbones) == 1
+    return _OfBackbone(module, backbones[0]) if is_own else module
+
+
 def _find_image_shape(module: Any) -> tuple[int, int, int]:
     """Read off a module's recipe the (channels, height, width) that its network was calibrated on."""
     recipe = getattr(module, "recipe", None)
     if recipe is None:
         raise StitchError(
             f"{type(module).__name__} has no recipe, so the size of its images is not known: give a "
-            f"StitchedClassifier with a network, from fit or load_from_checkpoint."
+            f"StitchedClassifier with a network, from fit or load_from_checkpoint, or a module with a StitchedBackbone "
+            f"that has one."
         )
     shape: tuple[int, int, int] = recipe.input_size
     return shape

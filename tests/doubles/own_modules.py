@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_stitch import StitchedBackbone
+from lightning_stitch._lightning import pl
 
 
-class Classifier(LightningModule):
+class Classifier(pl.LightningModule):
     """An ordinary module that knows nothing of stitching."""
 
     def __init__(self, lr: float = 1e-3) -> None:

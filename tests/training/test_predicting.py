@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from doubles.own_modules import Classifier
 from doubles.predictions import NAMES, SIZE, classifier, quiet_trainer, save_checkpoint, small_source, write_digits
 from PIL import Image
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lightning_stitch import (
     FragmentSearch,
     ImageFiles,
     PredictionWriter,
+    StitchedBackbone,
     StitchedClassifier,
     StitchError,
     predict_files,
@@ -251,6 +253,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
+from doubles.own_modules import Classifier
 from doubles.predictions import classifier, quiet_trainer, small_source
 from lightning_stitch import ImageFiles, PredictionWriter
 if __name__ == "__main__":
@@ -296,3 +299,28 @@ def test_a_checkpoint_of_a_whole_classifier_predicts_the_same(tmp_path: Path, im
     loaded = StitchedClassifier.load_from_checkpoint(path, weights_only=True)
     assert predict_files(loaded, images / "test") == predict_files(whole, images / "test")
     assert isinstance(loaded.head, nn.Module)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+def test_a_module_of_ones_own_with_a_stitched_backbone_predicts_files(
+    task: str, images: Path, model: StitchedClassifier
+) -> None:
+    assert model.network is not None
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    backbone = StitchedBackbone(mean=mean, std=std)
+    backbone.install(model.network)
+    mine = Classifier()
+    mine.backbone, mine.head = backbone, torch.nn.Linear(backbone.num_features, 3)
+    mine.class_names, mine.task = NAMES, task
+    rows = predict_files(mine.train(), images / "test" / NAMES[0])
+    assert mine.training
+    files = ImageFileSet([Path(row["file"]) for row in rows], (3, SIZE, SIZE))
+    x = torch.stack([files[place][0] for place in range(len(rows))])
+    normalised = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        expected = mine.eval()(normalised)
+    if task == "multiclass":
+        expected = expected.softmax(1)
+    column = "probabilities" if task == "multiclass" else "values"
+    found = torch.tensor([[row[column][name] for name in NAMES] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
