@@ -10,9 +10,10 @@ In reading order:
 - `tables.py`: the table on the console, and what its seconds and FLOPs count (`COUNTED`)
 
 **Chosen on the selection images, always**: the source (by the loss of its linear probe; for all other methods of its
-closed-form head), learning rate, penalty and StitchNet. Test images choose nothing. Labels are those of train and
-selection images together; the heads of composed networks are fitted on the calibration images, too, and the column
-`labels` counts them. Parameters, MACs and latency are of the whole classifier.
+closed-form head), learning rate, penalty and StitchNet. Test images choose nothing. Heads that are not trained through
+a network are fitted on all labelled images but the test's, once that is chosen; fine-tuning trains on the train images
+and chooses its rate and epochs by the selection images. The column `labels` counts them. Parameters, MACs and latency
+are of the whole classifier.
 
 **What a search gives** are five rows of one search: the best source read at all depths, the best one that ends early
 or sees smaller images, sources side by side, and the StitchNet, each with its head; all but the source keep the budget.

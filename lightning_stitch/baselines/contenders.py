@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -122,7 +122,7 @@ class Contenders:
         """
         ways: dict[Method, Callable[[], Contender]] = {
             "linear probe": self._linear_probe,
-            "closed-form head": lambda: self._closed_form,
+            "closed-form head": self._closed_form_of_all,
             "head-only fine-tuning": partial(self._finetuned, head_alone=True),
             "full fine-tuning": self._finetuned,
             "closed-form head, fine-tuned": partial(self._finetuned, closed_form=True),
@@ -144,23 +144,23 @@ class Contenders:
     @cached_property
     def _features(self) -> tuple[list[TensorDataset], list[TensorDataset], Spent]:
         """What each source gives of the train and the selection images, which are read once, with their labels."""
-        networks = [self._network(index) for index in range(len(self.parts))]
+        networks = {index: self._network(index) for index in range(len(self.parts))}
         with Meter() as meter:
             train = self._run(networks, self.data.head_dataloader())
             selection = self._run(networks, self.data.selection_dataloader())
         return train, selection, meter.spent
 
-    def _run(self, networks: Sequence[nn.Module], loader: DataLoader) -> list[TensorDataset]:
-        collected: list[list[Tensor]] = [[] for _ in networks]
+    def _run(self, networks: Mapping[int, nn.Module], loader: DataLoader) -> list[TensorDataset]:
+        collected: dict[int, list[Tensor]] = {index: [] for index in networks}
         labels = []
         for images, targets in loader:
             images = images.to(self.device)
             labels.append(targets)
-            for part, network, features in zip(self.parts, networks, collected, strict=True):
+            for index, network in networks.items():
                 with torch.inference_mode():
-                    features += [network(chunk) for chunk in chunks(images, part.images_at_once)]
+                    collected[index] += [network(x) for x in chunks(images, self.parts[index].images_at_once)]
         # Joined outside of inference mode, these are ordinary tensors again, on which a head can be trained.
-        return [TensorDataset(torch.cat(x).float(), torch.cat(labels).to(self.device)) for x in collected]
+        return [TensorDataset(torch.cat(x).float(), torch.cat(labels).to(self.device)) for x in collected.values()]
 
     @cached_property
     def _closed_form(self) -> Contender:
@@ -170,6 +170,9 @@ class Contenders:
 
         return self._best_source(fit)
 
+    def _closed_form_of_all(self) -> Contender:
+        return self._fitted_to_all(self._closed_form, fit_ridge_head)
+
     def _linear_probe(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
             fits: list[_Fit] = []
@@ -178,7 +181,22 @@ class Contenders:
                 fits.append((_loss(head, selection), head, penalty))
             return min(fits, key=lambda each: each[0])
 
-        return self._best_source(fit)
+        chosen = self._best_source(fit)
+        assert chosen.penalty is not None
+        return self._fitted_to_all(chosen, partial(fit_logistic, penalty=chosen.penalty))
+
+    def _fitted_to_all(self, chosen: Contender, fit: Callable[..., Any]) -> Contender:
+        """The same with a head for all labelled images, as the search fits its own once it has chosen."""
+        assert chosen.source is not None
+        with Meter() as meter:
+            others = self._run(
+                {chosen.source: self._network(chosen.source)}, self.data.labelled_dataloader("calibration")
+            )
+            parts = [rows[chosen.source].tensors for rows in self._features[:2]] + [rows.tensors for rows in others]
+            features, labels = (torch.cat(x) for x in zip(*parts, strict=True))
+            fitted = fit(features, labels, num_classes=self.data.num_classes)
+        head = fitted[0] if isinstance(fitted, tuple) else fitted
+        return replace(chosen, head=head, spent=chosen.spent + meter.spent)
 
     # What reads more than the last features, ends earlier or sees smaller images is chosen likewise: by a fit on rows
     # of `_features` that hold all that the sources' one pass gives.

@@ -45,7 +45,7 @@ def compare_methods(
 
     | method | what it is |
     |---|---|
-    | linear probe | logistic regression on each source's last features, computed once; the best source stays |
+    | linear probe | logistic regression on each source's last features; the best source stays, fitted on all labels |
     | closed-form head | the same with the ridge head of `fit_ridge_head` |
     | head-only fine-tuning | a linear layer, trained through the frozen network |
     | full fine-tuning | network and linear layer; BatchNorm statistics stay |
@@ -182,7 +182,8 @@ def _test(method: Method, contender: Contender, data: CalibrationDataModule, dev
         for images, targets in data.test_dataloader():
             probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
             labels.append(targets)
-    parts = ("train", "selection", "calibration") if method in SEARCHED else ("train", "selection")
+    untrained = method in (*SEARCHED, "linear probe", "closed-form head")
+    parts = ("train", "selection", "calibration") if untrained else ("train", "selection")
     num_labels = sum(data.summary[part] for part in parts)
     sources = {fragment.source for fragment in getattr(getattr(contender.network, "recipe", None), "fragments", ())}
     evaluation = Evaluation(

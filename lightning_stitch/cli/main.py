@@ -7,9 +7,12 @@ its parser (`lightning_stitch.cli.parsers`). Whatever is slow to import, each co
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_stitch import __version__
 from lightning_stitch.cli.compose import compose
@@ -36,7 +39,8 @@ CONFIGURED = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of this library's is printed without a traceback and exits with 1."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv), from_process=argv is None)
+        with _without_advertisements():
+            _run(list(sys.argv[1:] if argv is None else argv), from_process=argv is None)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,6 +51,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {expected}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _without_advertisements() -> Iterator[None]:
+    """Lightning's tips for other products, and what its releases warn of one another, say nothing of a run."""
+    places = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector")
+    packages = ("pytorch_lightning", "lightning.pytorch")
+    loggers = [logging.getLogger(f"{package}.{place}") for package in packages for place in places]
+
+    def says_something(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("💡 Tip", "`weights_only` was not set"))
+
+    for logger in loggers:
+        logger.addFilter(says_something)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(says_something)
 
 
 def _run(arguments: list[str], *, from_process: bool) -> None:

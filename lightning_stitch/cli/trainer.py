@@ -224,6 +224,8 @@ def run_configured(arguments: Sequence[str] | None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=OneSentenceParser,
+            # A table of modules, whose FLOPs are 0 before anything ran, under the table of what was found.
+            trainer_defaults={"enable_model_summary": False},
             # A second run with the same version directory would stop at the first one's saved configuration.
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),

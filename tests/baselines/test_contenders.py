@@ -11,7 +11,7 @@ from doubles.small_sources import plain
 from torch import Tensor, nn
 
 from lightning_stitch import CalibrationDataModule, FineTuning, FragmentSearch, fit_ridge_head, load_sources
-from lightning_stitch.baselines.contenders import METHODS, SEARCHED, Contenders, Method
+from lightning_stitch.baselines.contenders import METHODS, SEARCHED, Contender, Contenders, Method
 from lightning_stitch.baselines.finetuning import quiet_trainers
 from lightning_stitch.cutting.probing import network_cost
 
@@ -53,13 +53,29 @@ def macs(made: Any) -> tuple[int, int, int]:
     return whole, network_cost(first, SHAPE).macs, network_cost(made.head, (made.head.weight.shape[1],)).macs
 
 
-SOURCE_PASSES = 2 * 60  # FLOPs for each MAC of all sources: 40 train and 20 selection images
+def passes_of(pile: Contenders, made: Contender) -> int:
+    """FLOPs of 40 train and 20 selection images through all sources, of 12 calibration images through the chosen."""
+    assert made.source is not None
+    return 2 * 60 * sum(part.cost.macs for part in pile.parts) + 2 * 12 * pile.parts[made.source].cost.macs
+
+
+def test_heads_on_a_source_are_fitted_on_all_labelled_images_once_it_is_chosen(tmp_path: Path) -> None:
+    pile = contenders(tmp_path)
+    made = pile.make("closed-form head")
+    batches = list(pile.data.labelled_dataloader("train", "selection", "calibration"))
+    images, labels = (torch.cat(x) for x in zip(*batches, strict=True))
+    assert len(images) == 72
+    with torch.no_grad():
+        head, _ = fit_ridge_head(made.network(images), labels, num_classes=3)
+        torch.testing.assert_close(made.head(made.network(images)), head(made.network(images)), rtol=1e-4, atol=1e-4)
+        chosen_by = pile._closed_form.head(made.network(images))
+    assert not torch.allclose(chosen_by, made.head(made.network(images)), atol=1e-3)
 
 
 def test_a_closed_form_head_takes_one_pass_of_every_source_and_the_solves(tmp_path: Path) -> None:
     pile = contenders(tmp_path)
     made = pile.make("closed-form head")
-    passes = SOURCE_PASSES * sum(part.cost.macs for part in pile.parts)
+    passes = passes_of(pile, made)
     # 40 rows of 10 and of 12 features: each fit has an eigendecomposition.
     solves = sum(9 * width**3 for width in (10, 12))
     assert passes + solves < made.spent.flops < 1.05 * passes
@@ -70,7 +86,7 @@ def test_training_a_network_counts_both_ways_and_the_pass_that_chooses_the_learn
     tmp_path: Path, method: Method
 ) -> None:
     pile = contenders(tmp_path)
-    choice, made = pile.make("closed-form head"), pile.make(method)
+    choice, made = pile._closed_form, pile.make(method)
     whole, first, _ = macs(made)
     epoch = 40 * 2 * (3 * whole - first)
     assert made.spent.flops - choice.spent.flops == 2 * epoch + 20 * 2 * whole
@@ -79,7 +95,7 @@ def test_training_a_network_counts_both_ways_and_the_pass_that_chooses_the_learn
 
 def test_training_a_head_through_the_network_counts_no_way_back_through_it(tmp_path: Path) -> None:
     pile = contenders(tmp_path)
-    choice, made = pile.make("closed-form head"), pile.make("head-only fine-tuning")
+    choice, made = pile._closed_form, pile.make("head-only fine-tuning")
     whole, _, head = macs(made)
     assert made.spent.flops - choice.spent.flops == 2 * 40 * 2 * (whole + head) + 20 * 2 * whole
 
@@ -100,7 +116,7 @@ def test_a_linear_probe_counts_one_pass_of_every_source_and_all_its_fits(
     assert sum(not trains for _, trains in losses) == 2 * 2  # sources, penalties
     narrow, wide = 10 * 3, 12 * 3  # weights of a head on either source
     products = sum(rows * (4 if trains else 2) for rows, trains in losses)  # forward, and back to the weights
-    passes = SOURCE_PASSES * sum(part.cost.macs for part in pile.parts)
+    passes = passes_of(pile, made)
     # What the line searches and the memory of L-BFGS take of dot products is on top.
     assert narrow * products < made.spent.flops - passes < 2 * wide * products
 
@@ -109,7 +125,7 @@ def test_each_learning_rate_that_is_tried_counts(tmp_path: Path) -> None:
     spent = []
     for rates in ((1e-3,), (1e-3, 1e-2)):
         pile = contenders(tmp_path, learning_rates=rates)
-        spent.append(pile.make("full fine-tuning").spent.flops - pile.make("closed-form head").spent.flops)
+        spent.append(pile.make("full fine-tuning").spent.flops - pile._closed_form.spent.flops)
     assert spent[1] == 2 * spent[0]
 
 
