@@ -53,6 +53,8 @@ _KINDS: dict[Method, Kind] = {
     "StitchNet": "stitched",
 }
 SEARCHED: frozenset[Method] = frozenset((*_KINDS, "StitchNet, fine-tuned"))
+# Whose heads are fitted on all labelled images, calibration's too; the others train on the train images.
+ON_ALL_LABELS: frozenset[Method] = SEARCHED | {"linear probe", "closed-form head"}
 
 # A head's loss on the selection images, the head, and the penalty it was fitted with, if one was chosen.
 _Fit = tuple[float, nn.Module, float | None]

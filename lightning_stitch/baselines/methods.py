@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stitch._lightning import isolate_rng, pl
-from lightning_stitch.baselines.contenders import COMPOSED, METHODS, SEARCHED, Contender, Contenders, Method
+from lightning_stitch.baselines.contenders import (
+    COMPOSED,
+    METHODS,
+    ON_ALL_LABELS,
+    SEARCHED,
+    Contender,
+    Contenders,
+    Method,
+)
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.plots import check_can_plot, plot_methods
 from lightning_stitch.baselines.tables import COUNTED
@@ -182,8 +190,7 @@ def _test(method: Method, contender: Contender, data: CalibrationDataModule, dev
         for images, targets in data.test_dataloader():
             probabilities.append(classifier(images.to(device)).softmax(dim=-1).cpu())
             labels.append(targets)
-    untrained = method in (*SEARCHED, "linear probe", "closed-form head")
-    parts = ("train", "selection", "calibration") if untrained else ("train", "selection")
+    parts = ("train", "selection", "calibration") if method in ON_ALL_LABELS else ("train", "selection")
     num_labels = sum(data.summary[part] for part in parts)
     sources = {fragment.source for fragment in getattr(getattr(contender.network, "recipe", None), "fragments", ())}
     evaluation = Evaluation(

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from lightning_stitch import StitchedClassifier
 from lightning_stitch._lightning import pl
-from lightning_stitch.baselines.contenders import METHODS, SEARCHED
+from lightning_stitch.baselines.contenders import METHODS, ON_ALL_LABELS
 from lightning_stitch.cli.main import main
 from lightning_stitch.cli.trainer import StitchTrainer
 from lightning_stitch.errors import StitchError
@@ -70,8 +70,8 @@ def test_compare_takes_the_configuration_of_fit(
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [method for method in METHODS if method != "smaller image"]
     assert all(row["method"] in printed for row in rows)
-    assert {row["labels"] for row in rows if row["method"] not in SEARCHED} == {"60"}
-    assert {row["labels"] for row in rows if row["method"] in SEARCHED} == {"72"}  # the calibration images', too
+    assert {row["labels"] for row in rows if row["method"] not in ON_ALL_LABELS} == {"60"}
+    assert {row["labels"] for row in rows if row["method"] in ON_ALL_LABELS} == {"72"}  # the calibration images', too
     assert f"{folder / 'methods.csv'}" in printed.replace("\n", "")
     assert (folder / "methods.png").stat().st_size > 10_000
     recipe = json.loads((folder / "methods.json").read_text())["settings"]["finetuning"]
