@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +94,8 @@ if __name__ == "__main__":
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
     model = StitchedClassifier(num_classes=3)
     budget = Budget(max_latency_ms=float(sys.argv[3])) if len(sys.argv) > 3 else None
-    settings = {"max_epochs": 1, "strategy": "ddp", "devices": 2, "use_distributed_sampler": True}
+    nodes = int(os.environ.get("NODES", 1))
+    settings = {"max_epochs": 1, "strategy": "ddp", "devices": 2 // nodes, "num_nodes": nodes}
     run = trainer(folder, search(budget=budget), **settings)
     run.fit(model, digits())
     total = sum(p.double().sum().item() for p in model.parameters())
@@ -113,3 +116,25 @@ def test_two_ranks_end_with_the_same_recipe_and_weights(tmp_path: Path, limits: 
     assert first == second
     assert first["world"] == 2
     assert ("latency_ms" in first["recipe"]["scores"]) == bool(limits)
+
+
+@pytest.mark.slow
+def test_two_nodes_that_torchrun_starts_do_so_too(tmp_path: Path) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [str(script), str(tmp_path), str(Path(__file__).parents[1])]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "NODES": "2"}
+    nodes = [
+        subprocess.Popen([*torchrun, f"--node-rank={node}", *command], env=environment, **options) for node in range(2)
+    ]
+    told = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["world"] == 2
