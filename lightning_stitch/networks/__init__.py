@@ -12,7 +12,9 @@ In reading order:
 **Stages.** `StitchedNetwork.in_stages` runs each image of a batch until a stage's head is sure of it: the rest of the
 batch goes on from the activations that are there. What is exported or traced runs all stages, and gives the same; with
 `per_stage=True` each is a file, (images, features, activations so far) -> (answer, whether it is sure, what the next
-one needs), and examples/run_stages.py runs them with onnxruntime alone.
+one needs), and examples/run_stages.py runs them with onnxruntime alone. `openvino.convert_model("network.onnx")` reads
+an ONNX file, too: equal in float32 (`{"INFERENCE_PRECISION_HINT": "f32"}`; where a CPU has bfloat16 it takes that
+unasked), but not where a source sees a smaller image, which OpenVINO resizes in another way.
 
 **Backbones of your own modules**, for `FragmentSearch(attribute=...)`:
 

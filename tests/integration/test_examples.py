@@ -240,21 +240,37 @@ def test_the_readmes_first_commands_are_one_line_each_and_ci_runs_the_second() -
     assert all((EXAMPLES.parent / name).is_file() for name in named)
 
 
-@pytest.mark.slow
-def test_the_readmes_blocks_run_in_their_order_on_fewer_and_smaller_images(workplace: Path, tmp_path: Path) -> None:
+def run_on_few_images(code: str, workplace: Path, folder: Path) -> None:
+    """Run a script in a folder of its own with the sources and a few images, and these smaller."""
     for size in range(3):
         name = f"solar_cells/efficientnet_lite{size}"
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(workplace / name)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(workplace / name)
     for name, count in (("functional", 140), ("defective", 70)):
-        folder = tmp_path / "solar_cells" / "images" / name
-        folder.mkdir(parents=True)
+        images = folder / "solar_cells" / "images" / name
+        images.mkdir(parents=True)
         for file in sorted((workplace / "solar_cells" / "images" / name).iterdir())[:count]:
-            (folder / file.name).symlink_to(file)
+            (images / file.name).symlink_to(file)
+    assert "128" in code
+    assert "512" in code
+    (folder / "script.py").write_text(code.replace("128", "64").replace("512", "60"))
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_readmes_blocks_run_in_their_order_on_fewer_and_smaller_images(workplace: Path, tmp_path: Path) -> None:
     blocks = blocks_of_readme("python")
     assert len(blocks) >= 5
-    code = "\n".join(blocks).replace("128", "64").replace("test_samples=512", "test_samples=60")
-    (tmp_path / "readme.py").write_text(code)
-    done = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_few_images("\n".join(blocks), workplace, tmp_path)
     assert {"solar", "solar.onnx", "predictions.csv", "cells_journal"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_notebooks_cells_run_in_their_order_on_fewer_and_smaller_images(workplace: Path, tmp_path: Path) -> None:
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    run_on_few_images("\n".join(code), workplace, tmp_path)
+    assert (tmp_path / "solar" / "config.json").is_file()
+    assert (tmp_path / "stitch_logs" / "version_0" / "report.html").is_file()
