@@ -48,7 +48,7 @@ def cells_of(result: SearchResult, limit: int) -> list[dict[str, str]]:
             r.judged_by.replace("_", " ").replace("loo", "left-out"): f"{r.scores[r.judged_by]:.3f}",
             "M params": f"{r.candidate.cost.params / 1e6:.2f}",
             "M MACs": _macs(r),
-            "network": f"{r.candidate.kind}: {fragments_in_words(r.candidate.recipe)}",
+            "network": f"{r.candidate.kind}: {_network(r)}",
         }
         for r in shown
     ]
@@ -63,6 +63,12 @@ def html_of(result: SearchResult, limit: int) -> str:
         for row in rows
     )
     return f"<p>{html.escape(result.summary())}</p><table><tr>{head}</tr>{body}</table>"
+
+
+def _network(r: Ranked) -> str:
+    """What it is made of; of a source stitched to itself, at every cut, its name."""
+    recipe = r.candidate.recipe
+    return recipe.sources[0].name if r.candidate.kind == "self-stitched" else fragments_in_words(recipe)
 
 
 def _macs(r: Ranked) -> str:
