@@ -107,7 +107,7 @@ def _text(words: Any) -> str:
 
 def _verdict(words: str) -> str:
     """The first sentences, and the others for who wants to know."""
-    sentences = re.split(r"(?<=[.:]) (?=[A-Z])", words)
+    sentences = re.split(r"(?<=[.:]) (?=[A-Z(])", words)
     place = next((n for n, sentence in enumerate(sentences) if "orth it" in sentence), 0) + 1
     first, others = " ".join(sentences[:place]), " ".join(sentences[place:])
     more = f"<details><summary>Against others</summary><p>{_text(others)}</p></details>" if others else ""

@@ -103,12 +103,12 @@ class Verdict:
         )
 
     def sentence(self) -> str:
-        """What was compared, the figures, the word, and whether it is worth it, in two or three sentences."""
+        """The word and the figures, whether it is worth it, and in parentheses what that rests on."""
         sure = self.word == "equivalent" and self.p_value < _SIGNIFICANT
         return (
             f"{self._named(self.contender, self.contender_cost)} is {_PHRASES[self.word]} "
-            f"{self.rival_with_cost}: {self._accuracies()}{self.figures()} {self._evidence()}"
-            f"{'; they do differ, but by less than counts' if sure else ''}. {self.conclusion()}"
+            f"{self.rival_with_cost}: {self._accuracies()}{self.figures()}"
+            f"{'; they do differ, but by less than counts' if sure else ''}. {self.conclusion()} ({self._evidence()}.)"
         )
 
     __str__ = sentence
@@ -156,12 +156,12 @@ class Verdict:
         within = f"two one-sided tests within {points}, p = {self.p_equivalence:.2g}"
         if self.won is None:
             return (
-                f"over {self.num_splits} splits, {self.num_images} test images in each (corrected resampled t-test, "
-                f"p = {self.p_value:.2g}; {within})"
+                f"{self.num_splits} splits, {self.num_images} test images in each; corrected resampled t-test, "
+                f"p = {self.p_value:.2g}; {within}"
             )
         return (
-            f"on {self.num_images} test images, of which {self.won} only the former and {self.lost} only the latter "
-            f"got right (exact McNemar test, p = {self.p_value:.2g}; {within})"
+            f"Of {self.num_images} test images {self.won} only the former and {self.lost} only the latter got right: "
+            f"exact McNemar test, p = {self.p_value:.2g}; {within}"
         )
 
 
@@ -325,9 +325,7 @@ def in_words(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         if verdict is first:
             continue
-        if verdict.difference < 0:
-            parts.append(f"{verdict.rival_with_cost} is ahead of it: {verdict.figures()}, {verdict.word}.")
-        elif not verdict.is_affordable:
+        if verdict.difference < 0 or not verdict.is_affordable:
             parts.append(f"It is {_PHRASES[verdict.word]} {verdict.rival_with_cost}: {verdict.figures()}.")
     return " ".join(parts)
 

@@ -10,7 +10,7 @@ import pytest
 from doubles.published_networks import classifier, network
 from huggingface_hub import ModelCard
 
-from lightning_stitch import CardDetails, StitchedClassifier, StitchedNetwork
+from lightning_stitch import CardDetails, StitchedClassifier, StitchedNetwork, StitchError
 from lightning_stitch.hub.card import CardSubject, model_card, write_card
 
 BAD = "x\n```\n````\n---\n# Owned\n- <img src=y>|[a](b)![c](d)`z $\\frac$\n<script>"
@@ -112,12 +112,14 @@ def test_any_characters_of_a_name_are_drawn_as_they_are(characters: str, tmp_pat
     assert (tmp_path / "composition.png").stat().st_size > 100
 
 
-def test_half_a_character_in_a_class_name_is_a_question_mark_in_the_card(tmp_path: Path) -> None:
+def test_half_a_character_is_refused_in_names_and_a_question_mark_in_the_cards_words(tmp_path: Path) -> None:
     model = classifier()
-    model.class_names = ["zero", "\ud800", "two"]
+    with pytest.raises(StitchError, match=r"The class name .* is no text: it cannot be written as UTF-8"):
+        model.class_names = ["zero", "\ud800", "two"]
+    with pytest.raises(StitchError, match=r"The folder .* is no text"):
+        model.save_pretrained(tmp_path / "\ud800")
     model.save_pretrained(tmp_path, details=CardDetails(command="a\udfff"))
     card = (tmp_path / "README.md").read_text()
-    assert "of `zero`, `?`, `two`" in card
     assert "```bash\na?\n```" in card
     assert StitchedClassifier.from_pretrained(tmp_path).class_names == model.class_names
 

@@ -93,7 +93,9 @@ def test_the_interval_reaches_to_zero_wherever_equal_accuracy_is_not_refuted() -
 )
 def test_better_or_as_good_for_less_is_worth_it(verdict: Verdict, words: str) -> None:
     assert verdict.conclusion() == words
-    assert str(verdict).endswith(f" {words}")
+    conclusion, _, evidence = str(verdict).partition(" (Of ")
+    assert conclusion.endswith(f" {words}")
+    assert evidence.endswith(".)")
     assert verdict.worth_it is words.startswith("Worth")
 
 
@@ -104,8 +106,11 @@ def test_the_sentence_has_all_figures() -> None:
         "S (2.5 M MACs) is better than R (0.0001 M MACs): right on 0.980 against 0.920, +6.0 points"
     )
     verdict_interval = f"(95 % interval {100 * verdict.low:+.1f} to {100 * verdict.high:+.1f})"
-    assert f"{verdict_interval} on 500 test images, of which 40 only the former and 10 only the latter got" in sentence
-    assert "(exact McNemar test, p = 2.4e-05; two one-sided tests within 1 point, p = 1)" in sentence
+    assert f"{verdict_interval}. Worth it: " in sentence
+    assert sentence.endswith(
+        "(Of 500 test images 40 only the former and 10 only the latter got right: exact McNemar test, p = 2.4e-05; two "
+        "one-sided tests within 1 point, p = 1.)"
+    )
 
 
 def test_a_record_is_plain_json() -> None:
@@ -143,9 +148,7 @@ def test_splits_are_compared_by_nadeau_and_bengios_corrected_test() -> None:
     assert verdict.p_value == pytest.approx(2 * t.sf(0.02 / 0.01154701, 4), abs=1e-6)
     assert verdict.p_equivalence == pytest.approx(t.cdf(0.01 / 0.01154701, 4), abs=1e-6)
     assert verdict.word == "undecided"
-    words = (
-        "taps is undecided against last: +2.0 points of accuracy (95 % interval -1.2 to +5.2) over 5 splits, 100 test"
-    )
+    words = "taps is undecided against last: +2.0 points of accuracy (95 % interval -1.2 to +5.2). Not worth it so far"
     assert str(verdict).startswith(words)
     assert verdict.conclusion() == "Not worth it so far: these splits cannot tell the two apart, more would."
 
@@ -205,7 +208,7 @@ def test_the_strongest_rival_costs_no_more_and_is_the_one_it_fails_against() -> 
     assert in_short([dear, first, failing]) == "equivalent to failing"
     words = in_words([dear, first, second])
     assert words.startswith(first.sentence())
-    assert "dear (0.0001 M MACs) is ahead of it: -6.0 points of accuracy" in words
+    assert "It is worse than dear (0.0001 M MACs): -6.0 points of accuracy" in words
     assert "second" not in words
     cheap = against("dear", 100, alike)
     assert "It is equivalent to dear (0.0001 M MACs): +0.0 points" in in_words([cheap, first])
