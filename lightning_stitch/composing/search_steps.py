@@ -59,6 +59,7 @@ class SearchSteps:
     ) -> None:
         self._pool, self._settings, self._num_classes = pool, settings, num_classes
         self._journal, self._progress = journal, progress
+        self._ranks = pool.ranks
 
     def costs(self) -> tuple[CompositionCosts, CompositionCosts | None]:
         """What compositions cost, and sources on smaller images; refuses a budget that none can keep."""
@@ -127,10 +128,10 @@ class SearchSteps:
         """Run candidates over the selection images and rank them, best first; and how many labels that used."""
         pool, settings, labels = self._pool, self._settings, list[Tensor]()
         # Where a time limit or other processors gave ranks other candidates, each goes on by itself.
-        ranks = pool.ranks if pool.ranks.agree([candidate.key for candidate in candidates]) else ALONE
+        self._ranks = pool.ranks if pool.ranks.agree([candidate.key for candidate in candidates]) else ALONE
         self._progress.start("ranking", num_images(selection))
         images = read_images(check_batch_labels(selection, self._num_classes), pool.image_shape, pool.device, labels)
-        options: dict[str, Any] = {"num_classes": self._num_classes, "seed": pool.settings.seed, "ranks": ranks}
+        options: dict[str, Any] = {"num_classes": self._num_classes, "seed": pool.settings.seed, "ranks": self._ranks}
 
         def judge(candidates: Sequence[Candidate], outcomes: Sequence[Outcome], **more: Any) -> list[Ranked]:
             targets = torch.cat(labels) if labels else None
@@ -146,7 +147,7 @@ class SearchSteps:
             journal=self._journal,
             remembered=pool.remembered,
             rejected=space.rejected,
-            ranks=ranks,
+            ranks=self._ranks,
             on_batch=self._progress.advance,
         )
         ranked = judge(going, outcomes, compounds=space.costs.early_exits, rejected=space.rejected)
@@ -164,7 +165,7 @@ class SearchSteps:
                 return Answer(network_latency(pool.assemble(candidate).fused(), pool.image_shape, pool.device))
 
             answer = partial(self._journal.recall, ["latency", candidate.key], measure, float)
-            return pool.ranks.of_first(lambda: float(answer().value))
+            return self._ranks.of_first(lambda: float(answer().value))
 
         meters = {"activation_bytes": activation_bytes, "latency_ms": latency}
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}

@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from lightning_stitch.errors import JournalError, first_lines
 from lightning_stitch.io.fingerprints import differences, in_words, key_of, plain
@@ -137,6 +137,8 @@ class Journal(Answers):
         """As in `Answers`; there it is damage."""
         try:
             yield
+        except OutOfMemoryError:
+            raise
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
             raise self._damage(first_lines(error)) from error
 

@@ -425,9 +425,8 @@ def _taps_in_words(taps: Sequence[Tap], recipe: Recipe) -> str:
     words = f"read at {names[taps[0]] if len(taps) == 1 else f'{len(taps)} cuts'}: {width} features"
     shares = {names[tap]: tap.share for tap in taps if tap.share is not None}
     if shares:
-        most = sorted(((name, share) for name, share in shares.items() if share >= 0.005), key=lambda item: -item[1])[
-            :3
-        ]
+        deciding = [(name, share) for name, share in shares.items() if share >= 0.005]
+        most = sorted(deciding, key=lambda item: -item[1])[:3]
         words += "; of what decides " + ", ".join(f"{share:.0%} {name}" for name, share in most)
     return words
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_stitch.errors import StitchError
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.report.comparison import Comparison
-from lightning_stitch.search import SearchResult, fragments_in_words
+from lightning_stitch.search import SearchResult, candidate_in_words
 from lightning_stitch.settings import SearchSettings
 from lightning_stitch.tables import Record
 
@@ -65,7 +65,7 @@ def record_of(
         "best": result.ranked.index(result.best) + 1,
         "budget": {k: v for k, v in dataclasses.asdict(settings.limits).items() if v is not None},
         "candidates": [
-            {**row, "fragments": fragments_in_words(r.candidate.recipe)}
+            {**row, "fragments": candidate_in_words(r.candidate)}
             for row, r in zip(result.to_records(), result.ranked, strict=True)
         ],
         "comparison": [] if comparison is None else comparison.rows,

@@ -14,7 +14,7 @@ from .ranking import (
     require_labels,
 )
 from .ranks import ALONE, DistributedRanks, Ranks
-from .records import fragments_in_words
+from .records import candidate_in_words, fragments_in_words
 from .results import Ranked, SearchResult, choose, measure_candidates, rank
 from .rounds import outcomes_in_rounds
 from .space import SearchSpace
@@ -45,6 +45,7 @@ __all__ = [
     "early_exits",
     "find_ranking",
     "follow",
+    "candidate_in_words",
     "fragments_in_words",
     "gram_of_taps",
     "keys_of_reads",

@@ -10,6 +10,7 @@ from lightning_stitch.tables import Record
 
 if TYPE_CHECKING:
     from lightning_stitch.search.results import Ranked, SearchResult
+    from lightning_stitch.stitching import Candidate
 
 
 def records_of(result: SearchResult) -> list[Record]:
@@ -39,6 +40,12 @@ def fragments_in_words(recipe: Recipe) -> str:
     return " | ".join(str(run.ref) for run in recipe.runs)
 
 
+def candidate_in_words(candidate: Candidate) -> str:
+    """The same; of a source that is stitched to itself at every cut, its name."""
+    recipe = candidate.recipe
+    return recipe.sources[0].name if candidate.kind == "self-stitched" else fragments_in_words(recipe)
+
+
 def cells_of(result: SearchResult, limit: int) -> list[dict[str, str]]:
     """The best candidates and what was chosen, as text for a narrow table."""
     shown = [*result.ranked[:limit], *([] if result.best in result.ranked[:limit] else [result.best])]
@@ -48,7 +55,7 @@ def cells_of(result: SearchResult, limit: int) -> list[dict[str, str]]:
             r.judged_by.replace("_", " ").replace("loo", "left-out"): f"{r.scores[r.judged_by]:.3f}",
             "M params": f"{r.candidate.cost.params / 1e6:.2f}",
             "M MACs": _macs(r),
-            "network": f"{r.candidate.kind}: {_network(r)}",
+            "network": f"{r.candidate.kind}: {candidate_in_words(r.candidate)}",
         }
         for r in shown
     ]
@@ -63,12 +70,6 @@ def html_of(result: SearchResult, limit: int) -> str:
         for row in rows
     )
     return f"<p>{html.escape(result.summary())}</p><table><tr>{head}</tr>{body}</table>"
-
-
-def _network(r: Ranked) -> str:
-    """What it is made of; of a source stitched to itself, at every cut, its name."""
-    recipe = r.candidate.recipe
-    return recipe.sources[0].name if r.candidate.kind == "self-stitched" else fragments_in_words(recipe)
 
 
 def _macs(r: Ranked) -> str:
