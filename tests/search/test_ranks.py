@@ -12,6 +12,8 @@ import pytest
 from doubles.search_ranks import run_rank
 from torch.multiprocessing.spawn import spawn
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 SCENARIOS = {
     1: ["search"],
     2: ["search", "other candidates", "other images", "journal", "journal of which rank 1 lost its own"],
@@ -44,18 +46,15 @@ def assert_as_alone(world_size: int) -> None:
     assert max(selection) <= -(-7 // world_size) * 10
 
 
-@pytest.mark.slow
 def test_two_ranks_end_with_what_one_process_finds_and_share_its_passes() -> None:
     assert_as_alone(2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_more_ranks_do_so_too(world_size: int) -> None:
     assert_as_alone(world_size)
 
 
-@pytest.mark.slow
 def test_a_rank_that_fails_takes_the_others_along_with_its_own_words() -> None:
     first, second, third = records(3)["failure"]
     assert second["error"] == "CalibrationError: the images of rank 1 are damaged"

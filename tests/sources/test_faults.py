@@ -20,7 +20,7 @@ from doubles.hub import Fault, HubDouble
 from huggingface_hub import constants
 from rich.console import Console
 
-from lightning_stitch import CalibrationSettings, SourceError, load_source, load_sources, preflight
+from lightning_stitch import CalibrationSettings, SourceError, StitchError, load_source, load_sources, preflight
 from lightning_stitch.io.hub_download import hub_file
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.sources.preflight_table import preflight_text, print_preflight
@@ -79,9 +79,14 @@ def test_a_licence_of_a_strangers_config_that_is_no_word_is_refused_unless_one_i
     assert load_source(spec, licence="mit").licence == "mit"
 
 
-@pytest.mark.parametrize("granularity", ["stagez", ["no.such.cut"]])
-def test_a_cut_that_does_not_exist_is_no_matter_of_size(granularity: Any) -> None:
-    checked = preflight([RANDOM], image_shape=(3, 64, 64), settings=CalibrationSettings(granularity=granularity))
+def test_a_word_for_cuts_that_has_no_meaning_is_refused_before_a_source_is_looked_for() -> None:
+    with pytest.raises(StitchError, match=r"granularity must be one of \('stages', .*; found 'stagez'"):
+        CalibrationSettings(granularity="stagez")
+
+
+def test_a_cut_that_does_not_exist_is_no_matter_of_size() -> None:
+    settings = CalibrationSettings(granularity=["no.such.cut"])
+    checked = preflight([RANDOM], image_shape=(3, 64, 64), settings=settings)
     assert not checked.fits
     assert "native" not in preflight_text(checked)
 

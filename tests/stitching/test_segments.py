@@ -134,7 +134,7 @@ def test_what_cannot_be_cut_says_the_source_and_the_size() -> None:
     [
         ({"until": "logits"}, "until must be 'features' or 'output'; found 'logits'"),
         ({"estimator": "unbiased"}, r"estimator must be one of \('debiased', 'biased'\); found 'unbiased'"),
-        ({"rows_per_image": 0}, "rows_per_image must be at least 1; found 0"),
+        ({"rows_per_image": 0}, "rows_per_image must be an integer, at least 1; found 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, str], words: str) -> None:
