@@ -173,7 +173,7 @@ class Contenders:
         return self._best_source(fit)
 
     def _closed_form_of_all(self) -> Contender:
-        return self._fitted_to_all(self._closed_form, fit_ridge_head)
+        return self._fitted_to_all(self._closed_form, lambda *rows, **options: fit_ridge_head(*rows, **options)[0])
 
     def _linear_probe(self) -> Contender:
         def fit(train: TensorDataset, selection: TensorDataset) -> _Fit:
@@ -187,7 +187,7 @@ class Contenders:
         assert chosen.penalty is not None
         return self._fitted_to_all(chosen, partial(fit_logistic, penalty=chosen.penalty))
 
-    def _fitted_to_all(self, chosen: Contender, fit: Callable[..., Any]) -> Contender:
+    def _fitted_to_all(self, chosen: Contender, fit: Callable[..., nn.Module]) -> Contender:
         """The same with a head for all labelled images, as the search fits its own once it has chosen."""
         assert chosen.source is not None
         with Meter() as meter:
@@ -196,8 +196,7 @@ class Contenders:
             )
             parts = [rows[chosen.source].tensors for rows in self._features[:2]] + [rows.tensors for rows in others]
             features, labels = (torch.cat(x) for x in zip(*parts, strict=True))
-            fitted = fit(features, labels, num_classes=self.data.num_classes)
-        head = fitted[0] if isinstance(fitted, tuple) else fitted
+            head = fit(features, labels, num_classes=self.data.num_classes)
         return replace(chosen, head=head, spent=chosen.spent + meter.spent)
 
     # What reads more than the last features, ends earlier or sees smaller images is chosen likewise: by a fit on rows
