@@ -224,7 +224,8 @@ def outcomes(
             answers_of_batch = journal.recall_all(questions, partial(run, batch, places), float)
             with journal.reading():
                 for place, answer in zip(places, answers_of_batch, strict=True):
-                    answer.tensors["vector"].view(len(batch), widths[keys[place]])
+                    if answer.tensors["vector"].shape != (len(batch), widths[keys[place]]):
+                        raise ValueError(f"what was read of {len(batch)} images has another shape")
             found = iter(answers_of_batch)
         answers.append([known[key] or next(found) for key in keys])
         unknown.append(set(places))
