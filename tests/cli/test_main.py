@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from sklearn.datasets import load_digits
 
 import lightning_stitch
 from lightning_stitch import StitchedClassifier
+from lightning_stitch.cli import main as main_module
 from lightning_stitch.cli.main import CONFIGURED, FUNCTIONS, main
 from lightning_stitch.cli.trainer import StitchCLI
 
@@ -403,3 +406,25 @@ def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_else(
     error = error_of([command, "--config", str(config), "--ckpt_path", str(missing)], capsys)
     assert error.startswith(f"error: {missing} is a Git LFS pointer")
     assert error.count("\n") == 1
+
+
+def test_lightnings_advertisements_are_kept_back_and_what_it_says_of_the_run_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+
+    def run(*_: Any, **__: Any) -> None:
+        logger.warning("\N{ELECTRIC LIGHT BULB} Tip: try another product")
+        logger.warning("`Trainer.fit` stopped")
+        warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(main_module, "_run", run)
+    before = list(logger.filters)
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        logger.addHandler(caplog.handler)
+        try:
+            main([])
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"`Trainer.fit` stopped"}
+    assert logger.filters == before

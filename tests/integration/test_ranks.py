@@ -36,7 +36,7 @@ def test_a_network_that_differs_from_rank_zeros_only_in_its_latency_is_kept(tmp_
 
 
 FAILING = """
-import os, sys, time
+import os, sys
 from dataclasses import dataclass
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])

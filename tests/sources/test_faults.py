@@ -20,7 +20,7 @@ from doubles.hub import Fault, HubDouble
 from huggingface_hub import constants
 from rich.console import Console
 
-from lightning_stitch import CalibrationSettings, SourceError, StitchError, load_source, load_sources, preflight
+from lightning_stitch import CalibrationSettings, Pool, SourceError, StitchError, load_source, load_sources, preflight
 from lightning_stitch.io.hub_download import hub_file
 from lightning_stitch.recipe import Preprocessing
 from lightning_stitch.sources.preflight_table import preflight_text, print_preflight
@@ -82,6 +82,20 @@ def test_a_licence_of_a_strangers_config_that_is_no_word_is_refused_unless_one_i
 def test_a_word_for_cuts_that_has_no_meaning_is_refused_before_a_source_is_looked_for() -> None:
     with pytest.raises(StitchError, match=r"granularity must be one of \('stages', .*; found 'stagez'"):
         CalibrationSettings(granularity="stagez")
+
+
+def test_another_default_dtype_is_refused_in_words() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        told = preflight([RANDOM], image_shape=(3, 64, 64)).rows[0].problem
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "torch's default dtype is torch.float64. Call torch.set_default_dtype(torch.float32)" in str(told)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(StitchError, match=r"The name of a source 'caf\\udce9' is no text"):
+        Pool([load_source(**RANDOM, name="caf\udce9")], (3, 64, 64))
 
 
 def test_a_cut_that_does_not_exist_is_no_matter_of_size() -> None:
