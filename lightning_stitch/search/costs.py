@@ -13,13 +13,12 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy
 
 from lightning_stitch.cost import Budget, Cost, in_words
 from lightning_stitch.errors import BudgetError
 from lightning_stitch.recipe import StitchSpec
-from lightning_stitch.stitching import Segmented, choose_placement, is_bridgeable, stitch_cost, stitch_spec
+from lightning_stitch.stitching import PLACES, Array, Entering, Leaving, Segmented, cheapest_places, stitch_spec
 
 _SUMS = ("params", "macs", "latency_ms")
 
@@ -31,15 +30,31 @@ class PlacedStitch(NamedTuple):
     cost: Cost
 
 
+class Jumps(NamedTuple):
+    """The stitches from one cut to every receiver, each where it is cheapest.
+
+    Attributes:
+        possible: Whether a stitch can lead there: anywhere but from a vector to a grid.
+        places: Where it lies, as a place in `PLACES`.
+        params: Parameters that it adds.
+        macs: Multiply-accumulates that it adds for an image.
+    """
+
+    possible: Array
+    places: Array
+    params: Array
+    macs: Array
+
+
 class _Table(NamedTuple):
     """The least in one measure, by receivers: of stitches, of runs to a later cut, and of any way on.
 
     The last is a list: with up to 0, 1, ... more stitches.
     """
 
-    jumps: Tensor
-    runs: Tensor
-    ahead: list[Tensor]
+    jumps: Array
+    runs: Array
+    ahead: list[Array]
 
 
 class CompositionCosts:
@@ -56,6 +71,13 @@ class CompositionCosts:
         self.bias = bias
         self.receivers = [(s, r) for s, part in enumerate(self.parts) for r in range(len(part.cuts))]
         self.index = {receiver: flat for flat, receiver in enumerate(self.receivers)}
+        at_entries = [
+            Entering.of(self.parts[s].pieces[r + 1], cut.channels, cut.grid, cut.num_prefix_tokens, bias=bias)
+            for s, r in self.receivers
+            for cut in [self.parts[s].cuts[r]]
+        ]
+        self.entering = Entering(*map(numpy.array, zip(*at_entries, strict=True))) if at_entries else None
+        self._jumps: dict[tuple[int, int, bool], Jumps] = {}
         self._placed: dict[tuple[int, int, int, int, bool], PlacedStitch] = {}
         self._costs: dict[tuple[int, int, int], Cost] = {}
         self._tables: dict[str, _Table] = {}
@@ -75,9 +97,8 @@ class CompositionCosts:
         self._ms_per_mac = min(
             sum(times) / max(part.cost.macs, 1) for part, times in zip(self.parts, latencies, strict=True)
         )
-        self._placed = {
-            key: placed._replace(cost=self._add_latency(placed.cost)) for key, placed in self._placed.items()
-        }
+        self._placed.clear()
+        self._tables.pop("latency_ms", None)
 
     def run(self, source: int, first: int, last: int) -> Cost:
         """Cost of a source's pieces from one index up to, not including, another."""
@@ -96,13 +117,30 @@ class CompositionCosts:
         """
         key = (sender, cut, source, receiver, before_taken)
         if key not in self._placed:
-            before, after = self.parts[sender].pieces[cut], self.parts[source].pieces[receiver + 1]
-            spec = stitch_spec(self.parts[sender].cuts[cut], self.parts[source].cuts[receiver], bias=self.bias)
-            placement = choose_placement(before, after, spec, before_taken=before_taken)
-            spec = dataclasses.replace(spec, placement=placement)
-            cost = Cost(*stitch_cost(spec, before, after, placement))
-            self._placed[key] = PlacedStitch(spec, self._add_latency(cost))
+            jumps, flat = self.jumps(sender, cut, before_taken=before_taken), self.index[source, receiver]
+            spec = stitch_spec(
+                self.parts[sender].cuts[cut],
+                self.parts[source].cuts[receiver],
+                bias=self.bias,
+                placement=PLACES[jumps.places[flat]],
+            )
+            params, macs = int(jumps.params[flat]), int(jumps.macs[flat])
+            self._placed[key] = PlacedStitch(spec, Cost(params, macs, latency_ms=max(macs, 0) * self._ms_per_mac))
         return self._placed[key]
+
+    def jumps(self, source: int, cut: int, *, before_taken: bool = False) -> Jumps:
+        """The stitches from a cut to every receiver, as `stitch` has them one by one."""
+        key = (source, cut, before_taken)
+        if key not in self._jumps:
+            assert self.entering is not None
+            sender = self.parts[source].cuts[cut]
+            before = self.parts[source].pieces[cut]
+            leaving = Leaving.of(before, sender.channels, sender.grid, sender.num_prefix_tokens)
+            # Anything can be stitched to anything, but no vector to a grid.
+            possible = numpy.asarray((self.entering.positions == 0) | (sender.grid is not None))
+            chosen = cheapest_places(leaving, self.entering, bias=self.bias, before_taken=before_taken)
+            self._jumps[key] = Jumps(possible, *chosen)
+        return self._jumps[key]
 
     def self_stitched(self, source: int) -> Cost:
         """Cost of a source stitched to itself at each of its cuts; a fold can make it less than the source's."""
@@ -113,13 +151,16 @@ class CompositionCosts:
             total, taken = total + placed.cost, placed.spec.placement == "consumer"
         return total
 
-    def completions(self, measures: Iterable[str]) -> list[Cost]:
-        """For each receiver the least that any way on from it costs, in those of these measures that are sums."""
-        columns = {measure: self._table(measure).ahead[-1].tolist() for measure in measures if measure in _SUMS}
-        return [
-            Cost(**{"params": 0, "macs": 0, **{measure: column[flat] for measure, column in columns.items()}})
-            for flat in range(len(self.receivers))
-        ]
+    def least_over(self, measures: Iterable[str], start: Cost, jumps: Jumps) -> dict[str, Array]:
+        """The least of any network that takes one of these stitches, in those of some measures that are sums.
+
+        `start` is the cost up to the stitch.
+        """
+        return {
+            measure: getattr(start, measure) + self._of_jumps(measure, jumps) + self._table(measure).ahead[-1]
+            for measure in measures
+            if measure in _SUMS
+        }
 
     def cheapest(self, measure: str) -> tuple[float, str]:
         """The least that any network costs in one measure that is a sum, and the network in words."""
@@ -167,9 +208,9 @@ class CompositionCosts:
 
     # -- inner workings ----------------------------------------------------------------------------------------------
 
-    def _add_latency(self, cost: Cost) -> Cost:
-        """A stitch's cost with its latency by estimate."""
-        return dataclasses.replace(cost, latency_ms=max(cost.macs, 0) * self._ms_per_mac)
+    def _of_jumps(self, measure: str, jumps: Jumps) -> Array:
+        """What stitches add in a measure."""
+        return numpy.maximum(jumps.macs, 0) * self._ms_per_mac if measure == "latency_ms" else getattr(jumps, measure)
 
     def _path(self, measure: str, flat: int) -> str:
         """The cheapest way on from a receiver in words."""
@@ -181,7 +222,7 @@ class CompositionCosts:
         if rounds == 0:
             return f"{text} to its end"
         jumps = table.jumps + ahead[rounds - 1]
-        cut = int((table.runs[flat] + jumps.amin(1)).argmin())
+        cut = int((table.runs[flat] + jumps.min(1)).argmin())
         onward = self._path(measure, int(jumps[cut].argmin()))
         return f"{text} to {self.parts[s].cuts[self.receivers[cut][1]].name}, then {onward}"
 
@@ -189,22 +230,20 @@ class CompositionCosts:
         if measure in self._tables:
             return self._tables[measure]
         count = len(self.receivers)
-        to_end = torch.zeros(count, dtype=torch.float64)
-        jumps, runs = (torch.full((count, count), torch.inf, dtype=torch.float64) for _ in range(2))
+        to_end, (jumps, runs) = numpy.zeros(count), numpy.full((2, count, count), numpy.inf)
         for i, (s, c) in enumerate(self.receivers):
             part = self.parts[s]
             to_end[i] = getattr(self.run(s, c + 1, len(part.pieces)), measure)
             for later in range(c + 1, len(part.cuts)):
                 runs[i, self.index[s, later]] = getattr(self.run(s, c + 1, later + 1), measure)
-            for j, (t, r) in enumerate(self.receivers):
-                if is_bridgeable(part.cuts[c], self.parts[t].cuts[r]):
-                    jumps[i, j] = getattr(self.stitch(s, c, t, r).cost, measure)
+            onward = self.jumps(s, c)
+            jumps[i] = numpy.where(onward.possible, self._of_jumps(measure, onward), numpy.inf)
         ahead = [to_end]
         # One more stitch each time (Bellman).
         for _ in range(self._max_fragments - 2 if count else 0):
-            onward = (runs + (jumps + ahead[-1]).amin(1)).amin(1)
-            ahead.append(torch.minimum(ahead[-1], onward))
-            if torch.equal(ahead[-1], ahead[-2]):
+            least = (runs + (jumps + ahead[-1]).min(1)).min(1)
+            ahead.append(numpy.minimum(ahead[-1], least))
+            if numpy.array_equal(ahead[-1], ahead[-2]):
                 break
         self._tables[measure] = _Table(jumps, runs, ahead)
         return self._tables[measure]

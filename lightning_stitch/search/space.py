@@ -11,20 +11,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 
+import numpy
 import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.io import Answer, Answers, Carried, Deferred, Spool, carry
 from lightning_stitch.recipe import StitchSpec
-from lightning_stitch.search.costs import CompositionCosts, PlacedStitch
+from lightning_stitch.search.costs import CompositionCosts, Jumps, PlacedStitch
 from lightning_stitch.search.scoring import Scorer
 from lightning_stitch.search.stopping import NO_LIMIT, TimeLimit
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.stitching import (
+    Array,
     Calibrated,
     Candidate,
     Grid,
@@ -34,7 +36,6 @@ from lightning_stitch.stitching import (
     Stitch,
     chunks,
     fit_stitch,
-    is_bridgeable,
 )
 
 
@@ -71,6 +72,11 @@ class SearchSpace:
         self.time_limit = time_limit
         self.rejected: Counter[str] = Counter()
         self._receivers = costs.receivers
+        self._places = tuple(numpy.array(costs.receivers, dtype=numpy.int64).reshape(-1, 2).T)
+        ends = [r + 2 == len(self.sources[s].parts.pieces) for s, r in costs.receivers]
+        self._at_ends = numpy.array(ends, dtype=bool)
+        varying = [self.sources[s].statistics[r].centred is not None for s, r in costs.receivers]
+        self._varying = numpy.array(varying, dtype=bool)
         self._scorer = Scorer(self.sources, costs.receivers, settings)
 
     @property
@@ -111,14 +117,7 @@ class SearchSpace:
         `activation` is what is live at that cut, for all calibration images.
         """
         filters = filters or Filters()
-        used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
-        admissible: dict[Grid, list[int]] = {}
-        for flat, (s, r) in enumerate(self._receivers):
-            reason = self._objection(state, cut, s, r, used, filters)
-            if reason is None:
-                admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
-            elif reason:
-                self.rejected[reason] += 1
+        admissible = self._admissible(state, cut, filters)
         edges = []
         for edge in self._score(state, cut, activation, admissible):
             if edge.cka < filters.min_cka:
@@ -192,30 +191,44 @@ class SearchSpace:
         parts = [source.parts for source in self.sources]
         return Candidate.of(kind, [way], parts, cost, {"cka_product": state.product})
 
-    def _objection(
-        self, state: State, cut: int, s: int, r: int, used: frozenset[tuple[int, int]], filters: Filters
-    ) -> str | None:
-        """Why a receiver is out of the question; None if it is not, "" if it is no candidate in the first place."""
-        parts = self.sources[s].parts
-        sender, receiver = self.sources[state.source].parts.cuts[cut], parts.cuts[r]
-        if not is_bridgeable(sender, receiver):
-            return ""
-        if filters.only_ends and r + 1 != len(parts.pieces) - 1:
-            return "not an end fragment at the last depth"
-        if self.sources[s].statistics[r].centred is None:
-            return "activation of the receiver does not vary"
-        if not filters.single_pieces and (s, r) == (state.source, cut):
-            return ""
-        if any(source == s and (piece == r + 1 if filters.single_pieces else piece > r) for source, piece in used):
-            return "fragment used already"
-        most = filters.max_upsampling * math.prod(sender.grid or ())
-        if sender.grid and receiver.grid and math.prod(receiver.grid) > most:
-            return "receiver's grid too fine for the sender's"
-        # Without limits there is no need to know what every way on costs.
-        if self.budget.limits:
-            least = self._cost_to(state, cut, s, r) + self._ahead[self.costs.index[s, r]]
-            return None if self.budget.allows(least) else "over the budget"
-        return None
+    def _admissible(self, state: State, cut: int, filters: Filters) -> dict[Grid, list[int]]:
+        """The receivers that a state may be stitched to at a cut, by grid; others are counted by the first reason."""
+        if not self._receivers:
+            return {}
+        (sources, cuts), sender = self._places, self.sources[state.source].parts.cuts[cut]
+        jumps = self._jumps(state, cut)
+        used = state.used | {(state.source, piece) for piece in range(state.entry, cut + 1)}
+        still = jumps.possible.copy()
+
+        def leave_out(which: Array, reason: str) -> None:
+            if count := int((still & which).sum()):
+                self.rejected[reason] += count
+            still[which] = False
+
+        if filters.only_ends:
+            leave_out(~self._at_ends, "not an end fragment at the last depth")
+        leave_out(~self._varying, "activation of the receiver does not vary")
+        taken = numpy.zeros_like(still)
+        if filters.single_pieces:
+            taken[[self.costs.index[s, piece - 1] for s, piece in used if piece]] = True
+        else:
+            still[self.costs.index[state.source, cut]] = False  # the source itself, and no candidate
+            for s, piece in used:
+                taken |= (sources == s) & (cuts < piece)
+        leave_out(taken, "fragment used already")
+        assert self.costs.entering is not None
+        if sender.grid is not None:
+            most = filters.max_upsampling * math.prod(sender.grid)
+            leave_out(numpy.asarray(self.costs.entering.positions > most), "receiver's grid too fine for the sender's")
+        budget = self.budget.of_static
+        start = state.cost + self.costs.run(state.source, state.entry, cut + 1)
+        for measure, least in self.costs.least_over(budget.limits, start, jumps).items():
+            leave_out(least > budget.most(measure), "over the budget")
+        admissible: dict[Grid, list[int]] = {}
+        for flat in numpy.flatnonzero(still).tolist():
+            s, r = self._receivers[flat]
+            admissible.setdefault(self.sources[s].parts.cuts[r].grid, []).append(flat)
+        return admissible
 
     @torch.inference_mode()
     def _run(self, parts: Segmented, piece: int, x: Carried, stitch: Stitch | None) -> Iterator[Tensor]:
@@ -257,9 +270,12 @@ class SearchSpace:
                 edges.append(Edge(state, cut, s, r, cka, state.product * cka, cost, total))
         return edges
 
-    @cached_property
-    def _ahead(self) -> list[Cost]:
-        return self.costs.completions(self.budget.limits)
+    def _jumps(self, state: State, cut: int) -> Jumps:
+        return self.costs.jumps(state.source, cut, before_taken=self._is_taken(state, cut))
+
+    def _is_taken(self, state: State, cut: int) -> bool:
+        """Whether the layer at a cut took the stitch before in at its entry, and so takes no other at its end."""
+        return state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
 
     def _cost_to(self, state: State, cut: int, s: int, r: int) -> Cost:
         """Cost of a running network up to a receiver, the stitch to it included."""
@@ -268,9 +284,7 @@ class SearchSpace:
 
     def _stitch(self, state: State, cut: int, s: int, r: int) -> PlacedStitch:
         """The cheapest exact placement of a stitch, and what it adds."""
-        # A layer that took the stitch before in at its entry does not take another at its end.
-        taken = state.spec is not None and state.spec.placement == "consumer" and cut == state.entry
-        return self.costs.stitch(state.source, cut, s, r, before_taken=taken)
+        return self.costs.stitch(state.source, cut, s, r, before_taken=self._is_taken(state, cut))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,16 @@ from .activations import Calibrated, Grid, calibrate, centred_or_none, positions
 from .calibration import Calibration, saved_settings, settings_identity, source_identity
 from .candidates import Candidate, Kind, Read, Step, Way, piece_keys, pieces_of, tree_of
 from .fitting import fit_stitch, stitch_from_fit
-from .folding import choose_placement, fold_into_consumer, fold_into_producer, stitch_cost
+from .folding import (
+    PLACES,
+    Array,
+    Entering,
+    Leaving,
+    cheapest_places,
+    fold_into_consumer,
+    fold_into_producer,
+    stitch_cost,
+)
 from .image_checks import Batch, check_images, images_of, is_empty, object_to
 from .images import WithoutLabels, read_images, store_images
 from .segments import Segmented, chunks, segment
@@ -10,12 +19,16 @@ from .stitches import Stitch, is_bridgeable, stitch_spec
 from .taps import Reading
 
 __all__ = [
+    "PLACES",
+    "Array",
     "Batch",
     "Calibrated",
     "Calibration",
     "Candidate",
+    "Entering",
     "Grid",
     "Kind",
+    "Leaving",
     "Read",
     "Reading",
     "Segmented",
@@ -25,8 +38,8 @@ __all__ = [
     "WithoutLabels",
     "calibrate",
     "centred_or_none",
+    "cheapest_places",
     "check_images",
-    "choose_placement",
     "chunks",
     "fit_stitch",
     "fold_into_consumer",

@@ -8,13 +8,21 @@ that ends the fragment. Elsewhere the stitch stays a layer of its own.
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Placement, StitchSpec
 from lightning_stitch.stitching.stitches import Stitch
+
+PLACES: tuple[Placement, ...] = ("consumer", "explicit", "producer")
+"""Where a stitch may lie; of equal costs the first is taken."""
+
+Array = numpy.ndarray[Any, Any]
+Numbers = int | Array
 
 
 def consumer_layers(fragment: fx.GraphModule, *, bias: bool) -> list[nn.Conv2d | nn.Linear] | None:
@@ -103,60 +111,123 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
     _set(layer, new, shift)
 
 
-def choose_placement(
-    before: fx.GraphModule, after: fx.GraphModule, spec: StitchSpec, *, before_taken: bool
-) -> Placement:
-    """Where a stitch costs the fewest multiply-accumulates among the places where it is exact.
+class Leaving(NamedTuple):
+    """What the cost of stitches depends on at the cut that they leave: numbers, or arrays of several such cuts.
 
-    It lies between the sender's last piece and the receiver's first. With `before_taken` the sender's last layer
-    already holds the stitch before, which it can do only once.
+    Attributes:
+        channels: Of the cut.
+        positions: Of its grid; 1 for a vector.
+        prefix_tokens: Before the grid's.
+        foldable: Whether a stitch may go into the last layer of the piece before the cut (`fold_into_producer`).
+        per_channel: Weights of that layer for each channel that it gives.
+        lost: Parameters that the fold does away with: the layer's bias, and the BatchNorm behind it.
     """
-    places: list[Placement] = ["explicit"]
-    if producer_layers(before) is not None and not before_taken:
-        places.append("producer")
-    takes_all = spec.out_prefix_tokens == 0 or spec.carries_prefix
-    if takes_all and consumer_layers(after, bias=spec.bias) is not None:
-        places.append("consumer")
-    return min(places, key=lambda place: (stitch_cost(spec, before, after, place)[1], place))
+
+    channels: int
+    positions: int
+    prefix_tokens: int
+    foldable: bool
+    per_channel: int
+    lost: int
+
+    @classmethod
+    def of(cls, before: fx.GraphModule, channels: int, size: tuple[int, int] | None, prefix_tokens: int) -> Leaving:
+        """At the end of a piece, which gives an activation of such channels, grid and prefix tokens."""
+        producer, positions = producer_layers(before), 1 if size is None else size[0] * size[1]
+        if producer is None:
+            return cls(channels, positions, prefix_tokens, False, 0, 0)
+        layer, norm = producer
+        lost = (channels if layer.bias is not None else 0) + (2 * channels if norm is not None and norm.affine else 0)
+        return cls(channels, positions, prefix_tokens, True, layer.weight[0].numel(), lost)
+
+
+class Entering(NamedTuple):
+    """The same at the cut that stitches lead to.
+
+    Attributes:
+        channels: Of the cut.
+        positions: Of its grid; 0 for a vector.
+        prefix_tokens: Before the grid's.
+        foldable: Whether a stitch may go into the first layers of the piece behind the cut (`fold_into_consumer`).
+        per_channel: Weights of these layers for each channel that they take.
+        macs_per_channel: Their multiply-accumulates for each channel that they take.
+        biases: Parameters that the fold adds: biases of layers that have none.
+    """
+
+    channels: Numbers
+    positions: Numbers
+    prefix_tokens: Numbers
+    foldable: Numbers
+    per_channel: Numbers
+    macs_per_channel: Numbers
+    biases: Numbers
+
+    @classmethod
+    def of(
+        cls, after: fx.GraphModule, channels: int, size: tuple[int, int] | None, prefix_tokens: int, *, bias: bool
+    ) -> Entering:
+        """At the entry of a piece, for stitches with a bias or without; a fold's layers work on the cut's grid."""
+        layers = consumer_layers(after, bias=bias) or []
+        per_channel = macs = biases = 0
+        positions = 0 if size is None else size[0] * size[1]
+        for layer in layers:
+            steps = 1 if size is None else positions + prefix_tokens
+            if isinstance(layer, nn.Conv2d) and size is not None:
+                steps = _output_steps(layer, size)
+            per_channel += layer.weight[:, 0].numel()
+            macs += layer.weight[:, 0].numel() * steps
+            biases += layer.weight.shape[0] if bias and layer.bias is None else 0
+        return cls(channels, positions, prefix_tokens, bool(layers), per_channel, macs, biases)
+
+
+def stitch_costs(leaving: Leaving, entering: Entering, *, bias: bool) -> tuple[Array, Array, Array]:
+    """What stitches add to their fragments at each place, in the order of `PLACES`; folds can make it negative.
+
+    Gives parameters, multiply-accumulates for an image, and whether that place is exact, each places (x cuts).
+    """
+    sends, takes = leaving.channels, entering.channels
+    carries = (leaving.prefix_tokens == entering.prefix_tokens) & (numpy.asarray(entering.prefix_tokens) > 0)
+    steps = numpy.where(entering.positions == 0, 1, numpy.minimum(leaving.positions, entering.positions))
+    steps = steps + leaving.prefix_tokens * carries
+    steps_before = leaving.positions + leaving.prefix_tokens
+    params = [
+        (sends - takes) * entering.per_channel + entering.biases,
+        sends * takes + takes * bias,
+        (takes - sends) * leaving.per_channel + takes - leaving.lost,
+    ]
+    macs = [
+        (sends - takes) * entering.macs_per_channel,
+        sends * takes * steps,
+        (takes - sends) * leaving.per_channel * steps_before,
+    ]
+    takes_all = carries | (numpy.asarray(entering.prefix_tokens) == 0)
+    exact = numpy.broadcast_arrays(takes_all & entering.foldable, True, leaving.foldable)
+    return numpy.stack(numpy.broadcast_arrays(*params)), numpy.stack(numpy.broadcast_arrays(*macs)), numpy.stack(exact)
+
+
+def cheapest_places(
+    leaving: Leaving, entering: Entering, *, bias: bool, before_taken: bool
+) -> tuple[Array, Array, Array]:
+    """Where stitches cost the fewest multiply-accumulates, as places in `PLACES`; their parameters and these.
+
+    With `before_taken` the layer before already holds the stitch before it, which it can do only once.
+    """
+    params, macs, exact = stitch_costs(leaving, entering, bias=bias)
+    exact[PLACES.index("producer")] &= not before_taken
+    places = numpy.where(exact, macs, numpy.iinfo(macs.dtype).max).argmin(0)[None]
+    return places[0], numpy.take_along_axis(params, places, 0)[0], numpy.take_along_axis(macs, places, 0)[0]
 
 
 def stitch_cost(
     spec: StitchSpec, before: fx.GraphModule, after: fx.GraphModule, placement: Placement
 ) -> tuple[int, int]:
-    """(parameters, multiply-accumulates per image) that a stitch adds to its fragments; a fold can make them negative.
-
-    A fold's layers are taken to work on the grid of the cut they touch, divided by their stride.
-    """
-    inputs, outputs = spec.in_channels, spec.out_channels
-    if placement == "explicit":
-        grids = [size[0] * size[1] for size in (spec.in_size, spec.out_size) if size is not None]
-        steps = min(grids) if spec.out_size is not None else 1
-        steps += spec.in_prefix_tokens if spec.carries_prefix else 0
-        return inputs * outputs + (outputs if spec.bias else 0), inputs * outputs * steps
-    if placement == "producer":
-        producer = producer_layers(before)
-        assert producer is not None
-        layer, norm = producer
-        per_channel = layer.weight[0].numel()
-        steps = 1 if spec.in_size is None else spec.in_size[0] * spec.in_size[1] + spec.in_prefix_tokens
-        parameters = (outputs - inputs) * per_channel + outputs
-        parameters -= inputs if layer.bias is not None else 0
-        parameters -= 2 * inputs if norm is not None and norm.affine else 0
-        return parameters, (outputs - inputs) * per_channel * steps
-    layers = consumer_layers(after, bias=spec.bias)
-    assert layers is not None
-    parameters = macs = 0
-    for layer in layers:
-        per_channel = layer.weight[:, 0].numel()
-        steps = 1
-        if isinstance(layer, nn.Conv2d) and spec.out_size is not None:
-            steps = _output_steps(layer, spec.out_size)
-        elif spec.out_size is not None:
-            steps = spec.out_size[0] * spec.out_size[1] + spec.out_prefix_tokens
-        parameters += (inputs - outputs) * per_channel
-        parameters += layer.weight.shape[0] if spec.bias and layer.bias is None else 0
-        macs += (inputs - outputs) * per_channel * steps
-    return parameters, macs
+    """(parameters, multiply-accumulates for an image) that one stitch adds to the pieces before and behind it."""
+    leaving = Leaving.of(before, spec.in_channels, spec.in_size, spec.in_prefix_tokens)
+    entering = Entering.of(after, spec.out_channels, spec.out_size, spec.out_prefix_tokens, bias=spec.bias)
+    params, macs, exact = stitch_costs(leaving, entering, bias=spec.bias)
+    place = PLACES.index(placement)
+    assert exact[place]
+    return int(params[place]), int(macs[place])
 
 
 def _output_steps(layer: nn.Conv2d, size: tuple[int, int]) -> int:

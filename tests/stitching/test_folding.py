@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 
+import numpy
 import pytest
 import timm.layers
 import torch
@@ -18,7 +19,10 @@ from lightning_stitch.cutting.probing import network_cost
 from lightning_stitch.errors import CutError
 from lightning_stitch.recipe import Format, Placement, StitchSpec
 from lightning_stitch.stitching.folding import (
-    choose_placement,
+    PLACES,
+    Entering,
+    Leaving,
+    cheapest_places,
     consumer_layers,
     fold_into_consumer,
     fold_into_producer,
@@ -361,7 +365,11 @@ def test_the_placement_is_the_exact_one_of_fewest_macs(
     spec = stitch_spec(cut("NCHW", sender_width, 8), cut("tokens", receiver_width, 4, prefix=prefix), bias=True)
     allowed = [p for p in exact_placements(before, spec, after) if not (taken and p == "producer")]
     macs = {p: network_cost(joined(before, filled(spec), after, p), (3, 8, 8)).macs for p in allowed}
-    assert macs[choose_placement(before, after, spec, before_taken=taken)] == min(macs.values())
+    leaving = Leaving.of(before, spec.in_channels, spec.in_size, spec.in_prefix_tokens)
+    entering = Entering.of(after, spec.out_channels, spec.out_size, spec.out_prefix_tokens, bias=True)
+    receivers = Entering(*(numpy.array([number, number]) for number in entering))
+    places, _, _ = cheapest_places(leaving, receivers, bias=True, before_taken=taken)
+    assert [macs[PLACES[place]] for place in places] == [min(macs.values())] * 2
     assert ("consumer" in macs) is (prefix == 0)
 
 
