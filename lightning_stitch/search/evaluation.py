@@ -67,9 +67,9 @@ class Remembered:
         self._seconds: dict[str, float] = {}
 
     def add(
-        self, images: Sequence[str], vectors: Mapping[str, Tensor], seconds: Mapping[str, float], *, more: bool = False
+        self, images: Sequence[str], vectors: dict[str, Tensor], seconds: Mapping[str, float], *, more: bool = False
     ) -> None:
-        """Take in what was read of images, by key (images x width), and its seconds.
+        """Take in what was read of images, by key (images x width), out of the dictionary, and its seconds.
 
         That is in place of what was there, or with `more` behind it; then keys that are not read any more are let go.
         """
@@ -77,8 +77,18 @@ class Remembered:
             self._rows, self._vectors, self._seconds = {}, {}, {}
         known = len(next(iter(self._vectors.values()))) if self._vectors else 0
         self._rows |= {image: known + row for row, image in enumerate(images)}
-        self._vectors = {key: torch.cat([self._vectors[key], x]) if more else x for key, x in vectors.items()}
+        joined = {}
+        for key in list(vectors):
+            # One by one, so that nothing is held twice.
+            x = vectors.pop(key)
+            joined[key] = torch.cat([self._vectors.pop(key), x]) if more else x
+        self._vectors = joined
         self._seconds = {key: self._seconds.get(key, 0.0) + spent for key, spent in seconds.items()}
+
+    def all_of(self, keys: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What was read of all images, by key, and its seconds; shared, not copied."""
+        wanted = list(keys)
+        return {key: self._vectors[key] for key in wanted}, {key: self._seconds[key] for key in wanted}
 
     @property
     def known(self) -> list[str]:
@@ -176,7 +186,8 @@ def outcomes(
     """What candidates give for batches of images; what is remembered or in the journal of a batch is taken from there.
 
     What is not is recorded; with `remember` all of it is remembered afterwards, in place of what was, or behind it
-    where `first_batch` says that some were before. `on_batch` is called with the number of images after each batch.
+    where `first_batch` says that some were before, and what candidates gave of these is given, too. `on_batch` is
+    called with the number of images after each batch.
     Ranks that have the same candidates run some of the batches each, and exchange what they read.
 
     Raises:
@@ -236,13 +247,15 @@ def outcomes(
         raise CalibrationError("There are no images to run the candidates on.")
     vectors: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
-    complete = _exchanged(answers, unknown, sizes, [widths[key] for key in keys], first_batch, ranks)
-    for key, of_one_tap in zip(keys, zip(*complete, strict=True), strict=True):
-        known_by_now = [answer for answer in of_one_tap if answer is not None]
-        vectors[key] = torch.cat([answer.tensors["vector"] for answer in known_by_now])
-        seconds[key] = sum(answer.value for answer in known_by_now)
+    answers = _exchanged(answers, unknown, sizes, [widths[key] for key in keys], first_batch, ranks)
+    for key in reversed(keys):
+        # Taken off as they are joined, so that nothing is held twice.
+        of_one_tap = [tap for of_batch in answers if (tap := of_batch.pop()) is not None]
+        vectors[key] = torch.cat([tap.tensors["vector"] for tap in of_one_tap])
+        seconds[key] = sum(tap.value for tap in of_one_tap)
     if remember:
         remembered.add(hashes, vectors, seconds, more=first_batch > 0)
+        vectors, seconds = remembered.all_of(keys)
     results = []
     for candidate, of_one in zip(candidates, keys_of_candidates, strict=True):
         last = {read.way: key for read, key in zip(candidate.reads, of_one, strict=True)}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -148,21 +148,28 @@ def in_order_of_taps(outcomes: Sequence[Outcome]) -> list[int]:
 
 def grams_of(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, Tensor]]:
     """The number and the Gram matrix (images x images, float64) of each outcome, those that begin alike in a row."""
-    sums: list[tuple[str, Tensor]] = []  # of the taps so far
-    for number in in_order_of_taps(outcomes):
-        outcome = outcomes[number]
+    order = in_order_of_taps(outcomes)
+    common = [common_length(outcomes[one].keys, outcomes[other].keys) for one, other in pairwise(order)]
+    sums: dict[int, Tensor] = {}  # by how many taps, of those that an outcome to come goes on from
+    for place, number in enumerate(order):
+        outcome, needed = outcomes[number], set(accumulate(common[place:], min))
+        known = max(sums, default=0)
         if outcome.blocks is None:
             x = outcome.features.double()
-            yield number, (x - x.mean(0)) @ (x - x.mean(0)).T
-            continue
-        common = 0
-        while common < min(len(sums), len(outcome.keys)) and sums[common][0] == outcome.keys[common]:
-            common += 1
-        del sums[common:]
-        for key in outcome.keys[common:]:
-            gram = gram_of_taps(outcome, {key})
-            sums.append((key, gram if not sums else sums[-1][1] + gram))
-        yield number, sums[-1][1]
+            gram = (x - x.mean(0)) @ (x - x.mean(0)).T
+        else:
+            gram = sums.get(known, torch.zeros(()))
+            for length, key in enumerate(outcome.keys[known:], start=known + 1):
+                gram = gram_of_taps(outcome, {key}).add_(gram)
+                if length in needed:
+                    sums[length] = gram
+        sums = {length: gram for length, gram in sums.items() if length in needed}
+        yield number, gram
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def gram_of_taps(outcome: Outcome, keys: Collection[str]) -> Tensor:

@@ -1,10 +1,10 @@
 """Candidates over the selection images in rounds, so that most stitched ones do not run over all of them.
 
-All run over a quarter of the images, the better half of the stitched ones over half of them, the better half of these
-over all (successive halving: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
-optimization"). Halves are taken among candidates of about the same cost, and what nothing cheaper beats stays, so that
-every budget keeps some. Sources and what comes out of their own passes stay. Each image is read once, and nothing runs
-twice.
+All run over 64 images, the better half of the stitched ones over twice as many, the better half of these over twice as
+many again, and from half of the images on what is left over all (successive halving: Jamieson and Talwalkar 2016,
+"Non-stochastic best arm identification and hyperparameter optimization"). Halves are taken among candidates of about
+the same cost, and what nothing cheaper beats stays, so that every budget keeps some. Sources and what comes out of
+their own passes stay. Each image is read once, and nothing runs twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -26,8 +25,7 @@ from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.search.results import Ranked
 from lightning_stitch.stitching import Candidate, Segmented
 
-_ROUNDS = (1 / 4, 1 / 2)  # shares of the images after which half is left
-_FEWEST_IMAGES = 64  # of a first round: fewer tell too little apart
+_FIRST_ROUND = 64  # images: fewer tell too little apart
 _GROUP = 4  # candidates of about the same cost, of which half goes on
 _STITCHED = ("stitched", "shortened")
 
@@ -66,9 +64,7 @@ def outcomes_in_rounds(
         on_batch: Called with the number of images after each batch.
     """
     alive, sizes, stream = list(candidates), list[int](), iter(images)
-    rounds: list[float] = []
-    if judge is not None and num_images is not None and _ROUNDS[0] * num_images >= _FEWEST_IMAGES:
-        rounds = [share * num_images for share in _ROUNDS]
+    rounds = rounds_of(num_images) if judge is not None and num_images is not None else []
 
     def count(size: int) -> None:
         sizes.append(size)
@@ -83,7 +79,7 @@ def outcomes_in_rounds(
         first = next(stream, None)
         if first is None:
             break
-        given = _followed(given, run(chain([first], _until(stream, limit - sum(sizes) - len(first)))))
+        given = run(chain([first], _until(stream, limit - sum(sizes) - len(first))))
         assert judge is not None
         going = alive if labels and in_order_of_class(torch.cat(list(labels))) else going_on(alive, given, judge)
         if leaving := len(alive) - len(going):
@@ -93,8 +89,15 @@ def outcomes_in_rounds(
         alive = going
     first = next(stream, None)
     if first is not None or not given:
-        given = _followed(given, run([] if first is None else chain([first], stream)))
+        given = run([] if first is None else chain([first], stream))
     return alive, given
+
+
+def rounds_of(num_images: int) -> list[int]:
+    """After how many images half of the stitched ones is left, each twice as many; fewer than 256 images have none."""
+    if num_images < 4 * _FIRST_ROUND:
+        return []
+    return [_FIRST_ROUND << number for number in range((num_images // (2 * _FIRST_ROUND)).bit_length())]
 
 
 def in_order_of_class(labels: Tensor) -> bool:
@@ -110,22 +113,7 @@ def in_order_of_class(labels: Tensor) -> bool:
     return found > expected + 4 * math.sqrt(expected * (1 - expected) / len(labels))
 
 
-def _followed(before: Sequence[Outcome], more: Sequence[Outcome]) -> list[Outcome]:
-    """What the same candidates gave of images, and of those behind them."""
-    if not before:
-        return list(more)
-    joined: dict[int, Tensor] = {}  # a tensor that several candidates share stays one
-    results = []
-    for first, second in zip(before, more, strict=True):
-        for x, y in zip(first.vectors, second.vectors, strict=True):
-            if id(x) not in joined:
-                joined[id(x)] = torch.cat([x, y])
-        vectors = tuple(joined[id(x)] for x in first.vectors)
-        results.append(replace(first, vectors=vectors, seconds=first.seconds + second.seconds))
-    return results
-
-
-def _until(stream: Iterator[Tensor], count: float) -> Iterator[Tensor]:
+def _until(stream: Iterator[Tensor], count: int) -> Iterator[Tensor]:
     """Batches until there are so many images."""
     while count > 0 and (batch := next(stream, None)) is not None:
         count -= len(batch)

@@ -10,14 +10,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
-from lightning_stitch.search.ranking import Judgement, SelectionData, gram_of_taps, label_scores, soft_scores
+from lightning_stitch.search.ranking import (
+    Judgement,
+    SelectionData,
+    common_length,
+    gram_of_taps,
+    label_scores,
+    soft_scores,
+)
 from lightning_stitch.search.results import Ranked, pick, rank_one
 from lightning_stitch.stitching import Candidate, Segmented, Way, piece_keys, pieces_of, stitch_cost
 
@@ -112,7 +119,7 @@ def join(first: Candidate, second: Candidate, parts: Sequence[Segmented]) -> Can
     for way in second.ways:
         path = piece_keys(way)
         paths = [piece_keys(other) for other in ways]
-        lengths = [_common_length(path, other) for other in paths]
+        lengths = [common_length(path, other) for other in paths]
         within = [n for n, length in enumerate(lengths) if length in (len(path), len(paths[n]))]
         if not within:
             ways.append(way)
@@ -130,7 +137,7 @@ def _shared_cost(first: Sequence[Way], second: Sequence[Way], parts: Sequence[Se
     """What is counted twice of the fronts that ways have in common, below 0."""
     shared = Cost(0, 0)
     for way in second:
-        lengths = [_common_length(piece_keys(way), piece_keys(rival)) for rival in first]
+        lengths = [common_length(piece_keys(way), piece_keys(rival)) for rival in first]
         for step, piece in islice(pieces_of(way), max(lengths)):
             part = parts[step.source]
             shared = shared + part.cost_between(piece, piece + 1)
@@ -139,10 +146,6 @@ def _shared_cost(first: Sequence[Way], second: Sequence[Way], parts: Sequence[Se
                 pieces = parts[before.source].pieces[before.last - 1], part.pieces[piece]
                 shared = shared + Cost(*stitch_cost(step.spec, *pieces, step.spec.placement))
     return Cost(-shared.params, -shared.macs)
-
-
-def _common_length(first: Sequence[object], second: Sequence[object]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def join_outcomes(first: Outcome, second: Outcome, candidate: Candidate) -> Outcome:

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from lightning_stitch.progress import Silent
 from lightning_stitch.search.evaluation import Outcome, keys_of_reads
 from lightning_stitch.search.ranking import SelectionData
 from lightning_stitch.search.results import Ranked, choose, in_order, rank
-from lightning_stitch.search.rounds import going_on
+from lightning_stitch.search.rounds import going_on, rounds_of
 from lightning_stitch.search.sides import side_by_side
 from lightning_stitch.stitching.candidates import Candidate
 
@@ -269,11 +270,9 @@ def rounds(
             return next(r for r in ranked if r.candidate.kind in stitched)
 
         alive, spent = list(candidates), 0.0
-        for share in (1 / 4, 1 / 2, 1):
-            count = round(share * num_labels)
-            tails = sum(c.kind in stitched for c in alive)
-            spent += tails * (1 / 4 if share < 1 else 1 / 2)
-            if share < 1:
+        for before, count in pairwise([0, *rounds_of(num_labels), num_labels]):
+            spent += sum(c.kind in stitched for c in alive) * (count - before) / num_labels
+            if count < num_labels:
                 number = {candidate.key: place for place, candidate in enumerate(candidates)}
                 given = [at_rows(outcomes[number[candidate.key]], order[:count]) for candidate in alive]
                 alive = going_on(alive, given, judge)

@@ -63,7 +63,7 @@ def test_three_in_four_stitched_ones_do_not_run_over_all_images_and_are_counted(
     assert len(kept) <= len(there) / 2
     reasons = {reason: count for reason, count in in_rounds().rejected.items() if "about the same cost" in reason}
     assert sum(reasons.values()) == len(there) - len(kept)
-    assert "behind others of about the same cost after 96 images" in reasons
+    assert "behind others of about the same cost after 64 images" in reasons
     assert not [reason for reason in at_once().rejected if "about the same cost" in reason]
 
 
