@@ -102,19 +102,7 @@ class Pool:
         with timed(self.seconds, "cut"):
             self.parts = [segment(source, self.settings, image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
-        widths = {part.name: part.graph.output_features() for part in self.parts if self.settings.until == "output"}
-        if len(set(widths.values())) > 1:
-            raise StitchError(
-                f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
-                f"Leave the odd ones out, or end at the features and fit a head."
-            )
-        if not isinstance(self.settings.readout, str):
-            offered = [cut.name for part in self.parts for cut in part.cuts]
-            if strangers := [name for name in self.settings.readout if name not in offered]:
-                raise StitchError(
-                    f"readout= names {strangers}, which no source offers as cuts. Nearest to the first: "
-                    f"{nearest(strangers[0], offered)}."
-                )
+        _check_together(self.parts, self.settings)
         for part in self.parts:
             part.to(self.device)
         self.smaller: dict[tuple[int, int, int], list[Segmented]] = {}
@@ -170,6 +158,50 @@ class Pool:
                 are not as many labels as images, or there is but one group.
         """
         self._calibrate(images, Answers(), progress or Silent(), groups)
+
+    def extend(
+        self,
+        source: Source,
+        images: Iterable[Batch] = (),
+        *,
+        groups: Sequence[Hashable] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add a source. In a calibrated pool it alone runs over the images; what the others gave of them stays.
+
+        Args:
+            source: One more, of another name.
+            images: The same images, and groups, that the others were calibrated on; in a pool that is not calibrated
+                yet they are not looked at.
+            groups: As in `calibrate`.
+            progress: Where to show progress.
+
+        Raises:
+            CutError: If the source cannot be cut or does not take images of the pool's shape.
+            StitchError: If its name is taken, or its outputs are of another width than those that networks end at.
+            CalibrationError: If these are other images, or a search has let go of what the others gave.
+        """
+        check_names([*(part.name for part in self.parts), source.name], self.settings)
+        with self._one_search():
+            part = segment(source, self.settings, self.image_shape)
+            _check_together([*self.parts, part], self.settings)
+            part.to(self.device)
+            if self.calibration is not None:
+                whole = self._whole_calibration()
+                read = store_images(
+                    images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups
+                )
+                if read.hash != whole.images_hash:
+                    raise CalibrationError(
+                        "The pool's other sources were calibrated on other images, or groups. Give the same ones, in "
+                        "the same order, or calibrate all sources anew: pool.calibrate(images)."
+                    )
+                (more,) = Calibration.of(
+                    [part], read, self.settings, device=self.device, progress=progress or Silent()
+                ).sources
+                self.calibration = dataclasses.replace(whole, sources=(*whole.sources, more))
+            self.parts.append(part)
+            self.smaller, self.latencies, self.prepared = {}, None, {}
 
     def __repr__(self) -> str:
         names = ", ".join(part.name for part in self.parts)
@@ -414,3 +446,20 @@ class Pool:
                 "Calibrate the pool first: pool.calibrate(images), or Pool.open. A search lets go of its images."
             )
         return self.calibration
+
+
+def _check_together(parts: Sequence[Segmented], settings: CalibrationSettings) -> None:
+    """Refuse, with a StitchError, sources that end at outputs of several widths, and a readout that none offers."""
+    widths = {part.name: part.graph.output_features() for part in parts if settings.until == "output"}
+    if len(set(widths.values())) > 1:
+        raise StitchError(
+            f"Networks that end at a source's output need sources with the same outputs; found widths {widths}. "
+            f"Leave the odd ones out, or end at the features and fit a head."
+        )
+    if not isinstance(settings.readout, str):
+        offered = [cut.name for part in parts for cut in part.cuts]
+        if strangers := [name for name in settings.readout if name not in offered]:
+            raise StitchError(
+                f"readout= names {strangers}, which no source offers as cuts. Nearest to the first: "
+                f"{nearest(strangers[0], offered)}."
+            )

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -449,3 +450,44 @@ def test_images_that_chose_are_not_run_again_for_what_some_budget_would_choose()
     fresh, _ = pool.outcomes(candidates, [torch.cat([images.flip(0)[:7], images[:3]])], progress=Silent())
     for one, other in zip(again, fresh, strict=True):
         torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_extended_pool_is_one_that_had_the_source_from_the_start(tmp_path: Path, saved: bool) -> None:
+    first, second = sources()
+    extended = pool_of(first)
+    extended.calibrate([CALIBRATION])
+    if saved:
+        extended.save(tmp_path)
+        extended = Pool.open(tmp_path, [first])
+    with images_seen(first) as seen:
+        extended.extend(second, [CALIBRATION])
+        assert not seen
+    assert extended.calibration is not None
+    result = extended.search(None, SELECTION, max_roots=1)
+    whole = pool_of(first, second)
+    whole.calibrate([CALIBRATION])
+    assert records(result) == records(whole.search(None, SELECTION, max_roots=1))
+
+
+def test_a_pool_is_extended_by_nothing_that_does_not_fit_and_stays_as_it_was() -> None:
+    first, second = sources()
+    pool = pool_of(first)
+    pool.calibrate([CALIBRATION])
+    with pytest.raises(StitchError, match="names of their own"):
+        pool.extend(first, [CALIBRATION])
+    with pytest.raises(CalibrationError, match="calibrated on other images"):
+        pool.extend(second, [CALIBRATION.flip(0)])
+    assert [part.name for part in pool.parts] == ["a"]
+    pool.search([CALIBRATION], SELECTION)  # which lets go of its images
+    with pytest.raises(CalibrationError, match="lets go of its images"):
+        pool.extend(second, [CALIBRATION])
+    with pytest.raises(StitchError, match="the same outputs"):
+        pool_of(first, until="output").extend(plain("c", (4, 4, 4), seed=2, classes=5))
+
+
+def test_a_pool_that_is_not_calibrated_is_extended_without_images() -> None:
+    first, second = sources()
+    pool = pool_of(first)
+    pool.extend(second)
+    assert records(pool.search([CALIBRATION], SELECTION)) == records(pool_of().search([CALIBRATION], SELECTION))
