@@ -249,9 +249,10 @@ class FragmentSearch(pl.Callback):
             with ranks.together():
                 if is_turn:
                     self._prepare(trainer, place, lambda: data.image_shape)
-                    assert self._fetched is not None
-                    settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
-                    sources = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
+        with ranks.together():
+            assert self._fetched is not None
+            settings, skip = self.settings_until(place.head_settings.until), self.skip_rejected
+            sources = fitting_sources(self._fetched, data.image_shape, settings, skip_rejected=skip)
         show = trainer.progress_bar_callback is not None and trainer.is_global_zero
         with isolate_rng(), Bar() if show else Silent() as progress:
             result = self._search(trainer, place, data, sources, ranks, progress)
