@@ -4,12 +4,12 @@ In reading order:
 
 - `space.py`: which fragment may follow which, how well they match, what that costs
 - `scoring.py`: a running network against all receivers of a step at once
-- `costs.py`: what any composition costs, and the least that one can cost, before anything is run
+- `costs.py`: what any composition costs, and the least that one can cost, in arrays, before anything is run
 - `strategies.py`: `Beam`, networks of every size class from one search; `DepthFirst`, the StitchNet paper's search
 - `paths.py`: compositions along a given path: sources, self-stitched or not, early exits, what a user names
 - `evaluation.py`: many candidates over the same images at once, what they begin with alike run once
 - `ranks.py`: processes that search together: each runs its share of the images and judges its share of the candidates
-- `rounds.py`: the worse half of the stitched ones stops after a quarter of the images, and again after half
+- `rounds.py`: the worse half of the stitched ones stops after 64 images, after twice as many again, and so on
 - `ranking.py`: the order of candidates by what they gave on the selection images, from Gram matrices of readouts
 - `sides.py`: compositions side by side with one joint head, by greedy forward selection
 - `staging.py`: compositions that stop when they are sure, their thresholds by leave-one-out

@@ -76,7 +76,7 @@ class CompositionCosts:
             for s, r in self.receivers
             for cut in [self.parts[s].cuts[r]]
         ]
-        self.entering = Entering(*map(numpy.array, zip(*at_entries, strict=True))) if at_entries else None
+        self.entering = Entering.stack(at_entries) if at_entries else None
         self._jumps: dict[tuple[int, int, bool], Jumps] = {}
         self._placed: dict[tuple[int, int, int, int, bool], PlacedStitch] = {}
         self._costs: dict[tuple[int, int, int], Cost] = {}

@@ -41,6 +41,9 @@ class DepthFirst:
         sample: Follow one random path instead of all.
         max_networks: Stop after so many networks; None: when the space is exhausted.
         seed: Of the random path.
+
+    Raises:
+        StitchError: If a number is too small to find anything.
     """
 
     span: int = 2
@@ -118,6 +121,9 @@ class Beam:
             receiver gets back, and none of these would be among the best.
         deep: Stitches followed besides, in each size class and level, of those alone that leave at least half of the
             network's MACs behind them. CKA rates early skips low, but there healing has much to work with.
+
+    Raises:
+        StitchError: If a number is too small to find anything.
     """
 
     width: int = 4

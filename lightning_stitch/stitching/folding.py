@@ -8,6 +8,7 @@ that ends the fragment. Elsewhere the stitch stays a layer of its own.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy
@@ -112,7 +113,7 @@ def fold_into_producer(fragment: fx.GraphModule, stitch: Stitch) -> None:
 
 
 class Leaving(NamedTuple):
-    """What the cost of stitches depends on at the cut that they leave: numbers, or arrays of several such cuts.
+    """What the cost of stitches depends on at the cut that they leave.
 
     Attributes:
         channels: Of the cut.
@@ -142,7 +143,7 @@ class Leaving(NamedTuple):
 
 
 class Entering(NamedTuple):
-    """The same at the cut that stitches lead to.
+    """The same at the cut that they lead to: numbers, or arrays of several such cuts.
 
     Attributes:
         channels: Of the cut.
@@ -178,6 +179,12 @@ class Entering(NamedTuple):
             macs += layer.weight[:, 0].numel() * steps
             biases += layer.weight.shape[0] if bias and layer.bias is None else 0
         return cls(channels, positions, prefix_tokens, bool(layers), per_channel, macs, biases)
+
+    @classmethod
+    def stack(cls, cuts: Iterable[Entering]) -> Entering:
+        """Several in one, as arrays."""
+        columns = [numpy.array(column) for column in zip(*cuts, strict=True)]
+        return cls(*(column if column.dtype == bool else column.astype(numpy.int64) for column in columns))
 
 
 def stitch_costs(leaving: Leaving, entering: Entering, *, bias: bool) -> tuple[Array, Array, Array]:

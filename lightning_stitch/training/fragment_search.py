@@ -310,7 +310,11 @@ class FragmentSearch(pl.Callback):
     def check_run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Any
     ) -> tuple[Place, CalibrationDataModule]:
-        """Where the network will go, and the images; refused if they do not suit each other and the settings."""
+        """Where the network will go, and the images.
+
+        Raises:
+            StitchError: If they do not suit each other, the settings or the trainer's strategy.
+        """
         check_same_namespace(trainer, "Trainer")
         find_ranking(self.search_settings.ranking, labelled=True)
         place = place_for_network(pl_module, self.attribute, self.head_attribute)

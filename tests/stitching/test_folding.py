@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 
-import numpy
 import pytest
 import timm.layers
 import torch
@@ -367,7 +366,7 @@ def test_the_placement_is_the_exact_one_of_fewest_macs(
     macs = {p: network_cost(joined(before, filled(spec), after, p), (3, 8, 8)).macs for p in allowed}
     leaving = Leaving.of(before, spec.in_channels, spec.in_size, spec.in_prefix_tokens)
     entering = Entering.of(after, spec.out_channels, spec.out_size, spec.out_prefix_tokens, bias=True)
-    receivers = Entering(*(numpy.array([number, number]) for number in entering))
+    receivers = Entering.stack([entering] * 2)
     places, _, _ = cheapest_places(leaving, receivers, bias=True, before_taken=taken)
     assert [macs[PLACES[place]] for place in places] == [min(macs.values())] * 2
     assert ("consumer" in macs) is (prefix == 0)
