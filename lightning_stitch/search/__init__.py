@@ -9,7 +9,7 @@ In reading order:
 - `paths.py`: compositions along a given path: sources, self-stitched or not, early exits, what a user names
 - `evaluation.py`: many candidates over the same images at once, what they begin with alike run once
 - `ranks.py`: processes that search together: each runs its share of the images and judges its share of the candidates
-- `rounds.py`: the worse half of the stitched ones stops after 64 images, after twice as many again, and so on
+- `rounds.py`: the worse half of the stitched ones stops after a quarter of the images, and again after half
 - `ranking.py`: the order of candidates by what they gave on the selection images, from Gram matrices of readouts
 - `sides.py`: compositions side by side with one joint head, by greedy forward selection
 - `staging.py`: compositions that stop when they are sure, their thresholds by leave-one-out

@@ -1,10 +1,10 @@
 """Candidates over the selection images in rounds, so that most stitched ones do not run over all of them.
 
-All run over 64 images, the better half of the stitched ones over twice as many, the better half of these over twice as
-many again, and from half of the images on what is left over all (successive halving: Jamieson and Talwalkar 2016,
-"Non-stochastic best arm identification and hyperparameter optimization"). Halves are taken among candidates of about
-the same cost, and what nothing cheaper beats stays, so that every budget keeps some. Sources and what comes out of
-their own passes stay. Each image is read once, and nothing runs twice.
+All run over a quarter of the images, 128 at most, the better half of the stitched ones over twice as many, the better
+half of these over twice as many again, and from half of the images on what is left over all (successive halving:
+Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"). Halves are taken
+among candidates of about the same cost, and what nothing cheaper beats stays, so that every budget keeps some. Sources
+and what comes out of their own passes stay. Each image is read once, and nothing runs twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_stitch.search.ranks import ALONE, Ranks
 from lightning_stitch.search.results import Ranked
 from lightning_stitch.stitching import Candidate, Segmented
 
-_FIRST_ROUND = 64  # images: fewer tell too little apart
+_FIRST_ROUND = (64, 128)  # images: fewer tell too little apart, more are not needed to
 _GROUP = 4  # candidates of about the same cost, of which half goes on
 _STITCHED = ("stitched", "shortened")
 
@@ -94,10 +94,13 @@ def outcomes_in_rounds(
 
 
 def rounds_of(num_images: int) -> list[int]:
-    """After how many images half of the stitched ones is left, each twice as many; fewer than 256 images have none."""
-    if num_images < 4 * _FIRST_ROUND:
-        return []
-    return [_FIRST_ROUND << number for number in range((num_images // (2 * _FIRST_ROUND)).bit_length())]
+    """After how many images half of the stitched ones is left, each time twice as many; of fewer than 256 never."""
+    fewest, most = _FIRST_ROUND
+    limit, limits = min(num_images // 4, most), list[int]()
+    while fewest <= limit <= num_images // 2:
+        limits.append(limit)
+        limit *= 2
+    return limits
 
 
 def in_order_of_class(labels: Tensor) -> bool:

@@ -17,7 +17,7 @@ from lightning_stitch import CalibrationSettings, Pool, SearchResult
 from lightning_stitch.io import Answers
 from lightning_stitch.progress import Silent
 from lightning_stitch.search import Outcome, Ranked, Remembered, outcomes_in_rounds
-from lightning_stitch.search.rounds import in_order_of_class
+from lightning_stitch.search.rounds import in_order_of_class, rounds_of
 from lightning_stitch.stitching import Candidate
 
 SHAPE = (3, 32, 32)
@@ -63,7 +63,7 @@ def test_three_in_four_stitched_ones_do_not_run_over_all_images_and_are_counted(
     assert len(kept) <= len(there) / 2
     reasons = {reason: count for reason, count in in_rounds().rejected.items() if "about the same cost" in reason}
     assert sum(reasons.values()) == len(there) - len(kept)
-    assert "behind others of about the same cost after 64 images" in reasons
+    assert "behind others of about the same cost after 96 images" in reasons
     assert not [reason for reason in at_once().rejected if "about the same cost" in reason]
 
 
@@ -110,6 +110,12 @@ def test_images_in_the_order_of_their_classes_lose_nothing_by_what_one_class_say
     assert in_order_of_class(shuffled.sort().values)
     assert not in_order_of_class(torch.zeros(80, dtype=torch.int64))  # one class alone has no order
     assert not in_order_of_class(shuffled.float())
+
+
+def test_rounds_double_from_a_quarter_of_the_images_and_from_128_at_most() -> None:
+    doubled = [128, 256, 512, 1024, 2048]
+    expected = {255: [], 256: [64, 128], 384: [96, 192], 512: [128, 256], 1023: [128, 256], 4096: doubled}
+    assert {count: rounds_of(count) for count in expected} == expected
 
 
 def test_few_images_or_few_candidates_have_no_rounds() -> None:
