@@ -10,7 +10,6 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, get_args
 
 import torch
@@ -238,7 +237,7 @@ class CutGraph:
         fragment = fx.GraphModule(self.module, graph, class_name="Fragment")
         return fragment if share else copy_module(fragment)
 
-    @cached_property
+    @property
     def largest_activation(self) -> int:
         """Number of elements of the largest tensor on the way, for one image."""
         return max(math.prod(result.shape) for result in self._flow.yields_at_2.values() if result.shape) // 2
