@@ -16,7 +16,7 @@ import lightning_stitch as ls
 from lightning_stitch import errors
 from lightning_stitch.errors import StitchError
 
-SHAPE = re.compile(r"\(\w[\w ]*(, \w+)*,?\)|\w+ x \w+|0-dim")
+SHAPE = re.compile(r"\(\w+(, [\w ]+)+\)|\(\w+,\)|\w+ x \w+|0-dim")  # (batch, features), (images,), rows x channels
 
 
 def errors_raised(function: Callable[..., Any]) -> set[str]:
@@ -70,6 +70,10 @@ def test_what_is_left_out_is_found() -> None:
     def undocumented(x: Tensor) -> Tensor:
         raise StitchError("never")
 
+    def shapeless(x: Tensor) -> Tensor:
+        """As it is (unchanged)."""
+        return x
+
     def documented(x: Tensor) -> Tensor:
         """As it is (rows x channels).
 
@@ -79,4 +83,5 @@ def test_what_is_left_out_is_found() -> None:
         raise StitchError("never")
 
     assert len(objections(undocumented)) == 3
+    assert objections(shapeless) == ["does not say of which shape its tensors are"]
     assert not objections(documented)
