@@ -131,19 +131,19 @@ def accuracy(network: nn.Module, classes: Sequence[str], person: Person) -> floa
     return sum(a == b for a, b in zip(said, person.test_labels, strict=True)) / len(said)
 
 
-def with_head(pool: ls.Pool, candidate: Candidate, found: ls.Composition, person: Person) -> nn.Module:
+def with_head(pool: ls.Pool, candidate: Candidate, found: ls.StitchedClassifier, person: Person) -> nn.Module:
     """A candidate with a head fitted on the person's images."""
     body = pool.assemble(candidate)
     with torch.no_grad():
         features = torch.cat([body(images) for images in person.images.split(4)])
     targets, blocks = numbers(found, person), body.recipe.head_blocks  # each depth as loud as another
-    head, _ = ls.fit_ridge_head(features, targets, num_classes=len(found.classes), blocks=blocks)
+    head, _ = ls.fit_ridge_head(features, targets, num_classes=len(found.class_names), blocks=blocks)
     return nn.Sequential(body, head).eval()
 
 
-def numbers(found: ls.Composition, person: Person) -> Tensor:
+def numbers(found: ls.StitchedClassifier, person: Person) -> Tensor:
     """The person's labels as a network's outputs stand for them."""
-    return torch.tensor([found.classes.index(label) for label in person.labels])
+    return torch.tensor([found.class_names.index(label) for label in person.labels])
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -196,9 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
         assert result.best_stitched is not None
         stitched = with_head(pool, result.best_stitched.candidate, own, person)
         together = ls.ensemble(pool, result, [(person.images, numbers(own, person))], top=3)
-        networks = (own.network, stitched, together, source)
-        found = [accuracy(network, own.classes, person) for network in networks]
-        scores.append([*found[:3], accuracy(general.network, general.classes, person), found[3]])
+        networks = (own, stitched, together, source)
+        found = [accuracy(network, own.class_names, person) for network in networks]
+        scores.append([*found[:3], accuracy(general, general.class_names, person), found[3]])
         figures = [f"{score:.3f}" for score in scores[-1]] + [f"{seconds:.2f}", f"{source_seconds:.2f}"]
         table.add_row(person.name, result.best.candidate.kind, *figures)
     console = Console(width=130)

@@ -1,5 +1,5 @@
 from .baselines import FineTuning, compare_methods
-from .composing import Composition, Pool, compose, ensemble, shrink
+from .composing import Pool, ensemble, shrink
 from .cost import Budget, Cost
 from .cutting import Cut, CutGraph, network_cost
 from .data import CalibrationDataModule
@@ -19,7 +19,7 @@ from .training import (
     PredictionWriter,
     PublishAfterFit,
     StitchedClassifier,
-    compose_folder,
+    compose,
     predict_files,
 )
 
@@ -34,7 +34,7 @@ __all__ = [
     "DepthFirst",
     "StitchedBackbone",
     "restore_backbones",
-    "compose_folder",
+    "compose",
     "predict_files",
     "ImageFiles",
     "PredictionWriter",
@@ -58,8 +58,6 @@ __all__ = [
     "fit_ridge_head",
     "fit_head",
     "class_map_from_names",
-    "compose",
-    "Composition",
     "ensemble",
     "Source",
     "Preprocessing",

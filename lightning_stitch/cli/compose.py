@@ -31,10 +31,10 @@ def compose(
         StitchError: If images, sources, budget or output cannot be used.
     """
     from lightning_stitch.baselines import quiet_trainers
-    from lightning_stitch.training import compose_folder
+    from lightning_stitch.training import compose as compose_classifier
 
     with quiet_trainers():
-        model = compose_folder(
+        model = compose_classifier(
             sources, folder, budget=budget, image_size=image_size, output=output, overwrite=overwrite, seed=seed
         )
     assert model.network is not None

@@ -21,7 +21,7 @@ from lightning_stitch.composing.cross_fitting import (
 from lightning_stitch.composing.pool import Pool
 from lightning_stitch.cost import Budget
 from lightning_stitch.cutting import reference_tensor
-from lightning_stitch.data import Decoder, read_labels
+from lightning_stitch.data import decode_images, number_labels
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
 from lightning_stitch.progress import timed
@@ -43,6 +43,7 @@ from lightning_stitch.search import (
 )
 from lightning_stitch.stitching import Calibrated, Candidate, Segmented, calibrate, chunks
 
+_FEWEST = 4
 _FOLDS = 4  # three quarters of the images fit each fold's stitch
 _BEAM = Beam(width=2, max_fragments=2)
 _STANDARD_ERRORS = 2  # the best of some twenty, of which many are alike, is often one above its due
@@ -83,7 +84,7 @@ class Composition:
         return f"Composition({len(self.classes)} classes, {self.result.best!r})"
 
 
-def compose(
+def compose_personal(
     pool: Pool,
     images: Tensor | Sequence[Any],
     labels: Sequence[Any] | Tensor | None = None,
@@ -132,24 +133,26 @@ def compose(
 
     Example:
         >>> pool = Pool.prepare(sources)  # doctest: +SKIP
-        >>> mine = compose(pool, photographs, labels=["cup", "key", "cup", "key"])  # doctest: +SKIP
+        >>> mine = compose_personal(pool, photographs, labels=["cup", "key", "cup", "key"])  # doctest: +SKIP
         >>> mine.classes[mine.network(image).argmax()], mine.result.summary()  # doctest: +SKIP
     """
     budget = budget or Budget()
     if budget.max_latency_ms is not None or budget.max_activation_bytes is not None:
         raise BudgetError(
-            "compose() measures neither latencies nor activation bytes. Limit max_macs instead, or use Pool.search."
+            "A personal network's latency and activation bytes are not measured. Limit max_macs, or use Pool.search."
         )
     if not ridge > 0 or not effort >= 0:
         raise StitchError(f"ridge must be above 0 and effort at least 0; found ridge={ridge}, effort={effort}.")
-    targets, names = _number_classes(len(images), labels)
+    if len(images) < _FEWEST:
+        raise CalibrationError(f"A personal network needs at least {_FEWEST} images; found {len(images)}.")
+    targets, names = (None, ()) if labels is None else number_labels(labels, len(images))
     if classes is not None:
         _check_outputs(pool.parts, labels, classes)
         names = tuple(classes)
     exits = classes is None and pool.settings.until == "features"
     costs = pool.prepared.get(exits) or costs_of_pairs(pool.parts, early_exits=exits)
     costs.check(budget)
-    batch = _decode(images, pool.image_shape).to(pool.device)
+    batch = decode_images(images, pool.image_shape).to(pool.device)
     seconds: dict[str, float] = {}
     with timed(seconds, "sources"):
         sources = [calibrate(part, [batch], pool.settings) for part in pool.parts]
@@ -196,35 +199,6 @@ def _affordable(stitched: Sequence[Candidate], space: SearchSpace, effort: float
             continue
         left -= spent
         yield candidate
-
-
-def _decode(images: Tensor | Sequence[Any], image_shape: tuple[int, int, int]) -> Tensor:
-    decode = Decoder(image_shape[0], image_shape[1:], None, None)
-    decoded = []
-    for index, image in enumerate(images):
-        try:
-            decoded.append(decode(image))
-        except CalibrationError as error:
-            raise CalibrationError(f"Image {index}: {error}.") from error
-    return torch.stack(decoded)
-
-
-def _number_classes(num_images: int, labels: Sequence[Any] | Tensor | None) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The images' class numbers from 0, and the label of each class; all that can be wrong with them."""
-    if num_images < 4:
-        raise CalibrationError(f"A personal network needs at least 4 images; found {num_images}.")
-    if labels is None:
-        return None, ()
-    values = read_labels(labels)
-    if len(values) != num_images:
-        raise CalibrationError(f"Each image needs one label; found {num_images} images and {len(values)} labels.")
-    kinds = {type(value).__name__ for value in values}
-    if len(kinds) > 1:
-        raise CalibrationError(f"labels= are all integers or all names; found {sorted(kinds)}.")
-    classes = tuple(sorted(set(values)))
-    if len(classes) < 2:
-        raise CalibrationError(f"A classifier needs images of at least two classes; all labels are {classes[0]!r}.")
-    return torch.tensor([classes.index(value) for value in values]), classes
 
 
 def _check_outputs(parts: Sequence[Segmented], labels: Sequence[Any] | Tensor | None, classes: Sequence[int]) -> None:

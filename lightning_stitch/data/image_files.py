@@ -6,13 +6,16 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_stitch.data.folders import image_suffixes, is_hidden, list_first
 from lightning_stitch.data.images import Decoder, open_image
+from lightning_stitch.data.labels import number_labels
 from lightning_stitch.errors import CalibrationError
 
 
@@ -127,3 +130,57 @@ class ImageFileSet(Dataset):
             return self._decoder(image), index
         except Exception as error:  # a broken file ends in whatever its decoder happens to stumble over
             raise CalibrationError(f"The image {file} cannot be used: {error}.") from error
+
+
+class LabelledImages(Dataset):
+    """Images in memory or in files, each with its label, as `CalibrationDataModule(train=)` takes a dataset.
+
+    An item is `(image, number)`: files are opened upright, as grey or RGB; the number is the place in `classes`.
+
+    Args:
+        images: Tensors, PIL images, arrays, or paths of files.
+        labels: The class of each: integers, names or one-hot rows. At least two occur.
+
+    Attributes:
+        classes: Names of the classes, sorted by their labels.
+        targets: The number of each image's class.
+
+    Raises:
+        CalibrationError: If labels cannot be used or are not as many as images.
+    """
+
+    def __init__(self, images: Sequence[Any] | Tensor, labels: Sequence[Any] | Tensor) -> None:
+        numbers, names = number_labels(labels, len(images))
+        self.files = images
+        self.targets, self.classes = numbers.tolist(), [str(name) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return _opened(self.files[index]), self.targets[index]
+
+
+def is_files(images: Any) -> bool:
+    """Whether images are named by their files or folders, instead of being in memory."""
+    return isinstance(images, str | Path) or (len(images) > 0 and isinstance(images[0], str | Path))
+
+
+def decode_images(images: Sequence[Any] | Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Images (images, *image_shape), float32 in [0, 1], of tensors, PIL images, arrays or paths of files, resized.
+
+    Raises:
+        CalibrationError: If one cannot be used; the message names it by its place.
+    """
+    decode, decoded = Decoder(image_shape[0], image_shape[1:]), []
+    for index, image in enumerate(images):
+        try:
+            decoded.append(decode(_opened(image)))
+        except (CalibrationError, OSError) as error:
+            named = f" ({image})" if isinstance(image, str | Path) else ""
+            raise CalibrationError(f"Image {index}{named}: {error}.") from error
+    return torch.stack(decoded)
+
+
+def _opened(image: Any) -> Any:
+    return open_image(str(image)) if isinstance(image, str | Path) else image

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_stitch.data.images import Items, naming_image, spread, target_of
 from lightning_stitch.data.origins import find_origins, find_wrapped
-from lightning_stitch.data.target_values import TargetReaders, TargetValue
+from lightning_stitch.data.target_values import Label, TargetReaders, TargetValue, read_labels
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.progress import Bar, Silent, counted
 
@@ -93,6 +93,24 @@ def _same(first: TargetValue, second: TargetValue) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.equal(first, second)
     return type(first) is type(second) and first == second
+
+
+def number_labels(labels: Sequence[Any] | Tensor, num_images: int) -> tuple[Tensor, tuple[Label, ...]]:
+    """The class numbers of images from 0, int64, and the label of each class, sorted.
+
+    Raises:
+        CalibrationError: If labels cannot be used, are not as many as images, of several kinds, or all the same.
+    """
+    values = read_labels(labels)
+    if len(values) != num_images:
+        raise CalibrationError(f"Each image needs one label; found {num_images} images and {len(values)} labels.")
+    kinds = {type(value).__name__ for value in values}
+    if len(kinds) > 1:
+        raise CalibrationError(f"labels= are all integers or all names; found {sorted(kinds)}.")
+    classes = tuple(sorted(set(values)))
+    if len(classes) < 2:
+        raise CalibrationError(f"A classifier needs images of at least two classes; all labels are {classes[0]!r}.")
+    return torch.tensor([classes.index(value) for value in values]), classes
 
 
 def count_classes(labels: Sequence[Any], class_names: list[str] | None) -> int:

@@ -41,6 +41,7 @@ class StitchedBackbone(nn.Module):
     Attributes:
         network: The stitched network; None: there is none yet.
         projection: The linear layer to `num_features`; None: the network's own width is right.
+        head_attribute: Where in the module a search fitted the linear layer behind it, by dotted name; None: nowhere.
 
     Raises:
         RecipeError: If a recipe is malformed or cannot be built.
@@ -71,6 +72,7 @@ class StitchedBackbone(nn.Module):
         self.train_mode = train_mode
         self.network: StitchedNetwork | None = None
         self.projection: nn.Linear | None = None
+        self.head_attribute: str | None = None
         self._width = num_features
         # Not in the state dict, where the extra state has them; buffers, to be where the module is.
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(1, -1, 1, 1), persistent=False)
@@ -133,6 +135,7 @@ class StitchedBackbone(nn.Module):
             **({} if self.network is None else structure_of(self.network)),
             "num_features": self._width,
             "projected": self.projection is not None,
+            "head_attribute": self.head_attribute,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
         }
@@ -147,7 +150,7 @@ class StitchedBackbone(nn.Module):
                 f"This StitchedBackbone has num_features={self._width}, that of the checkpoint "
                 f"{state['num_features']}. Build the module as it was when the checkpoint was saved."
             )
-        self._width = state["num_features"]
+        self._width, self.head_attribute = state["num_features"], state["head_attribute"]
         self.mean = self.mean.new_tensor(state["mean"]).view(1, -1, 1, 1)
         self.std = self.std.new_tensor(state["std"]).view(1, -1, 1, 1)
         if state["recipe"] is None:

@@ -3,7 +3,7 @@
 In reading order: `module.py` (`StitchedClassifier`) with `task_metrics.py` and `thawing.py`; `fragment_search.py`
 (`FragmentSearch`) with `places.py`, `backbone_place.py` and `data_checks.py` (where the network goes, and for which
 data), `callback_order.py` and `search_report.py`; then what a trained network is used for: `checkpoints.py`,
-`predicting.py` and `publish_after_fit.py`; `one_call.py` is all of it for a folder of images.
+`predicting.py`, `finished.py` and `publish_after_fit.py`; `one_call.py` (`compose`) is all of it in one call.
 
 **Optimizers.** All parameters are there from the start, in groups named "head", "stitch_2", "fragment_2", ..., so that
 `LearningRateMonitor` shows `lr-AdamW/stitch_2` and a checkpoint of any epoch can be resumed, also under another
@@ -26,7 +26,10 @@ callbacks are set up, so that a module without a recipe is searched for once, fo
 (`load_from_checkpoint`) spares that, and so does `FragmentSearch.ckpt_path`, which `lightning-stitch fit --ckpt_path
 FILE` sets.
 
-**Modules of your own.** `examples/finetune_stitched.py` has one; `StitchedBackbone` says how widths are matched.
+**Modules of your own.** `examples/finetune_stitched.py` has one; `StitchedBackbone` says how widths are matched. Where
+its forward is a linear layer behind the backbone, `StitchedClassifier.of_module` makes a classifier of it, to be saved,
+published and exported; `predict`, `export` and `publish` take its checkpoint, if the search fitted that layer
+(`head_attribute`).
 
 Example:
     >>> from lightning_stitch.training import FragmentSearch, StitchedClassifier

@@ -137,6 +137,7 @@ class BackbonePlace:
         if self.head_attribute is not None:
             fitted, _ = self.head_settings.fit(vectors, targets, blocks if projection is None else None)
             self._find_head(backbone.num_features).load_state_dict({"weight": fitted.weight, "bias": fitted.bias})
+            backbone.head_attribute = self.head_attribute
 
     def agree(self, strategy: Any) -> None:
         """Take rank zero's structure; the strategy copies its weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from lightning_stitch._lightning import NAMESPACE, pl
 from lightning_stitch.errors import StitchError, first_lines
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.io import check_content
-from lightning_stitch.networks import check_numbers
+from lightning_stitch.networks import check_numbers, saved_backbones
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.sources import check_preprocessing
 from lightning_stitch.training.module import StitchedClassifier
@@ -20,11 +21,14 @@ from lightning_stitch.training.module import StitchedClassifier
 def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
     """A classifier from a checkpoint of either Lightning package, on the CPU; nothing in the file is executed.
 
+    Of a module of your own it takes the StitchedBackbone, and the linear layer behind it that `FragmentSearch` fitted.
+
     Args:
         checkpoint: A checkpoint, or what `StitchedClassifier.from_pretrained` takes: a folder, or "hf-hub:ORG/NAME".
 
     Raises:
-        StitchError: If there is no such file, or it is no checkpoint of a StitchedClassifier with a network.
+        StitchError: If there is no such file, or it is no checkpoint of a StitchedClassifier with a network, nor of
+            a module whose search fitted a head behind a StitchedBackbone (`head_attribute`).
     """
     path = Path(checkpoint)
     if path.is_dir() or str(checkpoint).startswith(("hf-hub:", "local-dir:")):
@@ -34,12 +38,16 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
     check_content(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        hparams, numbers = content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY], content["state_dict"]
+        numbers = content["state_dict"]
+        is_own = isinstance(numbers, dict) and bool(saved_backbones(numbers))
+        hparams = {"recipe": {}} if is_own else content[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
         plain, head, task = hparams["recipe"], hparams.get("head", "ridge"), hparams.get("task", "multiclass")
     except Exception as error:  # whatever torch's readers find in a file of another kind
         raise StitchError(
             f"{path} is not a checkpoint of a StitchedClassifier that can be read safely: {type(error).__name__}."
         ) from error
+    if is_own:
+        return _loading(path, lambda: StitchedClassifier.of_state(numbers))
     if plain is None:
         raise StitchError(f"{path} holds no network: it was saved before one was composed.")
     if "_instantiator" in hparams:
@@ -48,7 +56,8 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
     copy = io.BytesIO()
     torch.save(content, copy)
     copy.seek(0)
-    try:
+
+    def load() -> StitchedClassifier:
         recipe = Recipe.from_dict(plain)
         for ref in recipe.sources:
             check_preprocessing(ref.preprocessing)
@@ -56,6 +65,14 @@ def open_classifier(checkpoint: str | Path) -> StitchedClassifier:
         # Before there is a module, which is built with memory, as are its metrics for each class.
         check_numbers(recipe, settings, numbers)
         return StitchedClassifier.load_from_checkpoint(copy, map_location="cpu", weights_only=True)
+
+    return _loading(path, load)
+
+
+def _loading(path: Path, load: Callable[[], StitchedClassifier]) -> StitchedClassifier:
+    """What is loaded; errors name the file."""
+    try:
+        return load()
     except StitchError as error:
         raise type(error)(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # whatever Lightning and torch meet in values that nobody has tried

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,28 +14,22 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_stitch._lightning import pl, warn_where_both_are_loaded
+from lightning_stitch._lightning import warn_where_both_are_loaded
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import look_up_classes
 from lightning_stitch.errors import BudgetError, CalibrationError, RecipeError, StitchError, require_text
 from lightning_stitch.heads import HeadSettings, StagedHead, confidence, predictions
-from lightning_stitch.hub import CardDetails, structure_of, warn_of_changes
-from lightning_stitch.networks import (
-    StitchedNetwork,
-    check_classes,
-    export_network,
-    is_traced,
-    load_classifier,
-    save_classifier,
-)
+from lightning_stitch.hub import structure_of, warn_of_changes
+from lightning_stitch.networks import StitchedNetwork, check_classes, is_traced
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.stages import Stages
 from lightning_stitch.stitching import images_of, is_empty
+from lightning_stitch.training.finished import NO_NETWORK, Finished
 from lightning_stitch.training.task_metrics import loss_of, metric_inputs, metrics_for
 from lightning_stitch.training.thawing import TrainingPlan
 
 
-class StitchedClassifier(pl.LightningModule):
+class StitchedClassifier(Finished):
     """A classifier, a tagger or a regressor on a stitched network.
 
     It begins without a network. `FragmentSearch` installs one, with a head fitted in closed form, before the Trainer
@@ -194,7 +187,7 @@ class StitchedClassifier(pl.LightningModule):
         scores = {name: value for name, value in recipe.scores.items() if "loo_" not in name}
         scores |= {**point.scores, "mean_macs": point.mean_macs}
         recipe = dataclasses.replace(recipe, stages=dataclasses.replace(stages, point=head.point), scores=scores)
-        self._require_network().recipe = recipe
+        self._finished().recipe = recipe
         self.hparams["recipe"] = recipe.to_dict()
         return self
 
@@ -212,7 +205,7 @@ class StitchedClassifier(pl.LightningModule):
             CalibrationError: If there are no images.
         """
         recipe, _, head = self._staged()
-        network, confidences = self._require_network(), list[list[Tensor]]()
+        network, confidences = self._finished(), list[list[Tensor]]()
         with in_eval_mode(network):
             for batch in batches:
                 if not is_empty(batch):
@@ -223,57 +216,10 @@ class StitchedClassifier(pl.LightningModule):
         head.set_thresholds(recipe, [torch.cat(of_stage) for of_stage in zip(*confidences, strict=True)])
 
     def _staged(self) -> tuple[Recipe, Stages, StagedHead]:
-        recipe = self._require_network().recipe
+        recipe = self._finished().recipe
         if recipe.stages is None or not isinstance(self.head, StagedHead):
             raise StitchError("This network has no stages: search with Budget(mean_macs=...) for one that has.")
         return recipe, recipe.stages, self.head
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        *,
-        details: CardDetails | None = None,
-        name: str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        """Write network, head, task and class names, and a card, as `StitchedNetwork.save_pretrained`."""
-        save_classifier(self, directory, details=details, name=name, overwrite=overwrite)
-
-    def export(self, path: str | Path, *, per_stage: bool = False, overwrite: bool = False) -> list[Path]:
-        """Write network and head as a file that runs without this package: `export_network`.
-
-        Args:
-            path: Ends in ".onnx", or in ".pt2" (`torch.export.load`).
-            per_stage: A file for each stage of a network that stops when it is sure; as a whole it runs all.
-            overwrite: Replace files of these names.
-
-        Returns:
-            The files. They take "images" (batch, channels, height, width), float32, in [0, 1], and give "probabilities"
-            of classes or labels, "numbers", or without a head "features".
-
-        Raises:
-            StitchError: If there is no network yet, a package is missing, or it cannot be written so.
-        """
-        network, settings = self._require_network(), self.head_settings
-        task = None if settings.name == "none" else settings.task
-        names = self.class_names
-        return export_network(
-            network, path, head=self.head, task=task, class_names=names, per_stage=per_stage, overwrite=overwrite
-        )
-
-    @classmethod
-    def from_pretrained(cls, where: str | Path, *, trust_factory: bool = False, **options: Any) -> StitchedClassifier:
-        """Load what `save_pretrained` or `publish` wrote, as `StitchedNetwork.from_pretrained`; in eval mode.
-
-        Args:
-            where: A folder, or a hub repository "ORG/NAME" or "ORG/NAME@REVISION".
-            trust_factory: Allow importing and calling the factory that a "python:" source names.
-            options: Arguments of the class that say how it trains on: optimizer, thaw, train_mode, lr, ...
-        """
-        saved = load_classifier(where, trust_factory=trust_factory)
-        model = cls(**saved.arguments, trust_factory=trust_factory, **options)
-        model.install(saved.network, saved.head)
-        return model.eval()
 
     def configure_model(self) -> None:
         """Build the recipe's structure where there is a recipe and no network yet; does nothing the second time."""
@@ -335,7 +281,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes or labels), numbers, or without a head features, for images in [0, 1]."""
-        network = self._require_network()
+        network = self._finished()
         assert self.head is not None
         if self._fused and self._trainer is not None and self._trainer.predicting:
             network = self._fused[0]
@@ -349,10 +295,10 @@ class StitchedClassifier(pl.LightningModule):
             return None
         images, targets = self._split_batch(batch)
         if batch_idx == 0:
-            self._require_network().check_images(images)
+            self._finished().check_images(images)
         if len(images) == 1 and self.train_mode:
             rank_zero_warn("A batch of one image is trained on in eval mode: BatchNorm in train mode needs two.")
-        with in_eval_mode(self._require_network()) if len(images) == 1 else nullcontext():
+        with in_eval_mode(self._finished()) if len(images) == 1 else nullcontext():
             outputs = self._outputs_of_stages(images)
         loss = torch.stack([loss_of(self.head_settings.task, output, targets) for output in outputs]).sum()
         self.log("train_loss", loss, prog_bar=True)
@@ -368,7 +314,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Probabilities of classes or labels, numbers, or without a head features: (batch, any of them)."""
-        network = self._require_network()
+        network = self._finished()
         if is_empty(batch):
             return torch.empty(0, self.num_classes or network.num_features)
         images = images_of(batch)
@@ -378,7 +324,7 @@ class StitchedClassifier(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Fold what can be folded, for as long as the Trainer predicts (`StitchedNetwork.fused`)."""
-        self._fused = [self._require_network().fused()]
+        self._fused = [self._finished().fused()]
 
     def on_predict_end(self) -> None:
         """Let go of what was folded."""
@@ -387,7 +333,7 @@ class StitchedClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over all parameters, in named groups; those of frozen ones wait."""
         if self.network is None:
-            raise StitchError(_NO_NETWORK)
+            raise StitchError(NO_NETWORK)
         return self._plan.make_optimizer(self)
 
     def on_fit_start(self) -> None:
@@ -427,7 +373,7 @@ class StitchedClassifier(pl.LightningModule):
         if is_empty(batch):
             return
         images, targets = self._split_batch(batch)
-        self._require_network().check_images(images)
+        self._finished().check_images(images)
         outputs = self(images)
         metrics.update(*metric_inputs(self.head_settings.task, outputs, targets))
         loss = loss_of(self.head_settings.task, outputs, targets)
@@ -441,12 +387,7 @@ class StitchedClassifier(pl.LightningModule):
         """The outputs of every stage's head; where there are no stages of the one."""
         if not isinstance(self.head, StagedHead):
             return [self(images)]
-        return [self.head.answer(outputs) for outputs in self.head.outputs(self._require_network()(images))]
-
-    def _require_network(self) -> StitchedNetwork:
-        if self.network is None:
-            raise StitchError(_NO_NETWORK)
-        return self.network
+        return [self.head.answer(outputs) for outputs in self.head.outputs(self._finished()(images))]
 
     def _split_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and targets of a batch, which must have targets; classes as this module numbers them."""
@@ -457,10 +398,6 @@ class StitchedClassifier(pl.LightningModule):
         return images, targets if self._class_numbers is None else self._class_numbers.to(targets.device)[targets]
 
 
-_NO_NETWORK = (
-    "This StitchedClassifier has no network yet. Put a FragmentSearch among the Trainer's callbacks and call fit, load "
-    "a checkpoint, or give a recipe."
-)
 _NO_TARGETS = (
     "There is nothing to train on or to evaluate: the images have no targets. Trainer(max_epochs=0) searches without "
     "training, and trainer.predict needs none."

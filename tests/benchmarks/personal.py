@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from lightning_stitch import Pool, Source, compose, load_sources
+from lightning_stitch import Pool, Source, load_sources
+from lightning_stitch.composing import compose_personal
 
 
 def bare_pass(sources: list[Source], images: torch.Tensor, batch_size: int) -> float:
@@ -74,13 +75,13 @@ def main() -> None:
     torch.manual_seed(0)
     images, labels = request(0)
     batch_size = min((2, 4, 8, 16, 32), key=lambda batch: min(bare_pass(sources, images, batch) for _ in range(2)))
-    compose(pool, images, labels)
+    compose_personal(pool, images, labels)
     ratios, kinds, memory = [], [], []
     before = bare_pass(sources, images, batch_size)
     for number in range(options.requests):
         images, labels = request(number)
         begun = time.perf_counter()
-        found = compose(pool, images, labels)
+        found = compose_personal(pool, images, labels)
         seconds = time.perf_counter() - begun
         kinds.append(found.result.best.candidate.kind)
         stages = ", ".join(f"{stage} {spent:.2f}" for stage, spent in found.result.seconds.items())

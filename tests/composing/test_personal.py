@@ -20,13 +20,12 @@ from lightning_stitch import (
     BudgetError,
     CalibrationError,
     CalibrationSettings,
-    Composition,
     Pool,
     StitchedNetwork,
     StitchError,
-    compose,
     network_cost,
 )
+from lightning_stitch.composing import Composition, compose_personal
 from lightning_stitch.composing.cross_fitting import cross_fitted_vectors, deal_into_folds
 from lightning_stitch.heads.ridge import fit_ridge_head
 from lightning_stitch.search.results import pick
@@ -67,7 +66,7 @@ def assert_same(one: Composition, other: Composition) -> None:
 
 def test_with_labels_a_classifier_in_their_words_comes_out(pool: Pool) -> None:
     names = [["zero", "one", "two"][label] for label in MY_LABELS.tolist()]
-    found = compose(pool, MINE, names)
+    found = compose_personal(pool, MINE, names)
     assert found.classes == ("one", "two", "zero")
     assert not found.network.training
     with torch.no_grad():
@@ -81,7 +80,7 @@ def test_the_head_is_the_closed_form_head_on_the_final_networks_features(budget:
     settings = CalibrationSettings(granularity="stages", until="output")  # without early exits
     pool = Pool.prepare([donor("test_resnet"), donor("test_efficientnet")], (3, 32, 32), settings=settings)
     limit = None if budget is None else budget * min(part.cost.macs for part in pool.parts)
-    found = compose(pool, MINE, MY_LABELS, budget=Budget(max_macs=limit))
+    found = compose_personal(pool, MINE, MY_LABELS, budget=Budget(max_macs=limit))
     assert found.result.best.candidate.kind in (("source",) if budget is None else ("stitched", "shortened"))
     with torch.no_grad():
         features = found.network[0](MINE)
@@ -91,7 +90,7 @@ def test_the_head_is_the_closed_form_head_on_the_final_networks_features(budget:
 
 
 def test_without_labels_features_come_out(pool: Pool) -> None:
-    found = compose(pool, MINE)
+    found = compose_personal(pool, MINE)
     assert found.classes == ()
     with torch.no_grad():
         assert found.network(YOURS).shape == (len(YOURS), found.result.best.features)
@@ -102,7 +101,7 @@ def test_without_labels_features_come_out(pool: Pool) -> None:
 def test_with_classes_a_sources_own_outputs_are_restricted_to_them(until: str) -> None:
     sources = [donor("test_resnet"), donor("test_efficientnet")]
     pool = Pool.prepare(sources, (3, 32, 32), settings=CalibrationSettings(granularity="stages", until=until))
-    found = compose(pool, MINE, classes=[281, 7, 30])
+    found = compose_personal(pool, MINE, classes=[281, 7, 30])
     assert found.classes == (281, 7, 30)
     assert "early exit" not in {r.candidate.kind for r in found.result.ranked}
     best = found.result.best.candidate
@@ -117,7 +116,7 @@ def test_a_stitched_network_for_classes_ends_in_its_last_sources_classifier() ->
     sources = [donor("test_resnet"), donor("test_efficientnet")]
     pool = Pool.prepare(sources, (3, 32, 32))
     limit = min(part.cost.macs for part in pool.parts) - 1
-    found = compose(pool, MINE, classes=[1, 2], budget=Budget(max_macs=limit))
+    found = compose_personal(pool, MINE, classes=[1, 2], budget=Budget(max_macs=limit))
     assert found.result.best.candidate.kind in ("stitched", "shortened")
     assert found.network[0].recipe.fragments[-1].end is None
     last = next(part for part in pool.parts if part.name == found.network[0].recipe.fragments[-1].source)
@@ -131,14 +130,14 @@ def test_a_stitched_network_for_classes_ends_in_its_last_sources_classifier() ->
 @pytest.mark.parametrize("share", [0.9, 0.5])
 def test_the_network_keeps_the_budget(pool: Pool, share: float) -> None:
     limit = share * min(part.cost.macs for part in pool.parts)
-    found = compose(pool, MINE, MY_LABELS, budget=Budget(max_macs=limit))
+    found = compose_personal(pool, MINE, MY_LABELS, budget=Budget(max_macs=limit))
     assert network_cost(found.network[0], (3, 32, 32)).macs <= limit
     within = [r for r in found.result.ranked if r.candidate.cost.macs <= limit]
     assert found.result.best is pick(within, Budget())
 
 
 def test_every_candidate_can_be_assembled_afterwards(pool: Pool) -> None:
-    found = compose(pool, MINE, MY_LABELS)
+    found = compose_personal(pool, MINE, MY_LABELS)
     assert {r.candidate.kind for r in found.result.ranked} - {"shortened"} == {"source", "early exit", "stitched"}
     for ranked in found.result.ranked:
         network = pool.assemble(ranked.candidate)
@@ -151,7 +150,7 @@ def test_a_pool_that_was_not_prepared_serves_as_well() -> None:
     sources = [donor("test_resnet"), plain("plain", (8, 12, 16), seed=3)]
     settings = CalibrationSettings(granularity="stages", rows_per_image=16)
     ordinary, ready = Pool(sources, (3, 32, 32), settings=settings), Pool.prepare(sources, (3, 32, 32))
-    assert_same(compose(ordinary, MINE, MY_LABELS), compose(ready, MINE, MY_LABELS))
+    assert_same(compose_personal(ordinary, MINE, MY_LABELS), compose_personal(ready, MINE, MY_LABELS))
 
 
 def test_images_are_those_that_the_first_source_was_trained_on_unless_said_otherwise() -> None:
@@ -181,13 +180,13 @@ def as_photographs(images: Tensor) -> list[Image.Image]:
 @pytest.mark.parametrize("given", [as_list, as_bytes, as_photographs])
 def test_images_may_come_in_any_of_these_forms(pool: Pool, given: Any) -> None:
     exact = as_bytes(MINE).float() / 255
-    assert_same(compose(pool, given(exact), MY_LABELS), compose(pool, exact, MY_LABELS))
+    assert_same(compose_personal(pool, given(exact), MY_LABELS), compose_personal(pool, exact, MY_LABELS))
 
 
 def test_images_of_other_sizes_are_resized_to_the_pools(pool: Pool) -> None:
     larger = functional.interpolate(MINE, size=(48, 40), mode="bilinear")
     resized = functional.interpolate(larger, size=(32, 32), mode="bilinear", antialias=True).clamp(0, 1)
-    assert_same(compose(pool, larger, MY_LABELS), compose(pool, resized, MY_LABELS))
+    assert_same(compose_personal(pool, larger, MY_LABELS), compose_personal(pool, resized, MY_LABELS))
 
 
 # -- honest scores -------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_cross_fitted_features_are_those_of_networks_fitted_on_the_other_images(
 
 
 def test_the_scores_of_a_source_are_its_leave_one_out_scores(pool: Pool) -> None:
-    found = compose(pool, MINE, MY_LABELS)
+    found = compose_personal(pool, MINE, MY_LABELS)
     ranked = found.result.best_source
     part = next(part for part in pool.parts if part.name == ranked.candidate.recipe.fragments[0].source)
     with torch.no_grad():
@@ -255,7 +254,7 @@ def test_the_folds_tell_nothing_of_the_labels_whatever_the_order_of_these(pool: 
     scores = []
     for seed in range(3):
         # Images that have nothing to do with their labels.
-        ranked = compose(pool, noise(32, 3, 32, 32, seed=seed), labels).result.ranked
+        ranked = compose_personal(pool, noise(32, 3, 32, 32, seed=seed), labels).result.ranked
         scores += [r.scores["loo_r2"] for r in ranked if r.candidate.kind == "stitched"]
     assert len(scores) > 10
     assert sum(scores) / len(scores) < 0.02
@@ -276,7 +275,7 @@ def test_each_class_is_spread_evenly_over_the_folds() -> None:
 def test_each_source_runs_once_over_the_images_whatever_the_number_of_candidates(pool: Pool) -> None:
     seen: list[int] = []
     hook = pool.parts[0].preprocess.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    found = compose(pool, MINE, MY_LABELS)
+    found = compose_personal(pool, MINE, MY_LABELS)
     hook.remove()
     assert sum(seen) == len(MINE)
     assert len(found.result.ranked) > 10
@@ -284,7 +283,7 @@ def test_each_source_runs_once_over_the_images_whatever_the_number_of_candidates
 
 @pytest.mark.parametrize("effort", [0.0, 0.2, 0.5, 2.0])
 def test_stitched_candidates_run_no_more_than_the_effort_allows(pool: Pool, effort: float) -> None:
-    found = compose(pool, MINE, MY_LABELS, effort=effort)
+    found = compose_personal(pool, MINE, MY_LABELS, effort=effort)
     total = sum(part.cost.macs for part in pool.parts)
     tails = []
     for ranked in found.result.ranked:
@@ -298,7 +297,7 @@ def test_stitched_candidates_run_no_more_than_the_effort_allows(pool: Pool, effo
 
 def test_an_impossible_budget_is_refused_before_anything_runs(pool: Pool) -> None:
     with pieces_run(pool) as ran, pytest.raises(BudgetError, match=r"No network keeps the budget of at most 1 M MACs|"):
-        compose(pool, MINE, MY_LABELS, budget=Budget(max_macs=10))
+        compose_personal(pool, MINE, MY_LABELS, budget=Budget(max_macs=10))
     assert ran == []
 
 
@@ -308,8 +307,8 @@ def test_an_impossible_budget_is_refused_before_anything_runs(pool: Pool) -> Non
 def test_requests_in_any_order_give_each_person_the_same_network() -> None:
     mine, yours = (MINE, MY_LABELS), (YOURS, YOUR_LABELS)
     one, other = prepared(), prepared()
-    first = [compose(one, *mine), compose(one, *yours), compose(one, *mine)]
-    second = [compose(other, *yours), compose(other, *mine), compose(other, *yours)]
+    first = [compose_personal(one, *mine), compose_personal(one, *yours), compose_personal(one, *mine)]
+    second = [compose_personal(other, *yours), compose_personal(other, *mine), compose_personal(other, *yours)]
     assert_same(first[0], first[2])
     assert_same(first[0], second[1])
     assert_same(first[1], second[0])
@@ -317,7 +316,7 @@ def test_requests_in_any_order_give_each_person_the_same_network() -> None:
 
 
 def test_training_a_personal_network_touches_neither_the_pool_nor_other_networks(pool: Pool) -> None:
-    mine, yours = compose(pool, MINE, MY_LABELS), compose(pool, MINE, MY_LABELS)
+    mine, yours = compose_personal(pool, MINE, MY_LABELS), compose_personal(pool, MINE, MY_LABELS)
     before = numbers(yours)
     sources = [x.clone() for part in pool.parts for x in part.source.module.state_dict().values()]
     optimizer = torch.optim.SGD(mine.network.parameters(), lr=0.1)
@@ -336,11 +335,11 @@ def live_tensors() -> int:
 
 @pytest.mark.slow
 def test_no_tensor_outlives_a_request() -> None:
-    compose(prepared(), MINE, MY_LABELS)  # what is kept for all pools: which positions of a grid are sampled
+    compose_personal(prepared(), MINE, MY_LABELS)  # what is kept for all pools: which positions of a grid are sampled
     pool = prepared()
     before = live_tensors()
     for _ in range(2):
-        found = compose(pool, MINE, MY_LABELS)
+        found = compose_personal(pool, MINE, MY_LABELS)
         network = weakref.ref(found.network)
         assert live_tensors() > before
         del found
@@ -363,8 +362,8 @@ def test_no_tensor_outlives_a_request() -> None:
     ],
 )
 def test_labels_of_any_kind_are_taken_for_what_they_are(pool: Pool, labels: Any, classes: tuple[Any, ...]) -> None:
-    same = compose(pool, MINE, ["a", "b"] * 12)
-    found = compose(pool, MINE, labels)
+    same = compose_personal(pool, MINE, ["a", "b"] * 12)
+    found = compose_personal(pool, MINE, labels)
     assert found.classes == classes
     assert found.result.best.scores == same.result.best.scores
 
@@ -383,14 +382,15 @@ def test_labels_of_any_kind_are_taken_for_what_they_are(pool: Pool, labels: Any,
         (MINE, [[1, 1]] * 24, "The label of image 0: a vector as a label must be one-hot"),
         (MINE, ["a", 1] * 12, r"all integers or all names; found \['int', 'str'\]"),
         (MINE * 300, MY_LABELS, r"Image 0: images must be float in \[0, 1\]"),
-        ([*MINE[:4], "me.png"], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found str"),
+        ([*MINE[:4], "me.png"], None, r"Image 4 \(me.png\): .*No such file"),
+        ([*MINE[:4], 3], None, "Image 4: an image is a PIL image, a tensor or a numpy array; found int"),
     ],
 )
 def test_images_and_labels_that_cannot_be_used_are_refused(
     pool: Pool, images: Any, labels: Sequence[Any] | None, words: str
 ) -> None:
     with pieces_run(pool) as ran, pytest.raises(CalibrationError, match=words):
-        compose(pool, images, labels)
+        compose_personal(pool, images, labels)
     assert ran == []
 
 
@@ -398,29 +398,29 @@ def test_images_and_labels_that_cannot_be_used_are_refused(
 def test_classes_that_the_sources_do_not_have_are_refused(classes: list[int]) -> None:
     pool = Pool.prepare([donor("test_resnet")], (3, 32, 32))
     with pytest.raises(StitchError, match=r"different indices of the sources' outputs, from 0 to 999; found \["):
-        compose(pool, MINE, classes=classes)
+        compose_personal(pool, MINE, classes=classes)
 
 
 def test_classes_of_sources_with_different_outputs_are_refused(pool: Pool) -> None:
     with pytest.raises(StitchError, match=r"same outputs; found widths .*'plain': 4"):
-        compose(pool, MINE, classes=[0, 1])
+        compose_personal(pool, MINE, classes=[0, 1])
 
 
 def test_labels_and_classes_together_are_refused(pool: Pool) -> None:
     with pytest.raises(StitchError, match="labels= say already which classes there are"):
-        compose(pool, MINE, MY_LABELS, classes=[0, 1])
+        compose_personal(pool, MINE, MY_LABELS, classes=[0, 1])
 
 
 @pytest.mark.parametrize(("options", "words"), [({"ridge": 0.0}, "ridge=0.0"), ({"effort": -1.0}, "effort=-1.0")])
 def test_numbers_out_of_range_are_refused(pool: Pool, options: dict[str, float], words: str) -> None:
     with pytest.raises(StitchError, match=f"ridge must be above 0 and effort at least 0; found .*{words}"):
-        compose(pool, MINE, MY_LABELS, **options)
+        compose_personal(pool, MINE, MY_LABELS, **options)
 
 
 @pytest.mark.parametrize("limit", ["max_latency_ms", "max_activation_bytes"])
 def test_a_limit_on_what_is_measured_of_assembled_networks_is_refused(pool: Pool, limit: str) -> None:
     with pytest.raises(BudgetError, match=r"neither latencies nor activation bytes\. Limit max_macs instead"):
-        compose(pool, MINE, MY_LABELS, budget=Budget(**{limit: 5}))
+        compose_personal(pool, MINE, MY_LABELS, budget=Budget(**{limit: 5}))
 
 
 def test_a_prepared_pool_needs_a_source() -> None:

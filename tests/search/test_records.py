@@ -11,6 +11,7 @@ from doubles.tensors import digits
 from rich.console import Console
 
 import lightning_stitch as ls
+from lightning_stitch.composing import compose_personal
 
 IMAGES, LABELS = digits(100, 32, first=0, classes=4)
 
@@ -28,7 +29,7 @@ def result() -> ls.SearchResult:
 
 def test_what_is_looked_at_in_a_console_fits_a_few_lines() -> None:
     best = result().best
-    mine = ls.compose(pool(), IMAGES[:20], LABELS[:20])
+    mine = compose_personal(pool(), IMAGES[:20], LABELS[:20])
     for shown in (pool(), donor("test_resnet"), result(), best, best.candidate, mine, ls.preflight(["test_resnet"])):
         assert len(repr(shown)) < 300
         assert type(shown).__name__ in repr(shown)
