@@ -20,6 +20,7 @@ order, each wing importing only from those before it:
 - `report`: comparisons, tables, predictions
 - `training`: Lightning's hooks
 - `baselines`: what else the same data allow
+- `app`: pages in the browser, in Gradio
 - `cli`: the command line
 
 `import lightning_stitch.timm` tells timm of the architecture "lightning_stitch", so that

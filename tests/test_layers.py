@@ -13,7 +13,7 @@ import lightning_stitch
 PACKAGE = Path(lightning_stitch.__file__).parent
 ORDER = (
     *("root", "maths", "io", "cutting", "sources", "stitching", "healing", "heads", "data", "hub", "networks"),
-    *("search", "composing", "report", "training", "baselines", "cli"),
+    *("search", "composing", "report", "training", "baselines", "app", "cli"),
 )
 LIGHTNING = {"root": ["_lightning"], "data": ..., "training": ..., "baselines": ..., "cli": ...}
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "timm.py")

@@ -13,6 +13,7 @@ In reading order:
 - `predict.py`: class names and probabilities of image files
 - `export.py`: the network of a checkpoint as ONNX or as a program of PyTorch's
 - `report.py`: the page of a search, made again
+- `app.py`: an app in the browser
 - `publish.py`: share the network of a checkpoint on the hub
 - `__main__.py`: `python -m lightning_stitch.cli` is `lightning-stitch`
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_stitch import __version__
+from lightning_stitch.cli.app import app
 from lightning_stitch.cli.compose import compose
 from lightning_stitch.cli.export import export
 from lightning_stitch.cli.init import init
@@ -24,7 +25,7 @@ from lightning_stitch.cli.publish import publish
 from lightning_stitch.cli.report import report
 from lightning_stitch.errors import StitchError, nearest
 
-_COMMANDS = (compose, init, inspect, predict, report, export, publish)
+_COMMANDS = (compose, init, inspect, predict, report, export, publish, app)
 FUNCTIONS: dict[str, Callable[..., None]] = {function.__name__: function for function in _COMMANDS}
 CONFIGURED = {
     "fit": "Search, compose and train as a configuration says (--config FILE).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_stitch.cutting import reference_tensor
 from lightning_stitch.data import decode_images, number_labels
 from lightning_stitch.errors import BudgetError, CalibrationError, StitchError
 from lightning_stitch.heads import fit_ridge_head
-from lightning_stitch.progress import timed
+from lightning_stitch.progress import Progress, Silent, timed
 from lightning_stitch.recipe import Recipe, Tap
 from lightning_stitch.search import (
     Beam,
@@ -93,6 +94,7 @@ def compose_personal(
     budget: Budget | None = None,
     effort: float = 0.5,
     ridge: float = 1e-3,
+    progress: Progress | None = None,
 ) -> Composition:
     """Compose a network for a few images: each source runs over them once, and what follows costs less than that.
 
@@ -123,6 +125,7 @@ def compose_personal(
         budget: Limits that the network keeps (the head is not counted); None: none.
         effort: Most multiply-accumulates that stitched candidates run, as a share of those of all sources.
         ridge: Relative strength of the stitches' fit.
+        progress: Where to show which stage runs.
 
     Raises:
         CalibrationError: If images or labels cannot be used.
@@ -154,9 +157,9 @@ def compose_personal(
     costs.check(budget)
     batch = decode_images(images, pool.image_shape).to(pool.device)
     seconds: dict[str, float] = {}
-    with timed(seconds, "sources"):
+    with _stage("sources", seconds, progress):
         sources = [calibrate(part, [batch], pool.settings) for part in pool.parts]
-    with timed(seconds, "search"):
+    with _stage("search", seconds, progress):
         space = SearchSpace(sources, pool.settings, costs=costs, budget=budget, ridge=ridge)
         candidates = unmodified(space) + (early_exits(space) if exits else [])
         vectors = [_vectors_at_hand(candidate, sources) for candidate in candidates]
@@ -164,7 +167,7 @@ def compose_personal(
         for candidate in _affordable(list(_BEAM(space)), space, effort):
             candidates.append(candidate)
             vectors.append(cross_fitted_vectors(candidate, sources, pool.settings, fold_of=fold_of, ridge=ridge))
-    with timed(seconds, "rank"):
+    with _stage("rank", seconds, progress):
         outcomes = [_outcome(candidate, x) for candidate, x in zip(candidates, vectors, strict=True)]
         ranking: str | Ranking = "consensus" if targets is None else by_careful_r2
         if classes is not None:
@@ -172,7 +175,7 @@ def compose_personal(
         ranked, _ = rank(candidates, outcomes, targets, ranking=ranking, num_classes=None, rejected=space.rejected)
     num_labels = 0 if targets is None else len(targets)
     result = choose(ranked, budget, rejected=space.rejected, seconds=seconds, num_selection_labels=num_labels)
-    with timed(result.seconds, "assemble"):
+    with _stage("assemble", result.seconds, progress):
         chosen = result.best.candidate
         head: nn.Module = nn.Identity()
         if classes is not None:
@@ -183,6 +186,14 @@ def compose_personal(
         body = pool.assemble(chosen)
         network = nn.Sequential(body, head.to(reference_tensor(body).device)).eval()
     return Composition(network, names, result)
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], progress: Progress | None) -> Iterator[None]:
+    """Name a stage and take its time."""
+    (progress or Silent()).start(name, None)
+    with timed(seconds, name):
+        yield
 
 
 def _affordable(stitched: Sequence[Candidate], space: SearchSpace, effort: float) -> Iterator[Candidate]:

@@ -21,6 +21,7 @@ from lightning_stitch.data import (
 )
 from lightning_stitch.errors import CalibrationError, SourceError, StitchError
 from lightning_stitch.hub import CardDetails, check_free
+from lightning_stitch.progress import Progress
 from lightning_stitch.report import read_record, record_of
 from lightning_stitch.settings import SearchSettings
 from lightning_stitch.sources import find_sources, preflight, require
@@ -42,7 +43,7 @@ def compose(
     overwrite: bool = False,
     compare: bool = True,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Progress = True,
     **options: Any,
 ) -> StitchedClassifier:
     """Compose a classifier for images, without back-propagation, and say whether it was worth it.
@@ -71,7 +72,7 @@ def compose(
         overwrite: Replace a classifier that is there.
         compare: Whether to print the table of what was composed beside its rivals on the test images.
         seed: Of the split and the search.
-        progress: Whether to show bars.
+        progress: Whether to show bars; on a pool also what is told of each stage (`progress.Progress`).
         options: Further options of `FragmentSearch`; on a pool `classes`, `effort` and `ridge` of `compose_personal`.
 
     Returns:
@@ -98,10 +99,11 @@ def compose(
     if isinstance(sources, Pool):
         if image_size is not None:
             raise StitchError(f"The pool is for images of {sources.image_shape}; leave image_size= out.")
-        model, details = _on_pool(sources, images, labels, budget, options), CardDetails()
+        model, details = _on_pool(sources, images, labels, budget, progress, options), CardDetails()
     else:
         settings = {"compare": compare, "seed": seed, **options}
-        model, details = _from_sources(sources, images, labels, budget, image_size, output, progress, settings)
+        show = progress is not False
+        model, details = _from_sources(sources, images, labels, budget, image_size, output, show, settings)
     if output is not None:
         model.save_pretrained(output, details=details, overwrite=overwrite)
         model.report(output)
@@ -109,7 +111,12 @@ def compose(
 
 
 def _on_pool(
-    pool: Pool, images: Any, labels: Any, budget: Budget | str | None, options: dict[str, Any]
+    pool: Pool,
+    images: Any,
+    labels: Any,
+    budget: Budget | str | None,
+    progress: bool | Progress,
+    options: dict[str, Any],
 ) -> StitchedClassifier:
     """A network for few images."""
     if isinstance(images, str | Path):
@@ -121,7 +128,8 @@ def _on_pool(
     allowed = ("classes", "effort", "ridge")
     if strangers := sorted(set(options) - set(allowed)):
         raise StitchError(f"compose on a pool has the options {', '.join(allowed)}; found {strangers}.")
-    found = compose_personal(pool, images, labels, budget=budget, **options)
+    told = None if isinstance(progress, bool) else progress
+    found = compose_personal(pool, images, labels, budget=budget, progress=told, **options)
     names = [str(name) for name in found.classes]
     if labels is None:
         chosen = {str(index): [index] for index in found.classes}
