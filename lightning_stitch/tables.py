@@ -108,10 +108,10 @@ def _column(rows: Sequence[Cells], column: str) -> list[str]:
 
 
 def with_interval(record: Record, metric: str) -> str:
-    """A metric of a record with its interval, "0.912 [0.88, 0.94]"; "-" where it is undefined."""
+    """A metric of a record with half the width of its interval, "0.912 +- 0.030"; "-" where it is undefined."""
     if record[metric] is None:
         return "-"
-    return f"{record[metric]:.3f} [{record[f'{metric}_low']:.2f}, {record[f'{metric}_high']:.2f}]"
+    return f"{record[metric]:.3f} +- {(record[f'{metric}_high'] - record[f'{metric}_low']) / 2:.3f}"
 
 
 def csv_text(records: Sequence[Record]) -> str:

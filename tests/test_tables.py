@@ -66,7 +66,7 @@ def test_on_a_terminal_prose_is_wrapped_and_commands_are_not() -> None:
 
 def test_an_interval_stands_behind_its_metric() -> None:
     record = {"accuracy": 0.9123, "accuracy_low": 0.88, "accuracy_high": 0.944, "auroc": None}
-    assert with_interval(record, "accuracy") == "0.912 [0.88, 0.94]"
+    assert with_interval(record, "accuracy") == "0.912 +- 0.032"
     assert with_interval(record, "auroc") == "-"
 
 

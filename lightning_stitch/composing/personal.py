@@ -142,7 +142,8 @@ def compose_personal(
     budget = budget or Budget()
     if budget.max_latency_ms is not None or budget.max_activation_bytes is not None:
         raise BudgetError(
-            "A personal network's latency and activation bytes are not measured. Limit max_macs, or use Pool.search."
+            "Of a personal network one measures neither latencies nor activation bytes. Limit max_macs instead, or use "
+            "Pool.search."
         )
     if not ridge > 0 or not effort >= 0:
         raise StitchError(f"ridge must be above 0 and effort at least 0; found ridge={ridge}, effort={effort}.")

@@ -44,7 +44,7 @@ class CardDetails:
         split: Which part of the data set the metrics are of.
         num_images: How many images that are.
         rows: Rows of a comparison table (`Comparison.rows`, or those in comparison.json).
-        verdict: The comparison's sentence.
+        verdict: The comparison's words; lines that begin with two spaces become a list.
         command: The command that makes the network again.
         licence: The author's word on the licence, where the sources' licences do not tell it.
         licence_override: Why the network may be shared although a source's licence forbids it.
@@ -282,7 +282,8 @@ def _results(details: CardDetails) -> str:
         headings = [_HEADINGS.get(column, column) for column in columns]
         parts.append(_table(headings, [[_number(row, column) for column in columns] for row in details.rows]))
     if details.verdict:
-        parts.append(inline(details.verdict))
+        lines = details.verdict.splitlines()
+        parts.append("\n".join(f"- {inline(x.strip())}" if x.startswith("  ") else f"\n{inline(x)}\n" for x in lines))
     return "\n\n".join(parts)
 
 

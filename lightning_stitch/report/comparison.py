@@ -46,7 +46,7 @@ class Comparison:
         verdicts: On what the search chose, unless that is a source as it is, and on every composition of several
             sources, against the best source, and against the best of each kind of network of one source alone that
             takes no more MACs.
-        sentence: Whether it was worth it.
+        words: Whether it was worth it, in lines (`verdicts.in_words`).
         unmet: The budgets, in words, that no StitchNet keeps.
         probabilities: Of each class, that what the search chose gives for the test images (images x classes).
         targets: Their classes (images,).
@@ -55,7 +55,7 @@ class Comparison:
 
     rows: list[Record]
     verdicts: tuple[Verdict, ...]
-    sentence: str
+    words: str
     unmet: tuple[str, ...]
     probabilities: Tensor = field(repr=False, compare=False)
     targets: Tensor = field(repr=False, compare=False)
@@ -146,7 +146,7 @@ def compare(
     chosen_one = evaluations[judged.choice].probabilities
     sources = [n for n, candidate in enumerate(candidates) if candidate.kind == "source"]
     alike = similarities_of([candidates[n] for n in sources], [outcomes[n] for n in sources])
-    return Comparison(rows, verdicts, judged.sentence(), unmet, chosen_one.cpu(), targets.cpu(), alike)
+    return Comparison(rows, verdicts, judged.words(), unmet, chosen_one.cpu(), targets.cpu(), alike)
 
 
 def _mean_macs(recipe: Recipe, head: nn.Module, features: Tensor) -> float | None:
@@ -207,7 +207,7 @@ class _Judged:
         """Accuracy on the test images."""
         return float(correct(evaluation, self.targets).mean())
 
-    def sentence(self) -> str:
+    def words(self) -> str:
         """Of what the search chose, and of the best composition of several sources."""
         parts = []
         if self.choice == self.best_source:
@@ -217,7 +217,7 @@ class _Judged:
             )
             guessing = guessing_share(source, self.targets)
             if guessing is not None:
-                parts.append(guessing_in_words(str(source.label), guessing))
+                parts.append(f"Not worth it: {guessing_in_words(str(source.label), guessing)}")
         composed = [n for n in self.contenders if is_composition(self.chosen[n].candidate)]
         for contender in dict.fromkeys(self.contenders[:1] + composed[:1]):
             parts.append(in_words(self.verdicts[contender]))
@@ -226,7 +226,7 @@ class _Judged:
             ahead = [other for other in others if self.share(other) > right]
             if ahead:
                 words = ", ".join(f"{e.label} ({e.macs / 1e6:.3g} M MACs)" for e in ahead)
-                parts.append(f"Ahead of it in the table for no more MACs: {words}.")
+                parts.append(f"  ahead of it in the table for no more MACs: {words}")
         if not composed:
             parts.append("No composition of several sources was found that keeps the budget.")
-        return " ".join(parts)
+        return "\n".join(parts)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_stitch.hub import composition_figure
 from lightning_stitch.recipe import Recipe
+from lightning_stitch.search import SCORES
 from lightning_stitch.tables import Record
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marker says the same once more.
@@ -69,7 +70,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _candidates(record: Record) -> Any:
     figure, axes = _figure(8, 4.4)
-    score = record["decided_by"]
+    score = record["score"]
     rows = [row for row in record["candidates"] if row[score] is not None]
     for kind, (colour, marker) in _KINDS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -83,9 +84,10 @@ def _candidates(record: Record) -> Any:
     axes.step([_macs(r) / 1e6 for r in front], [r[score] for r in front], where="post", color=_GREY, lw=0.8, zorder=0)
     best = next(row for row in record["candidates"] if row["place"] == record["best"])
     axes.scatter([_macs(best) / 1e6], [best[score]], s=150, facecolors="none", edgecolors="#D55E00", label="chosen")
-    sources = sorted((row for row in rows if row["kind"] == "source"), key=_macs)
+    sources = sorted((row for row in rows if row["kind"] == "source"), key=lambda row: row[score])
     for number, row in enumerate(sources):
-        offset = (0, -14 - 11 * number)  # each lower than the one before: they may cost about the same
+        # They may cost about the same: the lowest is named below, the next above, and so on.
+        offset = (0, 7 + 11 * (number // 2) if number % 2 else -14 - 11 * (number // 2))
         style = {"textcoords": "offset points", "ha": "center", "color": _GREY, "fontsize": 8, "parse_math": False}
         axes.annotate(row["path"].split(":")[0], (_macs(row) / 1e6, row[score]), xytext=offset, **style)
     limit = record["budget"].get("mean_macs") or record["budget"].get("max_macs")
@@ -98,7 +100,7 @@ def _candidates(record: Record) -> Any:
     axes.xaxis.set_major_formatter(formatter())
     axes.xaxis.set_minor_formatter(formatter())
     axes.set_xlabel("M MACs of an image" + (", on average" if any(row["mean_macs"] for row in rows) else ""))
-    axes.set_ylabel(_in_words(score))
+    axes.set_ylabel(SCORES.get(score, score))
     axes.xaxis.label.set_color(_GREY)
     axes.yaxis.label.set_color(_GREY)
     axes.legend(fontsize=8, frameon=False, labelcolor=_GREY, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -107,15 +109,6 @@ def _candidates(record: Record) -> Any:
 
 def _macs(row: Record) -> float:
     return float(row["mean_macs"] or row["macs"])
-
-
-def _in_words(score: str) -> str:
-    return {
-        "loo_accuracy": "accuracy, images left out of the head",
-        "loo_r2": "R2, images left out of the head",
-        "loo_soft_r2": "R2 of softened labels, images left out",
-        "consensus": "how much it tells of what all sources see",
-    }.get(score, score)
 
 
 def _similarity(pair: Record) -> Any:

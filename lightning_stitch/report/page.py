@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_stitch.hub import can_draw
 from lightning_stitch.io import WRITING_MEND, complete_or_absent
 from lightning_stitch.report.figures import as_png, as_svg, figures_of
 from lightning_stitch.report.kinds import headline
+from lightning_stitch.search import SCORES
 from lightning_stitch.tables import Record
 
 PAGE = "report.html"
@@ -106,12 +106,25 @@ def _text(words: Any) -> str:
 
 
 def _verdict(words: str) -> str:
-    """The first sentences, and the others for who wants to know."""
-    sentences = re.split(r"(?<=[.:]) (?=[A-Z(])", words)
-    place = next((n for n, sentence in enumerate(sentences) if "orth it" in sentence), 0) + 1
-    first, others = " ".join(sentences[:place]), " ".join(sentences[place:])
-    more = f"<details><summary>Against others</summary><p>{_text(others)}</p></details>" if others else ""
-    return f'<p class="verdict">{_text(first)}</p>{more}'
+    """Whether it was worth it, then what that rests on; what is said of other networks for who wants to know."""
+    blocks: list[list[str]] = []
+    for line in words.splitlines():
+        goes_on = line.startswith("  ") or "orth it" in line
+        if blocks and goes_on:
+            blocks[-1].append(line)
+        else:
+            blocks.append([line])
+    first, *others = blocks
+    parts = [_block(first), *(f"<details><summary>{_text(o[0])}</summary>{_block(o[1:])}</details>" for o in others)]
+    return "".join(parts)
+
+
+def _block(lines: Sequence[str]) -> str:
+    """The judgement set off, paragraphs, and lines that begin with two spaces as a list."""
+    judged = "".join(f'<p class="verdict">{_text(line)}</p>' for line in lines if "orth it" in line)
+    plain = "".join(f"<p>{_text(x)}</p>" for x in lines if "orth it" not in x and not x.startswith("  "))
+    items = "".join(f"<li>{_text(line.strip())}</li>" for line in lines if line.startswith("  "))
+    return judged + plain + (f'<ul class="rivals">{items}</ul>' if items else "")
 
 
 def _cards(record: Record, best: Record) -> str:
@@ -157,6 +170,7 @@ def _candidate_columns(record: Record) -> list[tuple[str, str, int | None, float
     scores = [
         name for name in record["candidates"][0] if name.startswith(("loo_", "neg_loo", "consensus", "agreement"))
     ]
+    scores.sort(key=lambda name: (name != record["score"], name != record["decided_by"]))
     columns: list[tuple[str, str, int | None, float]] = [("place", "place", 0, 1.0), ("kind", "kind", None, 1.0)]
     columns += [(name, name.replace("_", " "), 3, 1.0) for name in scores]
     columns += [("params", "M params", 2, 1e6), ("macs", "M MACs", 1, 1e6), ("mean_macs", "mean M MACs", 1, 1e6)]
@@ -169,7 +183,7 @@ def _table(
 ) -> str:
     columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
     head = "".join(
-        f'<th scope="col"{_class(digits, name)}><button type="button">{_text(words)}</button></th>'
+        f'<th scope="col"{_class(digits, name)}{_meaning(name)}><button type="button">{_text(words)}</button></th>'
         for name, words, digits, _ in columns
     )
     body = []
@@ -178,6 +192,10 @@ def _table(
         mark = chosen == row.get("place") if chosen else "chosen by the search" in (row.get("budget") or "")
         body.append(('<tr class="chosen">' if mark else "<tr>") + cells + "</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _meaning(name: str) -> str:
+    return f' title="{_text(SCORES[name])}"' if name in SCORES else ""
 
 
 def _class(digits: int | None, name: str) -> str:

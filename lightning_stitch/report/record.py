@@ -56,7 +56,7 @@ def record_of(
     first = next(iter(result.best.scores))
     return {
         "summary": result.summary(),
-        "verdict": None if comparison is None else comparison.sentence,
+        "verdict": None if comparison is None else comparison.words,
         "verdicts": [] if comparison is None else [verdict.record() for verdict in comparison.verdicts],
         "description": description,
         "latency": latency,

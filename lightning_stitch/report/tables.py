@@ -15,6 +15,12 @@ from lightning_stitch.report.verdicts import Verdict
 from lightning_stitch.search import SearchResult
 from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
 
+_TESTED = (
+    "+- and brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, "
+    "equivalent by two one-sided tests, at 5 %."
+)
+_EXPENDABLE = ("labels", "balanced accuracy", "seconds", "CKA")  # in a narrow terminal, what is missed least first
+
 
 def comparison_table(
     evaluations: Sequence[Evaluation], targets: Tensor, *, num_resamples: int = 1000, seed: int = 0
@@ -45,7 +51,7 @@ def comparison_table(
     ]
 
 
-def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, console: Console | None = None) -> None:
+def print_comparison(rows: Sequence[Record], words: str, *, title: str, console: Console | None = None) -> None:
     """Print the rows of `comparison_table` and the verdict, to standard output where no console is named.
 
     The column CKA is the product of the CKAs; an empty column is left out.
@@ -56,12 +62,14 @@ def print_comparison(rows: Sequence[Record], sentence: str, *, title: str, conso
     cells = [_cells(row) for row in rows]
     shown = [column for column in (cells[0] if cells else ()) if any(row[column] != "-" for row in cells)]
     lines = [{column: row[column] for column in shown} for row in cells]
-    print_table(lines, title=title, notes=["", Text(sentence)], console=console)
+    expendable = [column for column in _EXPENDABLE if column in shown]
+    notes: list[str | Text] = ["", Text(words), "", Text(_TESTED)]
+    print_table(lines, title=title, notes=notes, expendable=expendable, console=console)
 
 
 def write_comparison(
     rows: Sequence[Record],
-    sentence: str,
+    words: str,
     directory: str | Path,
     *,
     verdicts: Sequence[Verdict] = (),
@@ -69,14 +77,14 @@ def write_comparison(
 ) -> tuple[Path, Path]:
     """Write `comparison.csv` and `comparison.json` in a directory; returns their paths.
 
-    The JSON file has the sentence as "verdict", each verdict's figures as "verdicts", and the settings of the run.
+    The JSON file has the words as "verdict", each verdict's figures as "verdicts", and the settings of the run.
 
     The directory is made if it does not exist; files that are there are replaced.
 
     Raises:
         StitchError: As `write_records`.
     """
-    about = {"verdict": sentence, "verdicts": [v.record() for v in verdicts], "settings": dict(settings or {})}
+    about = {"verdict": words, "verdicts": [v.record() for v in verdicts], "settings": dict(settings or {})}
     return write_records(rows, Path(directory) / "comparison", **about)
 
 

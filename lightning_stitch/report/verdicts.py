@@ -95,12 +95,18 @@ class Verdict:
         """The rival's name, with what it costs."""
         return self._named(self.rival, self.rival_cost)
 
+    @property
+    def contender_with_cost(self) -> str:
+        """The contender's name, with what it costs."""
+        return self._named(self.contender, self.contender_cost)
+
     def figures(self) -> str:
         """The difference in points of accuracy, with its interval."""
-        return (
-            f"{100 * self.difference:+.1f} points of accuracy (95 % interval {100 * self.low:+.1f} to "
-            f"{100 * self.high:+.1f})"
-        )
+        return f"{_points(self.difference)} points of accuracy (95 % interval {self._interval()})"
+
+    def line(self) -> str:
+        """The word and the difference in points, with its interval, against which rival."""
+        return f"{self.word}: {_points(self.difference)} points ({self._interval()}) against {self.rival_with_cost}"
 
     def sentence(self) -> str:
         """The word and the figures, whether it is worth it, and in parentheses what that rests on."""
@@ -119,13 +125,20 @@ class Verdict:
             return f"Not worth it: {guessing_in_words(self.contender, self.guessing)}"
         if self.word == "undecided":
             told_by = "the test images" if self.num_splits == 1 else "these splits"
-            return f"Not worth it so far: {told_by} cannot tell the two apart, more would{self._at_cost('; it takes')}."
-        reason = {"better": "more accurate", "equivalent": "as accurate", "worse": "less accurate"}[self.word]
-        return f"{'Worth it' if self.worth_it else 'Not worth it'}: {reason}{self._at_cost(', for')}."
+            return (
+                f"Not worth it so far: {told_by} cannot tell it from {self.rival}, more would"
+                f"{self._at_cost('; it takes')}."
+            )
+        reason = {"better": "more accurate than", "equivalent": "as accurate as", "worse": "less accurate than"}
+        judgement = "Worth it" if self.worth_it else "Not worth it"
+        return f"{judgement}: {reason[self.word]} {self.rival}{self._at_cost(', for')}."
 
     def record(self) -> Record:
         """All of it as a flat mapping of plain JSON values, the sentence included."""
         return {**dataclasses.asdict(self), "worth_it": self.worth_it, "sentence": self.sentence()}
+
+    def _interval(self) -> str:
+        return f"{_points(self.low)} to {_points(self.high)}"
 
     @property
     def _cost_ratio(self) -> float:
@@ -190,7 +203,7 @@ def judge(rival: Evaluation, contender: Evaluation, targets: Tensor, *, margin: 
         >>> source = Evaluation("resnet", "source", sure, macs=100, **costs)
         >>> verdict = judge(source, Evaluation("exit", "early exit", sure, macs=25, **costs), targets)
         >>> verdict.word, verdict.conclusion()
-        ('equivalent', 'Worth it: as accurate, for 25 % of its MACs.')
+        ('equivalent', 'Worth it: as accurate as resnet, for 25 % of its MACs.')
     """
     check_margin(margin)
     targets = valid_targets(valid_targets(targets, rival), contender)
@@ -319,21 +332,26 @@ def strongest(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def in_words(verdicts: Sequence[Verdict]) -> str:
-    """The sentence against the strongest rival, and what is to be said of the others."""
+    """Of one contender: how accurate it is, a line against each rival, the strongest first, and whether it is worth it.
+
+    The lines against rivals begin with two spaces.
+    """
     first = strongest(verdicts)
-    parts = [first.sentence()]
-    for verdict in verdicts:
-        if verdict is first:
-            continue
-        if verdict.difference < 0 or not verdict.is_affordable:
-            parts.append(f"It is {_PHRASES[verdict.word]} {verdict.rival_with_cost}: {verdict.figures()}.")
-    return " ".join(parts)
+    right = "" if first.accuracy is None else f": right on {first.accuracy:.3f} of {first.num_images} test images"
+    rivals = [first, *(verdict for verdict in verdicts if verdict is not first)]
+    lines = [f"{first.contender_with_cost}{right}", *(f"  {verdict.line()}" for verdict in rivals)]
+    return "\n".join([*lines, first.conclusion()])
 
 
 def in_short(verdicts: Sequence[Verdict]) -> str:
     """The word against the strongest rival, as "better than resnet"."""
     first = strongest(verdicts)
     return f"{_PHRASES[first.word]} {first.rival}"
+
+
+def _points(difference: float) -> str:
+    """A difference in accuracy as points, without a sign for none."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def check_margin(margin: float) -> None:

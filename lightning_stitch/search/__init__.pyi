@@ -15,7 +15,7 @@ from .ranking import (
 )
 from .ranks import ALONE, DistributedRanks, Ranks
 from .records import candidate_in_words, fragments_in_words
-from .results import Ranked, SearchResult, choose, measure_candidates, rank
+from .results import SCORES, Ranked, SearchResult, choose, measure_candidates, rank
 from .rounds import outcomes_in_rounds
 from .space import SearchSpace
 from .stopping import Stopped, TimeLimit, until_stopped
@@ -30,6 +30,7 @@ __all__ = [
     "NEED_LABELS",
     "Outcome",
     "Ranked",
+    "SCORES",
     "Ranking",
     "Ranks",
     "Remembered",

@@ -40,6 +40,18 @@ _MEASURED = {
 _COMPOUND: tuple[Kind, ...] = ("side by side", "staged")
 
 
+SCORES = {
+    "loo_accuracy": "the accuracy on images left out of the head",
+    "loo_r2": "the R2 of labels of images left out of the head",
+    "loo_soft_r2": "the R2 of softened labels of images left out of the head",
+    "careful_r2": "that R2 (loo_soft_r2) less two standard errors of being ahead of the best source",
+    "neg_loo_log_loss": "less the log-loss of images left out of the head",
+    "consensus": "how much it tells of what all sources see",
+    "class_consensus": "how likely it finds what all sources together say",
+}
+"""What the names of scores mean."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranked:
     """A candidate with its place.
@@ -97,11 +109,11 @@ class Ranked:
 
     @property
     def in_figures(self) -> str:
-        """The value of its first score, and what it is judged by if that is another."""
-        figure = f"{self.score:.4f}"
-        if self.judged_by != next(iter(self.scores)):
-            figure += f" ({self.judged_by} {self.scores[self.judged_by]:.4f})"
-        return figure
+        """What it is judged by, accuracy where there is one, and the score that chose if that is another."""
+        first = next(iter(self.scores))
+        if self.judged_by == first:
+            return f"{first} {self.score:.4f}"
+        return f"left-out accuracy {self.scores[self.judged_by]:.4f} ({first} {self.score:.4f})"
 
     def __repr__(self) -> str:
         return f"Ranked({self}, {self.judged_by} {self.scores[self.judged_by]:.4g})"
@@ -201,31 +213,31 @@ class SearchResult:
 
     def summary(self) -> str:
         """Whether the search was worth it, by the selection images alone, and what stopped it if something did."""
-        return self._verdict() + ("" if self.stopped is None else f" {_IN_WORDS[self.stopped]}")
+        name = next(iter(self.best.scores))
+        chose = f" {name}, which chose, is {SCORES[name]}." if name in SCORES else ""
+        return self._verdict() + chose + ("" if self.stopped is None else f" {_IN_WORDS[self.stopped]}")
 
     def _verdict(self) -> str:
         source, cost = self.best_source.candidate.recipe.fragments[0].source, self.best_source.candidate.cost
-        name = next(iter(self.best.scores))
         best, reference = self.best.in_figures, self.best_source.in_figures
         if self.min_score is not None:
-            best = best if name == self.best.judged_by else f"{name} {best}"
             return (
                 f"The candidate with the fewest MACs whose {self.best.judged_by} is at least {self.min_score:g} "
                 f"({self.best}) has {best} on the selection images, the best source ({source}, {cost}) {reference}."
             )
         if self.beat_best_source:
             return (
-                f"The best candidate ({self.best}) has {name} {best} on the selection images, the best source "
+                f"The best candidate ({self.best}) has {best} on the selection images, the best source "
                 f"({source}, {cost}) {reference}."
             )
         if self.best is self.best_source:
             return (
                 f"No candidate beat the best source by more than a standard error on the selection images: {source} "
-                f"has {name} {reference}; it is returned as it is."
+                f"has {reference}; it is returned as it is."
             )
         return (
             f"No candidate within the budget beat the best source on the selection images: {source} "
-            f"({cost}) has {name} {reference} but is over the budget; the best within it ({self.best}) has {best}."
+            f"({cost}) has {reference} but is over the budget; the best within it ({self.best}) has {best}."
         )
 
 

@@ -190,6 +190,7 @@ def _from_sources(
         directory = Path(scratch if output is None else output)
         trainer = pl.Trainer(
             max_epochs=0,
+            num_sanity_val_steps=0,
             devices=1,
             logger=False,
             enable_checkpointing=False,
@@ -201,7 +202,7 @@ def _from_sources(
         trainer.fit(model, data)
         model.result, model.record = callback.result, read_record(directory)
     found = callback.comparison
-    return model, CardDetails() if found is None else CardDetails(rows=found.rows, verdict=found.sentence)
+    return model, CardDetails() if found is None else CardDetails(rows=found.rows, verdict=found.words)
 
 
 def _largest_size(sources: Sequence[str | dict[str, Any]]) -> tuple[int, int]:

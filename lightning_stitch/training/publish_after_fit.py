@@ -118,7 +118,7 @@ def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:
     """Add what the run found out to what the author says."""
     tables = [c.comparison for c in trainer.callbacks if isinstance(c, FragmentSearch) and c.comparison is not None]  # type: ignore[attr-defined]
     if tables and not details.rows:
-        details = dataclasses.replace(details, rows=tables[0].rows, verdict=details.verdict or tables[0].sentence)
+        details = dataclasses.replace(details, rows=tables[0].rows, verdict=details.verdict or tables[0].words)
     logged = {
         name.removeprefix("val_"): float(value)
         for name, value in trainer.callback_metrics.items()

@@ -78,8 +78,8 @@ def _report(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, l
             print(_latency_in_words(latency, trainer.strategy.root_device))
     if comparison is not None:
         title = "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
-        sentence = " ".join([comparison.sentence, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
-        print_comparison(comparison.rows, sentence, title=title)
+        words = "\n".join([comparison.words, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
+        print_comparison(comparison.rows, words, title=title)
         settings = {
             "sources": [str(source) for source in search.sources],
             "granularity": search.calibration_settings.granularity,
@@ -91,7 +91,7 @@ def _report(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, l
             "num_candidates": len(result.ranked),
             "latency_ms": latency,
         }
-        paths = write_comparison(comparison.rows, sentence, log_dir, verdicts=comparison.verdicts, settings=settings)
+        paths = write_comparison(comparison.rows, words, log_dir, verdicts=comparison.verdicts, settings=settings)
         print(f"The table is in {paths[0]} and {paths[1]}.")
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         page = _write_page(trainer, search, result, log_dir, latency)

@@ -227,9 +227,9 @@ def test_the_sentence_tells_of_the_searchs_choice_and_of_the_best_composition(
             for v in comparison.verdicts
             if (v.contender, v.contender_cost) == (label_of(candidate), candidate.cost.macs)
         ]
-        assert in_words(account) in comparison.sentence
+        assert in_words(account) in comparison.words
     chose_source = f"The search chose {label_of(result.best.candidate)}, the best source, as it is: right on 0."
-    assert (chose_source in comparison.sentence) is (result.best is result.best_source)
+    assert (chose_source in comparison.words) is (result.best is result.best_source)
 
 
 def test_an_exit_in_the_table_that_is_ahead_is_named(pool: Pool) -> None:
@@ -242,7 +242,7 @@ def test_an_exit_in_the_table_that_is_ahead_is_named(pool: Pool) -> None:
     found = compare(pool, result, loader("train"), test, num_classes=3, fractions=FRACTIONS, num_resamples=9)
     first = next(v for v in found.verdicts if v.contender.startswith("StitchNet"))
     assert exit.name not in {v.rival for v in found.verdicts if v.contender_cost == first.contender_cost}
-    words = found.sentence.split("Ahead of it in the table for no more MACs: ")[1]
+    words = found.words.split("  ahead of it in the table for no more MACs: ")[1]
     assert f"{exit.name} ({exit.macs / 1e6:.3g} M MACs)" in words
 
 
@@ -285,7 +285,7 @@ def test_a_search_without_stitchnets_says_so(pool: Pool) -> None:
     assert found.unmet == ("any budget", "<= 75% of MACs", "<= 50% of MACs", "<= 33% of MACs")
     assert [row["kind"] for row in found.rows] == ["source"] * 2 + ["self-stitched"] * 2
     assert not any("StitchNet" in verdict.contender for verdict in found.verdicts)
-    assert found.sentence.endswith("No composition of several sources was found that keeps the budget.")
+    assert found.words.endswith("No composition of several sources was found that keeps the budget.")
 
 
 def test_what_is_no_better_than_guessing_is_called_that(pool: Pool, result: SearchResult) -> None:
@@ -293,7 +293,7 @@ def test_what_is_no_better_than_guessing_is_called_that(pool: Pool, result: Sear
     random = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     test = DataLoader(TensorDataset(images, random), batch_size=32)
     found = compare(pool, result, loader("train"), test, num_classes=3, num_resamples=9)
-    assert "no better than always guessing the commonest class" in found.sentence
+    assert "no better than always guessing the commonest class" in found.words
     assert not any(verdict.worth_it for verdict in found.verdicts)
 
 

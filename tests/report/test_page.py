@@ -98,7 +98,7 @@ def test_every_candidate_and_every_row_of_the_comparison_is_in_a_table_with_the_
     for row in callback.comparison.rows:
         assert f'data-value="{row["accuracy"]}"' in text
     assert all(html.escape(reason) in text for reason in callback.result.rejected)
-    assert callback.comparison.sentence[:30] in text
+    assert callback.comparison.words[:30] in text
 
 
 def test_wrong_images_come_first_and_counts_are_those_of_the_test_images(run: tuple[Path, FragmentSearch]) -> None:

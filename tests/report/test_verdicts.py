@@ -79,15 +79,15 @@ def test_the_interval_reaches_to_zero_wherever_equal_accuracy_is_not_refuted() -
 @pytest.mark.parametrize(
     ("verdict", "words"),
     [
-        (planted(40, 10, 450, macs=210), "Worth it: more accurate, for 2.1 times its MACs."),
-        (planted(40, 10, 450, macs=33), "Worth it: more accurate, for 33 % of its MACs."),
-        (planted(3, 3, 994, macs=33), "Worth it: as accurate, for 33 % of its MACs."),
-        (planted(3, 3, 994), "Not worth it: as accurate, for as many MACs."),
-        (planted(3, 3, 994, macs=120), "Not worth it: as accurate, for 1.2 times its MACs."),
-        (planted(10, 40, 450, macs=33), "Not worth it: less accurate, for 33 % of its MACs."),
+        (planted(40, 10, 450, macs=210), "Worth it: more accurate than R, for 2.1 times its MACs."),
+        (planted(40, 10, 450, macs=33), "Worth it: more accurate than R, for 33 % of its MACs."),
+        (planted(3, 3, 994, macs=33), "Worth it: as accurate as R, for 33 % of its MACs."),
+        (planted(3, 3, 994), "Not worth it: as accurate as R, for as many MACs."),
+        (planted(3, 3, 994, macs=120), "Not worth it: as accurate as R, for 1.2 times its MACs."),
+        (planted(10, 40, 450, macs=33), "Not worth it: less accurate than R, for 33 % of its MACs."),
         (
             planted(12, 10, 478, macs=33),
-            "Not worth it so far: the test images cannot tell the two apart, more would; it takes 33 % of its MACs.",
+            "Not worth it so far: the test images cannot tell it from R, more would; it takes 33 % of its MACs.",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_splits_are_compared_by_nadeau_and_bengios_corrected_test() -> None:
     assert verdict.word == "undecided"
     words = "taps is undecided against last: +2.0 points of accuracy (95 % interval -1.2 to +5.2). Not worth it so far"
     assert str(verdict).startswith(words)
-    assert verdict.conclusion() == "Not worth it so far: these splits cannot tell the two apart, more would."
+    assert verdict.conclusion() == "Not worth it so far: these splits cannot tell it from last, more would."
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,10 @@ def against(rival: str, rival_cost: float, verdict: Verdict) -> Verdict:
     return replace(verdict, rival=rival, rival_cost=rival_cost, contender_cost=50)
 
 
+def interval_of(verdict: Verdict) -> str:
+    return f"{100 * verdict.low:+.1f} to {100 * verdict.high:+.1f}"
+
+
 def test_the_strongest_rival_costs_no_more_and_is_the_one_it_fails_against() -> None:
     better, worse, alike = planted(40, 10, 450), planted(10, 40, 450), planted(3, 3, 994)
     dear, first, second = against("dear", 100, worse), against("first", 50, better), against("second", 40, better)
@@ -206,9 +210,11 @@ def test_the_strongest_rival_costs_no_more_and_is_the_one_it_fails_against() -> 
     assert strongest([dear, first, failing]) is failing
     assert strongest([dear]) is dear
     assert in_short([dear, first, failing]) == "equivalent to failing"
-    words = in_words([dear, first, second])
-    assert words.startswith(first.sentence())
-    assert "It is worse than dear (0.0001 M MACs): -6.0 points of accuracy" in words
-    assert "second" not in words
-    cheap = against("dear", 100, alike)
-    assert "It is equivalent to dear (0.0001 M MACs): +0.0 points" in in_words([cheap, first])
+    assert in_words([dear, first, second]).splitlines() == [
+        "S (5e-05 M MACs): right on 0.980 of 500 test images",
+        f"  better: +6.0 points ({interval_of(first)}) against first (5e-05 M MACs)",
+        f"  worse: -6.0 points ({interval_of(dear)}) against dear (0.0001 M MACs)",
+        f"  better: +6.0 points ({interval_of(second)}) against second (4e-05 M MACs)",
+        "Worth it: more accurate than first, for as many MACs.",
+    ]
+    assert "equivalent: +0.0 points" in in_words([against("dear", 100, alike)])

@@ -245,8 +245,8 @@ def test_with_a_least_score_the_cheapest_that_reaches_it_is_the_best(
     source = result.best_source
     assert result.summary() == (
         f"The candidate with the fewest MACs whose size is at least {least:g} ({result.best}) has "
-        f"{result.best.scores['size']:.4f} on the selection images, the best source "
-        f"({source.candidate.recipe.fragments[0].source}, {source.candidate.cost}) {source.scores['size']:.4f}."
+        f"size {result.best.scores['size']:.4f} on the selection images, the best source "
+        f"({source.candidate.recipe.fragments[0].source}, {source.candidate.cost}) size {source.scores['size']:.4f}."
     )
 
 

@@ -167,7 +167,7 @@ def test_comparison_is_printed_and_written_in_the_log_directory(
     assert [row["kind"] for row in rows].count("self-stitched") == 2
     assert next(row["budget"] for row in rows if row["kind"] == "stitched").startswith("no budget")
     record = json.loads((tmp_path / "comparison.json").read_text())
-    assert record["verdict"].startswith(callback.comparison.sentence)
+    assert record["verdict"].startswith(callback.comparison.words)
     assert record["rows"] == callback.comparison.rows
     assert record["verdicts"] == [verdict.record() for verdict in callback.comparison.verdicts]
     assert callback.comparison.verdicts
