@@ -29,6 +29,7 @@ def publish(
     licence: str | None = None,
     licence_override: str | None = None,
     class_names: list[str] | None = None,
+    space: bool = False,
 ) -> None:
     """Publish the network of a checkpoint on the hub, with head, class names and a card, in one commit.
 
@@ -48,6 +49,7 @@ def publish(
         licence: Your word on the licence, where the sources' do not tell it.
         licence_override: The reason why it may be shared although a licence forbids it.
         class_names: Names of the classes, instead of the checkpoint's.
+        space: Also publish a Space of the same name, whose page predicts with it.
 
     Raises:
         StitchError: If the checkpoint or an option cannot be used, or as `lightning_stitch.publish`.
@@ -81,8 +83,11 @@ def publish(
         details=details,
         existing_card=existing_card,
         commit_message=message,
+        space=space,
     )
     print(f"Published {published.url}\ncommit {published.commit}")
+    if published.space is not None:
+        print(f"It is shown at {published.space}")
 
 
 def network_of(checkpoint: str) -> StitchedClassifier | StitchedNetwork:

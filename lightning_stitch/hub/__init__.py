@@ -9,6 +9,7 @@ In reading order:
 - `structure.py`: what fragments did when they were saved, node by node, and what they do now
 - `loading.py`: read them, from whomever they come
 - `repository.py`: a hub repository to write to: what it holds, one commit, errors in words that help
+- `space.py`: the files of a Space, whose page predicts with what was published
 - `publishing.py`: `publish`: check, write, load again and compare, then upload
 
 **Loading checks**, whoever wrote the folder: the size (before a download) and sha256 of the weights, and every tensor

@@ -183,6 +183,11 @@ def model_card(subject: CardSubject, details: CardDetails, *, name: str, picture
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
+def licence_of(recipe: Recipe) -> str | None:
+    """The licence that all sources are under; None: they differ, or one is not known."""
+    return _licence_of(recipe).name
+
+
 def _licence_of(recipe: Recipe) -> CombinedLicence:
     return combine_licences({ref.name: ref.licence for ref in recipe.sources})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, get_args
@@ -11,10 +12,11 @@ from torch import nn
 
 from lightning_stitch.cutting import in_eval_mode, reference_tensor
 from lightning_stitch.errors import StitchError
-from lightning_stitch.hub.card import CardDetails, check_licence
+from lightning_stitch.hub.card import CardDetails, check_licence, licence_of
 from lightning_stitch.hub.folder import CARD, PICTURE
 from lightning_stitch.hub.repository import ExistingCard, HubRepository, Publication
 from lightning_stitch.hub.saving import check_rebuildable
+from lightning_stitch.hub.space import SPACE_FILES, write_space
 from lightning_stitch.io import CONFIG, WEIGHTS
 
 _FILES = [CONFIG, WEIGHTS, PICTURE, CARD]
@@ -30,6 +32,7 @@ def publish(
     existing_card: ExistingCard = "refuse",
     commit_message: str = "Publish a stitched network",
     token: str | None = None,
+    space: bool = False,
 ) -> Publication:
     """Publish a network on the hub, in one commit; the repository is made if it does not exist.
 
@@ -46,6 +49,8 @@ def publish(
         existing_card: What becomes of a README.md that is there: "refuse" (nothing is published), "keep" or "replace".
         commit_message: Of the commit.
         token: Of the hub; None: that of `hf auth login` or HF_TOKEN.
+        space: Of a classifier also publish a Space of the same name, whose page predicts with this commit of it
+            (`lightning_stitch.app`). It is as private as the network, which it then needs a token in its secrets for.
 
     Returns:
         Where it is.
@@ -62,13 +67,24 @@ def publish(
     check_publishable(network, details)
     hub = HubRepository(repo_id, token=token, revision=revision, private=private, existing_card=existing_card)
     place = hub.check()
+    beside = HubRepository(repo_id, token=token, private=private, existing_card=existing_card, repo_type="space")
+    if space:
+        if getattr(network, "task", None) != "multiclass":
+            raise StitchError("A Space shows a classifier, with classes rather than features, labels or numbers.")
+        place_beside = beside.check()
     with tempfile.TemporaryDirectory(prefix="lightning-stitch-") as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         network.save_pretrained(folder, details=details, name=repo_id)  # type: ignore[operator]
         _check_reloaded(network, folder)
         # Before a repository is made that nothing would come into.
         hub.check_card(folder / CARD)
-        return hub.upload(folder, _FILES, place, commit_message)
+        published = hub.upload(folder, _FILES, place, commit_message)
+        if not space:
+            return published
+        word = details.licence or licence_of(network.recipe)  # type: ignore[arg-type]
+        write_space(Path(temporary) / "space", repo_id, published.commit, licence=word)
+        shown = beside.upload(Path(temporary) / "space", SPACE_FILES, place_beside, commit_message)
+        return dataclasses.replace(published, space=shown.url)
 
 
 def check_destination(repo_id: str, existing_card: str) -> None:

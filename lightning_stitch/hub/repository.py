@@ -32,10 +32,12 @@ class Publication:
     Attributes:
         url: The repository's page.
         commit: The commit's hash; "ORG/NAME@COMMIT" loads this very network.
+        space: The page of the Space that shows it; None: there is none.
     """
 
     url: str
     commit: str
+    space: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class HubRepository:
         revision: str | None = None,
         private: bool | None = None,
         existing_card: ExistingCard = "refuse",
+        repo_type: Literal["model", "space"] = "model",
     ) -> None:
         from huggingface_hub import HfApi, get_token
 
@@ -72,6 +75,7 @@ class HubRepository:
         self.revision = revision
         self.private = private
         self.existing_card = existing_card
+        self.repo_type = repo_type
 
     def check(self) -> RepositoryState:
         """Refuse all that can be refused before there is anything to publish."""
@@ -117,46 +121,48 @@ class HubRepository:
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         try:
-            return self.api.model_info(self.repo_id, revision=revision)
+            return self.api.repo_info(self.repo_id, revision=revision, repo_type=self.repo_type)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
 
     def check_card(self, path: Path) -> None:
         """Have the hub look at a card's metadata, which it would refuse with the commit."""
-        from huggingface_hub import ModelCard
+        from huggingface_hub import RepoCard
 
         content = path.read_text(encoding="utf-8")
-        self._ask(lambda: ModelCard(content).validate(), f"take the metadata of {CARD}")
+        self._ask(lambda: RepoCard(content).validate(self.repo_type), f"take the metadata of {CARD}")
 
     def upload(self, folder: Path, files: list[str], state: RepositoryState, message: str) -> Publication:
         """Make what is missing, then one commit."""
         from huggingface_hub import CommitOperationAdd
 
-        api, repo_id, revision = self.api, self.repo_id, self.revision
+        api, repo_id, revision, kind = self.api, self.repo_id, self.revision, self.repo_type
         if state.head is None:
-            self._ask(lambda: api.create_repo(repo_id, private=self.private, exist_ok=True), "create it")
+            new: dict[str, Any] = {"private": self.private, "space_sdk": "gradio" if kind == "space" else None}
+            self._ask(lambda: api.create_repo(repo_id, repo_type=kind, exist_ok=True, **new), "create it")
             # Somebody else may have made it since, with a card.
             state = self._look_up()
         if state.has_card and self.existing_card == "keep":
             files = [name for name in files if name != CARD]
         if revision not in (None, "main") and not state.has_branch:
-            self._ask(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), f"branch {revision!r}")
+            branch: dict[str, Any] = {"branch": str(revision), "repo_type": kind}
+            self._ask(lambda: api.create_branch(repo_id, exist_ok=True, **branch), f"branch {revision!r}")
         # Not upload_folder, which may make several commits of one call.
         added = [CommitOperationAdd(name, folder / name) for name in files if (folder / name).exists()]
         # With its parent named, the commit overwrites nobody else's of the meantime.
         commit = self._ask(
             lambda: api.create_commit(
-                repo_id, added, revision=revision, commit_message=message, parent_commit=state.head
+                repo_id, added, repo_type=kind, revision=revision, commit_message=message, parent_commit=state.head
             ),
             "upload to it",
         )
-        return Publication(f"{api.endpoint}/{repo_id}", commit.oid)
+        return Publication(f"{api.endpoint}/{'spaces/' * (kind == 'space')}{repo_id}", commit.oid)
 
     def _ask(self, request: Callable[[], _Answer], purpose: str) -> _Answer:
         """The hub's answer; what the client raises comes in words, without the token that may stand in it."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        where = f"hub repository {self.repo_id!r}"
+        where = f"{'Space' if self.repo_type == 'space' else 'hub repository'} {self.repo_id!r}"
         failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *client_errors())
         try:
             return request()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class ClassifierPlace:
         module.head.load_state_dict(strategy.broadcast(numbers, src=0))
 
 
-Place = ClassifierPlace | BackbonePlace
+Place: TypeAlias = ClassifierPlace | BackbonePlace
 
 
 def place_for_network(module: pl.LightningModule, attribute: str | None, head_attribute: str | None = None) -> Place:

@@ -67,7 +67,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class HubDouble:
-    """Repositories by name; `requests` records what was asked, `faults` what goes wrong."""
+    """Repositories by name, Spaces as "spaces/ORG/NAME"; `requests`: what was asked, `faults`: what goes wrong."""
 
     url: str = ""
     repos: dict[str, Repository] = field(default_factory=dict)
@@ -121,8 +121,8 @@ class HubDouble:
             return self._create(json.loads(body))
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
-            return self._api(match[1], match[2] or "", body)
+        if match := re.fullmatch(r"/api/(models|spaces)/([^/]+/[^/]+)(/.*)?", path):
+            return self._api(("spaces/" * (match[1] == "spaces")) + match[2], match[3] or "", body)
         return reply({"error": f"no such route: {method} {path}"}, 404)
 
     def _resolve(self, repo: str, revision: str, name: str) -> Answer:
@@ -147,6 +147,8 @@ class HubDouble:
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         if not name.startswith(("me/", "lab/")):
             return reply({"error": "You don't have the rights to create a model under this namespace"}, 403)
+        if wanted.get("type") == "space":
+            name = f"spaces/{name}"
         if name in self.repos:
             return reply({"error": "You already created this model repo", "url": f"{self.url}/{name}"}, 409)
         self.repos[name] = Repository(wanted.get("visibility") == "private" or bool(wanted.get("private")))

@@ -10,7 +10,7 @@ from doubles.hub import Fault, HubDouble
 from doubles.hub_server import point_client_at
 from doubles.predictions import classifier, small_source
 from doubles.tensors import noise
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import RepoCard, constants, snapshot_download
 
 from lightning_stitch import (
     CardDetails,
@@ -325,3 +325,31 @@ def test_a_repository_or_revision_that_is_not_there_is_named(
     publish(model, REPO)
     with pytest.raises(SourceError, match=words):
         StitchedClassifier.from_pretrained(where)
+
+
+def test_a_space_beside_it_shows_the_very_commit(hub: HubDouble, model: StitchedClassifier) -> None:
+    found = publish(model, REPO, space=True, existing_card="replace")
+    assert found.space == f"{hub.url}/spaces/{REPO}"
+    files = {name: content.decode() for name, content in hub.files(f"spaces/{REPO}").items()}
+    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    compile(files["app.py"], "app.py", "exec")
+    assert f'from_pretrained("{REPO}@{found.commit}")' in files["app.py"]
+    assert files["requirements.txt"].startswith("lightning-stitch[app]==")
+    about = RepoCard(files["README.md"]).data.to_dict()
+    assert (about["sdk"], about["app_file"], about["models"]) == ("gradio", "app.py", [REPO])
+    shown = StitchedClassifier.from_pretrained(f"{REPO}@{found.commit}")
+    torch.testing.assert_close(outputs(shown), outputs(model))
+    again = publish(model, REPO, space=True, existing_card="replace")
+    assert f"{REPO}@{again.commit}" in hub.files(f"spaces/{REPO}")["app.py"].decode()
+
+
+def test_what_a_space_cannot_show_or_may_not_replace_is_refused_before_anything_is_published(
+    hub: HubDouble, model: StitchedClassifier
+) -> None:
+    assert model.network is not None
+    with pytest.raises(StitchError, match="A Space shows a classifier"):
+        publish(model.network, REPO, space=True)
+    hub.put(f"spaces/{REPO}", {"README.md": b"mine"})
+    with pytest.raises(StitchError, match=r"already has a README\.md"):
+        publish(model, REPO, space=True)
+    assert REPO not in hub.repos
