@@ -1,15 +1,19 @@
-"""Progress of a search: one bar at a time, or none."""
+"""What a search says: messages, progress (one bar at a time, or none), and what each stage took."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 _Step = TypeVar("_Step")
@@ -42,11 +46,40 @@ def counted(steps: Iterable[_Step], progress: Progress) -> Iterator[_Step]:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of what is done inside to a stage's seconds."""
+def timed(seconds: dict[str, float], stage: str, peaks: dict[str, int] | None = None) -> Iterator[None]:
+    """Add the wall time of what is done inside to a stage's seconds, and note the memory that the process had by then.
+
+    That is the most that it ever held, in bytes; where the system does not tell, nothing is noted.
+    """
     begun = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
+    if peaks is not None and find_spec("resource") is not None:
+        most = import_module("resource").getrusage(0).ru_maxrss
+        peaks[stage] = most if sys.platform == "darwin" else 1024 * most
+
+
+class _Stdout(logging.StreamHandler):
+    """Writes to what is the standard output when it writes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """The standard output."""
+        return sys.stdout
+
+
+def say(words: str) -> None:
+    """Say something through the logger "lightning_stitch": to the standard output, unless that has another handler."""
+    logger = logging.getLogger("lightning_stitch")
+    if not logger.handlers:
+        logger.addHandler(_Stdout())
+        logger.propagate = False
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+    logger.info("%s", words)
 
 
 class Silent:
@@ -74,6 +107,7 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
         )
         self._task: TaskID | None = None

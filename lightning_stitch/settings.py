@@ -18,6 +18,25 @@ Keeping = Literal["disk", "memory"]
 _Class = TypeVar("_Class")
 
 
+def image_shape_of(size: int | tuple[int, ...]) -> tuple[int, int, int]:
+    """(channels, height, width), of those, of (height, width), or of one number, a square; three channels by default.
+
+    Raises:
+        StitchError: If it is none of these.
+
+    Example:
+        >>> image_shape_of(96), image_shape_of((64, 96)), image_shape_of((1, 8, 8))
+        ((3, 96, 96), (3, 64, 96), (1, 8, 8))
+    """
+    numbers = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    shape = (3, *numbers) if len(numbers) == 2 else numbers
+    if len(shape) != 3 or not all(type(number) is int and number > 0 for number in shape):
+        raise StitchError(
+            f"An image's size is 96, (96, 128) or (3, 96, 128) (channels, height, width); found {size!r}."
+        )
+    return shape
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
     """How activations are sampled and scored.

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 
 import pytest
 from rich.console import Console
 
-from lightning_stitch.progress import Bar, Silent
+from lightning_stitch.progress import Bar, Silent, say, timed
 
 
 def screen() -> tuple[io.StringIO, Console]:
@@ -77,3 +78,33 @@ def test_silence_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         progress.advance(4)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_what_is_said_goes_to_the_standard_output_or_to_the_handler_that_the_logger_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger = logging.getLogger("lightning_stitch")
+    say("100 % of it")
+    assert capsys.readouterr().out == "100 % of it\n"
+    mine, kept = logging.StreamHandler(io.StringIO()), list(logger.handlers)
+    logger.handlers = [mine]
+    try:
+        say("elsewhere")
+        assert mine.stream.getvalue() == "elsewhere\n"
+        logger.setLevel(logging.WARNING)
+        say("not at all")
+        assert mine.stream.getvalue() == "elsewhere\n"
+    finally:
+        logger.handlers = kept
+        logger.setLevel(logging.INFO)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stages_seconds_add_up_and_its_memory_is_what_the_process_held_at_most() -> None:
+    seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    for _ in range(2):
+        with timed(seconds, "rank", peaks):
+            once = seconds.get("rank", 0.0)
+    assert seconds["rank"] > once >= 0
+    assert peaks["rank"] > 2**24

@@ -25,6 +25,7 @@ from lightning_stitch.baselines.contenders import (
 from lightning_stitch.baselines.finetuning import FineTuning, quiet_trainers
 from lightning_stitch.baselines.plots import check_can_plot, plot_methods
 from lightning_stitch.baselines.tables import COUNTED
+from lightning_stitch.cost import Budget, Cost
 from lightning_stitch.cutting import network_cost
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
@@ -150,7 +151,7 @@ def compare_methods(
                 pl.utilities.rank_zero_info(f"The search found no {method} within its budget; the table has none.")
                 continue
             tested[method] = _test(method, contender, data, device)
-            rows.append(_row(tested[method], seed))
+            rows.append(_row(tested[method], seed, search.search_settings.limits))
             # The composed ones come last, when all rivals are there.
             if method in COMPOSED and (account := _judge(method, tested, margin)):
                 rows[-1]["verdict"] = in_words(account)
@@ -226,7 +227,16 @@ def _selection_loss(tested: _Tested) -> float:
     return math.inf if loss is None else loss
 
 
-def _row(tested: _Tested, seed: int) -> Record:
+def _cost_without_head(tested: _Tested) -> Cost:
+    """What a budget counts: of what a search gave as that counted it."""
+    evaluation, recipe = tested.evaluation, getattr(tested.contender.network, "recipe", None)
+    if recipe is not None and {"params", "macs"} <= recipe.scores.keys():
+        return Cost(int(recipe.scores["params"]), int(recipe.scores["macs"]), mean_macs=recipe.scores.get("mean_macs"))
+    of_head = sum(parameter.numel() for parameter in tested.contender.head.parameters())
+    return Cost(evaluation.params - of_head, evaluation.macs - of_head)
+
+
+def _row(tested: _Tested, seed: int, limits: Budget) -> Record:
     contender, evaluation = tested.contender, tested.evaluation
     return {
         "method": evaluation.name,
@@ -244,5 +254,6 @@ def _row(tested: _Tested, seed: int) -> Record:
         "penalty": contender.penalty,
         "search_choice": contender.search_choice,
         "seed": seed,
+        "over_budget": not limits.allows(_cost_without_head(tested)),
         "verdict": None,
     }

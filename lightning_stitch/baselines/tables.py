@@ -31,7 +31,7 @@ def print_methods(rows: Sequence[Record], *, title: str, console: Console | None
     """
     cells = [
         {
-            "method": f"{row['method']}\n {row['network']}",
+            "method": f"{row['method']}\n {row['network']}" + "\n over the search's budget" * row["over_budget"],
             "accuracy": with_interval(row, "accuracy"),
             "AUROC": with_interval(row, "auroc"),
             "seconds": f"{row['seconds']:.1f}",

@@ -24,8 +24,7 @@ def app(what: list[str], image_size: int | None = None, host: str = "127.0.0.1",
     if len(what) == 1 and _is_classifier(what[0]):
         demo = demo_of(open_classifier(what[0]))
     else:
-        shape = None if image_size is None else (3, image_size, image_size)
-        demo = demo_of(Pool.prepare(load_sources(what), shape))
+        demo = demo_of(Pool.prepare(load_sources(what), image_size))
     print(f"The app is at http://{host}:{port} (Ctrl-C ends it).")
     try:
         serve(demo, server_name=host, server_port=port)

@@ -46,7 +46,7 @@ from lightning_stitch.search import (
     require_labels,
     search_identity,
 )
-from lightning_stitch.settings import LEAN, CalibrationSettings, SearchSettings
+from lightning_stitch.settings import LEAN, CalibrationSettings, SearchSettings, image_shape_of
 from lightning_stitch.sources import Source, check_names
 from lightning_stitch.stitching import (
     Batch,
@@ -69,7 +69,7 @@ class Pool:
 
     Args:
         sources: The sources.
-        image_shape: (channels, height, width) of the calibration images.
+        image_shape: (channels, height, width) of the calibration images; 96 means (3, 96, 96).
         settings: How activations are sampled and scored.
         device: Where to run; the sources' modules are moved there.
 
@@ -80,7 +80,7 @@ class Pool:
         remembered: What was read of the images that the last search chose by.
         prepared: For `compose`: what compositions cost, with early exits and without.
         ranks: Who shares the passes over images.
-        seconds: What each step of the last search took.
+        seconds: What each step of the last search took; `peaks` by its end the most memory of the process, in bytes.
 
     Raises:
         CutError: If a source cannot be cut or does not take such images.
@@ -90,17 +90,18 @@ class Pool:
     def __init__(
         self,
         sources: Sequence[Source],
-        image_shape: tuple[int, int, int],
+        image_shape: int | tuple[int, ...],
         *,
         settings: CalibrationSettings | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.settings = settings or CalibrationSettings()
         check_names([source.name for source in sources], self.settings)
-        self.device, self.image_shape = torch.device(device), image_shape
+        self.device, self.image_shape = torch.device(device), image_shape_of(image_shape)
         self.seconds: dict[str, float] = {}
-        with timed(self.seconds, "cut"):
-            self.parts = [segment(source, self.settings, image_shape) for source in sources]
+        self.peaks: dict[str, int] = {}
+        with timed(self.seconds, "cut", self.peaks):
+            self.parts = [segment(source, self.settings, self.image_shape) for source in sources]
         self._cutting_seconds = self.seconds["cut"]
         _check_together(self.parts, self.settings)
         for part in self.parts:
@@ -117,7 +118,7 @@ class Pool:
     def prepare(
         cls,
         sources: Sequence[Source],
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: int | tuple[int, ...] | None = None,
         *,
         settings: CalibrationSettings | None = None,
         device: torch.device | str = "cpu",
@@ -126,14 +127,14 @@ class Pool:
 
         Args:
             sources: The sources.
-            image_shape: (channels, height, width) of the images; None: what the first source was trained on.
+            image_shape: As for `Pool`; None: what the first source was trained on.
             settings: None: cuts where stages end, few rows, activations in memory, for a leaner search.
             device: Where to run.
 
         Raises:
             StitchError: As `Pool`.
         """
-        native = next((source.preprocessing.input_size for source in sources), (0, 0, 0))
+        native = next((source.preprocessing.input_size for source in sources), 1)
         pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
         pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
         for part in pool.parts:
@@ -320,12 +321,12 @@ class Pool:
             )
             candidates, stopped = steps.compose(space, smaller)
             if settings.heal:
-                with timed(self.seconds, "heal"):
+                with timed(self.seconds, "heal", self.peaks):
                     healer = Healer(whole.sources, settings=self.settings, ridge=settings.ridge, journal=journal)
                     candidates = healer.heal_finalists(candidates, max_healed=settings.max_healed, progress=progress)
             if calibration is not None:
                 whole.release()
-            with timed(self.seconds, "rank"):
+            with timed(self.seconds, "rank", self.peaks):
                 ranked, num_labels = steps.rank(candidates, selection, space)
             self.remembered.keep(keys_worth_keeping(ranked))
             ranked = steps.measure(ranked)
@@ -334,6 +335,7 @@ class Pool:
                 settings.limits,
                 rejected=space.rejected,
                 seconds=self.seconds,
+                peaks=dict(self.peaks),
                 num_selection_labels=num_labels,
                 stopped=stopped,
             )
@@ -431,7 +433,7 @@ class Pool:
         self, images: Iterable[Batch], journal: Answers, progress: Progress, groups: Sequence[Hashable] | None
     ) -> None:
         """Read the images and run each source over them, unless the pool or the journal has what that gives."""
-        with timed(self.seconds, "calibrate"):
+        with timed(self.seconds, "calibrate", self.peaks):
             read = store_images(images, self.image_shape, Spool(self.settings.keep_activations), self.device, groups)
             journal.agree({"calibration images": read.hash})
             if self.calibration and self.calibration.is_stored and self.calibration.images_hash == read.hash:

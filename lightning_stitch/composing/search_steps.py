@@ -66,7 +66,7 @@ class SearchSteps:
         pool, settings = self._pool, self._settings
         exits = settings.exits and pool.settings.until == "features" and settings.ranking != "cka_product"
         longest = getattr(settings.strategy or Beam(), "max_fragments", 16)
-        with timed(pool.seconds, "cut"):
+        with timed(pool.seconds, "cut", pool.peaks):
             costs = CompositionCosts(pool.parts, bias=settings.bias, max_fragments=longest, early_exits=exits)
             smaller = None
             if exits and (parts := self._segment_smaller(settings.smaller_shapes(pool.image_shape))):
@@ -92,7 +92,7 @@ class SearchSteps:
         pool, budget = self._pool, self._settings.limits.of_static
         if budget.max_latency_ms is None:
             return
-        with timed(pool.seconds, "measure"):
+        with timed(pool.seconds, "measure", pool.peaks):
 
             def recall(question: str, times: Callable[[], list[list[float]]]) -> list[list[float]]:
                 hint = tuple[tuple[float, ...], ...]
@@ -112,7 +112,7 @@ class SearchSteps:
     def compose(self, space: SearchSpace, smaller: CompositionCosts | None) -> tuple[list[Candidate], Stopped | None]:
         """Sources, self-stitched, ended early or on smaller images, and StitchNets; and what ended the composing."""
         pool, settings, progress = self._pool, self._settings, self._progress
-        with timed(pool.seconds, "search"):
+        with timed(pool.seconds, "search", pool.peaks):
             candidates, ends = unmodified(space), early_exits(space) if space.costs.early_exits else []
             if smaller is not None:
                 ends += on_smaller_images(smaller.parts, smaller, settings.limits.of_all_images, before=pool.parts)
@@ -171,5 +171,5 @@ class SearchSteps:
         meters = {measure: meter for measure, meter in meters.items() if measure in budget.limits}
         if not meters:
             return ranked
-        with timed(pool.seconds, "measure"):
+        with timed(pool.seconds, "measure", pool.peaks):
             return measure_candidates(ranked, budget, meters, self._progress)

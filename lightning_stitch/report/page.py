@@ -83,7 +83,7 @@ def page_of(record: Record, svgs: dict[str, str]) -> str:
         parts.append("<p>CKA of what heads read at any two cuts, over the same images: 1 is alike, 0 is not.</p>")
         parts += [_figure(f"similarity_{n + 1}", svgs) for n in range(len(record["similarities"]))]
     parts += ["<h2>What was turned down, and what took time</h2>", _counts(record["rejected"], "compositions")]
-    parts.append(_counts({f"{name}": round(seconds, 2) for name, seconds in record["seconds"].items()}, "seconds"))
+    parts.append(_stages(record))
     recipe = json.dumps(record["recipe"], indent=1)
     parts.append(f"<h2>The recipe</h2><details><summary>To copy</summary><pre>{_text(recipe)}</pre></details>")
     body = "\n".join(part for part in parts if part)
@@ -232,6 +232,14 @@ def _images(predictions: Record) -> str:
     return f'<ul class="images">{"".join(items)}</ul>' if items else ""
 
 
-def _counts(counts: dict[str, float], unit: str) -> str:
+def _stages(record: Record) -> str:
+    rows = [{"stage": name, "seconds": x, "peak": record["peaks"].get(name)} for name, x in record["seconds"].items()]
+    return _table(
+        rows,
+        [("stage", "stage", None, 1.0), ("seconds", "seconds", 2, 1.0), ("peak", "MB held by then, at most", 0, 1e6)],
+    )
+
+
+def _counts(counts: dict[str, int], unit: str) -> str:
     rows = [{"what": name, unit: value} for name, value in sorted(counts.items(), key=lambda item: -item[1])]
-    return _table(rows, [("what", "", None, 1.0), (unit, unit, 2 if unit == "seconds" else 0, 1.0)]) if rows else ""
+    return _table(rows, [("what", "", None, 1.0), (unit, unit, 0, 1.0)]) if rows else ""

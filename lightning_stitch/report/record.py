@@ -71,6 +71,7 @@ def record_of(
         "comparison": [] if comparison is None else comparison.rows,
         "rejected": dict(result.rejected),
         "seconds": dict(result.seconds),
+        "peaks": dict(result.peaks),
         "similarities": [] if comparison is None else comparison.similarities,
         "predictions": predictions,
         "recipe": recipe.to_dict(),

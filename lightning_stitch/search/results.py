@@ -137,6 +137,7 @@ class SearchResult:
         best_stitched: The best StitchNet within the budget; None: none was found.
         rejected: How many compositions were turned down, by reason.
         seconds: Wall time of each stage.
+        peaks: By the end of each stage the most memory that the process had held, in bytes; empty: not known.
         num_selection_labels: Labels that the ranking used.
         min_score: The least score that the budget asked for; None: none.
         stopped: What ended the composing before the strategy did: "time limit" or "interrupted"; None: nothing.
@@ -151,6 +152,7 @@ class SearchResult:
     num_selection_labels: int
     min_score: float | None = None
     stopped: Stopped | None = None
+    peaks: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def within(self, budget: Budget, *, kind: Kind | None = None) -> Ranked | None:
         """The best of the candidates that keeps a budget, without searching again; None where there is none.
@@ -360,6 +362,7 @@ def choose(
     seconds: Mapping[str, float],
     num_selection_labels: int,
     stopped: Stopped | None = None,
+    peaks: dict[str, int] | None = None,
 ) -> SearchResult:
     """The result of a search: what keeps the budget, and the best of it.
 
@@ -392,6 +395,7 @@ def choose(
         num_selection_labels=num_selection_labels,
         min_score=budget.min_score,
         stopped=stopped,
+        peaks=peaks or {},
     )
 
 

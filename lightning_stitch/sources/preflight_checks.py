@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_stitch.errors import SourceError, StitchError, first_lines
 from lightning_stitch.io import WeightFile, tensor_shapes
-from lightning_stitch.settings import CalibrationSettings
+from lightning_stitch.settings import CalibrationSettings, image_shape_of
 from lightning_stitch.sources.blueprint import Blueprint
 from lightning_stitch.sources.finding import AnySource, check_list, find_source, make_distinct
 from lightning_stitch.sources.licences import forbidden_by
@@ -111,7 +111,7 @@ class Preflight:
 def preflight(
     sources: Sequence[AnySource],
     *,
-    image_shape: tuple[int, int, int] | Callable[[], tuple[int, int, int] | None] | None = None,
+    image_shape: int | tuple[int, ...] | Callable[[], tuple[int, int, int] | None] | None = None,
     settings: CalibrationSettings | None = None,
     regardless: bool = False,
 ) -> Preflight:
@@ -122,8 +122,8 @@ def preflight(
 
     Args:
         sources: What `load_sources` takes.
-        image_shape: (channels, height, width) of the images to compose for, or a function that finds it out, which is
-            called only if every source was found; None: each source's own size.
+        image_shape: (channels, height, width) of the images to compose for; 96 means (3, 96, 96). Or a function that
+            finds it out, which is called only if every source was found; None: each source's own size.
         settings: How the sources will be cut, and where networks end; None: the defaults.
         regardless: Whether to call that function where some sources were not found, too, for those that were.
 
@@ -142,33 +142,36 @@ def preflight(
     findings = [_find(source) for source in sources]
     missing = [isinstance(finding, SourceCheck) for finding in findings]
     problems: list[str] = []
+    shape = None
     if callable(image_shape):
         try:
-            image_shape = None if all(missing) or (any(missing) and not regardless) else image_shape()
+            shape = None if all(missing) or (any(missing) and not regardless) else image_shape()
         except StitchError as error:
             if not any(missing):
                 raise
-            image_shape, problems = None, [f"The images cannot be used: {error}"]
+            problems = [f"The images cannot be used: {error}"]
+    elif image_shape is not None:
+        shape = image_shape_of(image_shape)
     rows, blueprints = [], []
     for finding, name in zip(findings, make_distinct([finding.name for finding in findings]), strict=True):
         finding = replace(finding, name=name)
         if isinstance(finding, SourceCheck):
             rows.append(finding)
             continue
-        row, blueprint = _check(finding, settings, image_shape)
+        row, blueprint = _check(finding, settings, shape)
         rows.append(row)
         if row.fits:
             blueprints.append(blueprint)
     files = [blueprint.weights for blueprint in blueprints if blueprint.weights is not None]
     disks = _disks(files)
     problems += [_describe_shortage(disk) for disk in disks if disk.download > disk.free]
-    problems += _joint_problems(rows, settings, image_shape)
+    problems += _joint_problems(rows, settings, shape)
     notes = tuple(
         f"{reason}: for {count} of {len(rows)} sources the cache was taken."
         for reason, count in Counter(file.unreachable for file in files if file.unreachable).items()
     )
     seconds = time.monotonic() - began
-    return Preflight(image_shape, tuple(rows), disks, tuple(problems), notes, seconds, tuple(blueprints))
+    return Preflight(shape, tuple(rows), disks, tuple(problems), notes, seconds, tuple(blueprints))
 
 
 def _find(source: AnySource) -> Blueprint | SourceCheck:

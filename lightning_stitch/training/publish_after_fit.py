@@ -18,6 +18,7 @@ from lightning_stitch.hub import (
     check_publishable,
     publish,
 )
+from lightning_stitch.progress import say
 from lightning_stitch.training.fragment_search import FragmentSearch
 from lightning_stitch.training.module import StitchedClassifier
 
@@ -111,7 +112,7 @@ class PublishAfterFit(pl.Callback):
             return
         details = _complete_details(self.details, trainer)
         self.publication = publish(pl_module, self.repo_id, details=details, **self._destination)
-        print(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
+        say(f"The stitched network is published: {self.publication.url} (commit {self.publication.commit}).")
 
 
 def _complete_details(details: CardDetails, trainer: pl.Trainer) -> CardDetails:

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_stitch._lightning import pl
 from lightning_stitch.heads import StagedHead
 from lightning_stitch.io import write_json
+from lightning_stitch.progress import say
 from lightning_stitch.report import (
     FILE,
     figure_files,
@@ -72,10 +73,9 @@ def _report(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, l
     figures |= {f"latency_ms_batch_{size}": value for size, value in latency.items()}
     for logger in trainer.loggers:
         logger.log_metrics({f"search/{name}": value for name, value in figures.items()}, step=0)
-    if trainer.progress_bar_callback is not None or comparison is not None:
-        print(result.summary())
-        if latency:
-            print(_latency_in_words(latency, trainer.strategy.root_device))
+    say(result.summary())
+    if latency:
+        say(_latency_in_words(latency, trainer.strategy.root_device))
     if comparison is not None:
         title = "Test images: sources as they are, self-stitched and ended early, and StitchNets, with the same head"
         words = "\n".join([comparison.words, *(f"No StitchNet fits {budget}." for budget in comparison.unmet)])
@@ -92,11 +92,9 @@ def _report(trainer: pl.Trainer, search: FragmentSearch, result: SearchResult, l
             "latency_ms": latency,
         }
         paths = write_comparison(comparison.rows, words, log_dir, verdicts=comparison.verdicts, settings=settings)
-        print(f"The table is in {paths[0]} and {paths[1]}.")
+        say(f"The table is in {paths[0]} and {paths[1]}.")
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        page = _write_page(trainer, search, result, log_dir, latency)
-        if trainer.progress_bar_callback is not None or comparison is not None:
-            print(f"All of it is shown in {page}.")
+        say(f"All of it is shown in {_write_page(trainer, search, result, log_dir, latency)}.")
 
 
 def _write_page(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from doubles.methods import QUIET, bright_halves, half_blind, search_of, three_digits
+from doubles.methods import QUIET, bright_halves, half_blind, search_of, three_digits, two_sources
 from doubles.progress import Recorder
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods
+from lightning_stitch import Budget, CalibrationDataModule, FineTuning, FragmentSearch, compare_methods, network_cost
 from lightning_stitch._lightning import pl
 from lightning_stitch.baselines import plots
 from lightning_stitch.baselines.contenders import COMPOSED, METHODS, ON_ALL_LABELS
@@ -94,6 +94,17 @@ def test_csv_and_json_hold_the_rows(folder: Path, rows: list[dict[str, Any]]) ->
         assert "orth it" in row["verdict"]
     assert record["settings"]["finetuning"]["epochs"] == 2
     assert record["settings"]["images"] == {"calibration": 12, "train": 40, "selection": 20, "test": 60}
+
+
+def test_rows_over_the_budget_say_so(tmp_path: Path) -> None:
+    macs = {source.name: network_cost(source.module, three_digits().image_shape).macs for source in two_sources()}
+    search = search_of(budget=Budget(max_macs=min(macs.values())))
+    found = compared(tmp_path, search=search, methods=["closed-form head", "all depths", "early exit", "StitchNet"])
+    marked = {row["method"]: row["over_budget"] for row in found}
+    assert not marked["early exit"]
+    assert not marked["StitchNet"]
+    for row in found[:2]:
+        assert row["over_budget"] is (macs[row["network"]] > min(macs.values()))
 
 
 def test_the_same_call_gives_the_same_rows_whatever_the_order_of_methods(

@@ -77,4 +77,4 @@ def row_of(
     interval = {f"{m}{end}": accuracy for m in ("accuracy", "auroc") for end in ("", "_low", "_high")}
     costs = {"seconds": 12.34, "cpu_seconds": 11.0, "params": 3_400_000, "macs": 125_400_000, "latency_ms": 5.5}
     row = {"method": method, "network": "resnet", **interval, **costs, "flops": flops, "labels": labels}
-    return {**row, "verdict": None, **changes}
+    return {**row, "over_budget": False, "verdict": None, **changes}
