@@ -149,9 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=130)
     console.print(joints_table(result))
     title = "Test images: the sources, each stitched to itself, and the best CNN -> ViT"
-    print_comparison(comparison.rows, comparison.sentence, title=title, console=console)
+    print_comparison(comparison.rows, comparison.words, title=title, console=console)
     print(pool.assemble(result.best_stitched.candidate).describe())
-    written = write_comparison(comparison.rows, comparison.sentence, options.output)
+    written = write_comparison(comparison.rows, comparison.words, options.output)
     print(f"The table is in {written[0]} and {written[1]}.")
 
 
