@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from lightning_stitch.cost import Budget
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import BudgetError, StitchError
 
 Granularity = Literal["stages", "blocks", "reference", "all"]
 Estimator = Literal["debiased", "biased"]
@@ -156,6 +156,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if not isinstance(self.budget, Budget | None):
+            raise BudgetError(f"budget= is a Budget or None; found {self.budget!r}. Budget.of('25M') reads words.")
         if self.max_roots < 1:
             raise StitchError(f"max_roots must be at least 1; found {self.max_roots}.")
         if self.max_stages < 1:

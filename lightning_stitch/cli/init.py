@@ -12,10 +12,9 @@ _TEMPLATE = """\
 # `lightning-stitch fit --help` begins with all options of the three classes here.
 seed_everything: 0
 model:
-  class_path: lightning_stitch.StitchedClassifier
-  init_args:
-    num_classes: {num_classes} # {names}
-    # head: knn # the most similar labelled images vote
+  class_path: lightning_stitch.StitchedClassifier # its classes are the data's: {names}
+  # init_args:
+  #   head: knn # the most similar labelled images vote
 data:
   class_path: lightning_stitch.CalibrationDataModule
   init_args:

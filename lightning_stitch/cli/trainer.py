@@ -134,6 +134,8 @@ class StitchTrainer(pl.Trainer):
         search = self._search("compare")
         if not isinstance(model, StitchedClassifier):
             raise StitchError(f"compare takes a StitchedClassifier; found {type(model).__name__}.")
+        if datamodule is not None:
+            model.take_classes(datamodule.num_classes)
         if datamodule is not None and datamodule.num_classes != model.num_classes:
             raise StitchError(
                 f"The data have {datamodule.num_classes} classes, StitchedClassifier has "

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_stitch.composing.search_steps import SearchSteps
 from lightning_stitch.cutting import CutGraph
 from lightning_stitch.data import check_batch_labels
-from lightning_stitch.errors import CalibrationError, StitchError, nearest
+from lightning_stitch.errors import CalibrationError, SourceError, StitchError, nearest
 from lightning_stitch.healing import Healer
 from lightning_stitch.io import Answers, Journal, Spool
 from lightning_stitch.networks import StitchedNetwork, assemble
@@ -84,6 +84,7 @@ class Pool:
 
     Raises:
         CutError: If a source cannot be cut or does not take such images.
+        SourceError: If one is not loaded yet.
         StitchError: If there is no source, two share a name, or networks end at outputs of different widths.
     """
 
@@ -96,6 +97,8 @@ class Pool:
         device: torch.device | str = "cpu",
     ) -> None:
         self.settings = settings or CalibrationSettings()
+        if isinstance(sources, str) or not all(isinstance(source, Source) for source in sources):
+            raise SourceError(f"A pool takes loaded sources, as load_sources([...]) gives them; found {sources!r}.")
         check_names([source.name for source in sources], self.settings)
         self.device, self.image_shape = torch.device(device), image_shape_of(image_shape)
         self.seconds: dict[str, float] = {}
@@ -134,7 +137,7 @@ class Pool:
         Raises:
             StitchError: As `Pool`.
         """
-        native = next((source.preprocessing.input_size for source in sources), 1)
+        native = next((source.preprocessing.input_size for source in sources if isinstance(source, Source)), 1)
         pool = cls(sources, image_shape or native, settings=settings or LEAN, device=device)
         pool.prepared = {exits: costs_of_pairs(pool.parts, early_exits=exits) for exits in (True, False)}
         for part in pool.parts:

@@ -22,6 +22,7 @@ from lightning_stitch.data.samplers import borrow_datasets
 from lightning_stitch.data.target_values import DataTask, TargetReader, TargetReaders
 from lightning_stitch.data.transforms import without_chance
 from lightning_stitch.errors import CalibrationError
+from lightning_stitch.settings import image_shape_of
 
 _DEFAULT_SHARE = 0.2
 _CALIBRATION, _FEWEST_CALIBRATION = 32, 4
@@ -132,6 +133,8 @@ class CalibrationDataModule(pl.LightningDataModule):
                 samples[part] = int(size)  # a YAML parser reads the 256 of an "int or float" as 256.0
             elif size is not None and (size <= 0 or (isinstance(size, float) and size > 1)):
                 raise CalibrationError(f"{part}_samples is {size}; give a number from 1, a share up to 1.0, or None.")
+        if image_size is not None:
+            image_shape_of(image_size)  # or it is none
         if datamodule is not None:
             check_same_namespace(datamodule, "datamodule")
             self.prepare_data_per_node = datamodule.prepare_data_per_node

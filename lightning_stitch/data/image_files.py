@@ -162,8 +162,18 @@ class LabelledImages(Dataset):
 
 
 def is_files(images: Any) -> bool:
-    """Whether images are named by their files or folders, instead of being in memory."""
-    return isinstance(images, str | Path) or (len(images) > 0 and isinstance(images[0], str | Path))
+    """Whether images are named by their files or folders, instead of being in memory.
+
+    Raises:
+        CalibrationError: If they are neither.
+    """
+    if isinstance(images, str | Path):
+        return True
+    if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+        raise CalibrationError(
+            f"Images are a path, or a sequence of paths, tensors, PIL images, arrays; found {images!r}."
+        )
+    return len(images) > 0 and isinstance(images[0], str | Path)
 
 
 def decode_images(images: Sequence[Any] | Tensor, image_shape: tuple[int, int, int]) -> Tensor:

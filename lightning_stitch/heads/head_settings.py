@@ -33,7 +33,8 @@ class HeadSettings:
     Attributes:
         name: "ridge", "knn", "class_map" or "none".
         task: What the targets are.
-        num_classes: How many classes, labels or numbers the head gives; 0 for "none", which gives the features.
+        num_classes: How many classes, labels or numbers the head gives; 0 for "none", which gives the features, and
+            where the number is not known yet (`is_open`).
         options: What it is made with, in plain dicts, lists, strings and numbers.
         class_names: The names of a class map's classes, in the order of its outputs; None for other heads.
     """
@@ -45,7 +46,14 @@ class HeadSettings:
     class_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, head: str | Mapping[str, Any], *, task: str = "multiclass", num_classes: int | None) -> HeadSettings:
+    def of(
+        cls,
+        head: str | Mapping[str, Any],
+        *,
+        task: str = "multiclass",
+        num_classes: int | None,
+        may_be_open: bool = False,
+    ) -> HeadSettings:
         """Check a head as a user writes it: a name, or a mapping with "name" and options.
 
         | name | task | options |
@@ -61,6 +69,7 @@ class HeadSettings:
             task: "multiclass", "multilabel" or "regression".
             num_classes: How many classes, labels or numbers; a class map knows, "none" does not need it, and a
                 regression's default is 1.
+            may_be_open: Whether the number may be missing, and come later.
 
         Raises:
             StitchError: If a name or option is unknown or does not fit the task, or a number is missing.
@@ -77,6 +86,8 @@ class HeadSettings:
         if name == "none":
             return cls(name, task, 0, options)  # type: ignore[arg-type]
         count = 1 if num_classes is None and task == "regression" else num_classes
+        if count is None and may_be_open:
+            return cls(name, task, 0, options)  # type: ignore[arg-type]
         if count is None:
             what = "labels" if task == "multilabel" else "classes"
             raise StitchError(f"head={name!r} with task={task!r} needs num_classes=, the number of {what}.")
@@ -84,6 +95,11 @@ class HeadSettings:
         if not isinstance(count, int) or count < least:
             raise StitchError(f"num_classes must be an integer, at least {least}; found {count!r}.")
         return cls(name, task, count, options)  # type: ignore[arg-type]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the number of classes, labels or numbers is not known yet."""
+        return self.needs_targets and self.num_classes == 0
 
     @property
     def until(self) -> str:

@@ -42,8 +42,8 @@ class StitchedClassifier(Finished):
     `train_mode` changes that for what is thawed. What is frozen keeps parameters and buffers bit for bit.
 
     Args:
-        num_classes: Number of classes, of labels or of numbers to predict. A class map knows, "none" does not need it,
-            and for a regression the default is 1.
+        num_classes: Number of classes, of labels or of numbers to predict; None: that of the data or the checkpoint, of
+            `class_names`, for a regression 1.
         recipe: A recipe's `to_dict()`, or an ensemble recipe's: the structure to build, with random weights, for
             checkpoints. None: none yet.
         optimizer: Makes the optimizer from the parameters, should training follow; None: AdamW with lr 1e-4.
@@ -92,11 +92,12 @@ class StitchedClassifier(Finished):
         warn_where_both_are_loaded()
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
-        self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes)
+        if num_classes is None and class_names is not None:
+            num_classes = len(class_names)
+        self.head_settings = HeadSettings.of(head, task=task, num_classes=num_classes, may_be_open=True)
         if recipe is not None:
             check_classes(Recipe.from_dict(recipe), self.head_settings)
         self.hparams["head"] = self.head_settings.plain
-        self.num_classes = self.head_settings.num_classes
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-4)
         self.trust_factory = trust_factory
         mapped = self.head_settings.class_names
@@ -109,10 +110,26 @@ class StitchedClassifier(Finished):
         self.network: StitchedNetwork | None = None
         self._fused: list[StitchedNetwork] = []  # in a list, so that it is no part of the module
         self.head: nn.Module | None = None
-        silent = self.head_settings.name == "none"
-        metrics = MetricCollection({}) if silent else metrics_for(self.head_settings.task, self.num_classes)
-        self.val_metrics = metrics.clone(prefix="val_")
-        self.test_metrics = metrics.clone(prefix="test_")
+        self._make_metrics()
+
+    def take_classes(self, num_classes: int) -> None:
+        """Take the number of classes, labels or numbers, where it was left open; else nothing happens."""
+        if self.head_settings.is_open:
+            self.head_settings = dataclasses.replace(self.head_settings, num_classes=num_classes)
+            self.hparams["num_classes"] = num_classes
+            self._make_metrics()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, labels or numbers; 0: there is no head, or it is not known yet."""
+        return self.head_settings.num_classes
+
+    def _make_metrics(self) -> None:
+        settings = self.head_settings
+        silent = settings.name == "none" or settings.is_open
+        metrics = MetricCollection({}) if silent else metrics_for(settings.task, settings.num_classes)
+        self.val_metrics = metrics.clone(prefix="val_").to(self.device)
+        self.test_metrics = metrics.clone(prefix="test_").to(self.device)
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -241,6 +258,7 @@ class StitchedClassifier(Finished):
         if plain is None:
             raise RecipeError("This checkpoint holds no recipe: it was saved before a network was installed.")
         settings = {"head": self.head_settings.plain, "task": self.head_settings.task}
+        self.take_classes(hparams.get("num_classes") or 0)
         saved_settings = {"head": hparams.get("head", "ridge"), "task": hparams.get("task", "multiclass")}
         if saved_settings != settings:
             raise RecipeError(

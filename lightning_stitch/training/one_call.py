@@ -19,7 +19,7 @@ from lightning_stitch.data import (
     list_images,
     open_class_folders,
 )
-from lightning_stitch.errors import CalibrationError, SourceError, StitchError
+from lightning_stitch.errors import BudgetError, CalibrationError, SourceError, StitchError
 from lightning_stitch.hub import CardDetails, check_free
 from lightning_stitch.progress import Progress
 from lightning_stitch.report import read_record, record_of
@@ -90,8 +90,11 @@ def compose(
         >>> model = compose(sources, "photographs", budget="50%")  # doctest: +SKIP
         >>> model.predict(["new.jpg"])  # doctest: +SKIP
     """
-    if isinstance(sources, str):
-        raise SourceError(f"sources= takes a list of them: [{sources!r}].")
+    if not isinstance(sources, Pool | list | tuple):
+        raise SourceError(f"sources= takes a list of them, as ['resnet18.a1_in1k'], or a Pool; found {sources!r}.")
+    if not isinstance(budget, Budget | str | None):
+        raise BudgetError(f"budget= is a Budget, or words such as '25M' or '50%'; found {budget!r}.")
+    is_files(images)  # or they are no images
     if output is not None:
         check_free(output, overwrite=overwrite)
     if labels is not None and isinstance(images, str | Path):
@@ -184,7 +187,7 @@ def _from_sources(
         **origin, image_size=size, calibration_samples=calibration_samples_of(num_images), seed=options["seed"]
     )
     data.setup()
-    model = StitchedClassifier(data.num_classes)
+    model = StitchedClassifier()
     callback = FragmentSearch(sources, budget=budget, **options)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch if output is None else output)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_stitch._lightning import check_same_namespace, pl
 from lightning_stitch.data import CalibrationDataModule
 from lightning_stitch.errors import StitchError
+from lightning_stitch.heads import HeadSettings
 from lightning_stitch.networks import StitchedNetwork
 from lightning_stitch.recipe import Recipe
 from lightning_stitch.search import Ranking
@@ -24,7 +25,11 @@ class ClassifierPlace:
 
     def __init__(self, module: StitchedClassifier) -> None:
         self.module = module
-        self.head_settings = module.head_settings
+
+    @property
+    def head_settings(self) -> HeadSettings:
+        """The classifier's."""
+        return self.module.head_settings
 
     @property
     def recipe(self) -> Recipe | None:
@@ -42,7 +47,9 @@ class ClassifierPlace:
         return self.module.train_mode
 
     def check(self, data: CalibrationDataModule, *, ranking: str | Ranking, compare: bool) -> None:
-        """Refuse data with other targets or class names than the classifier's."""
+        """Take the number of classes where it was left open; refuse data with other targets or class names."""
+        if data.task == self.head_settings.task:
+            self.module.take_classes(data.num_classes)
         check_targets(self.head_settings, data, ranking=ranking, compare=compare)
         names = self.module.class_names
         if None not in (names, data.class_names) and names != data.class_names:

@@ -41,7 +41,8 @@ def test_what_is_written_is_taken_by_check_and_knows_the_folder(
     main(["init", "my images", "--image_size", "160", "--sources", *sources])
     assert "lightning-stitch check --config stitch.yaml" in capsys.readouterr().out
     config = yaml.safe_load(Path("stitch.yaml").read_text())
-    assert config["model"]["init_args"]["num_classes"] == 2
+    assert config["model"] == {"class_path": "lightning_stitch.StitchedClassifier"}
+    assert "the data's: cat: black, dog" in Path("stitch.yaml").read_text()
     assert config["data"]["init_args"] == {"image_folder": "my images", "image_size": 160, "calibration_samples": 20}
     assert config["trainer"]["callbacks"][0]["init_args"]["sources"] == sources
     main(["check", "--config", "stitch.yaml"])

@@ -42,7 +42,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def from_example(name: str, folder: Path, images: Path) -> Path:
     """An example's configuration on small images, sources and sets; all else is left as it is."""
     config = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
-    config["model"]["init_args"]["num_classes"] = 3
     config["data"]["init_args"] |= {"image_folder": str(images), "image_size": 32, "calibration_samples": 12}
     config["data"]["init_args"] |= {"train_samples": 40, "selection_samples": 20, "test_samples": 60}
     search = config["trainer"]["callbacks"][0]["init_args"]

@@ -421,3 +421,21 @@ def test_what_fragments_will_not_do_in_train_mode_is_told_where_they_are_trained
     told = [str(warning.message) for warning in seen if "train mode" in str(warning.message)]
     expected = "Source 'ScalesInTrainMode' does something else in train mode than in eval mode: mul where eval mode"
     assert [message.startswith(expected) for message in told] == [True] * warned
+
+
+def test_classes_that_were_left_open_are_the_datas_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    model, data = StitchedClassifier(), digits()
+    assert model.num_classes == 0
+    run = trainer(tmp_path, search())
+    run.fit(model, data)
+    assert model.num_classes == 3
+    (found,) = run.test(model, data, verbose=False)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    assert StitchedClassifier.load_from_checkpoint(tmp_path / "model.ckpt").num_classes == 3
+    other = StitchedClassifier()
+    (again,) = trainer(tmp_path).test(other, digits(), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert again == found
+    assert other.num_classes == 3
+    assert StitchedClassifier(class_names=["a", "b"]).num_classes == 2
+    with pytest.raises(StitchError, match="num_classes must be an integer, at least 2"):
+        StitchedClassifier(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_stitch.composing import compose_personal
 from lightning_stitch.training import one_call
 
 SOURCES = [{"spec": name, "pretrained": False} for name in ("test_resnet", "test_efficientnet")]
+TWENTY, LABELS = torch.rand(20, 3, 8, 8), ["a", "b"] * 10
 QUICK = {"granularity": "stages", "max_candidates": 4, "progress": False}
 
 
@@ -74,7 +76,7 @@ def test_images_are_as_large_as_the_largest_that_a_source_was_trained_on() -> No
 
 
 def test_what_cannot_be_is_refused_in_a_sentence_before_any_source_runs(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ls.SourceError, match="a list of them"):
+    with pytest.raises(ls.SourceError, match="takes a list of them"):
         ls.compose("resnet18.a1_in1k", folder)
     with pytest.raises(ls.BudgetError, match="'cheap' is no limit"):
         ls.compose(SOURCES, folder, budget="cheap", image_size=32)
@@ -178,3 +180,27 @@ def test_images_without_labels_or_files_are_refused_before_sources_are_loaded() 
         ls.compose(unknown, torch.rand(20, 3, 8, 8), ["a", "b", "a"], image_size=8)
     with pytest.raises(ls.CalibrationError, match="holds 5 images; compose takes at least 16 from sources, on a pool"):
         ls.compose(unknown, torch.rand(5, 3, 8, 8), ["a", "b", "a", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ls.compose(SOURCES, 5), "Images are a path, or a sequence of paths"),
+        (lambda: ls.compose(None, "folder"), "sources= takes a list of them"),
+        (
+            lambda: ls.compose(SOURCES, TWENTY, LABELS, budget=5),
+            "budget= is a Budget, or words",
+        ),
+        (
+            lambda: ls.compose(SOURCES, TWENTY, LABELS, image_size="32"),
+            "An image's size is 96",
+        ),
+        (lambda: ls.FragmentSearch(SOURCES, budget="25M"), r"found '25M'\. Budget\.of\('25M'\) reads words"),
+        (lambda: ls.Pool(["test_resnet"], 32), "A pool takes loaded sources"),
+        (lambda: ls.Pool.prepare(["test_resnet"]), "A pool takes loaded sources"),
+        (lambda: ls.StitchedClassifier(2).predict(None), "Images are a path, or a sequence of paths"),
+    ],
+)
+def test_what_is_of_another_type_is_told_in_a_sentence(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ls.StitchError, match=words):
+        call()
