@@ -17,6 +17,7 @@ from lightning_stitch.cost import Budget
 from lightning_stitch.errors import CalibrationError
 from lightning_stitch.io.activation_store import Carried
 from lightning_stitch.maths.cka import linear_cka
+from lightning_stitch.search import scoring
 from lightning_stitch.search.space import Edge, Filters, SearchSpace, State
 from lightning_stitch.settings import CalibrationSettings
 from lightning_stitch.sources.source import Source
@@ -320,3 +321,43 @@ def test_a_cka_that_overflows_names_cut_and_source() -> None:
     x = activation(space, state, 0)
     with pytest.raises(CalibrationError, match=words):
         space.edges(state, 0, x)
+
+
+def test_of_many_receivers_those_most_alike_in_a_sketch_are_scored_as_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = [plain(f"s{number}", (6, 8, 10), seed=number) for number in range(5)]
+    images = noise(24, 3, 24, 24, seed=9)
+
+    def found() -> tuple[dict[tuple[int, int], float], SearchSpace]:
+        space = space_of(sources, images)
+        state = space.starts()[0]
+        cut, x = next(iter(space.walk(state)))
+        return {(edge.source, edge.receiver): edge.cka for edge in space.edges(state, cut, x)}, space
+
+    whole, before = found()
+    monkeypatch.setattr(scoring, "MANY", 8)
+    monkeypatch.setattr(scoring, "_KEPT", 5)
+    assert len(whole) > 8
+    likely, space = found()
+    assert len(likely) == 5
+    assert likely == pytest.approx({receiver: whole[receiver] for receiver in likely}, abs=1e-6)
+    reason = "not among the most alike in a sketch"
+    assert space.rejected[reason] == len(whole) - 5
+    assert space.rejected - before.rejected == {reason: len(whole) - 5}
+    # An eighth of some 700 rows tells these apart.
+    assert max(whole, key=whole.__getitem__) in likely
+    assert found()[0] == likely
+
+
+def test_what_a_sketch_says_nothing_of_is_scored_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "MANY", 1)
+    monkeypatch.setattr(scoring, "_KEPT", 0)
+    space = space_of(
+        pair(), noise(8, 3, 24, 24, seed=2), settings=CalibrationSettings(rows_per_image=1, readout="last")
+    )
+    state = space.starts()[0]
+    cut, x = next(iter(space.walk(state)))
+    monkeypatch.setattr(scoring, "_STRIDE", 4)  # two rows: too few for a debiased estimate
+    assert space.edges(state, cut, x)
+    assert not space.rejected["not among the most alike in a sketch"]
