@@ -18,6 +18,9 @@ the sum over its stages, and thresholds stay until `StitchedClassifier.fit_thres
 comparison.csv and comparison.json in the log directory; without a logger in the Trainer's `default_root_dir`, or where
 that is the working directory in `stitch_logs/version_N` there. With max_epochs=0 `stitched.ckpt` is beside them.
 
+**Messages** go through the logger "lightning_stitch", by default to the standard output: a search's summary is always
+said. Bars are shown where the Trainer shows its own.
+
 **Callbacks.** `FragmentSearch` stands before callbacks that look at the module when they are set up (`WeightAveraging`,
 `StochasticWeightAveraging`, `ModelPruning`, `BackboneFinetuning`).
 

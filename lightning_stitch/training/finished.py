@@ -12,7 +12,7 @@ from torch import nn
 from lightning_stitch._lightning import pl
 from lightning_stitch.cutting import in_eval_mode
 from lightning_stitch.data import decode_images, is_files
-from lightning_stitch.errors import StitchError
+from lightning_stitch.errors import CalibrationError, StitchError
 from lightning_stitch.heads import HeadSettings
 from lightning_stitch.hub import CardDetails, Publication, publish
 from lightning_stitch.networks import (
@@ -64,7 +64,7 @@ class Finished(pl.LightningModule):
             options: For files, those of `predict_files`.
 
         Raises:
-            CalibrationError: If an image cannot be used.
+            CalibrationError: If an image cannot be used, or there are none.
             StitchError: If there is no network yet; likewise as `predict_files`.
         """
         if is_files(images):
@@ -72,6 +72,8 @@ class Finished(pl.LightningModule):
         if options:
             raise StitchError(f"{sorted(options)} are for files; images in memory are predicted as they are.")
         shape = self._finished().recipe.input_size
+        if not len(images):
+            raise CalibrationError("There are no images to predict.")
         with torch.inference_mode(), in_eval_mode(self):
             outputs = [
                 self.predict_step(decode_images(images[start : start + _BATCH], shape).to(self.device), 0)

@@ -55,7 +55,7 @@ def compose(
 
     The whole search is what a `CalibrationDataModule`, a `StitchedClassifier`, a `FragmentSearch` and a Trainer with
     max_epochs=0 do together: a fifth of the images (`test`, where a folder has one) are kept apart to tell how good it
-    is, beside the sources with heads of their own. On a pool all images choose and fit.
+    is, beside the sources with heads of their own. On a pool all images choose and fit; there is nothing to `compare`.
 
     Args:
         sources: What to compose from (`load_source`): timm names, "hf-hub:ORG/NAME", "local-dir:PATH", ...; or a pool.
@@ -109,7 +109,8 @@ def compose(
         model, details = _from_sources(sources, images, labels, budget, image_size, output, show, settings)
     if output is not None:
         model.save_pretrained(output, details=details, overwrite=overwrite)
-        model.report(output)
+        if isinstance(sources, Pool):
+            model.report(output)  # the whole search has written it
     return model.eval()
 
 

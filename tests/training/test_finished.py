@@ -62,6 +62,8 @@ def test_images_in_memory_are_predicted_as_their_files_are(tmp_path: Path) -> No
     assert [row["file"] for row in model.predict(tensors)] == [str(number) for number in range(len(files))]
     with pytest.raises(StitchError, match=r"\['batch_size'\] are for files"):
         model.predict(tensors, batch_size=3)
+    with pytest.raises(StitchError, match="There are no images to predict"):
+        model.predict([])
     with pytest.raises(StitchError, match="has no network yet"):
         StitchedClassifier(3, class_names=NAMES).predict(tensors)
 
