@@ -67,11 +67,10 @@ def publish(
     check_publishable(network, details)
     hub = HubRepository(repo_id, token=token, revision=revision, private=private, existing_card=existing_card)
     place = hub.check()
-    beside = HubRepository(repo_id, token=token, private=private, existing_card=existing_card, repo_type="space")
-    if space:
-        if getattr(network, "task", None) != "multiclass":
-            raise StitchError("A Space shows a classifier, with classes rather than features, labels or numbers.")
-        place_beside = beside.check()
+    if space and getattr(network, "task", None) != "multiclass":
+        raise StitchError("A Space shows a classifier, with classes rather than features, labels or numbers.")
+    shown = HubRepository(repo_id, token=token, private=private, existing_card=existing_card, repo_type="space")
+    place_of_space = shown.check() if space else None
     with tempfile.TemporaryDirectory(prefix="lightning-stitch-") as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         network.save_pretrained(folder, details=details, name=repo_id)  # type: ignore[operator]
@@ -79,12 +78,12 @@ def publish(
         # Before a repository is made that nothing would come into.
         hub.check_card(folder / CARD)
         published = hub.upload(folder, _FILES, place, commit_message)
-        if not space:
+        if place_of_space is None:
             return published
         word = details.licence or licence_of(network.recipe)  # type: ignore[arg-type]
         write_space(Path(temporary) / "space", repo_id, published.commit, licence=word)
-        shown = beside.upload(Path(temporary) / "space", SPACE_FILES, place_beside, commit_message)
-        return dataclasses.replace(published, space=shown.url)
+        page = shown.upload(Path(temporary) / "space", SPACE_FILES, place_of_space, commit_message)
+        return dataclasses.replace(published, space=page.url)
 
 
 def check_destination(repo_id: str, existing_card: str) -> None:

@@ -119,13 +119,13 @@ class SearchSpace:
         filters = filters or Filters()
         admissible = self._admissible(state, cut, filters)
         edges = []
-        for edge in self._score(state, cut, activation, admissible):
-            if edge.cka < filters.min_cka:
+        for receiver, cka in self._score(state, cut, activation, admissible):
+            if cka < filters.min_cka:
                 self.rejected["CKA below the edge threshold"] += 1
-            elif edge.product < filters.min_product:
+            elif state.product * cka < filters.min_product:
                 self.rejected["product of CKAs below the threshold"] += 1
             else:
-                edges.append(edge)
+                edges.append(self._edge(state, cut, receiver, cka))
         return edges
 
     def edge(self, state: State, cut: int, activation: Carried, source: int, receiver: int) -> Edge | None:
@@ -134,8 +134,8 @@ class SearchSpace:
         if self.sources[source].statistics[receiver].centred is None:
             self.rejected["activation of the receiver does not vary"] += 1
             return None
-        edges = self._score(state, cut, activation, {grid: [self.costs.index[source, receiver]]})
-        return edges[0] if edges else None
+        scored = self._score(state, cut, activation, {grid: [self.costs.index[source, receiver]]})
+        return self._edge(state, cut, *scored[0]) if scored else None
 
     def enter(self, edge: Edge, activation: Carried) -> State:
         """Fit the stitch of an edge on the calibration rows."""
@@ -243,8 +243,10 @@ class SearchSpace:
         ends = [self._receivers[number] for number in receivers]
         return [kind, path, (state.source, state.entry, cut), ends]
 
-    def _score(self, state: State, cut: int, activation: Carried, admissible: dict[Grid, list[int]]) -> list[Edge]:
-        """The stitches to those receivers that can be scored."""
+    def _score(
+        self, state: State, cut: int, activation: Carried, admissible: dict[Grid, list[int]]
+    ) -> list[tuple[tuple[int, int], float]]:
+        """Those receivers, as (source, cut), that can be scored, with their CKA."""
         self.time_limit.check()
         if not admissible:
             return []
@@ -261,14 +263,16 @@ class SearchSpace:
             question, score, tuple[tuple[tuple[int, float], ...], dict[str, int]]
         ).value
         self.rejected.update(rejected)
-        edges = []
+        asked = {flat: self._receivers[flat] for flat in chain.from_iterable(admissible.values())}
         with self.journal.reading():
-            for flat, cka in scored:
-                s, r = self._receivers[flat]
-                cost = self._cost_to(state, cut, s, r)
-                total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
-                edges.append(Edge(state, cut, s, r, cka, state.product * cka, cost, total))
-        return edges
+            return [(asked[flat], cka) for flat, cka in scored]
+
+    def _edge(self, state: State, cut: int, receiver: tuple[int, int], cka: float) -> Edge:
+        """The stitch to a receiver, with what it costs."""
+        s, r = receiver
+        cost = self._cost_to(state, cut, s, r)
+        total = cost + self.costs.run(s, r + 1, len(self.sources[s].parts.pieces))
+        return Edge(state, cut, s, r, cka, state.product * cka, cost, total)
 
     def _jumps(self, state: State, cut: int) -> Jumps:
         return self.costs.jumps(state.source, cut, before_taken=self._is_taken(state, cut))
