@@ -275,6 +275,12 @@ def _usage(subject: CardSubject, name: str) -> str:
     return f"{code}\n\nNone of the sources is needed. After `import lightning_stitch.timm`, timm takes it, too: {call}."
 
 
+_TESTED = (
+    "Brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, equivalent "
+    "by two one-sided tests, at 5 %."
+)
+
+
 def _results(details: CardDetails) -> str:
     parts = []
     if details.metrics:
@@ -289,6 +295,7 @@ def _results(details: CardDetails) -> str:
     if details.verdict:
         lines = details.verdict.splitlines()
         parts.append("\n".join(f"- {inline(x.strip())}" if x.startswith("  ") else f"\n{inline(x)}\n" for x in lines))
+        parts.append(_TESTED)
     return "\n\n".join(parts)
 
 

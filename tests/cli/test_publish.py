@@ -101,4 +101,5 @@ def test_a_configuration_publishes_what_it_composed_and_trained(
     assert card.data.datasets == ["me/cells"]
     assert "- A trial." in card.content
     assert "McNemar" in card.content
+    assert "orth it" in card.content
     assert StitchedClassifier.from_pretrained(REPO).num_classes == 3

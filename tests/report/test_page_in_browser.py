@@ -20,8 +20,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "report.html").as_uri()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize(("width", "height", "dark"), [(*DESK, False), (*PHONE, True)], ids=["desk", "phone, dark"])
 def test_every_figure_is_there_nothing_is_cut_off_and_no_script_fails(
     width: int, height: int, dark: bool, address: str
 ) -> None:
