@@ -276,8 +276,8 @@ def _usage(subject: CardSubject, name: str) -> str:
 
 
 _TESTED = (
-    "Brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, equivalent "
-    "by two one-sided tests, at 5 %."
+    "Brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, "
+    "equivalent by two one-sided tests, at 5 %."
 )
 
 
