@@ -55,7 +55,8 @@ def timed(seconds: dict[str, float], stage: str, peaks: dict[str, int] | None = 
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
     if peaks is not None and find_spec("resource") is not None:
-        most = import_module("resource").getrusage(0).ru_maxrss
+        resource = import_module("resource")
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peaks[stage] = most if sys.platform == "darwin" else 1024 * most
 
 

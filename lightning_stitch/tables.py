@@ -19,6 +19,12 @@ from lightning_stitch.errors import StitchError
 Record = dict[str, Any]
 Cells = Mapping[str, str]
 
+TESTED = (
+    "+- and brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, "
+    "equivalent by two one-sided tests, at 5 %."
+)
+"""What stands under a comparison, on the console and in a card."""
+
 # In characters.
 _UNLIMITED = 10_000  # a pipe or a log has no width to go by
 _GAP = 2  # between columns; 1 where room is short

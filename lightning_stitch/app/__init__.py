@@ -6,8 +6,8 @@ In reading order:
   that predicts
 - `serving.py`: `serve`: show it, here or in a Space
 
-Images that are uploaded stay in Gradio's temporary folder on the machine that serves the page, and are deleted from
-there after an hour; nothing is fetched from elsewhere, and nothing is told to Gradio's makers.
+Images that are uploaded and classifiers to download stay in Gradio's temporary folder on the machine that serves the
+page; it looks every hour for those older than an hour and deletes them. A page fetches nothing from elsewhere.
 
 Example:
     >>> from lightning_stitch import Pool, load_sources

@@ -87,8 +87,8 @@ def _composing_page(gradio: Any, pool: Pool) -> None:
         readable, problems = _in_words(
             gradio, lambda: select_readable([Path(file) for file in files], skip_unreadable=True)
         )
-        for problem in problems.values():
-            gradio.Warning(f"Left out: {Path(problem).name}")
+        for file in problems:
+            gradio.Warning(f"Left out, as it cannot be read as an image: {file.name}")
         held = [*held, *((str(file), name) for file in readable)]
         return held, held, "", None, f"{len(held)} images of {len({label for _, label in held})} classes."
 
@@ -192,17 +192,14 @@ def _archive(model: StitchedClassifier) -> str:
     """The classifier's folder as a zip file, in a place that Gradio may serve."""
     from gradio.utils import get_upload_folder
 
-    folder = Path(tempfile.mkdtemp(dir=_made(get_upload_folder())))
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=uploads))
     model.save_pretrained(folder / "classifier", name="classifier")
     model.report(folder / "classifier")
     archive = shutil.make_archive(str(folder / "classifier"), "zip", folder / "classifier")
     shutil.rmtree(folder / "classifier")
     return archive
-
-
-def _made(folder: str) -> str:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _in_words(gradio: Any, ask: Callable[[], Any]) -> Any:

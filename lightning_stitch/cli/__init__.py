@@ -19,8 +19,9 @@ In reading order:
 
 `fit`, `validate`, `test`, `predict_data`, `check` and `compare` take one configuration, of any LightningModule and
 LightningDataModule. With `max_epochs: 0` a Trainer writes no checkpoint, so `fit` leaves `stitched.ckpt` in the log
-directory. Under `lightning` the command line needs `LIGHTNING_STITCH_NAMESPACE=lightning`; write `CSVLogger` rather
-than `pytorch_lightning.loggers.CSVLogger`, and a configuration serves both packages.
+directory. Under `lightning` (`pip install "lightning-stitch[cli,lightning]"`) the command line needs
+`LIGHTNING_STITCH_NAMESPACE=lightning`; write `CSVLogger` rather than `pytorch_lightning.loggers.CSVLogger`, and a
+configuration serves both packages.
 
 Example::
 

@@ -46,4 +46,4 @@ def _is_classifier(name: str) -> bool:
     try:
         return open_pretrained(name, weights=False).kind == "classifier"
     except StitchError:
-        return False
+        return False  # loading it as a source then says what is wrong with it

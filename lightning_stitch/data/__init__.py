@@ -13,7 +13,7 @@ test (reporting). In reading order:
 - `target_values.py`: one image's target, checked
 - `labels.py`: targets of whole datasets, and draws that are stratified by classes
 - `class_names.py`: classes numbered by their names, whatever number each dataset gives them
-- `image_files.py`: image files and folders of them as a dataset, for prediction
+- `image_files.py`: image files, folders of them and images in memory as datasets
 
 Draws depend on seed and datasets alone, and each epoch's order on seed and epoch, so that a run which crashed and was
 resumed ends with the weights of one that went through. Under several processes all must have drawn the same images.

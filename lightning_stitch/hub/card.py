@@ -17,6 +17,7 @@ from lightning_stitch.hub.picture import can_draw, draw_composition
 from lightning_stitch.io import complete_or_absent
 from lightning_stitch.recipe import Recipe, SourceRef
 from lightning_stitch.sources import CombinedLicence, combine_licences, hub_repository, hub_words
+from lightning_stitch.tables import TESTED
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -275,12 +276,6 @@ def _usage(subject: CardSubject, name: str) -> str:
     return f"{code}\n\nNone of the sources is needed. After `import lightning_stitch.timm`, timm takes it, too: {call}."
 
 
-_TESTED = (
-    "Brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, "
-    "equivalent by two one-sided tests, at 5 %."
-)
-
-
 def _results(details: CardDetails) -> str:
     parts = []
     if details.metrics:
@@ -295,7 +290,7 @@ def _results(details: CardDetails) -> str:
     if details.verdict:
         lines = details.verdict.splitlines()
         parts.append("\n".join(f"- {inline(x.strip())}" if x.startswith("  ") else f"\n{inline(x)}\n" for x in lines))
-        parts.append(_TESTED)
+        parts.append(inline(TESTED))
     return "\n\n".join(parts)
 
 

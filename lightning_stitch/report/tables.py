@@ -13,12 +13,8 @@ from torch import Tensor
 from lightning_stitch.report.evaluation import METRICS, Evaluation, score
 from lightning_stitch.report.verdicts import Verdict
 from lightning_stitch.search import SearchResult
-from lightning_stitch.tables import Record, print_table, with_interval, write_csv, write_records
+from lightning_stitch.tables import TESTED, Record, print_table, with_interval, write_csv, write_records
 
-_TESTED = (
-    "+- and brackets are 95 % intervals, points are of accuracy. Better and worse are so by the exact McNemar test, "
-    "equivalent by two one-sided tests, at 5 %."
-)
 _EXPENDABLE = ("labels", "balanced accuracy", "seconds", "CKA")  # in a narrow terminal, what is missed least first
 
 
@@ -63,7 +59,7 @@ def print_comparison(rows: Sequence[Record], words: str, *, title: str, console:
     shown = [column for column in (cells[0] if cells else ()) if any(row[column] != "-" for row in cells)]
     lines = [{column: row[column] for column in shown} for row in cells]
     expendable = [column for column in _EXPENDABLE if column in shown]
-    notes: list[str | Text] = ["", Text(words), "", Text(_TESTED)]
+    notes: list[str | Text] = ["", Text(words), "", Text(TESTED)]
     print_table(lines, title=title, notes=notes, expendable=expendable, console=console)
 
 

@@ -59,8 +59,9 @@ def compose(
 
     Args:
         sources: What to compose from (`load_source`): timm names, "hf-hub:ORG/NAME", "local-dir:PATH", ...; or a pool.
-        images: A folder: class folders of images, or `train`, `val` and `test` with class folders. Or with `labels`
-            paths of files, tensors (channels, height, width), PIL images or arrays, float in [0, 1] or uint8.
+        images: A folder: class folders of images, or `train`, `val` and `test` with class folders, of which a pool
+            takes `train` alone. Or with `labels` paths of files, tensors (channels, height, width), PIL images or
+            arrays, float in [0, 1] or uint8.
         labels: The class of each image, where that is no folder's name: integers, names or one-hot rows. On a pool
             they may be left out; the network then gives features.
         budget: Limits that it keeps, also in words (`Budget.of`), as "25M", "50%" (of the MACs of the cheapest

@@ -109,7 +109,7 @@ def test_no_image_a_broken_one_and_a_budget_without_meaning_are_told_and_the_vis
         good = sorted((images / NAMES[0]).iterdir())[:4]
         add(page, "first", [broken, *good])
         page.wait_for_selector("text=4 images of 1 class")
-        page.wait_for_selector("text=Left out: broken.png")
+        page.wait_for_selector("text=Left out, as it cannot be read as an image: broken.png")
         page.click("#compose")
         page.wait_for_selector("text=at least two classes")
         add(page, "second", sorted((images / NAMES[1]).iterdir())[:4])
