@@ -246,7 +246,7 @@ def run_on_few_images(code: str, workplace: Path, folder: Path) -> None:
         name = f"solar_cells/efficientnet_lite{size}"
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(workplace / name)
-    for name, count in (("functional", 140), ("defective", 70)):
+    for name, count in (("functional", 100), ("defective", 50)):
         images = folder / "solar_cells" / "images" / name
         images.mkdir(parents=True)
         for file in sorted((workplace / "solar_cells" / "images" / name).iterdir())[:count]:
